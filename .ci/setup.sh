@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Builds .venv: trainer and engine in one Python 3.12 environment. A second run with nothing changed returns at once.
+#   VARIANT=cpu|gpu   overrides what nvidia-smi says
+#   PYTHON=...        a Python 3.12 to build from; otherwise looked for
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=.venv
+STAMP=$VENV/setup.stamp
+LOG=$VENV/setup.log
+STARTED=$SECONDS
+
+fail() { printf 'setup: error: %s\n' "$1" >&2; exit 1; }
+say() { printf 'setup: [%3d s] %s\n' $((SECONDS - STARTED)) "$1"; }
+is_312() { "$1" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.12 "$(uv python find 3.12 2>/dev/null || true)" \
+                     "$(pyenv prefix 3.12 2>/dev/null || true)/bin/python"; do
+        if [ -n "$candidate" ] && is_312 "$candidate"; then echo "$candidate"; return; fi
+        if [ -n "${PYTHON:-}" ] && [ "$candidate" = "$PYTHON" ]; then
+            fail "PYTHON=$PYTHON is not a working Python 3.12 with the venv module"
+        fi
+    done
+    fail "no Python 3.12 found (tried \$PYTHON, python3.12, uv, pyenv).
+  Install one, for example:  uv python install 3.12   |   pyenv install 3.12   |   apt-get install python3.12 python3.12-venv
+  or name it:                PYTHON=/path/to/python3.12 make setup"
+}
+
+check_machine() {
+    [ "$(uname -s)/$(uname -m)" = Linux/x86_64 ] || fail "this is $(uname -s)/$(uname -m); the engine and torch wheels need Linux x86-64"
+}
+
+check_disk() {
+    local free_gb
+    free_gb=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
+    [ "$free_gb" -ge 10 ] || fail "$free_gb GB free in $PWD; a new environment needs 10 GB"
+}
+
+choose_variant() {
+    local variant=${VARIANT:-}
+    if [ -z "$variant" ]; then
+        if nvidia-smi >/dev/null 2>&1; then variant=gpu; else variant=cpu; fi
+    fi
+    case $variant in cpu | gpu) echo "$variant" ;; *) fail "VARIANT=$variant: must be cpu or gpu" ;; esac
+}
+
+make_venv() {
+    local python
+    if is_312 $VENV/bin/python; then  # ours, or one that is there already: pip adds what is missing
+        $VENV/bin/python -m pip --version >/dev/null 2>&1 || $VENV/bin/python -m ensurepip >/dev/null
+        return
+    fi
+    check_disk
+    python=$(find_python)
+    if [ -e $VENV ]; then
+        say "$VENV is not a working Python 3.12 environment: recreating it"
+        rm -rf $VENV
+    fi
+    say "creating $VENV with $python ($("$python" -V))"
+    "$python" -m venv $VENV
+}
+
+install() {  # install MESSAGE PIP_ARGUMENTS...
+    say "$1"
+    shift
+    if ! $VENV/bin/python -m pip --disable-pip-version-check install --progress-bar off "$@" >>$LOG 2>&1; then
+        tail -n 20 $LOG >&2
+        fail "pip failed; the whole log is in $PWD/$LOG. Run 'make setup' again once the cause is gone: it goes on from here"
+    fi
+}
+
+check_machine
+VARIANT=$(choose_variant)
+# The directory is part of the key: an editable install holds absolute paths.
+KEY=$( { echo "$PWD $VARIANT"; cat setup.py .ci/setup.sh .ci/requirements-*.txt; } | sha256sum | cut -d' ' -f1)
+if [ -x $VENV/bin/python ] && [ "$(cat $STAMP 2>/dev/null || true)" = "$KEY" ] && is_312 $VENV/bin/python; then
+    echo "setup: $VENV is up to date ($VARIANT)"
+    exit 0
+fi
+
+make_venv
+rm -f $STAMP
+: >$LOG
+say "installing the $VARIANT variant; details in $LOG"
+if [ "$VARIANT" = cpu ]; then
+    install "torch, Megatron-Core, the engine's libraries, test tools (some 6 GB, minutes the first time)" -e ".[cpu,dev]"
+    install "SGLang without its CUDA dependencies" --no-deps -r .ci/requirements-cpu-nodeps.txt
+else
+    install "torch, Megatron-Core, test tools (several GB, minutes the first time)" -e ".[dev]"
+    # Transformer Engine compiles against the torch just installed, so it must see it.
+    install "SGLang and Transformer Engine (compiles; long)" --no-build-isolation -e ".[gpu,dev]"
+fi
+say "checking that it imports"
+TORCHDYNAMO_DISABLE=1 $VENV/bin/python -c 'import torch, megatron.core, transformers, hydra, c3po, megatron_rl' >>$LOG 2>&1 ||
+    { tail -n 20 $LOG >&2; fail "the environment does not import; the whole log is in $PWD/$LOG"; }
+echo "$KEY" >$STAMP
+say "done: $PWD/$VENV ($VARIANT)"

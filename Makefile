@@ -1,0 +1,30 @@
+# `make` alone lists the targets. PYTHON=... and VARIANT=cpu|gpu are read by the set-up; ARGS=... goes to pytest.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-fast lint clean
+
+VENV := .venv/bin
+ARGS ?=
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## build .venv (Python 3.12, trainer and engine); again: a second if nothing changed
+	@bash .ci/setup.sh
+
+quickstart: setup  ## train a small MoE from scratch to RL on this machine, and write a report
+	@$(VENV)/megatron-rl quickstart
+
+test: setup  ## all tests (starts real engines and several ranks)
+	@$(VENV)/python -m pytest $(ARGS)
+
+test-fast: setup  ## the tests that start neither an engine nor several ranks
+	@$(VENV)/python -m pytest -m "not slow" $(ARGS)
+
+lint: setup  ## ruff over the whole tree, and a syntax check of the shell scripts
+	@$(VENV)/ruff check .
+	@bash -n .ci/setup.sh .ci/run
+
+clean:  ## remove caches and build leftovers; keeps .venv and runs/
+	@rm -rf build .pytest_cache .ruff_cache *.egg-info
+	@find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf

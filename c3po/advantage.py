@@ -1,0 +1,39 @@
+"""Rewards of whole groups to group-relative advantages, before any token is cut.
+
+Letters: P prompts, K responses per prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from c3po.diagnostics import as_math_dtype
+
+__all__ = ["group_advantages"]
+
+
+def group_advantages(rewards_PK: torch.Tensor, *, scale: Literal["std", "none"] = "std",
+                     eps: float = 1e-6) -> torch.Tensor:
+    """A_i = (R_i - mean R) / (std R + eps) within each group of K responses (arXiv 2506.14731 Sec. 3.1).
+
+    rewards_PK [P, K] -> float32 [P, K] (float64 in, float64 out); population standard deviation.
+    scale "none" subtracts the mean only (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets
+    exactly 0, though the rounded mean of equal rewards need not equal them.
+    ValueError: not two-dimensional, not finite, unknown scale, or eps not positive.
+    """
+    if rewards_PK.dim() != 2:
+        raise ValueError(f"rewards_PK must be [prompts, responses], not of shape {tuple(rewards_PK.shape)}")
+    if scale not in ("std", "none"):
+        raise ValueError(f"advantage scale={scale!r} must be 'std' or 'none'")
+    if not eps > 0:
+        raise ValueError(f"advantage eps={eps} must be positive")
+    rewards = as_math_dtype(rewards_PK)
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError("rewards_PK holds a reward that is not finite")
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "std":
+        centred = centred / (rewards.std(dim=1, keepdim=True, correction=0) + eps)
+    all_equal_P1 = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(all_equal_P1, torch.zeros_like(centred), centred)

@@ -1,0 +1,60 @@
+"""What is measured, in forms that slices of a step can add up: sums with counts, and maxima.
+
+Nothing here divides: a mean of means is wrong as soon as slices differ in size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Max", "SumCount", "as_math_dtype", "k3", "masked_sum_count"]
+
+
+@dataclass(frozen=True)
+class SumCount:
+    """A total and how many things it is over; `+` adds both, and only observe/metrics.py divides.
+
+    sum, count: 0-dim tensors (float64 when made by this package) or plain numbers. count 0: not measured.
+    """
+
+    sum: torch.Tensor | float
+    count: torch.Tensor | float
+
+    def __add__(self, other: SumCount) -> SumCount:
+        return SumCount(self.sum + other.sum, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class Max:
+    """A largest value so far, 0-dim tensor or plain number; `merge` keeps the larger, and NaN. It does not add."""
+
+    value: torch.Tensor | float
+
+    def merge(self, other: Max) -> Max:
+        is_nan = self.value != self.value
+        return self if is_nan or self.value >= other.value else other
+
+
+@torch.no_grad()
+def masked_sum_count(values: torch.Tensor, mask: torch.Tensor) -> SumCount:
+    """Sum of values where mask (bool, same shape) is True and the number of such places, detached float64.
+
+    float64, because float32 stops counting at 2^24 tokens. NaN outside the mask does not enter.
+    """
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    return SumCount(kept.sum(dtype=torch.float64), mask.sum().double())
+
+
+def as_math_dtype(values: torch.Tensor) -> torch.Tensor:
+    """Softmax-scale arithmetic is done in float32, or in float64 if the caller already works in it."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Schulman's k3 = r - 1 - log r >= 0 (joschu.net/blog/kl-approx.html) for log_ratio = log(q/p), samples from p.
+
+    Estimates KL(p || q). expm1 keeps the small values that matter: r - 1 cancels for r near 1.
+    """
+    return torch.expm1(log_ratio) - log_ratio

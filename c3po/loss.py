@@ -1,0 +1,181 @@
+"""The clipped surrogate with KL and entropy, per token, and the two ways to add it up: C3PO and GRPO.
+
+Every per-token tensor has one shape, any shape: packed [T] or padded [B, L]. Arithmetic is float32
+(float64 in, float64 out). A masked value never reaches a nonlinearity, so inf or NaN there gives neither a
+loss nor a gradient. There is no clamp on the log ratio: an overflow at a selected token stays visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from c3po.diagnostics import SumCount, as_math_dtype, k3, masked_sum_count
+
+__all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss"]
+
+
+@dataclass(frozen=True)
+class C3POLossConfig:
+    """Coefficients of the objective; defaults are the paper's (arXiv 2506.14731 Sec. 4.3.3)."""
+
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    kl_coef: float = 1e-3
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 5e-4
+
+    def __post_init__(self):
+        if not 0 <= self.clip_eps_low < 1:
+            raise ValueError(f"clip_eps_low={self.clip_eps_low} must lie in [0, 1)")
+        if not 0 <= self.clip_eps_high < float("inf"):
+            raise ValueError(f"clip_eps_high={self.clip_eps_high} must be finite and not negative")
+        if not 0 <= self.kl_coef < float("inf"):
+            raise ValueError(f"kl_coef={self.kl_coef} must be finite and not negative")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r} must be k1, k2 or k3")
+        if not 0 <= self.entropy_coef < float("inf"):
+            raise ValueError(f"entropy_coef={self.entropy_coef} must be finite and not negative")
+
+
+def c3po_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    phi: int,
+    config: C3POLossConfig,
+    ref_logprobs: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, SumCount]]:
+    """The C3PO loss of a slice of a step: a sum over its selected tokens over the constant phi (Eq. 2, 6).
+
+    -(1/phi) sum [w min(r A, clip(r, 1-eps_low, 1+eps_high) A) - kl_coef KL + entropy_coef H], r = new/old.
+
+    logprobs: new, with gradient. entropy: exact softmax entropy in nats, with gradient. weights: mismatch
+    weights w of correction.py; detached here, and they multiply the policy-gradient term only, never KL or
+    entropy. loss_mask bool marks the selected tokens. phi: budget of the whole step, in response tokens, so
+    slices of a step add up to the step. Returns the 0-dim loss and the sums that README.md lists.
+    ValueError: phi < 1, a shape that differs, a mask that is not bool, or a coefficient above 0 whose
+    input (ref_logprobs, entropy) is missing.
+    """
+    if not phi >= 1:
+        raise ValueError(f"phi={phi} must be at least 1 token")
+    objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config,
+                                       ref_logprobs, entropy, weights)
+    return -objective.sum() / phi, sums
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    response_lengths: torch.Tensor,
+    num_responses: int,
+    config: C3POLossConfig,
+    ref_logprobs: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, SumCount]]:
+    """The GRPO loss of a slice of a step: mean over responses of the mean over their tokens (Eq. 1).
+
+    Like c3po_loss with 1/phi replaced by 1/(|y_i| num_responses) at each token of response i.
+    response_lengths: |y_i| > 0 of the token's own response, at each token; num_responses: of the whole
+    step, so slices of a step add up to the step. The sums are over tokens, unweighted, as in c3po_loss.
+    ValueError: as in c3po_loss, and num_responses < 1.
+    """
+    if not num_responses >= 1:
+        raise ValueError(f"num_responses={num_responses} must be at least 1")
+    _check_shape("response_lengths", response_lengths, logprobs)
+    objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config,
+                                       ref_logprobs, entropy, weights)
+    lengths = torch.where(loss_mask, response_lengths.to(objective.dtype), torch.ones_like(objective))
+    return -(objective / lengths).sum() / num_responses, sums
+
+
+def _token_objective(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    config: C3POLossConfig,
+    ref_logprobs: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, SumCount]]:
+    """What each token adds to the objective (to be maximised), 0 outside the mask, and the detached sums."""
+    if loss_mask.dtype != torch.bool:
+        raise ValueError(f"loss_mask must be bool, not {loss_mask.dtype}")
+    if config.kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
+    if config.entropy_coef > 0 and entropy is None:
+        raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy; pass it or set entropy_coef=0")
+    named = {"old_logprobs": old_logprobs, "advantages": advantages, "loss_mask": loss_mask,
+             "ref_logprobs": ref_logprobs, "entropy": entropy, "weights": weights}
+    for name, tensor in named.items():
+        if tensor is not None:
+            _check_shape(name, tensor, logprobs)
+
+    new = as_math_dtype(logprobs)
+    log_ratio = _masked(new - as_math_dtype(old_logprobs).detach(), loss_mask)
+    advantage = _masked(as_math_dtype(advantages).detach(), loss_mask)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - config.clip_eps_low, 1 + config.clip_eps_high)
+    policy = torch.minimum(ratio * advantage, clipped_ratio * advantage)
+    if weights is not None:
+        policy = policy * _masked(as_math_dtype(weights).detach(), loss_mask)
+
+    objective = policy
+    not_measured = SumCount(policy.new_zeros((), dtype=torch.float64), policy.new_zeros((), dtype=torch.float64))
+    kl_sum, entropy_sum = not_measured, not_measured
+    if ref_logprobs is not None:
+        kl = _kl(_masked(as_math_dtype(ref_logprobs).detach() - new, loss_mask), config.kl_estimator)
+        kl_sum = masked_sum_count(kl, loss_mask)
+        objective = objective - config.kl_coef * kl if config.kl_coef > 0 else objective
+    if entropy is not None:
+        token_entropy = _masked(as_math_dtype(entropy), loss_mask)
+        entropy_sum = masked_sum_count(token_entropy, loss_mask)
+        objective = objective + config.entropy_coef * token_entropy if config.entropy_coef > 0 else objective
+
+    with torch.no_grad():
+        below = (advantage < 0) & (ratio < 1 - config.clip_eps_low)
+        above = (advantage > 0) & (ratio > 1 + config.clip_eps_high)
+        selected_tokens = loss_mask.sum().double()
+        sums = {
+            "policy_loss": masked_sum_count(-policy, loss_mask),
+            "kl": kl_sum,
+            "entropy": entropy_sum,
+            "ratio": masked_sum_count(ratio, loss_mask),
+            "clip_low_fraction": masked_sum_count(below.double(), loss_mask),
+            "clip_high_fraction": masked_sum_count(above.double(), loss_mask),
+            "approx_kl": masked_sum_count(k3(log_ratio), loss_mask),
+            "selected_tokens": SumCount(selected_tokens, torch.ones_like(selected_tokens)),
+        }
+    return objective, sums
+
+
+def _kl(ref_minus_new: torch.Tensor, estimator: str) -> torch.Tensor:
+    """KL(new || ref) per sampled token, with gradient (joschu.net/blog/kl-approx.html), from log(ref/new).
+
+    As a loss, k1 has gradient zero in expectation over on-policy samples; k2 and k3 pull towards ref.
+    """
+    if estimator == "k1":
+        return -ref_minus_new
+    if estimator == "k2":
+        return ref_minus_new.square() / 2
+    return k3(ref_minus_new)
+
+
+def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+def _check_shape(name: str, tensor: torch.Tensor, logprobs: torch.Tensor) -> None:
+    if tensor.shape != logprobs.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logprobs has {tuple(logprobs.shape)}")

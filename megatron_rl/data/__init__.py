@@ -1,0 +1,7 @@
+"""Prompts: where they come from, how they are rendered, and the order in which they are dealt."""
+
+from megatron_rl.data.chains import chains_tokenizer, is_direct_answer
+from megatron_rl.data.sampler import PromptSampler
+from megatron_rl.data.sources import PromptSource, build_source
+
+__all__ = ["PromptSampler", "PromptSource", "build_source", "chains_tokenizer", "is_direct_answer"]

@@ -1,0 +1,100 @@
+"""The built-in task `chains`: add and subtract one-digit numbers, one worded step at a time.
+
+    Q:3+7-1-9
+    A: then3+7=10 so10-1=9 so9-9=0 so\\boxed{0}
+
+Small enough for a model of 0.6M parameters and a vocabulary of 96. Each step opens with a random connective,
+which keeps a floor under the policy's entropy; one answer in five is direct, so that lengths vary.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_rl.data.problems import MAX_DRAWS, Problem, in_split
+
+__all__ = ["Chains", "chains_tokenizer", "is_direct_answer"]
+
+CONNECTIVES = (" so", " then", " now", " next")
+MIN_OPERANDS, MAX_OPERANDS = 2, 7
+MINUS_SHARE = 0.4
+DIRECT_SHARE = 0.2
+
+END_OF_TEXT = "<|endoftext|>"
+WORDS = ("\\boxed{", *CONNECTIVES, " check", " step", " is", " in", "f(", ")=", "\nA:", "Q:",
+         " min", " sec", " cm", " mm", " km", " m", " h", " d", " g", " kg")
+CHARACTERS = "0123456789+-*/=();:,.?}x \n" + "abcdefghijklmnopqrstuvwyz"
+VOCABULARY_SIZE = 96
+
+
+class Chains:
+    """`size` problems of 2-7 operands with worked responses; problem i depends on (seed, i, split) only."""
+
+    domains = frozenset({"math"})
+
+    def __init__(self, *, size: int, seed: int, split: str):
+        self._size, self._seed, self._split = size, seed, split
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Problem:
+        rng = random.Random(f"chains:{self._seed}:{index}")
+        num_operands = rng.randint(MIN_OPERANDS, MAX_OPERANDS)
+        for _ in range(MAX_DRAWS):
+            expression, steps, total = _draw_chain(rng, num_operands)
+            text = f"Q:{expression}\nA:"
+            if in_split(text, self._split):
+                response = _response(rng, steps, total)
+                return Problem(f"chains-{self._split}-{self._seed}-{index}", text, str(total), "math",
+                               {"num_operands": num_operands}, response)
+        raise AssertionError(f"no chain of {num_operands} operands in {self._split} after {MAX_DRAWS} draws")
+
+
+def _draw_chain(rng: random.Random, num_operands: int) -> tuple[str, list[str], int]:
+    """(expression, worked steps, total); no running total is negative."""
+    total = rng.randint(1, 9)
+    expression, steps = str(total), []
+    for _ in range(num_operands - 1):
+        operand = rng.randint(1, 9)
+        minus = total >= operand and rng.random() < MINUS_SHARE
+        result = total - operand if minus else total + operand
+        step = f"{'-' if minus else '+'}{operand}"
+        steps.append(f"{total}{step}={result}")
+        expression, total = expression + step, result
+    return expression, steps, total
+
+
+def _response(rng: random.Random, steps: list[str], total: int) -> str:
+    box = f"\\boxed{{{total}}}"
+    if rng.random() < DIRECT_SHARE:
+        return box
+    return "".join(rng.choice(CONNECTIVES) + part for part in [*steps, box])
+
+
+def is_direct_answer(response_text: str) -> bool:
+    """Whether a response states its answer at once, with no step before the box."""
+    return response_text.lstrip().startswith("\\boxed")
+
+
+def chains_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Writes the 96-token tokenizer into the folder `path` and returns it. End of text and padding are id 0.
+
+    It covers digits, operators, lower-case letters and the words of WORDS; anything else reads as "?".
+    """
+    pieces = [END_OF_TEXT, *WORDS, *CHARACTERS]
+    pieces += [f"<|reserved{index}|>" for index in range(len(pieces), VOCABULARY_SIZE)]
+    longest_first = sorted([*WORDS, *CHARACTERS], key=len, reverse=True)
+    pattern = "|".join(re.escape(piece) for piece in longest_first)
+    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+                                   clean_up_tokenization_spaces=False)
+    fast.save_pretrained(path)
+    return fast

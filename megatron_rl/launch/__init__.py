@@ -1,0 +1,1 @@
+"""Starting everything that a run needs, and stopping it whatever happens."""

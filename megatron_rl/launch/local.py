@@ -1,0 +1,181 @@
+"""One machine: an SGLang engine and torchrun's ranks, started together and stopped together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_rl.config.load import to_dict
+from megatron_rl.config.schema import Config
+from megatron_rl.observe import RunProgress
+from megatron_rl.rollout.engines import EngineProcess
+
+STOP_GRACE_S = 20.0
+POLL_S = 0.3
+MIN_FREE_BYTES = 1 << 30
+LOG_LINES_SHOWN = 25
+
+
+class RunFailed(RuntimeError):
+    """The ranks ended with an error; the message carries the end of their log and says how to go on."""
+
+
+class RunInterrupted(RuntimeError):
+    """Ctrl-C or SIGTERM; everything was stopped. The message says how to resume."""
+
+
+@contextlib.contextmanager
+def engine_for(config: Config, model_path: str, log_path: Path) -> Iterator[Config]:
+    """`config` with the URL of a running engine in it: the given ones, or one started here on `model_path`."""
+    if config.rollout.engine.urls:
+        yield config
+        return
+    process = EngineProcess.from_config(config.rollout, model_path, log_path=log_path,
+                                        model_dtype=config.model.dtype, seed=config.run.seed)
+    with process:
+        engine = dataclasses.replace(config.rollout.engine, urls=(process.base_url,))
+        yield dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
+
+
+def run_ranks(recipe: str, config: Config) -> None:
+    """torchrun parallel.world_size ranks of `recipe` and wait. RunFailed or RunInterrupted; no rank is left.
+
+    Their output goes to <run.dir>/trainer.log; progress is shown from the metrics they write.
+    """
+    run_dir = Path(config.run.dir)
+    check_disk(run_dir)
+    launch_config = run_dir / "launch.json"
+    launch_config.write_text(json.dumps(to_dict(config), indent=2))
+    log_path = run_dir / "trainer.log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
+               f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
+               f"--master-port={free_port()}", "-m", "megatron_rl.train", recipe, str(launch_config)]
+    with log_path.open("ab") as log, terminable():
+        guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
+        ranks = subprocess.Popen([*guard, *command], env=rank_environment(), stdin=subprocess.DEVNULL,
+                                 stdout=log, stderr=log, start_new_session=True)
+        try:
+            follow(ranks, recipe, config)
+        except KeyboardInterrupt:
+            raise RunInterrupted(f"stopped; {how_to_resume(run_dir)}") from None
+        finally:
+            code = stop_group(ranks)
+    if code:
+        raise RunFailed(f"the {recipe} ranks ended with exit code {code}; the end of {log_path}:\n{tail(log_path)}\n"
+                        f"{how_to_resume(run_dir)}")
+
+
+def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
+    """Show progress from the metrics that rank 0 writes, until the ranks end."""
+    total = config.run.steps if recipe == "rl" else config.sft.total_steps
+    files = [JsonlTail(Path(config.run.dir) / name) for name in ("metrics.jsonl", "eval.jsonl")]
+    first_step = max(saved_steps(Path(config.run.dir)), default=0)
+    with RunProgress(total, recipe.upper(), config.observe.progress, first_step=first_step) as progress:
+        running = True
+        while running:
+            running = ranks.poll() is None
+            metrics, evaluations = (file.new_rows() for file in files)
+            for row in evaluations:
+                progress.update(row["step"], {"eval/accuracy": row["accuracy"]})
+            for row in metrics:
+                progress.update(row["step"], row)
+            if running:
+                time.sleep(POLL_S)
+
+
+class JsonlTail:
+    """The rows that appear in a JSONL file after this object was made; survives the file being rewritten."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def new_rows(self) -> list[dict]:
+        if not self._path.exists():
+            return []
+        self._offset = min(self._offset, self._path.stat().st_size)
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole_lines = file.read().rpartition(b"\n")[0]
+        if not whole_lines:
+            return []
+        self._offset += len(whole_lines) + 1
+        return [json.loads(line) for line in whole_lines.splitlines()]
+
+
+def rank_environment() -> dict[str, str]:
+    """One thread per rank (two ranks share two cores), no compiler, no hub."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    environment |= {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+                    "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, str(Path(root) / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return environment
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def stop_group(process: subprocess.Popen) -> int:
+    """Exit code of the leader; SIGTERM, then SIGKILL, for what still runs of its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def check_disk(run_dir: Path) -> None:
+    """Create the run's folder; OSError before anything starts when there is no room for checkpoints."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run_dir).free
+    if free < MIN_FREE_BYTES:
+        raise OSError(f"run.dir={run_dir}: {free / 2**20:.0f} MiB free, at least {MIN_FREE_BYTES / 2**20:.0f} MiB "
+                      "needed; free some space or choose another run.dir")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_????????"))
+
+
+def how_to_resume(run_dir: Path) -> str:
+    steps = saved_steps(run_dir)
+    if not steps:
+        return "no checkpoint had been written yet: start again with the same command"
+    return f"the last checkpoint is step {steps[-1]} in {run_dir}/checkpoints: the same command with resume=true goes on"
+
+
+def tail(path: Path, lines: int = LOG_LINES_SHOWN) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

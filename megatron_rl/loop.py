@@ -1,0 +1,86 @@
+"""The story of one step of C3PO reinforcement learning; nothing distributed in it.
+
+Every rank runs this loop on the same groups: `rollouts` hands out what rank 0 collected, `learner` trains this
+rank's share, `weights` publishes what all ranks hold together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_rl.batch import StepBatch, assemble, step_budget
+from megatron_rl.config.schema import Config
+from megatron_rl.observe.timing import Timers
+from megatron_rl.types import RolloutGroup, StepResult
+
+
+class Rollouts(Protocol):
+    """Judged responses, K per prompt, equal on every rank."""
+
+    def collect(self, step: int, round_: int) -> list[RolloutGroup]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class Learner(Protocol):
+    """The policy under training."""
+
+    def learn(self, batches: Sequence[StepBatch], timers: Timers) -> list[StepResult]: ...
+
+
+class Weights(Protocol):
+    """Sends the policy's weights to the engines under a version, and proves that they arrived."""
+
+    def publish(self, version: int) -> None: ...
+
+
+class Record(Protocol):
+    """Where a step's story goes: metrics, progress, held-out evaluation, checkpoints."""
+
+    def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
+             results: Sequence[StepResult], timers: Timers) -> None: ...
+
+    def evaluate(self, step: int, label: str) -> None: ...
+
+    def save(self, step: int) -> None: ...
+
+
+def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weights, record: Record,
+        timers: Timers, first_step: int) -> None:
+    """Steps first_step .. run.steps - 1. Version v of the weights is the policy after v rollouts."""
+    last = config.run.steps
+    weights.publish(first_step)
+    if first_step == 0:
+        record.evaluate(0, "before RL")
+    for step in range(first_step, last):
+        with timers("step"):
+            groups, batches = collect_budget(config, rollouts, step, timers)
+            results = learner.learn(batches, timers)
+            with timers("publish"):
+                weights.publish(step + 1)
+        record.step(step, groups, batches, results, timers)
+        done = step + 1
+        if done == last or (config.eval.every_steps and done % config.eval.every_steps == 0):
+            record.evaluate(done, "after RL" if done == last else "during RL")
+        if done == last or done % config.run.save_every_steps == 0:
+            record.save(done)
+
+
+def collect_budget(config: Config, rollouts: Rollouts, step: int,
+                   timers: Timers) -> tuple[list[RolloutGroup], list[StepBatch]]:
+    """Whole groups until every optimiser step of this rollout has its Phi tokens (c3po.underfull decides)."""
+    algo, dp = config.c3po, config.parallel.dp
+    groups: list[RolloutGroup] = []
+    for round_ in range(algo.max_collect_rounds):
+        with timers("generate"):
+            groups += rollouts.collect(step, round_)
+        batches = assemble(groups, algo, dp=dp, seed=config.run.seed, step=step,
+                           max_response_tokens=config.rollout.max_response_tokens)
+        full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
+        if algo.objective == "grpo" or full or algo.underfull != "collect_more":
+            return groups, batches
+    available = sum(batch.available_tokens for batch in batches)
+    raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds={algo.max_collect_rounds} "
+                     f"rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise rollout.prompts_per_step "
+                     "or c3po.max_collect_rounds, or lower c3po.phi")

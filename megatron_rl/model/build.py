@@ -1,0 +1,79 @@
+"""The policy as Megatron's GPTModel: built per pipeline stage, wrapped for mixed precision and data parallelism."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.model.bailing import BailingConfig, check_layout
+from megatron_rl.model.config import transformer_config
+from megatron_rl.model.router import RouterLosses
+from megatron_rl.model.spec import block_spec
+
+
+@dataclass
+class Policy:
+    """One rank's share of the network.
+
+    chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
+    DistributedDataParallel. gpt_models: the GPTModel inside each chunk.
+    """
+
+    config: BailingConfig
+    transformer: TransformerConfig
+    chunks: list[torch.nn.Module]
+    gpt_models: list[GPTModel]
+    router_losses: RouterLosses
+
+    def train(self, mode: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+
+def build_policy(model: BailingConfig, options: ModelConfig, parallel: ParallelConfig, *,
+                 with_gradients: bool) -> Policy:
+    """The network of `model` on this rank, weights not yet loaded (convert.load_hf does that).
+
+    with_gradients False builds a frozen copy (the reference policy): no gradient buffers, no DDP.
+    """
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
+    check_layout(model, parallel)
+    config = transformer_config(model, options, parallel)
+    losses = RouterLosses()
+    stages = range(parallel.vpp) if parallel.vpp else (None,)
+    gpt_models = [_gpt_model(model, config, losses, stage) for stage in stages]
+    chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
+    if with_gradients:
+        chunks = [_data_parallel(config, parallel, chunk) for chunk in chunks]
+    else:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+    return Policy(model, config, chunks, gpt_models, losses)
+
+
+def _gpt_model(model: BailingConfig, config: TransformerConfig, losses: RouterLosses, stage: int | None) -> GPTModel:
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
+    gpt = GPTModel(
+        config=config, transformer_layer_spec=block_spec(model, config, losses, stage),
+        vocab_size=model.vocab_size, max_sequence_length=model.max_position_embeddings,
+        pre_process=first, post_process=last, parallel_output=True,
+        share_embeddings_and_output_weights=False, position_embedding_type="rope",
+        rotary_base=model.rope_theta, vp_stage=stage)
+    return gpt.cuda() if torch.cuda.is_available() else gpt
+
+
+def _data_parallel(config: TransformerConfig, parallel: ParallelConfig, chunk: torch.nn.Module):
+    # overlap_param_gather stays off: it would leave weights stale until the next forward, and we publish before that
+    options = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.distributed_optimizer, grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap)
+    return DistributedDataParallel(config, options, chunk)

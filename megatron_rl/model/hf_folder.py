@@ -1,0 +1,281 @@
+"""Hugging Face folders: written whole or not at all, in shards; and random BailingMoe weights for a fresh model.
+
+No megatron here: the launcher writes and checks folders before any rank starts. Memory is bounded by one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_rl.model.bailing import BailingConfig, expected_shapes, parse_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIGURATION_FILE = Path(__file__).parent / "hf_files" / "configuration_bailing_moe.py"
+IDENTITY = {
+    "architectures": ["BailingMoeForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
+}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tokenization_*.py",
+)
+DEFAULT_SHARD_BYTES = 2_000_000_000
+
+# The quick start's model (630,624 parameters); bailing_config replaces what it is given.
+_QUICKSTART_CONFIG: dict[str, Any] = {
+    **IDENTITY,
+    "model_type": "bailing_moe",
+    "vocab_size": 96,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "use_qkv_bias": False,
+    "use_bias": False,
+    "rms_norm_eps": 1e-6,
+    "norm_head": False,
+    "tie_word_embeddings": False,
+    "embedding_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "output_dropout": 0.0,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+    "rope_theta": 600000.0,
+    "rope_scaling": None,
+    "use_cache": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "num_experts": 8,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 0,
+    "torch_dtype": "float32",
+}
+
+
+def bailing_config(**keys: Any) -> dict[str, Any]:
+    """A complete config.json of a BailingMoe that SGLang accepts: the quick start's sizes where `keys` has none.
+
+    head_dim is hidden_size / num_attention_heads unless given. ValueError names an unknown or unfitting key.
+    """
+    for key in keys:
+        if key not in _QUICKSTART_CONFIG:
+            close = get_close_matches(key, _QUICKSTART_CONFIG, 1)
+            raise ValueError(f"config.json: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    config = {**_QUICKSTART_CONFIG, **keys}
+    model = parse_config(config, "config.json")
+    rules = (
+        (config["head_dim"] is not None or model.hidden_size % model.num_attention_heads == 0,
+         f"num_attention_heads={model.num_attention_heads} does not divide hidden_size={model.hidden_size}"),
+        (model.num_attention_heads % model.num_key_value_heads == 0,
+         f"num_key_value_heads={model.num_key_value_heads} does not divide "
+         f"num_attention_heads={model.num_attention_heads}"),
+        (model.head_dim % 2 == 0, f"head_dim={model.head_dim} must be even (rotary embedding)"),
+        (1 <= model.num_experts_per_tok <= model.num_experts,
+         f"num_experts_per_tok={model.num_experts_per_tok} must be in 1..num_experts={model.num_experts}"),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(f"config.json: {message}")
+    _dtype(config, "config.json")
+    return {**config, "head_dim": model.head_dim}
+
+
+def random_bailing(config: dict[str, Any], seed: int, *,
+                   scheme: Literal["scaled", "normal"] = "scaled") -> Iterator[tuple[str, torch.Tensor]]:
+    """Random initial weights (name, tensor in the config's dtype), the same for the same seed. Norms are 1.
+
+    normal: every matrix normal with deviation initializer_range. scaled: for small models trained from scratch;
+    embedding 0.5, head 0.02, projections 0.7 / sqrt(inputs), and those that write to the residual stream
+    1 / sqrt(inputs * 2 * layers), a routed expert's inputs counted num_experts_per_tok times.
+    """
+    if scheme not in ("scaled", "normal"):
+        raise ValueError(f"scheme={scheme!r} must be 'scaled' or 'normal'")
+    model, dtype = parse_config(config, "config.json"), _dtype(config, "config.json")
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in expected_shapes(model).items():
+        if len(shape) == 1:
+            yield name, torch.ones(shape, dtype=dtype)
+            continue
+        deviation = model.initializer_range if scheme == "normal" else _scaled_deviation(model, name, shape)
+        yield name, (torch.randn(shape, generator=generator) * deviation).to(dtype)
+
+
+def _scaled_deviation(model: BailingConfig, name: str, shape: tuple[int, ...]) -> float:
+    if name == "model.word_embeddings.weight":
+        return 0.5
+    if name == "lm_head.weight":
+        return 0.02
+    inputs = shape[1]
+    if name.endswith(("attention.dense.weight", "down_proj.weight")):
+        summed = model.num_experts_per_tok if ".mlp.experts." in name else 1
+        return 1.0 / math.sqrt(inputs * summed * 2 * model.num_hidden_layers)
+    return 0.7 / math.sqrt(inputs)
+
+
+def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], *,
+                    tokenizer_from: str | Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Path:
+    """Write a loadable BailingMoe folder from a stream of named tensors, in any order; returns its path.
+
+    Tensors (any device) are cast to config's torch_dtype. `architectures` and `auto_map` are set to what is
+    written here. An existing folder stays as it is until the new one is complete. ValueError when names or
+    shapes are not those of `config`, when the disk is too full, or when `path` holds something else.
+    """
+    config = {**config, **IDENTITY}
+    where = f"{path}/config.json"
+    model, dtype = parse_config(config, where), _dtype(config, where)
+    shapes = expected_shapes(model)
+    files = [CONFIGURATION_FILE, *(tokenizer_files(tokenizer_from) if tokenizer_from is not None else ())]
+    weight_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+    with atomic_folder(path, weight_bytes + sum(file.stat().st_size for file in files)) as folder:
+        write_shards(folder, _checked(tensors, shapes, str(path)), dtype=dtype, max_shard_bytes=max_shard_bytes)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The tokenizer's files in a Hugging Face folder; ValueError if there are none."""
+    found = [file for pattern in TOKENIZER_FILES for file in sorted(Path(folder).glob(pattern))]
+    if not found:
+        raise ValueError(f"{folder}: no tokenizer files there (tokenizer.json, tokenizer_config.json, ...)")
+    return found
+
+
+def _dtype(config: dict[str, Any], where: str) -> torch.dtype:
+    name = config.get("torch_dtype", config.get("dtype"))
+    if name not in DTYPES:
+        raise ValueError(f"{where}: torch_dtype={name!r} must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _checked(tensors: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]],
+             where: str) -> Iterator[tuple[str, torch.Tensor]]:
+    missing = dict(shapes)
+    for name, tensor in tensors:
+        if name not in missing:
+            raise ValueError(f"{where}: {'second' if name in shapes else 'unexpected'} tensor {name}")
+        if tuple(tensor.shape) != missing.pop(name):
+            raise ValueError(f"{where}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}")
+        yield name, tensor
+    if missing:
+        raise ValueError(f"{where}: {len(missing)} tensors missing, first {next(iter(missing))}")
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype,
+                 max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    """model.safetensors, or shards of at most max_shard_bytes (a larger tensor: one of its own) and their index."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    held_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal held_bytes
+        file = folder / f"part-{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        file.chmod(folder.stat().st_mode & 0o666)  # safetensors 0.8 writes 0600
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * dtype.itemsize
+        if held and held_bytes + num_bytes > max_shard_bytes:
+            flush()
+        # A copy: the caller may reuse the buffer, and safetensors refuses tensors that share storage.
+        held[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        held_bytes += num_bytes
+        total_bytes += num_bytes
+    flush()
+    if len(shards) == 1:
+        os.rename(folder / "part-0.safetensors", folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"part-{number}.safetensors", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
+    """A new empty folder beside `path` to fill; on success it becomes `path`, on any error it is removed.
+
+    num_bytes: what the caller means to write; ValueError if the disk has less. An existing `path` is replaced
+    only if it is empty or a Hugging Face folder (config.json, no subfolders). Files are synced before the
+    rename. Replacing takes two renames; a machine that dies between them leaves the old folder as
+    `.NAME.XXXXXXXX.old` beside it.
+    """
+    final = Path(path).resolve()
+    _check_replaceable(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(final.parent).free
+    margin = 16 * 2**20
+    if free < num_bytes + margin:
+        raise ValueError(f"{path}: writing it needs {num_bytes + margin:,} bytes; {free:,} are free on that disk")
+    mark = f".{final.name}.{uuid4().hex[:8]}"
+    partial, old = final.parent / f"{mark}.partial", final.parent / f"{mark}.old"
+    partial.mkdir()
+    try:
+        yield partial
+        for entry in chain(partial.iterdir(), (partial,)):
+            _sync(entry)
+        _check_replaceable(final)
+        replaces = final.exists()
+        if replaces:
+            os.rename(final, old)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            if replaces:
+                os.rename(old, final)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file, not a folder")
+    entries = list(path.iterdir())
+    if entries and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: not replaced, because it is no Hugging Face folder (no config.json in it)")
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    if folders:
+        raise ValueError(f"{path}: not replaced, because it also holds the folder {folders[0]}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+"""The router with balance and z-losses that do not depend on packing or layout.
+
+Megatron's own auxiliary losses are means per micro-batch, so their gradient changes with the packing.
+Here both are sums over the tokens of the whole optimiser step divided by one constant (Eq. 5):
+
+    z       = z_coef       * sum_t logsumexp(logits_t)^2 / step_tokens
+    balance = balance_coef * E * sum_e F_e * sum_t p_{t,e} / step_tokens
+
+step_tokens counts every real token the router sees in the step on all ranks (prompt and response, padding
+excluded). F_e, the fraction of the step's top-k choices that went to expert e, has no gradient; it comes from
+the counting pass that precedes the update (the old-log-probability pass), or, without one, from this
+micro-batch over all ranks. Both enter as Megatron's MoEAuxLossAutoScaler attaches them, whose scale
+(schedules.forward_step_calc_loss: cp_size / num_microbatches) and DDP's division by dp*cp are undone by
+`RouterLosses.scale`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+
+
+@dataclass
+class RouterLosses:
+    """What every router of one model shares during a step; set by train_step, read in forward.
+
+    load_fractions: layer number (from 1) -> fp32 [E], summing to 1; empty: this micro-batch's own.
+    counts, prob_sums: layer number -> fp32 [E], filled while `counting`. entropy_sums: layer number -> fp32 [].
+    """
+
+    balance_coef: float = 0.0
+    z_coef: float = 0.0
+    step_tokens: float = 1.0
+    scale: float = 1.0
+    counting: bool = False
+    load_fractions: dict[int, torch.Tensor] = field(default_factory=dict)
+    counts: dict[int, torch.Tensor] = field(default_factory=dict)
+    entropy_sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    loss_sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def begin_counting(self) -> None:
+        self.counting = True
+        self.counts, self.entropy_sums = {}, {}
+
+    def begin_update(self, *, step_tokens: float, scale: float, load_fractions: dict[int, torch.Tensor]) -> None:
+        self.counting = False
+        self.step_tokens, self.scale, self.load_fractions = step_tokens, scale, load_fractions
+        self.loss_sums = {}
+
+    def add(self, store: dict, key, value: torch.Tensor) -> None:
+        store[key] = store[key] + value if key in store else value
+
+
+class BudgetRouter(TopKRouter):
+    """Megatron's TopKRouter with the two losses above; routing itself is unchanged."""
+
+    def __init__(self, *args, losses: RouterLosses, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses = losses
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        """(probs, routing_map), both [tokens, E], as TopKRouter.routing; padding_mask True = padding."""
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        logits_TE = logits.view(-1, self.config.num_moe_experts).float()
+        real_T1 = self._real(padding_mask, logits_TE)
+        if self.losses.counting:
+            self._count(logits_TE, routing_map, real_T1)
+        if self.training and torch.is_grad_enabled() and (self.losses.balance_coef or self.losses.z_coef):
+            loss = self._losses(logits_TE, routing_map, real_T1)
+            probs = MoEAuxLossAutoScaler.apply(probs, loss)
+        return probs, routing_map
+
+    @staticmethod
+    def _real(padding_mask: torch.Tensor | None, logits_TE: torch.Tensor) -> torch.Tensor:
+        if padding_mask is None:
+            return torch.ones(logits_TE.shape[0], 1, dtype=torch.float32, device=logits_TE.device)
+        return (~padding_mask.reshape(-1, 1)).float()
+
+    @torch.no_grad()
+    def _count(self, logits_TE, routing_map, real_T1) -> None:
+        losses, layer = self.losses, self.layer_number
+        losses.add(losses.counts, layer, (routing_map.float() * real_T1).sum(0))
+        log_probs = logits_TE.log_softmax(-1)
+        entropy_T = -(log_probs.exp() * log_probs).sum(-1)
+        losses.add(losses.entropy_sums, layer, (entropy_T * real_T1[:, 0]).sum())
+
+    def _losses(self, logits_TE, routing_map, real_T1) -> torch.Tensor:
+        losses = self.losses
+        z = (logits_TE.logsumexp(-1).square() * real_T1[:, 0]).sum() / losses.step_tokens
+        fractions_E = self._load_fractions(routing_map, real_T1)
+        probs_E = (logits_TE.softmax(-1) * real_T1).sum(0)
+        balance = self.config.num_moe_experts * (fractions_E * probs_E).sum() / losses.step_tokens
+        losses.add(losses.loss_sums, "z_loss", z.detach())
+        losses.add(losses.loss_sums, "balance_loss", balance.detach())
+        return losses.scale * (losses.z_coef * z + losses.balance_coef * balance)
+
+    @torch.no_grad()
+    def _load_fractions(self, routing_map, real_T1) -> torch.Tensor:
+        if self.layer_number in self.losses.load_fractions:
+            return self.losses.load_fractions[self.layer_number]
+        counts_E = (routing_map.float() * real_T1).sum(0)
+        torch.distributed.all_reduce(counts_E, group=self.tp_dp_cp_group)
+        return counts_E / counts_E.sum().clamp(min=1)

@@ -1,0 +1,52 @@
+"""Model FLOPs of a `bailing_moe` network: what the mathematics needs, whatever the hardware repeats or pads.
+
+One multiply-add is 2 FLOPs. With hidden h, q and kv heads of width d, E experts of which k are active, expert
+width m, s shared experts, dense width f and vocabulary V, one token costs forward
+
+    per layer  attention projections  2 h (q + 2 kv) d + 2 q d h
+               MoE                    2 h E + 6 h m (k + s)         (router; gate, up and down projection)
+               or dense               6 h f                         (the first first_k_dense_replace layers)
+    once       output head            2 h V
+    per pair of a query and a key it sees, per layer:  4 q d        (scores and their weighted sum of values)
+
+A causal sequence of L tokens has L (L + 1) / 2 such pairs. The backward pass costs twice the forward pass.
+Embedding lookup, norms, RoPE, softmax and activation recomputation are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def linear_flops_per_token(config: Mapping[str, Any]) -> int:
+    """Forward FLOPs of one token outside the attention scores. config: the checkpoint's config.json."""
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], _head_dim(config)
+    dense_layers = min(config.get("first_k_dense_replace") or 0, layers)
+    attention = 2 * hidden * (heads + 2 * kv_heads) * head_dim + 2 * heads * head_dim * hidden
+    active_experts = config["num_experts_per_tok"] + (config.get("num_shared_experts") or 0)
+    moe = 2 * hidden * config["num_experts"] + 6 * hidden * config["moe_intermediate_size"] * active_experts
+    dense = 6 * hidden * config["intermediate_size"]
+    head = 2 * hidden * config["vocab_size"]
+    return layers * attention + (layers - dense_layers) * moe + dense_layers * dense + head
+
+
+def forward_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) -> int:
+    """Forward FLOPs of a batch of causal sequences, each of the given number of tokens."""
+    tokens, pairs = 0, 0
+    for length in sequence_lengths:
+        tokens += length
+        pairs += length * (length + 1) // 2
+    per_pair = 4 * config["num_attention_heads"] * _head_dim(config) * config["num_hidden_layers"]
+    return tokens * linear_flops_per_token(config) + pairs * per_pair
+
+
+def train_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) -> int:
+    """Forward and backward FLOPs of a batch of causal sequences: three times the forward pass."""
+    return 3 * forward_flops(config, sequence_lengths)
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    """head_dim, or hidden / heads where the checkpoint leaves it out or null (spec: BailingMoe configuration)."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

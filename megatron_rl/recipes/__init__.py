@@ -1,0 +1,1 @@
+"""What a user runs, built from the parts: rl, sft, evaluate, quickstart."""

@@ -1,0 +1,116 @@
+"""The policy under training: plan, pack, no-gradient passes, then one optimiser step per StepBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from c3po import Max, c3po_loss, grpo_loss, icepop_weights, mismatch_diagnostics, tis_weights
+from megatron_rl.batch import StepBatch, pack, plan_microbatches
+from megatron_rl.config.schema import AlgoConfig, Config
+from megatron_rl.model.build import Policy, build_policy
+from megatron_rl.model.bailing import read_config
+from megatron_rl.model.convert import load_hf
+from megatron_rl.observe.timing import Timers
+from megatron_rl.topology import Topology
+from megatron_rl.train_step.optimizer import build_optimizer, learning_rate
+from megatron_rl.train_step.step import TrainStep
+from megatron_rl.types import PackedMicrobatch, StepResult, SumCount, TrainSample
+
+
+def build_trainable(config: Config, topology: Topology, *, temperature: float) -> tuple[Policy, object, TrainStep]:
+    """The policy with the weights of model.path, its optimiser and its TrainStep."""
+    network = read_config(config.model.path)
+    policy = build_policy(network, config.model, config.parallel, with_gradients=True)
+    load_hf(policy, topology, config.model.path)
+    optimizer = build_optimizer(policy, config.optimizer, config.parallel)
+    if policy.transformer.bf16:
+        optimizer.reload_model_params()  # the fp32 master copies were made before the weights were loaded
+    step = TrainStep(policy, optimizer, topology, temperature=temperature,
+                     chunk_tokens=config.batch.logprob_chunk_tokens)
+    return policy, optimizer, step
+
+
+def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology) -> list[PackedMicrobatch]:
+    """This rank's micro-batches of `samples`; every rank gets equally many."""
+    parallel = config.parallel
+    plan = plan_microbatches(
+        [len(sample.token_ids) - 1 for sample in samples], dp_size=topology.dp_size,
+        tokens_per_microbatch=config.batch.tokens_per_microbatch,
+        multiple_of=parallel.pp if parallel.vpp else 1)
+    align = parallel.tp if parallel.use_sequence_parallel else 1
+    return [pack([samples[i] for i in members], multiple_of=align, device=topology.device)
+            for members in plan[topology.dp_rank]]
+
+
+class PolicyLearner:
+    """loop.Learner on Megatron. `updates_done` counts optimiser steps for the learning-rate schedule."""
+
+    def __init__(self, config: Config, topology: Topology):
+        self.config, self.topology = config, topology
+        self.policy, self.optimizer, self.step = build_trainable(
+            config, topology, temperature=config.rollout.temperature)
+        self._reference: Policy | None = None
+        if config.c3po.loss.kl_coef > 0:
+            self._reference = build_policy(self.policy.config, config.model, config.parallel, with_gradients=False)
+            load_hf(self._reference, topology, config.model.reference_path or config.model.path)
+        self.updates_done = 0
+
+    def learn(self, batches: Sequence[StepBatch], timers: Timers) -> list[StepResult]:
+        """Old (and reference) log-probabilities of all batches first, then their optimiser steps in order."""
+        with timers("logprobs"):
+            prepared = [self._prepare(batch) for batch in batches]
+        with timers("train"):
+            return [self._update(batch, *parts) for batch, parts in zip(batches, prepared, strict=True)]
+
+    def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], dict[int, torch.Tensor]]:
+        microbatches = packed_microbatches(batch.samples, self.config, self.topology)
+        old, counts = self.step.count_routing(microbatches)
+        for microbatch, logprobs_T in zip(microbatches, old):  # empty except on the last stage
+            microbatch.old_logprobs = logprobs_T
+        if self._reference is not None:
+            for microbatch, logprobs_T in zip(microbatches, self.step.logprobs(microbatches, self._reference)):
+                microbatch.ref_logprobs = logprobs_T
+        return microbatches, counts
+
+    def _update(self, batch: StepBatch, microbatches: list[PackedMicrobatch], counts) -> StepResult:
+        algo = self.config.c3po
+        total = self.config.run.steps * algo.updates_per_rollout
+        result = self.step.update(
+            microbatches, TokenObjective(algo, phi=batch.selection.phi, num_responses=batch.num_responses),
+            lr=learning_rate(self.updates_done, total, self.config.optimizer),
+            balance_coef=algo.balance_coef, z_loss_coef=algo.z_loss_coef, counts=counts)
+        self.updates_done += 1
+        return result
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """TokenLoss of one optimiser step: C3PO (Eq. 2, 6) or GRPO (Eq. 1), with the mismatch weights of c3po.mismatch."""
+
+    algo: AlgoConfig
+    phi: int
+    num_responses: int
+
+    def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor,
+                 entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
+        algo, mask = self.algo, batch.loss_mask
+        weights, weight_sums = self._mismatch_weights(batch)
+        shared = dict(config=algo.loss, ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
+        if algo.objective == "c3po":
+            loss, sums = c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, mask, phi=self.phi, **shared)
+        else:
+            loss, sums = grpo_loss(logprobs_T, batch.old_logprobs, batch.advantages, mask,
+                                   response_lengths=batch.response_lengths, num_responses=self.num_responses, **shared)
+        gap_sums, gap_maxima = mismatch_diagnostics(batch.old_logprobs, batch.rollout_logprobs, mask)
+        return loss, {**sums, **weight_sums, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
+
+    def _mismatch_weights(self, batch: PackedMicrobatch):
+        algo, given = self.algo, (batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask)
+        if algo.mismatch == "tis":
+            return tis_weights(*given, cap=algo.tis_cap)
+        if algo.mismatch == "icepop":
+            return icepop_weights(*given, low=algo.icepop_low, high=algo.icepop_high)
+        return None, {}

@@ -1,0 +1,158 @@
+"""The parts of the RL loop on a cluster: what rank 0 does for all, and what all do together.
+
+Rank 0 alone speaks to engines, judges, logs and evaluates; groups are broadcast, so that every rank goes on
+with the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_rl.batch import StepBatch
+from megatron_rl.config.schema import Config
+from megatron_rl.data import PromptSampler
+from megatron_rl.model.config import DTYPES
+from megatron_rl.model.convert import Exporter
+from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
+from megatron_rl.recipes.serving import HeldOut, style
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.sync.publish import (BroadcastPublisher, DiskPublisher, Publisher, PublishReport, TensorPublisher)
+from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
+from megatron_rl.topology import Topology
+from megatron_rl.types import Finish, RolloutGroup, StepResult, SumCount
+
+
+class BroadcastRollouts:
+    """loop.Rollouts: rank 0 draws prompts and collects, everybody receives. collector None on other ranks."""
+
+    def __init__(self, config: Config, topology: Topology, sampler: PromptSampler | None, collector: Collector | None):
+        self._config, self._topology = config, topology
+        self._sampler, self._collector = sampler, collector
+
+    def collect(self, step: int, round_: int) -> list[RolloutGroup]:
+        return self._topology.broadcast_object(self._collect(step, round_) if self._topology.is_main else None)
+
+    def _collect(self, step: int, round_: int) -> list[RolloutGroup]:
+        count = self._config.rollout.prompts_per_step
+        return self._collector.collect_blocking(self._sampler.next(count), step=step, first_index=round_ * count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._sampler.state_dict() if self._sampler is not None else {}
+
+
+class PublishedWeights:
+    """loop.Weights: all ranks stream their shards, rank 0 sends them on and has the engines prove what they hold."""
+
+    def __init__(self, exporter: Exporter, topology: Topology, *, publisher: Publisher | None,
+                 expected: ExpectedChecksums | None, clients: Sequence[EngineClient]):
+        self._exporter, self._topology = exporter, topology
+        self._publisher, self._expected, self._clients = publisher, expected, clients
+        self.report: PublishReport | None = None
+
+    def publish(self, version: int) -> None:
+        """Raises WeightMismatchError when an engine's checksums are not those of the tensors that were sent."""
+        tensors = self._exporter()
+        if self._publisher is None:
+            for _ in tensors:
+                pass
+        else:
+            watched = tensors if self._expected is None else self._expected.watch(tensors)
+            self.report = self._publisher.publish(watched, version)
+            if self._expected is not None:
+                verify_engines(self._clients, self._expected)
+        self._topology.barrier()
+
+
+def build_publisher(config: Config, clients: Sequence[EngineClient], device: torch.device) -> Publisher:
+    """The transport that rollout.publish names."""
+    shared = {"bucket_bytes": config.rollout.bucket_bytes}
+    if config.rollout.publish == "tensor":
+        return TensorPublisher(clients, **shared)
+    if config.rollout.publish == "broadcast":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        return BroadcastPublisher(clients, **shared, backend=backend, device=device)
+    return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)
+
+
+def build_expected(config: Config, raw_model_config: dict[str, Any]) -> ExpectedChecksums | None:
+    """What verifies a publish, or None (rollout.verify_checksums=false)."""
+    if not config.rollout.verify_checksums:
+        return None
+    dtype = config.rollout.engine.dtype or config.model.dtype
+    return ExpectedChecksums(raw_model_config, engine_dtype=DTYPES[dtype])
+
+
+class RunRecord:
+    """loop.Record: metrics, evaluation and checkpoints. Everything but `save` acts on rank 0 alone."""
+
+    def __init__(self, config: Config, topology: Topology, *, log: MetricsLog | None, held_out: HeldOut | None,
+                 weights: PublishedWeights, save: Callable[[int], None]):
+        self._config, self._topology = config, topology
+        self._log, self._held_out, self._weights, self._save = log, held_out, weights, save
+
+    def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
+             results: Sequence[StepResult], timers: Timers) -> None:
+        seconds = timers.pop()
+        if self._log is None:
+            return
+        metrics = {**rollout_metrics(groups), **budget_metrics(batches), **update_metrics(results), **seconds,
+                   "sync/version": self._weights.report.version, "sync/bytes": self._weights.report.bytes}
+        rounds = len(groups) // self._config.rollout.prompts_per_step
+        metrics |= {"budget/collect_rounds": rounds,
+                    "tokens_per_s/rollout": metrics["rollout/generated_tokens"] / seconds["time/generate"],
+                    "tokens_per_s/train": metrics["budget/selected_tokens"]
+                    / (seconds["time/logprobs"] + seconds["time/train"])}
+        self._log.log(step + 1, metrics)
+
+    def evaluate(self, step: int, label: str) -> None:
+        if self._held_out is not None:
+            self._log.log_eval(step, label, self._held_out(step))
+        self._topology.barrier()
+
+    def save(self, step: int) -> None:
+        self._save(step)
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scores = [score for group in groups for score in group.scores]
+    means = [float(np.mean([score.value for score in group.scores])) for group in groups]
+    lengths = [rollout.response_tokens for rollout in rollouts]
+    statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
+    return {
+        "reward/mean": float(np.mean([score.value for score in scores])),
+        "reward/pass_rate": float(np.mean([mean > 0 for mean in means])),
+        **{f"reward/status/{status}": count / len(scores) for status, count in sorted(statuses.items())},
+        "rollout/generated_tokens": sum(lengths),
+        "rollout/response_tokens_mean": float(np.mean(lengths)),
+        "rollout/truncated_fraction": float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
+        "rollout/groups_mixed_fraction": float(np.mean([0.0 < mean < 1.0 for mean in means])),
+        **{f"style/{key}": value for key, value in style(groups).items()},
+    }
+
+
+def budget_metrics(batches: Sequence[StepBatch]) -> dict[str, float]:
+    """Totals over the optimiser steps of one rollout; fill is selected / Phi."""
+    selected = sum(batch.selection.selected_tokens for batch in batches)
+    phi = sum(batch.selection.phi for batch in batches)
+    available = sum(batch.available_tokens for batch in batches)
+    return {"budget/phi": phi, "budget/selected_tokens": selected, "budget/fill": selected / phi,
+            "budget/dropped_tokens": available - selected}
+
+
+def update_metrics(results: Sequence[StepResult]) -> dict[str, float]:
+    """Token means over all optimiser steps; of the gauges, totals add up, maxima stay maxima, others are averaged."""
+    sums: dict[str, SumCount] = {}
+    for result in results:
+        for key, value in result.sums.items():
+            sums[key] = sums[key] + value if key in sums else value
+    gauges = {key: [result.gauges[key] for result in results] for key in results[0].gauges}
+    combined = {key: sum(values) if key == "train/selected_tokens" else max(values) if "max_abs" in key
+                else float(np.mean(values)) for key, values in gauges.items()}
+    return {**reduce_metrics(sums, None), **combined}

@@ -1,0 +1,101 @@
+"""The quick start: a random Mixture-of-Experts model becomes a better one, all on real Megatron and SGLang.
+
+Stages in one folder: init/ (random weights and a tokenizer) -> sft/ -> rl/ -> rl/report.html. One engine serves
+every stage; it starts with the random weights and loads or receives what comes after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Config
+from megatron_rl.data import chains_tokenizer
+from megatron_rl.launch.local import engine_for, run_ranks
+from megatron_rl.model.hf_folder import bailing_config, random_bailing, write_hf_folder
+from megatron_rl.observe.report import write_report
+from megatron_rl.recipes import evaluate
+
+ROOT = Path("runs/quickstart")
+COLUMNS = ("stage", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning", "tokens")
+
+
+def run(overrides: Sequence[str], console: Console) -> Path:
+    """Run all stages; `overrides` apply to the RL stage (and run.seed to all). Returns the report's path."""
+    started = time.perf_counter()
+    folder = free_folder(ROOT)
+    rl = load(["experiment=quickstart", f"run.dir={folder / 'rl'}", f"model.path={folder / 'sft' / 'hf'}", *overrides])
+    seed = rl.run.seed
+    sft = load(["experiment=quickstart_sft", f"run.dir={folder / 'sft'}", f"model.path={folder / 'init'}",
+                f"run.seed={seed}"])
+    console.print(f"[bold]1/4[/bold] a random Mixture-of-Experts model in {folder / 'init'}")
+    make_random_model(folder / "init", seed)
+    results = {}
+    with engine_for(rl, str(folder / "init"), folder / "engine.log") as served:
+        results["before SFT"] = evaluate.run(at(served, folder / "init"))
+        console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, 2 ranks, EP 2)")
+        run_ranks("sft", sft)
+        results["after SFT"] = evaluate.run(served, model_path=str((folder / "sft" / "hf").resolve()))
+        console.print(f"[bold]3/4[/bold] C3PO: {rl.c3po.phi} training tokens in each of {rl.run.steps} steps "
+                      "(Megatron trains, SGLang samples, Math-Verify judges)")
+        run_ranks("rl", served)
+    results["after RL"] = last_evaluation(folder / "rl")
+    add_earlier_stages(folder / "rl", results)
+    console.print("[bold]4/4[/bold] report")
+    console.print(result_table(results))
+    report = write_report([folder / "rl"], folder / "report.html")
+    gain = 100 * (results["after RL"]["accuracy"] - results["after SFT"]["accuracy"])
+    console.print(f"C3PO added {gain:+.1f} points. Report: [bold]{report}[/bold]  "
+                  f"(took {time.perf_counter() - started:.0f} s)")
+    return report
+
+
+def free_folder(root: Path) -> Path:
+    """`root`, or root-2, root-3, ...: an earlier quick start is never written over."""
+    candidate, number = root, 1
+    while candidate.exists():
+        number += 1
+        candidate = root.with_name(f"{root.name}-{number}")
+    candidate.mkdir(parents=True)
+    return candidate
+
+
+def make_random_model(folder: Path, seed: int) -> None:
+    """About 0.6M parameters: 4 layers, 8 experts top-2, one shared expert, the task's own 96-token vocabulary."""
+    tokenizer = folder.with_name("tokenizer")
+    chains_tokenizer(tokenizer)
+    config = bailing_config()
+    write_hf_folder(folder, config, random_bailing(config, seed, scheme="scaled"), tokenizer_from=tokenizer)
+
+
+def at(config: Config, folder: Path) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+def last_evaluation(run_dir: Path) -> dict:
+    return json.loads((run_dir / "eval.jsonl").read_text().splitlines()[-1])
+
+
+def add_earlier_stages(run_dir: Path, results: dict[str, dict]) -> None:
+    """Put the evaluation before SFT in front of the run's own, for the report."""
+    path = run_dir / "eval.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] = {**rows[0], "label": "after SFT"}
+    first = {"step": 0, "label": "before SFT", **results["before SFT"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
+
+
+def result_table(results: dict[str, dict]) -> Table:
+    table = Table(*COLUMNS, title="quick start")
+    for stage, row in results.items():
+        reasoning = f"{row['reasoning_accuracy']:.3f}" if "reasoning_accuracy" in row else "-"
+        table.add_row(stage, f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
+                      f"{row['direct_share']:.2f}", reasoning, f"{row['mean_response_tokens']:.1f}")
+    return table

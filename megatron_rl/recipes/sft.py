@@ -1,0 +1,87 @@
+"""Supervised fine-tuning on prompt-response pairs: the same packed Megatron step with a token-level mean loss."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from c3po import SumCount
+from megatron_rl import topology
+from megatron_rl.config.load import to_dict
+from megatron_rl.config.schema import Config
+from megatron_rl.data import PromptSource
+from megatron_rl.model.checkpoint import Checkpoints
+from megatron_rl.model.convert import Exporter
+from megatron_rl.observe import MetricsLog, reduce_metrics
+from megatron_rl.recipes.learner import build_trainable, packed_microbatches
+from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+from megatron_rl.recipes.rl import export, restore
+from megatron_rl.train_step.optimizer import learning_rate
+from megatron_rl.types import PackedMicrobatch, TrainSample
+
+
+def run(config: Config) -> None:
+    """sft.epochs passes over the first sft.examples of `data`; exports <run.dir>/hf, a checkpoint per epoch."""
+    here = topology.start(config.parallel, seed=config.run.seed)
+    policy, optimizer, step = build_trainable(config, here, temperature=1.0)
+    checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", policy, optimizer, here,
+                              keep=config.run.keep_checkpoints)
+    state = restore(config, checkpoints)
+    source = prompt_source(config, config.data, load_tokenizer(config.model.path))
+    options = config.sft
+    if len(source) < options.examples:
+        raise ValueError(f"sft.examples={options.examples}, but data has {len(source)} examples")
+    per_epoch, total = options.steps_per_epoch, options.total_steps
+    done = 0 if state is None else state["step"]
+    with contextlib.ExitStack() as stack:
+        log = None
+        if here.is_main:
+            log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
+                                                 resume_step=None if state is None else done))
+        for epoch in range(done // per_epoch, options.epochs):
+            order = np.random.default_rng([config.run.seed, epoch]).permutation(options.examples)
+            for index in range(done - epoch * per_epoch, per_epoch):
+                started = time.perf_counter()
+                chosen = order[index * options.batch_size:(index + 1) * options.batch_size]
+                samples = [sft_sample(source, int(i)) for i in chosen]
+                microbatches = packed_microbatches(samples, config, here)
+                result = step.update(
+                    microbatches, TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples)),
+                    lr=learning_rate(done, total, config.optimizer), balance_coef=options.balance_coef,
+                    z_loss_coef=options.z_loss_coef, counts=None)
+                done += 1
+                if log is not None:
+                    tokens = sum(len(sample.token_ids) for sample in samples)
+                    log.log(done, {**reduce_metrics(result.sums, None), **result.gauges,
+                                   "tokens_per_s/train": tokens / (time.perf_counter() - started)})
+            checkpoints.save(done, {"epoch": epoch + 1})
+        if config.run.export_hf:
+            export(config, Exporter(policy, here), here, Path(config.run.dir) / "hf")
+    topology.stop()
+
+
+def sft_sample(source: PromptSource, index: int) -> TrainSample:
+    """Example `index` with its response as the trained tokens."""
+    prompt, response = source.sft_example(index)
+    tokens = np.asarray([*prompt.token_ids, *response], dtype=np.int32)
+    mask = np.arange(len(tokens)) >= len(prompt.token_ids)
+    return TrainSample(index=index, token_ids=tokens, loss_mask=mask,
+                       rollout_logprobs=np.zeros(len(tokens), dtype=np.float32), advantage=0.0,
+                       num_response_tokens=len(response))
+
+
+class TokenMeanLoss:
+    """-(sum of log-probabilities of the step's response tokens) / their number; slices add up."""
+
+    def __init__(self, num_tokens: int):
+        self._num_tokens = num_tokens
+
+    def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor, entropy_T: torch.Tensor):
+        masked = torch.where(batch.loss_mask, logprobs_T, 0.0)
+        entropy = torch.where(batch.loss_mask, entropy_T.detach(), 0.0)
+        count = batch.loss_mask.sum()
+        return -masked.sum() / self._num_tokens, {"entropy": SumCount(entropy.sum(), count)}

@@ -1,0 +1,73 @@
+"""What a scorer is: a function of (prompt, response text), split so that its costly part can run elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_rl.types import Prompt, Score
+
+__all__ = ["Job", "STATUSES", "Scorer", "run", "verdict"]
+
+STATUSES = ("correct", "wrong", "no_answer", "timeout", "error")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The costly part of one judgement: an importable function and picklable arguments, run in a worker.
+
+    memo_key holds everything the function reads, so equal keys have equal scores; None: never remembered.
+    """
+
+    function: Callable[..., Score]
+    args: tuple[Any, ...]
+    memo_key: Hashable | None
+
+    def run(self) -> Score:
+        """The score; an exception of the function becomes status `error` with its type and message."""
+        foreign = _ForeignCode()
+        with foreign:
+            return self.function(*self.args)
+        return Score(0.0, "error", foreign.failure)
+
+
+class Scorer(Protocol):
+    """Judges the responses of one domain.
+
+    prepare: does the cheap part here and returns the Score if that decides it, else the Job that does.
+    score: both parts in this process, without a time limit.
+    warm_up: run once in each worker before its first job (imports); None if prepare always decides.
+    preload: modules a worker needs.
+    """
+
+    preload: tuple[str, ...]
+    warm_up: Callable[[], None] | None
+
+    def prepare(self, prompt: Prompt, response_text: str) -> Score | Job: ...
+
+    def score(self, prompt: Prompt, response_text: str) -> Score: ...
+
+
+def run(prepared: Score | Job) -> Score:
+    """The Score of what Scorer.prepare returned, computed in this process."""
+    return prepared.run() if isinstance(prepared, Job) else prepared
+
+
+def verdict(correct: bool) -> Score:
+    return Score(1.0, "correct") if correct else Score(0.0, "wrong")
+
+
+class _ForeignCode:
+    """Keeps the exception of code that is not ours as text: it may be of any type, and many do not pickle."""
+
+    failure = ""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self.failure = f"{type(error).__name__}: {error}"[:500]
+        return True

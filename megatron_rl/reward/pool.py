@@ -1,0 +1,224 @@
+"""Judges responses in worker processes that can be killed, and remembers what it has judged.
+
+pebble.ProcessPool (5.x) gives every job a hard time limit: an expression like 9^9^9^9 costs its own slot and
+nothing else. Workers come from a fork server, never from a fork of the trainer, whose gloo and NCCL threads a
+fork would copy in mid-air; the server imports the scorers once, so a killed worker is replaced in well
+under a second. A broken pool (pebble declares one when a worker dies idle) is replaced, its jobs sent once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import resource
+import signal
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import pebble
+
+from megatron_rl.config.schema import RewardConfig
+from megatron_rl.reward.base import Job
+from megatron_rl.reward.route import Routes
+from megatron_rl.types import Prompt, Score
+
+__all__ = ["RewardPool"]
+
+MEMO_ENTRIES = 65536
+WORKER_MEMORY_BYTES = 4 * 1024**3
+WORKERS_DIE = ("the reward workers die before they take work; the worker's own message is above. A script that makes a "
+               "RewardPool needs `if __name__ == \"__main__\":` around its main part")
+
+_LOG = logging.getLogger(__name__)
+
+
+class RewardPool:
+    """Scores responses by reward.routes, on reward.workers processes, each job for reward.timeout_s at most.
+
+    A job over its time scores (0, timeout); a scorer that raises, or takes its worker down, (0, error, why).
+    Neither is remembered; every other score of a job with a memo key is, and equal jobs in flight share one
+    run. Workers start with the first job (or warm_up) and end with close. Safe from several threads.
+    """
+
+    def __init__(self, config: RewardConfig):
+        self.jobs_sent = 0
+        self._config = config
+        self._routes = Routes(config.routes)
+        self._lock = threading.RLock()
+        self._pool: pebble.ProcessPool | None = None
+        self._retiring: list[threading.Thread] = []
+        self._started = False
+        self._closed = False
+        self._memo: OrderedDict[Hashable, Score] = OrderedDict()
+        self._in_flight: dict[Hashable, Future[Score]] = {}
+        self._failures_told: set[str] = set()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_domains(self, domains: Iterable[str]) -> None:
+        """ValueError naming reward.routes.<domain> for each domain without a scorer."""
+        self._routes.check_domains(domains)
+
+    def warm_up(self) -> None:
+        """Starts the workers and waits until one is ready (seconds: imports). No-op if no route needs one."""
+        if self._started or all(scorer.warm_up is None for scorer in self._routes.scorers()):
+            return
+        with self._lock:
+            ready = self._running_pool().schedule(_ready)
+        try:
+            ready.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(WORKERS_DIE) from error
+        self._started = True
+
+    async def score(self, prompt: Prompt, response_text: str) -> Score:
+        """Judges one response without blocking the event loop. ValueError if the domain has no route."""
+        prepared = self._routes.scorer(prompt.domain).prepare(prompt, response_text)
+        if isinstance(prepared, Score):
+            return prepared
+        if not self._started:
+            await asyncio.to_thread(self.warm_up)
+        try:
+            return await _outcome(self._submit(prepared))
+        except BrokenProcessPool:
+            return await _outcome(self._submit(prepared, last_attempt=True))
+
+    def score_many(self, items: list[tuple[Prompt, str]]) -> list[Score]:
+        """Judges all items, in order, and waits. Not for use inside an event loop: it blocks."""
+        prepared = [self._routes.scorer(prompt.domain).prepare(prompt, text) for prompt, text in items]
+        waiting = [(part, self._submit(part)) if isinstance(part, Job) else part for part in prepared]
+        return [part if isinstance(part, Score) else self._wait(*part) for part in waiting]
+
+    def close(self) -> None:
+        """Ends the workers at once; scores still awaited are cancelled. The pool cannot be used again."""
+        with self._lock:
+            self._closed = True
+            pool, unfinished = self._pool, list(self._in_flight.values())
+            self._pool = None
+            self._in_flight.clear()
+        for outcome in unfinished:
+            outcome.cancel()
+        if pool is not None:
+            pool.stop()
+            pool.join()
+        for thread in self._retiring:
+            thread.join()
+
+    def _wait(self, job: Job, outcome: Future[Score]) -> Score:
+        try:
+            return outcome.result()
+        except BrokenProcessPool:
+            return self._submit(job, last_attempt=True).result()
+
+    def _submit(self, job: Job, *, last_attempt: bool = False) -> Future[Score]:
+        """The job's score to come: remembered, shared with an equal job in flight, or sent to a worker."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the RewardPool is closed")
+            if job.memo_key in self._memo:
+                self._memo.move_to_end(job.memo_key)
+                known: Future[Score] = Future()
+                known.set_result(self._memo[job.memo_key])
+                return known
+            if job.memo_key in self._in_flight:
+                return self._in_flight[job.memo_key]
+            slot = object() if job.memo_key is None else job.memo_key
+            outcome: Future[Score] = Future()
+            self._in_flight[slot] = outcome
+            running = self._running_pool().schedule(job.run, timeout=self._config.timeout_s)
+            self.jobs_sent += 1
+        running.add_done_callback(lambda done: self._settle(job, slot, done, outcome, last_attempt))
+        return outcome
+
+    def _settle(self, job: Job, slot: Hashable, done: Future[Score], outcome: Future[Score],
+                last_attempt: bool) -> None:
+        """Turns a finished job into its outcome; runs on one of pebble's threads."""
+        with self._lock:
+            if self._in_flight.pop(slot, None) is None or outcome.done():
+                return  # closed in the meantime
+            error = done.exception()
+            if isinstance(error, BrokenProcessPool):
+                outcome.set_exception(RuntimeError(WORKERS_DIE) if last_attempt else error)
+                return
+            score = done.result() if error is None else self._failure(error)
+            if score.status == "error":
+                self._tell(job, score)
+            elif score.status != "timeout" and job.memo_key is not None:
+                self._memo[job.memo_key] = score
+                if len(self._memo) > MEMO_ENTRIES:
+                    self._memo.popitem(last=False)
+            outcome.set_result(score)
+
+    def _failure(self, error: BaseException) -> Score:
+        if isinstance(error, TimeoutError):
+            return Score(0.0, "timeout", f"not judged within reward.timeout_s={self._config.timeout_s}")
+        if isinstance(error, pebble.ProcessExpired):
+            return Score(0.0, "error", f"the scorer took its worker down (exit code {error.exitcode})")
+        return Score(0.0, "error", f"{type(error).__name__}: {error}"[:500])
+
+    def _tell(self, job: Job, score: Score) -> None:
+        """Warns once per function and kind of failure: a reward function that always fails looks like a bad policy."""
+        kind = f"{job.function.__module__}.{job.function.__qualname__}: {score.detail.partition(':')[0]}"
+        if kind not in self._failures_told:
+            self._failures_told.add(kind)
+            _LOG.warning("a response could not be judged by %s: %s (further ones of this kind are only counted)",
+                         job.function.__qualname__, score.detail)
+
+    def _running_pool(self) -> pebble.ProcessPool:
+        """The pool, started; a broken one (an idle worker was killed) is replaced. Needs the lock."""
+        if self._pool is not None and not self._pool.active:
+            # not joined here: the pool's threads may be waiting for the lock in _settle
+            retiring = threading.Thread(target=self._pool.join, daemon=True)
+            retiring.start()
+            self._retiring.append(retiring)
+            self._pool = None
+        if self._pool is None:
+            self._pool = self._new_pool()
+        return self._pool
+
+    def _new_pool(self) -> pebble.ProcessPool:
+        scorers = self._routes.scorers()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_preload(module for scorer in scorers for module in scorer.preload))
+        warm_ups = tuple(dict.fromkeys(scorer.warm_up for scorer in scorers if scorer.warm_up is not None))
+        return pebble.ProcessPool(max_workers=self._config.workers, initializer=_initialise_worker,
+                                  initargs=(warm_ups,), context=context)
+
+
+async def _outcome(future: Future[Score]) -> Score:
+    """Shielded: the future may be shared, so one caller's cancellation must not cancel it."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def _preload(modules: Iterable[str]) -> list[str]:
+    """What the fork server imports once: the scorers, and the main module when it was started with -m.
+
+    Each worker runs the main module's top level again (multiprocessing/spawn.py `prepare`), and the server does
+    not load it beforehand in 3.12.1 (CPython gh-126631); with its imports at hand that costs nothing.
+    """
+    spec = sys.modules["__main__"].__spec__
+    main = [spec.name] if spec is not None and not spec.name.endswith("__main__") else []
+    return [__name__, *dict.fromkeys(modules), *main]
+
+
+def _initialise_worker(warm_ups: tuple[Callable[[], None], ...]) -> None:
+    """SIGTERM kills at once (pebble's handler waits for the interpreter, which a huge integer power holds)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    for warm_up in warm_ups:
+        warm_up()
+
+
+def _ready() -> None:
+    return None

@@ -1,0 +1,48 @@
+"""reward.routes: which scorer judges which domain."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from megatron_rl.reward.base import Scorer
+from megatron_rl.reward.exact import ExactScorer
+from megatron_rl.reward.gym import ReasoningGymScorer
+from megatron_rl.reward.math import MathVerifyScorer
+from megatron_rl.reward.user import UserScorer
+
+__all__ = ["Routes"]
+
+BUILT_IN = {"math_verify": MathVerifyScorer, "exact": ExactScorer, "reasoning_gym": ReasoningGymScorer}
+
+
+class Routes:
+    """domain -> Scorer, built once from reward.routes. Raises ValueError naming reward.routes.<domain>."""
+
+    def __init__(self, routes: Mapping[str, str]):
+        self._scorers = {domain: _scorer(domain, name) for domain, name in routes.items()}
+
+    def scorers(self) -> tuple[Scorer, ...]:
+        return tuple(self._scorers.values())
+
+    def scorer(self, domain: str) -> Scorer:
+        self.check_domains([domain])
+        return self._scorers[domain]
+
+    def check_domains(self, domains: Iterable[str]) -> None:
+        """ValueError naming every domain that has no route."""
+        missing = sorted(set(domains) - self._scorers.keys())
+        if missing:
+            keys = ", ".join(f"reward.routes.{domain}" for domain in missing)
+            raise ValueError(f"no scorer for {keys}; set it to {' | '.join(BUILT_IN)} | module.function "
+                             f"(routes given: {', '.join(self._scorers) or 'none'})")
+
+
+def _scorer(domain: str, name: str) -> Scorer:
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if "." in name:
+        return UserScorer(domain, name)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose {' | '.join(BUILT_IN)} | module.function"
+    raise ValueError(f"reward.routes.{domain}={name} is no scorer; {hint}")

@@ -1,0 +1,64 @@
+"""A reward function of the user's own: `function(prompt, response_text) -> float | Score`, by dotted path."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from megatron_rl.reward.base import STATUSES, Job, run
+from megatron_rl.types import Prompt, Score
+
+__all__ = ["UserScorer", "judge_user"]
+
+
+class UserScorer:
+    """Calls `module.function` in a worker. A number above 0 counts as correct. Never remembered: it may be random.
+
+    Raises ValueError naming reward.routes.<domain> if the path cannot be imported or is not callable.
+    """
+
+    def __init__(self, domain: str, path: str):
+        where = f"reward.routes.{domain}={path}"
+        try:
+            _load(path)
+        except (ImportError, SyntaxError) as error:
+            raise ValueError(f"{where}: cannot import {path.rpartition('.')[0]} ({error}); "
+                             "start in the folder that holds it, or put that folder on PYTHONPATH") from error
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        self.preload = (path.rpartition(".")[0],)
+        self.warm_up = functools.partial(_warm_up, path)
+        self._path = path
+
+    def prepare(self, prompt: Prompt, response_text: str) -> Job:
+        return Job(judge_user, (self._path, prompt, response_text), memo_key=None)
+
+    def score(self, prompt: Prompt, response_text: str) -> Score:
+        return run(self.prepare(prompt, response_text))
+
+
+def judge_user(path: str, prompt: Prompt, response_text: str) -> Score:
+    """The function's Score. ValueError if it returns no finite number and no valid Score."""
+    result = _load(path)(prompt, response_text)
+    score = result if isinstance(result, Score) else None
+    if score is None and isinstance(result, (bool, int, float)):
+        score = Score(float(result), "correct" if result > 0 else "wrong")
+    if score is None or not math.isfinite(score.value) or score.status not in STATUSES:
+        raise ValueError(f"{path} returned {result!r}: not a finite number, nor a Score with a status of {STATUSES}")
+    return score
+
+
+@functools.cache
+def _load(path: str) -> Callable[[Prompt, str], Any]:
+    module_name, _, name = path.rpartition(".")
+    function = getattr(importlib.import_module(module_name), name)
+    if not callable(function):
+        raise TypeError(f"{name} of {module_name} is not a function")
+    return function
+
+
+def _warm_up(path: str) -> None:
+    _load(path)

@@ -1,0 +1,1 @@
+"""Sampling with SGLang: start an engine, speak to it over HTTP, collect groups of responses."""

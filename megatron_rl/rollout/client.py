@@ -1,0 +1,278 @@
+"""An asynchronous client of SGLang's HTTP API (0.5.23: sglang/srt/entrypoints/http_server.py).
+
+Weight versions are integers on our side and str(n) on the wire. No environment proxies are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import aiohttp
+import numpy as np
+
+from megatron_rl.types import Finish, VersionSpan
+
+# The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
+KEEP_ALIVE_S = 3.0
+ERROR_TEXT_CHARACTERS = 600
+
+
+class EngineHTTPError(RuntimeError):
+    """The engine refused a request or did not answer. The message names the endpoint and says why."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one response is sampled.
+
+    seed takes effect on an engine started with rollout.engine.deterministic; elsewhere SGLang ignores it.
+    A stop string stays in output_ids as it was sampled.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        return replace(self, seed=seed)
+
+    def to_wire(self) -> dict[str, Any]:
+        wire: dict[str, Any] = {
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+        if self.seed is not None:
+            wire["sampling_seed"] = self.seed
+        if self.stop:
+            wire["stop"] = list(self.stop)
+        if self.stop_token_ids:
+            wire["stop_token_ids"] = list(self.stop_token_ids)
+        if self.ignore_eos:
+            wire["ignore_eos"] = True
+        return wire
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """One response: R sampled tokens.
+
+    output_ids int32 [R]; logprobs fp32 [R], of the temperature-scaled distribution before top-p and top-k;
+    finish_detail is the engine's own finish_reason.
+    """
+
+    output_ids: np.ndarray
+    logprobs: np.ndarray
+    finish: Finish
+    finish_detail: Mapping[str, Any]
+    weight_versions: tuple[VersionSpan, ...]
+    cached_tokens: int
+    num_retractions: int
+
+
+class EngineClient:
+    """One engine at `base_url`. Safe for many concurrent calls on one event loop.
+
+    The connection pool is opened on first use and belongs to that event loop; close() or `async with` ends it,
+    after which another loop may use the client again. Every call raises EngineHTTPError.
+    """
+
+    def __init__(self, base_url: str, *, timeout_s: float = 600.0, log_path: str | None = None):
+        self.base_url = base_url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.log_path = log_path
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate(
+        self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams, timeout_s: float | None = None
+    ) -> GenerateResult:
+        """Samples one response to `input_ids`. A finish of ABORT is an answer, not an error."""
+        answer = await self._post(
+            "/generate",
+            {
+                "rid": rid,
+                "input_ids": list(input_ids),
+                "sampling_params": sampling.to_wire(),
+                "return_logprob": True,
+            },
+            timeout_s=timeout_s,
+        )
+        return _parse_generate(answer)
+
+    async def is_healthy(self, *, timeout_s: float = 5.0) -> bool:
+        """True when the engine is started and its scheduler has answered recently."""
+        try:
+            await self._request("GET", "/health", None, timeout_s=timeout_s)
+        except EngineHTTPError:
+            return False
+        return True
+
+    async def weight_version(self) -> int:
+        info = await self._request("GET", "/model_info", None)
+        return int(info["weight_version"])
+
+    async def server_info(self) -> dict[str, Any]:
+        return await self._request("GET", "/server_info", None)
+
+    async def pause_generation(self, mode: Literal["abort", "in_place", "retract"]) -> None:
+        """abort: running requests end with Finish.ABORT; the others continue after continue_generation().
+
+        in_place keeps the key-value cache of the old weights; retract recomputes it.
+        """
+        await self._post("/pause_generation", {"mode": mode})
+
+    async def continue_generation(self) -> None:
+        await self._post("/continue_generation", {})
+
+    async def abort(self, rid: str) -> None:
+        await self._post("/abort_request", {"rid": rid})
+
+    async def abort_all(self) -> None:
+        await self._post("/abort_request", {"abort_all": True})
+
+    async def flush_cache(self) -> None:
+        """Drops the prefix cache. Refused while requests run (not while paused with `retract`)."""
+        await self._post("/flush_cache", None)
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """Per engine rank: parameter name -> 16 hex digits, computed from the weights in use."""
+        answer = await self._post("/weights_checker", {"action": "checksum"})
+        return [dict(rank["checksums"]) for rank in answer["ranks"]]
+
+    async def begin_weight_update(self) -> None:
+        await self._post("/begin_weight_update", {})
+
+    async def end_weight_update(self) -> None:
+        await self._post("/end_weight_update", {})
+
+    async def update_weights_from_tensor(
+        self, serialized_named_tensors: Sequence[str], *, load_format: str | None, flush_cache: bool,
+        version: int | None = None,
+    ) -> None:
+        """One base64 pickle per tensor-parallel rank; only between begin and end."""
+        await self._post(
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": list(serialized_named_tensors),
+                "load_format": load_format,
+                "flush_cache": flush_cache,
+                **_version_to_wire(version),
+            },
+        )
+
+    async def update_weights_from_distributed(
+        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, group_name: str,
+        load_format: str | None, flush_cache: bool, version: int | None = None,
+    ) -> None:
+        """Returns once the broadcast from rank 0 of the group has been received and loaded."""
+        await self._post(
+            "/update_weights_from_distributed",
+            {
+                "names": list(names),
+                "dtypes": list(dtypes),
+                "shapes": [list(shape) for shape in shapes],
+                "group_name": group_name,
+                "load_format": load_format,
+                "flush_cache": flush_cache,
+                **_version_to_wire(version),
+            },
+        )
+
+    async def update_weights_from_disk(self, model_path: str, *, version: int) -> None:
+        await self._post(
+            "/update_weights_from_disk",
+            {"model_path": model_path, "flush_cache": True, **_version_to_wire(version)},
+        )
+
+    async def init_weights_update_group(
+        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str,
+        backend: Literal["gloo", "nccl"],
+    ) -> None:
+        await self._post(
+            "/init_weights_update_group",
+            {
+                "master_address": master_address,
+                "master_port": master_port,
+                "rank_offset": rank_offset,
+                "world_size": world_size,
+                "group_name": group_name,
+                "backend": backend,
+            },
+        )
+
+    async def destroy_weights_update_group(self, group_name: str) -> None:
+        await self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
+        return await self._request("POST", path, body, timeout_s=timeout_s)
+
+    async def _request(self, method: str, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        where = f"{method} {self.base_url}{path}"
+        try:
+            async with self._open_session().request(
+                method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
+            ) as response:
+                text = await response.text()
+                if response.status != 200:
+                    raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
+                if response.content_type != "application/json":
+                    return text
+                return await response.json()
+        except TimeoutError as error:
+            raise EngineHTTPError(f"{where}: no answer within {limit_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise EngineHTTPError(f"{where}: {type(error).__name__}: {error}") from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        return self._session
+
+
+def _version_to_wire(version: int | None) -> dict[str, str]:
+    return {} if version is None else {"weight_version": str(version)}
+
+
+def _parse_generate(answer: Mapping[str, Any]) -> GenerateResult:
+    meta = answer["meta_info"]
+    output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
+    pairs = meta["output_token_logprobs"] if len(output_ids) else []
+    if [pair[1] for pair in pairs] != output_ids.tolist():
+        raise EngineHTTPError(f"POST /generate: {len(pairs)} log-probabilities for {len(output_ids)} tokens "
+                              f"of request {meta['id']}, or not of the same tokens")
+    spans = tuple(
+        VersionSpan(version=int(span["version"]), start=span["start"], end=span["end"])
+        for span in meta["weight_versions"]
+        if span["end"] > span["start"]
+    )
+    reason = meta["finish_reason"]
+    return GenerateResult(
+        output_ids=output_ids,
+        logprobs=np.asarray([pair[0] for pair in pairs], dtype=np.float32),
+        finish=Finish(reason["type"]),
+        finish_detail=reason,
+        weight_versions=spans,
+        cached_tokens=meta["cached_tokens"],
+        num_retractions=meta["num_retractions"],
+    )

@@ -1,0 +1,29 @@
+"""Runs a program that the kernel kills when its parent dies: `python -m ... PARENT_PID PROGRAM ARGS`.
+
+A `kill -9` of the trainer then leaves no engine behind: SGLang's children die with its main process
+(sglang.srt.utils.common.kill_itself_when_parent_died). Linux only. "Parent" is the thread that started this
+program (prctl(2), PR_SET_PDEATHSIG), so start it from a thread that lives as long as the program should.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> None:
+    parent_pid, *command = argv
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != int(parent_pid):
+        raise SystemExit("the parent died before the engine could start")
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,247 @@
+"""Starts, watches and stops one SGLang server (0.5.23) as a process group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+import megatron_rl
+from megatron_rl.config.schema import EngineConfig, RolloutConfig
+
+HOST = "127.0.0.1"
+LOG_LINES_SHOWN = 25
+POLL_S = 0.25
+KILL_GRACE_S = 10.0
+# torchrun's variables would make the engine join the trainer's store instead of opening its own
+# (torch.distributed.rendezvous._torchelastic_use_agent_store).
+TRAINER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+                     "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
+
+
+class EngineError(RuntimeError):
+    """The engine could not be started or died; the message ends with the last lines of its log."""
+
+
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def choose_port(port: int | None) -> int:
+    """A free port, or `port` itself. Raises ValueError when `port` is taken."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port or 0))
+        except OSError as error:
+            raise ValueError(f"rollout.engine.port={port} is taken on {HOST}: choose another, or leave it unset "
+                             "to have a free one found") from error
+        return probe.getsockname()[1]
+
+
+def engine_command(
+    engine: EngineConfig, rollout: RolloutConfig, model_path: str | Path, port: int, *,
+    model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
+) -> tuple[list[str], dict[str, str]]:
+    """The command line and the whole environment of the server.
+
+    `engine.dtype` overrides `model_dtype`. `seed` seeds SGLang's own sampler, which is reproducible only for
+    the same arrival order of requests; `engine.deterministic` makes it a function of each request's seed.
+    """
+    device = resolve_device(engine.device)
+    module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
+    # One request at a time: on CPU the last bits of a matmul depend on how many rows it has. On CUDA SGLang's
+    # own batch-invariant kernels make that unnecessary.
+    alone = engine.deterministic and device == "cpu"
+    flags = {
+        "--model-path": str(model_path),
+        "--host": HOST,
+        "--port": port,
+        "--device": device,
+        "--dtype": engine.dtype or model_dtype,
+        "--context-length": rollout.max_context_tokens,
+        "--max-running-requests": 1 if alone else engine.max_running_requests,
+        "--mem-fraction-static": engine.mem_fraction_static,
+        "--random-seed": seed,
+        "--weight-version": weight_version,
+        "--log-level-http": "warning",
+    }
+    switches = ["--trust-remote-code", "--sleep-on-idle"]
+    if engine.max_total_tokens is not None:
+        flags["--max-total-tokens"] = engine.max_total_tokens
+    if engine.deterministic:
+        switches.append("--enable-deterministic-inference")
+    if alone:
+        flags["--chunked-prefill-size"] = -1
+        switches.append("--disable-radix-cache")
+    if device == "cpu":
+        flags |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
+        switches.append("--disable-overlap-schedule")
+    argv = [sys.executable, "-m", module]
+    for name, value in flags.items():
+        argv += [name, str(value)]
+    return [*argv, *switches, *engine.extra_args], _engine_environment(engine, device)
+
+
+def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TRAINER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    source_root = str(Path(megatron_rl.__path__[0]).resolve().parent)
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = source_root if inherited is None else source_root + os.pathsep + inherited
+    environment["HF_HUB_OFFLINE"] = "1"
+    environment["OMP_NUM_THREADS"] = str(engine.threads)
+    if device == "cpu":
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+    return environment
+
+
+class EngineProcess:
+    """One server. `with EngineProcess(argv, env, port=..., log_path=...) as engine:` starts it and waits.
+
+    Start it from a thread that outlives it (the main thread): the kernel kills the server when that thread ends.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], env: dict[str, str], *, port: int, log_path: str | Path,
+        start_timeout_s: float = 240.0, stop_timeout_s: float = 30.0,
+    ):
+        self.argv = tuple(argv)
+        self.env = dict(env)
+        self.port = port
+        self.log_path = Path(log_path)
+        self.start_timeout_s = start_timeout_s
+        self.stop_timeout_s = stop_timeout_s
+        self._process: subprocess.Popen | None = None
+
+    @classmethod
+    def from_config(
+        cls, rollout: RolloutConfig, model_path: str | Path, *, log_path: str | Path,
+        model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
+    ) -> EngineProcess:
+        """Not yet started. Raises ValueError when rollout.engine.port is taken."""
+        engine = rollout.engine
+        port = choose_port(engine.port)
+        argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
+                                   weight_version=weight_version)
+        return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
+                   stop_timeout_s=engine.stop_timeout_s)
+
+    def __enter__(self) -> EngineProcess:
+        self.start()
+        try:
+            self.wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Returns at once; the server needs about 20 s to answer."""
+        assert self._process is None, "the engine has been started already"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
+        with open(self.log_path, "ab") as log:
+            self._process = subprocess.Popen(
+                [*guard, *self.argv], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )
+
+    def wait_until_healthy(self) -> None:
+        """Blocks until /health answers 200. Raises EngineError if the server dies or start_timeout_s passes."""
+        assert self._process is not None, "start() comes first"
+        deadline = time.monotonic() + self.start_timeout_s
+        while not self._answers():
+            code = self._process.poll()
+            if code is not None:
+                raise EngineError(self._with_log(f"the engine on port {self.port} exited with code {code}"))
+            if time.monotonic() > deadline:
+                raise EngineError(self._with_log(
+                    f"the engine on port {self.port} did not answer within "
+                    f"rollout.engine.start_timeout_s={self.start_timeout_s:g}"))
+            time.sleep(POLL_S)
+
+    def check_alive(self) -> None:
+        """Raises EngineError with the end of the log when the server has died."""
+        if not self.alive:
+            raise EngineError(self._with_log(f"the engine on port {self.port} is not running"))
+
+    def stop(self) -> None:
+        """SIGTERM; after stop_timeout_s SIGKILL. Returns when no process of the group is left."""
+        if self._process is None:
+            return
+        group = self._process.pid
+        if self.alive:
+            os.kill(group, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self.stop_timeout_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        self._process.wait(KILL_GRACE_S)
+        deadline = time.monotonic() + KILL_GRACE_S
+        while members := group_members(group):
+            if time.monotonic() > deadline:
+                raise EngineError(f"processes {members} of the engine survived SIGKILL")
+            time.sleep(0.05)
+        self._process = None
+
+    def log_tail(self, lines: int = LOG_LINES_SHOWN) -> str:
+        if not self.log_path.exists():
+            return ""
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5.0)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _with_log(self, message: str) -> str:
+        return f"{message}; the end of {self.log_path}:\n{self.log_tail()}"
+
+
+def group_members(process_group: int) -> list[int]:
+    """Process ids of the group that still run; zombies, which hold nothing, do not count."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == process_group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members

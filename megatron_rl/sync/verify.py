@@ -1,0 +1,170 @@
+"""Checks that every engine serves exactly the weights that were sent, by the engine's own checksums.
+
+SGLang 0.5.23 hashes each parameter it holds: the first 8 bytes of SHA-256 over its raw bytes on CPU
+(sglang/srt/utils/weight_checker.py, sglang/srt/managers/mm_utils.py: tensor_hash). Its parameters are not the
+checkpoint's: gate and up projections are fused, experts stacked, vocabularies and MLP widths padded with
+zeros, a NormHead normalised (sglang/srt/models/bailing_moe.py: load_weights). ENGINE_LAYOUT says how; the
+digests follow while the tensors stream past, without keeping them.
+
+Not reproduced: tensor-parallel engines (each rank hashes its shard) and CUDA engines (another hash function);
+both raise ValueError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_rl.rollout.client import EngineClient
+
+VOCABULARY_MULTIPLE = 64  # sglang/srt/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
+WIDTH_MULTIPLE = 32  # sglang/srt/configs/update_config.py: adjust_config_with_unaligned_cpu_tp
+NORM_HEAD_EPS = 1e-7  # sglang/srt/models/bailing_moe.py: load_weights
+NAMES_SHOWN = 8
+
+# Checkpoint name -> engine parameter, (parts per expert or MLP, which of them this is), the dimension that
+# holds the MLP's width. Whatever matches no row keeps its name and is whole.
+_ANY_MLP = r"(?P<mlp>.*\.mlp(\.shared_experts)?)"
+_EXPERT = r"(?P<mlp>.*\.mlp\.experts)\.(?P<expert>\d+)"
+ENGINE_LAYOUT = (
+    (_EXPERT + r"\.gate_proj\.weight", "{mlp}.w13_weight", (2, 0), 0),
+    (_EXPERT + r"\.up_proj\.weight", "{mlp}.w13_weight", (2, 1), 0),
+    (_EXPERT + r"\.down_proj\.weight", "{mlp}.w2_weight", (1, 0), 1),
+    (_ANY_MLP + r"\.gate_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 0), 0),
+    (_ANY_MLP + r"\.up_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 1), 0),
+    (_ANY_MLP + r"\.down_proj\.weight", "{mlp}.down_proj.weight", (1, 0), 1),
+)
+
+
+class WeightMismatchError(RuntimeError):
+    """An engine holds other weights than were published; names the parameters."""
+
+
+@dataclass
+class _Parameter:
+    """One engine parameter while its parts arrive; parts are hashed in order of their place."""
+
+    places: int
+    sha: Any = field(default_factory=hashlib.sha256)
+    next_place: int = 0
+    waiting: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, place: int, tensor: torch.Tensor) -> None:
+        self.waiting[place] = tensor
+        while self.next_place in self.waiting:
+            part = self.waiting.pop(self.next_place)
+            self.sha.update(memoryview(part.contiguous().flatten().view(torch.uint8).numpy()))
+            self.next_place += 1
+
+
+class ExpectedChecksums:
+    """The digests an engine must report for the tensors that were last watched.
+
+    config: the checkpoint's config.json. engine_dtype: what the engine converts weights to.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype):
+        self._config = config
+        self._dtype = engine_dtype
+        self._parameters: dict[str, _Parameter] = {}
+
+    def watch(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Passes the tensors on unchanged, and starts over: digests() speaks of these only."""
+        self._parameters = {}
+        for name, tensor in named_tensors:
+            self._add(name, tensor.detach().cpu())
+            yield name, tensor
+
+    def digests(self) -> dict[str, str]:
+        """Engine parameter -> 16 hex digits. Raises ValueError when parts of a parameter were never seen."""
+        for name, parameter in self._parameters.items():
+            if parameter.next_place != parameter.places:
+                raise ValueError(f"{parameter.places - parameter.next_place} of {parameter.places} tensors that make "
+                                 f"up {name} were not published")
+        return {name: parameter.sha.digest()[:8].hex() for name, parameter in self._parameters.items()}
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        if name == "lm_head.weight" and self._config["tie_word_embeddings"]:
+            return
+        if name == "lm_head.weight" and self._config["norm_head"]:
+            tensor = torch.nn.functional.normalize(tensor, dim=0, p=2, eps=NORM_HEAD_EPS)
+        if name in ("lm_head.weight", "model.word_embeddings.weight"):
+            tensor = _zero_padded(tensor, 0, _round_up(tensor.shape[0], VOCABULARY_MULTIPLE))
+        parameter, place, places, width_dim = self._locate(name)
+        if width_dim is not None:
+            tensor = _zero_padded(tensor, width_dim, self._engine_width(name))
+        entry = self._parameters.setdefault(parameter, _Parameter(places))
+        entry.add(place, tensor.to(self._dtype))
+
+    def _locate(self, name: str) -> tuple[str, int, int, int | None]:
+        """(engine parameter, place of this tensor in it, number of places, dimension of the MLP's width)."""
+        for pattern, parameter, (parts, part), width_dim in ENGINE_LAYOUT:
+            if match := re.fullmatch(pattern, name):
+                found = match.groupdict()
+                if "expert" not in found:
+                    return parameter.format(**found), part, parts, width_dim
+                place = int(found["expert"]) * parts + part
+                return parameter.format(**found), place, self._config["num_experts"] * parts, width_dim
+        return name, 0, 1, None
+
+    def _engine_width(self, name: str) -> int:
+        """Of an expert, of all shared experts together, or of a dense layer."""
+        expert_width = _round_up(self._config["moe_intermediate_size"], WIDTH_MULTIPLE)
+        if ".mlp.experts." in name:
+            return expert_width
+        if ".mlp.shared_experts." in name:
+            return expert_width * self._config["num_shared_experts"]
+        return _round_up(self._config["intermediate_size"], WIDTH_MULTIPLE)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _zero_padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+
+
+def compare_checksums(expected: Mapping[str, str], reported: Mapping[str, str], engine: str) -> None:
+    """Raises WeightMismatchError unless both name the same parameters with the same digests."""
+    problems = {
+        "differ": [name for name, digest in expected.items() if reported.get(name, digest) != digest],
+        "were published but the engine has no such parameter": sorted(expected.keys() - reported.keys()),
+        "are in the engine but were not published": sorted(reported.keys() - expected.keys()),
+    }
+    found = [
+        f"{len(names)} parameters {problem}: {', '.join(names[:NAMES_SHOWN])}" + (" ..." * (len(names) > NAMES_SHOWN))
+        for problem, names in problems.items()
+        if names
+    ]
+    if found:
+        raise WeightMismatchError(f"engine {engine} does not serve the published weights; " + "; ".join(found))
+
+
+def verify_engines(clients: Sequence[EngineClient], expected: ExpectedChecksums) -> None:
+    """Asks every engine for its checksums. Raises WeightMismatchError, or ValueError for engines not covered."""
+    digests = expected.digests()
+
+    async def verify(client: EngineClient) -> None:
+        try:
+            info, ranks = await asyncio.gather(client.server_info(), client.checksums())
+        finally:
+            await client.close()
+        if len(ranks) != 1 or info["device"] != "cpu":
+            raise ValueError(
+                f"engine {client.base_url} runs on {info['device']} with {len(ranks)} tensor-parallel ranks: its "
+                "checksums cannot be predicted (only one CPU rank can); set rollout.verify_checksums=false")
+        compare_checksums(digests, ranks[0], client.base_url)
+
+    async def verify_all() -> None:
+        await asyncio.gather(*(verify(client) for client in clients))
+
+    asyncio.run(verify_all())

@@ -1,0 +1,164 @@
+"""Sizes, ranks and groups of one run; the only reader of Megatron's parallel_state.
+
+Everything above asks a Topology, never torch.distributed's world or Megatron's globals.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.compat import megatron_cpu
+
+megatron_cpu.install()
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_rl.config.schema import ParallelConfig
+
+megatron_cpu.patch_megatron()
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. dp_* count ranks that see different sequences; expert_* those of the experts."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
+    expert_dp_rank: int
+    device: torch.device
+    control_group: Any  # gloo, for Python objects; never on a device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def tp_group(self):
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def pp_group(self):
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def dp_cp_group(self):
+        """Ranks over which a step's sums are added: data and context parallel together."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def tp_dp_cp_group(self):
+        """Ranks over which a layer's tokens are spread: tensor (sequence), data and context parallel."""
+        return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of this rank's last pipeline stage."""
+        return parallel_state.get_pipeline_model_parallel_last_rank()
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        """`value` of rank `source`, on every rank (pickled over gloo)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self.control_group)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self.control_group)
+        return box
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control_group)
+
+    def sum_over_data(self, tensor: torch.Tensor) -> None:
+        """In-place sum over data- and context-parallel ranks."""
+        if self.dp_size * self.cp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_cp_group)
+
+    def from_last_stage(self, tensor: torch.Tensor) -> None:
+        """In-place broadcast from the last pipeline stage to the others of this pipeline."""
+        if self.pp_size > 1:
+            dist.broadcast(tensor, src=self.last_stage_rank, group=self.pp_group)
+
+    def sum_over_stages(self, tensor: torch.Tensor) -> None:
+        """In-place sum over the pipeline's stages (each contributes its own layers)."""
+        if self.pp_size > 1:
+            dist.all_reduce(tensor, group=self.pp_group)
+
+
+def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> Topology:
+    """Join the process group, build Megatron's groups and seed its random states.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them, one process.
+    Raises ValueError when the world that was started is not parallel.world_size.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != config.world_size:
+        raise ValueError(f"parallel.world_size={config.world_size}, but {world_size} processes were started")
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if world_size == 1 and "MASTER_PORT" not in os.environ:
+            dist.init_process_group("nccl" if has_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1,
+                                    timeout=timeout)
+        else:
+            dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp, context_parallel_size=config.cp,
+        expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.etp,
+        create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        rank=dist.get_rank(), world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=config.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(), pp_size=config.pp,
+        cp_rank=parallel_state.get_context_parallel_rank(), cp_size=config.cp,
+        dp_rank=parallel_state.get_data_parallel_rank(), dp_size=config.dp,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(), ep_size=config.ep,
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(), etp_size=config.etp,
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
+        device=device, control_group=dist.new_group(backend="gloo"))
+
+
+def stop(*, keep_processes: bool = False) -> None:
+    """Forget Megatron's groups and leave the process group; keep_processes: stay in it, so that start may follow."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized() and not keep_processes:
+        dist.destroy_process_group()

@@ -1,0 +1,57 @@
+"""From decoder states to log-probabilities and exact entropy, in chunks, without a [T, V] matrix.
+
+`head_outputs` is the output_processor that GPTModel.forward calls instead of its own output layer
+(gpt_model.GPTModel._postprocess, megatron-core 0.19.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from rl_kernels.linear_logprob import linear_logprob
+
+NORM_HEAD_EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """temperature: the sampling temperature, so that trainer and engine speak of the same distribution.
+
+    norm_head: divide each hidden column of the head by its norm over the vocabulary (spec: NormHead).
+    """
+
+    temperature: float
+    norm_head: bool
+    chunk_tokens: int
+    tp_group: object
+    sequence_parallel: bool
+    with_entropy: bool = True
+
+
+def head_outputs(*, hidden_states, output_layer, labels, context: HeadOptions, **_) -> torch.Tensor:
+    """fp32 [2, T]: log-probability of labels [1, T] (int64) and entropy in nats; hidden_states [T or T/tp, 1, H].
+
+    Without context.with_entropy only the first row, [1, T].
+    """
+    hidden = hidden_states
+    if context.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    elif context.tp_group.size() > 1:
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+    scale = norm_head_scale(output_layer.weight, context.tp_group) if context.norm_head else None
+    logprobs_T, entropy_T = linear_logprob(
+        hidden.squeeze(1), output_layer.weight, labels.squeeze(0), temperature=context.temperature,
+        column_scale_H=scale, group=context.tp_group, chunk_tokens=context.chunk_tokens,
+        with_entropy=context.with_entropy)
+    return torch.stack([logprobs_T, entropy_T]) if context.with_entropy else logprobs_T[None]
+
+
+@torch.no_grad()
+def norm_head_scale(weight_VH: torch.Tensor, tp_group) -> torch.Tensor:
+    """fp32 [H]: 1 / (norm of each column over the whole vocabulary + 1e-7); weight is this rank's rows."""
+    squares_H = weight_VH.float().square().sum(0)
+    if tp_group.size() > 1:
+        torch.distributed.all_reduce(squares_H, group=tp_group)
+    return 1.0 / (squares_H.sqrt() + NORM_HEAD_EPS)

@@ -1,0 +1,41 @@
+"""Megatron's (distributed) AdamW and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+
+from megatron_rl.config.schema import OptimizerConfig, ParallelConfig
+from megatron_rl.model.build import Policy
+
+
+def build_optimizer(policy: Policy, options: OptimizerConfig, parallel: ParallelConfig):
+    """Megatron's optimiser over the policy's chunks, one for dense and one for expert parameters."""
+    bf16 = policy.transformer.bf16
+    config = MegatronOptimizerConfig(
+        optimizer="adam", lr=options.lr, weight_decay=options.weight_decay, adam_beta1=options.beta1,
+        adam_beta2=options.beta2, adam_eps=options.eps, clip_grad=options.clip_grad, bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=parallel.distributed_optimizer)
+    optimizer = get_megatron_optimizer(config, policy.chunks, use_gloo_process_groups=False)
+    for group in optimizer.param_groups:
+        # only Megatron's OptimizerParamScheduler.step, which we do not use, spares vectors (wd_mult 0) from the decay
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def learning_rate(step: int, total_steps: int, options: OptimizerConfig) -> float:
+    """Rate of optimiser step `step` (from 0): linear warm-up, then constant or cosine to lr * min_lr_ratio."""
+    warmup = options.warmup_steps
+    if options.warmup_fraction is not None:
+        warmup = max(1, round(options.warmup_fraction * total_steps))
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    if options.schedule == "constant":
+        return options.lr
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    floor = options.min_lr_ratio
+    return options.lr * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

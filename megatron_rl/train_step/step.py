@@ -1,0 +1,212 @@
+"""One optimiser step through Megatron's own schedule, and the no-gradient passes before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+from c3po import Max
+from megatron_rl.model.build import Policy
+from megatron_rl.topology import Topology
+from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
+from megatron_rl.train_step.loss_scaling import LossScaling
+from megatron_rl.types import PackedMicrobatch, StepResult, SumCount
+
+TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
+"""(micro-batch, logprobs [T], entropy [T]) -> (its share of the step's loss, detached sums and maxima)."""
+TOTALS = ("loss", "selected_tokens")
+"""Sums that are reported whole, not divided by a count."""
+ROUTER_LOSSES = ("balance_loss", "z_loss")
+
+
+class TrainStep:
+    """Runs packed micro-batches through a policy. Every rank calls every method with equally many micro-batches."""
+
+    def __init__(self, policy: Policy, optimizer, topology: Topology, *, temperature: float, chunk_tokens: int):
+        self.policy, self.optimizer, self.topology = policy, optimizer, topology
+        self._head = HeadOptions(temperature=temperature, norm_head=policy.config.norm_head, chunk_tokens=chunk_tokens,
+                                 tp_group=topology.tp_group, sequence_parallel=policy.transformer.sequence_parallel)
+        self._schedule = get_forward_backward_func()
+        config = policy.transformer
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss if optimizer is not None else None
+        if optimizer is not None and policy.chunks[0].ddp_config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in policy.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    # ---- passes without gradient -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, microbatches: Sequence[PackedMicrobatch], policy: Policy | None = None) -> list[torch.Tensor]:
+        """fp32 [T] per micro-batch on the last pipeline stage, an empty list elsewhere. `policy` None: our own."""
+        outputs = self._run(policy or self.policy, microbatches, lambda batch, output: output[0].clone(),
+                            forward_only=True)
+        return outputs if self.topology.is_last_stage else []
+
+    @torch.no_grad()
+    def count_routing(self, microbatches: Sequence[PackedMicrobatch]) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
+        """logprobs() and, from the same pass, tokens per expert of this stage's layers over the whole step.
+
+        Returns (logprobs, {layer number: fp32 [E]}), the counts summed over all ranks.
+        """
+        losses = self.policy.router_losses
+        losses.begin_counting()
+        logprobs = self.logprobs(microbatches)
+        losses.counting = False
+        group = self.topology.tp_dp_cp_group
+        for store in (losses.counts, losses.entropy_sums):
+            for layer in sorted(store):
+                torch.distributed.all_reduce(store[layer], group=group)
+        return logprobs, losses.counts
+
+    # ---- the step ----------------------------------------------------------------------------------------
+
+    def update(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, lr: float, balance_coef: float,
+               z_loss_coef: float, counts: dict[int, torch.Tensor] | None) -> StepResult:
+        """Forward, backward and optimiser step. The loss of the step is the sum of `loss` over all micro-batches.
+
+        counts: tokens per expert of the counting pass (None: router losses take each micro-batch's own load).
+        Raises RuntimeError (from Megatron's gradient check) when a gradient is not finite; weights are untouched.
+        """
+        self.backward(microbatches, loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef, counts=counts)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        updated, grad_norm, _ = self.optimizer.step()
+        sums, gauges = self._metrics(counts)
+        return StepResult(sums, {**gauges, "train/grad_norm": float(grad_norm), "train/lr": lr}, skipped=not updated)
+
+    def backward(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, balance_coef: float,
+                 z_loss_coef: float, counts: dict[int, torch.Tensor] | None) -> None:
+        """Accumulate and reduce the step's gradients into main_grad, without touching a weight."""
+        here, losses = self.topology, self.policy.router_losses
+        scaling = LossScaling(len(microbatches), here.dp_size * here.cp_size, here.cp_size)
+        losses.balance_coef, losses.z_coef = balance_coef, z_loss_coef
+        losses.begin_update(step_tokens=self._step_tokens(microbatches), scale=scaling.router_scale,
+                            load_fractions={layer: c / c.sum().clamp(min=1) for layer, c in (counts or {}).items()})
+        for chunk in self.policy.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.policy.train()
+
+        def scaled(batch: PackedMicrobatch, output: torch.Tensor):
+            value, sums = loss(batch, output[0], output[1])
+            return scaling.megatron_outputs(value, {"loss": SumCount(value.detach(), torch.ones(())), **sums})
+
+        self._sums, self._maxima = {}, {}
+        for report in self._run(self.policy, microbatches, scaled, forward_only=False):
+            for key, value in report.items():
+                store = self._maxima if isinstance(value, Max) else self._sums
+                if key not in store:
+                    store[key] = value
+                else:
+                    store[key] = store[key].merge(value) if isinstance(value, Max) else store[key] + value
+
+    def _step_tokens(self, microbatches: Sequence[PackedMicrobatch]) -> float:
+        """Real tokens of the whole step, over all data-parallel ranks (prompt and response, padding excluded)."""
+        tokens = torch.tensor(float(sum(int(batch.real.sum()) for batch in microbatches)), dtype=torch.float64,
+                              device=self.topology.device)
+        self.topology.sum_over_data(tokens)
+        return max(1.0, float(tokens))
+
+    # ---- running Megatron's schedule ---------------------------------------------------------------------
+
+    def _run(self, policy: Policy, microbatches, on_output, *, forward_only: bool) -> list:
+        chunks = policy.chunks
+        iterators = [iter(microbatches) for _ in chunks]
+        return self._schedule(
+            forward_step_func=partial(self._forward, policy, on_output, forward_only),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(microbatches), seq_length=max(b.num_tokens for b in microbatches),
+            micro_batch_size=1, decoder_seq_length=None, forward_only=forward_only,
+            collect_non_loss_data=forward_only)
+
+    def _forward(self, policy: Policy, on_output, forward_only: bool, iterator, chunk):
+        batch = next(iterator)
+        padding = ~batch.real[None]
+        if policy.transformer.sequence_parallel and not self._is_first(policy, chunk):
+            # GPTModel._preprocess scatters the mask on the first stage only
+            padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
+        output = chunk(
+            batch.input_ids[None], batch.position_ids[None], None, labels=batch.labels[None],
+            packed_seq_params=_packed(batch), padding_mask=padding,
+            output_processor=head_outputs,
+            output_processor_context=dataclasses.replace(self._head, with_entropy=not forward_only))
+        if forward_only:
+            return output, lambda value, non_loss_data=True: on_output(batch, value)
+        return output, lambda value: on_output(batch, value)
+
+    def _is_first(self, policy: Policy, chunk) -> bool:
+        return policy.gpt_models[policy.chunks.index(chunk)].pre_process
+
+    # ---- metrics -----------------------------------------------------------------------------------------
+
+    def _metrics(self, counts: dict[int, torch.Tensor] | None) -> tuple[dict[str, SumCount], dict[str, float]]:
+        """The step's sums and gauges over all ranks and pipeline stages; equal on every rank."""
+        here, losses = self.topology, self.policy.router_losses
+        keys = sorted(self._sums)
+        sums = torch.tensor([[float(self._sums[k].sum), float(self._sums[k].count)] for k in keys] or [[0.0, 0.0]],
+                            dtype=torch.float64, device=here.device)
+        here.sum_over_data(sums)
+        router = torch.stack([losses.loss_sums.get(k, torch.zeros((), device=here.device)).double()
+                              for k in ROUTER_LOSSES])
+        torch.distributed.all_reduce(router, group=here.tp_dp_cp_group)
+        reports = here.gather_objects(_Report(
+            stage=here.pp_rank, sums=dict(zip(keys, sums.tolist())) if here.is_last_stage else {},
+            maxima={k: float(m.value) for k, m in self._maxima.items()}, router=router.tolist(),
+            loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in (counts or {}).items()},
+            entropies={layer: float(losses.entropy_sums[layer] / c.sum()) * self.policy.config.num_experts_per_tok
+                       for layer, c in (counts or {}).items()}))
+        return _merge(reports, max(1, self.policy.config.num_moe_layers))
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank says of a step; sums and router are already reduced over its stage's ranks."""
+
+    stage: int
+    sums: dict[str, list[float]]
+    maxima: dict[str, float]
+    router: list[float]
+    loads: dict[int, float]
+    entropies: dict[int, float]
+
+
+def _merge(reports: Sequence[_Report], num_moe_layers: int) -> tuple[dict[str, SumCount], dict[str, float]]:
+    """One report per stage for sums and layers, all ranks for maxima; names as in docs/metrics.md."""
+    stages = {report.stage: report for report in reversed(reports)}.values()
+    sums, gauges = {}, {}
+    for key, (total, count) in (item for stage in stages for item in stage.sums.items()):
+        if key in TOTALS:
+            gauges[_name(key)] = total
+        else:
+            sums[_name(key)] = SumCount(total, count)
+    for report in reports:
+        for key, value in report.maxima.items():
+            gauges[_name(key)] = max(value, gauges.get(_name(key), value))
+    for i, key in enumerate(ROUTER_LOSSES):
+        gauges[f"train/{key}"] = sum(stage.router[i] for stage in stages) / num_moe_layers
+    loads = {layer: load for stage in stages for layer, load in stage.loads.items()}
+    entropies = {layer: entropy for stage in stages for layer, entropy in stage.entropies.items()}
+    if loads:
+        gauges["router/load_max_over_mean"] = sum(loads.values()) / len(loads)
+        gauges["router/entropy"] = sum(entropies.values()) / len(entropies)
+        gauges |= {f"router/load_max_over_mean/layer_{layer}": load for layer, load in sorted(loads.items())}
+    return sums, gauges
+
+
+def _name(key: str) -> str:
+    return key.replace("mismatch_", "mismatch/", 1) if key.startswith("mismatch_") else f"train/{key}"
+
+
+def _packed(batch: PackedMicrobatch) -> PackedSeqParams:
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
+                           max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)

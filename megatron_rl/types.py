@@ -1,0 +1,154 @@
+"""The data types that flow through one step; no logic.
+
+Letters: P prompts, K responses per prompt, N = P*K, L tokens of one sequence, T tokens of a packed
+micro-batch, S sequences in it. Per-token arrays describe the token at the same index; the one shift
+(token t is predicted from position t-1) happens in batch/pack.py.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from c3po import SumCount
+
+__all__ = [
+    "Finish", "PackedMicrobatch", "Prompt", "Rollout", "RolloutGroup", "Score", "StepResult", "SumCount",
+    "TrainSample", "VersionSpan",
+]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: what the model reads and how its answer is judged."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str
+    domain: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Finish(enum.Enum):
+    """Why generation ended: by a stop token, at the length limit, cancelled, or failed."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled by the weights of `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled sequence, prompt and response, as the engine's token ids (never re-tokenised).
+
+    token_ids int32 [L]; trainable bool [L], True at sampled tokens; rollout_logprobs fp32 [L], the
+    engine's log-probability of each sampled token, 0 elsewhere; routed_experts uint8 [L-1, M, topk] | None.
+    """
+
+    token_ids: np.ndarray
+    trainable: np.ndarray
+    rollout_logprobs: np.ndarray
+    finish: Finish
+    weight_versions: tuple[VersionSpan, ...]
+    routed_experts: np.ndarray | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(len(self.token_ids) - self.trainable.sum())
+
+    @property
+    def response_tokens(self) -> int:
+        return int(self.trainable.sum())
+
+
+@dataclass(frozen=True)
+class Score:
+    """A judged response. status: correct | wrong | no_answer | timeout | error."""
+
+    value: float
+    status: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The K responses to one prompt, their texts and (once judged) their scores, in sample order."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str, ...]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One sequence as the trainer sees it after the budget cut. Arrays as in Rollout, [L].
+
+    loss_mask marks the kept response tokens; num_response_tokens is |y_i| before the cut (GRPO, Eq. 1);
+    advantage is the response's group-relative advantage; index is its place in the step's N responses.
+    """
+
+    index: int
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    rollout_logprobs: np.ndarray
+    advantage: float
+    num_response_tokens: int
+    routed_experts: np.ndarray | None = None
+
+
+@dataclass
+class PackedMicrobatch:
+    """Sequences laid end to end (thd), shifted once: position t predicts labels[t].
+
+    input_ids, labels, position_ids int64 [T]; cu_seqlens int32 [S+1] (with alignment padding as a last
+    sequence of its own when there is any); loss_mask bool [T]; real bool [T], False on padding;
+    advantages, rollout_logprobs, response_lengths fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None,
+    filled by the no-gradient passes. Every per-token array describes labels[t].
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    loss_mask: torch.Tensor
+    real: torch.Tensor
+    advantages: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    response_lengths: torch.Tensor
+    sample_indices: tuple[int, ...]
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.numel())
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step reports: reduced (sum, count) metrics and plain gauges."""
+
+    sums: Mapping[str, SumCount]
+    gauges: Mapping[str, float]
+    skipped: bool = False

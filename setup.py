@@ -1,0 +1,59 @@
+"""Packaging: what is installed, with every direct dependency pinned to the version it was tested with.
+
+docs/dependencies.md says why each is there. Without a GPU, SGLang cannot be installed with its declared
+(CUDA) dependencies; .ci/setup.sh installs it with --no-deps after the `cpu` extra.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def requirements(name: str) -> list[str]:
+    lines = (HERE / ".ci" / name).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+setup(
+    name="megatron_rl",
+    version="0.1.0",
+    description="C3PO reinforcement learning of Mixture-of-Experts language models with Megatron-Core and SGLang",
+    license="Apache-2.0",
+    python_requires=">=3.12,<3.13",
+    packages=[
+        *find_packages(include=["c3po", "c3po.*", "megatron_rl", "megatron_rl.*"]),
+        *find_packages(where="kernels", include=["rl_kernels", "rl_kernels.*"]),
+    ],
+    package_dir={"rl_kernels": "kernels/rl_kernels"},
+    package_data={"megatron_rl.model": ["hf_files/*"]},
+    install_requires=[
+        "torch==2.14.1",
+        "megatron-core==0.19.2",
+        "psutil==7.2.2",
+        "numpy==2.3.5",
+        "transformers==5.19.0",
+        "safetensors==0.8.0",
+        "hydra-core==1.3.8",
+        "wandb==0.31.0",
+        "math-verify[antlr4_9_3]==0.9.0",
+        "reasoning-gym==0.1.25",
+        "pebble==5.2.3",
+        "aiohttp==3.14.5",
+        "rich==15.0.0",
+        "matplotlib==3.11.2",
+    ],
+    extras_require={
+        "cpu": requirements("requirements-cpu-engine.txt"),
+        "gpu": ["sglang==0.5.23", "transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "dev": [
+            "pytest==9.2.0",
+            "pytest-timeout==2.4.0",
+            "pytest-xdist==3.8.0",
+            "hypothesis==6.170.15",
+            "ruff==0.17.6",
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
+)

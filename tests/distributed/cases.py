@@ -1,0 +1,119 @@
+"""One C3PO step, given once, and the layouts in which it is run; shared by the worker, the reference and the tests.
+
+The sequences are ragged, their numbers of tokens divide nothing, the first layer is dense, the head is a NormHead,
+and every term of the loss is large enough that losing it, or a factor of it, changes the gradients in the first digit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from c3po import C3POLossConfig
+from tests.tiny_models import write_tiny_bailing
+
+MODEL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 2,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "initializer_range": 0.2,
+}
+LOSS = C3POLossConfig(clip_eps_low=0.2, clip_eps_high=0.3, kl_coef=0.3, entropy_coef=0.2)
+PHI = 83
+BALANCE_COEF, Z_LOSS_COEF = 0.05, 0.02
+TEMPERATURE = 0.8
+LEARNING_RATE = 0.05
+# eps is of the gradients' size: with the usual 1e-8 AdamW forgets their scale, and a lost factor would not show.
+OPTIMIZER = {"lr": 1.0, "beta1": 0.9, "beta2": 0.95, "eps": 0.01, "weight_decay": 0.1, "clip_grad": 0.5}
+MICROBATCHES = (1, 2, 4)
+PACK_MULTIPLE = 8  # every layout pads to this, so each run has padding
+TOKEN_CAP = 4096
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "one": {"world_size": 1},
+    "dp2": {"world_size": 2},
+    "ep2": {"world_size": 2, "ep": 2},
+    "tp2": {"world_size": 2, "tp": 2},
+    "tp2_ep2": {"world_size": 2, "tp": 2, "ep": 2},
+    "tp2_etp2": {"world_size": 2, "tp": 2, "etp": 2},
+    "pp2": {"world_size": 2, "pp": 2},
+    "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
+    "pp2_ep2": {"world_size": 4, "pp": 2, "ep": 2},
+    "tp2_dp2_ep2": {"world_size": 4, "tp": 2, "ep": 2},
+    "tp2_pp2_ep2": {"world_size": 4, "tp": 2, "pp": 2, "ep": 2},
+}
+VARIANTS = {
+    "distributed_optimizer": {"distributed_optimizer": True},
+    "overlap": {"distributed_optimizer": True, "overlap": True},
+    "recompute": {"distributed_optimizer": False, "recompute": "full"},
+}
+"""Beside the plain optimiser, over whose gradients the layouts are compared. The distributed optimiser holds a reduced
+gradient on the rank that owns it only, so for these the weights after one step are compared."""
+UPDATE_MICROBATCHES = 2
+MUTATIONS: dict[str, tuple[str, ...]] = {
+    "one": ("loss_without_microbatches", "router_scale_without_microbatches", "padding_is_real",
+            "load_of_each_microbatch"),
+    "dp2": ("loss_without_dp", "router_scale_without_dp"),
+    "tp2_ep2": ("norm_gradient_of_own_tokens",),
+}
+"""Faults that the worker puts in on purpose, by the layout that must show them."""
+
+
+def mutations(layout: str) -> tuple[str, ...]:
+    return MUTATIONS[layout] if layout in MUTATIONS else ()
+
+
+def microbatch_counts(layout: str) -> tuple[int, ...]:
+    """Micro-batches per rank to run. Interleaved stages want a multiple of the pipeline's size; 6 on two data-parallel
+    ranks are more than there are sequences, so that some are empty."""
+    if "vpp" in LAYOUTS[layout]:
+        return (2, 4)
+    return (*MICROBATCHES, 6) if layout == "dp2" else MICROBATCHES
+
+
+@dataclass
+class Step:
+    """One step's data. sequences: token ids int64 [L]; every list has one entry per sequence, arrays are [L]."""
+
+    token_ids: list[np.ndarray] = field(default_factory=list)
+    loss_mask: list[np.ndarray] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    old_logprobs: list[np.ndarray] = field(default_factory=list)
+    ref_logprobs: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each sequence after the shift."""
+        return [len(tokens) - 1 for tokens in self.token_ids]
+
+
+def draw_sequences(seed: int = 5, num_sequences: int = 9) -> Step:
+    """Ragged sequences of 4 to 25 tokens with prompts of 1 to 6; log-probabilities are filled by the reference."""
+    rng = np.random.default_rng(seed)
+    step = Step()
+    for _ in range(num_sequences):
+        prompt, response = int(rng.integers(1, 7)), int(rng.integers(3, 20))
+        step.token_ids.append(rng.integers(0, MODEL["vocab_size"], prompt + response))
+        step.loss_mask.append(np.arange(prompt + response) >= prompt)
+        step.advantages.append(float(rng.normal()))
+    return step
+
+
+def write_models(folder: Path) -> dict[bool, Path]:
+    """norm_head -> checkpoint folder; the same weights under both."""
+    return {norm_head: write_tiny_bailing(folder / f"norm_head_{norm_head}", seed=3, norm_head=norm_head, **MODEL)
+            for norm_head in (True, False)}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    """||actual - expected|| / ||scale||, in float64; scale defaults to expected. 0 if both are exactly 0."""
+    difference = float((actual.double() - expected.double()).norm())
+    size = float((expected if scale is None else scale).double().norm())
+    return 0.0 if difference == 0.0 else difference / max(size, 1e-300)
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,60 @@
+"""Runs the layouts of cases.py, one start of the worker per world size, when the first test asks for one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tests.distributed.cases as cases
+from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240
+
+
+@dataclass
+class Layouts:
+    """The step, its reference, and (run on demand) what each layout made of it."""
+
+    folder: Path
+    step: cases.Step
+    start: dict[str, torch.Tensor]
+    configs: dict[bool, dict]
+    reference: Reference
+    _results: dict[str, dict] = field(default_factory=dict)
+
+    def __getitem__(self, layout: str) -> dict:
+        if layout not in self._results:
+            self._run(cases.LAYOUTS[layout]["world_size"])
+        return self._results[layout]
+
+    def _run(self, world_size: int) -> None:
+        names = [name for name, sizes in cases.LAYOUTS.items() if sizes["world_size"] == world_size]
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.distributed.worker", str(self.folder), str(world_size), *names],
+            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        if done.returncode:
+            pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)
+        for name in names:
+            self._results[name] = torch.load(self.folder / f"{name}.pt")
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory) -> Layouts:
+    folder = tmp_path_factory.mktemp("layouts")
+    models = cases.write_models(folder)
+    configs = {norm_head: json.loads((path / "config.json").read_text()) for norm_head, path in models.items()}
+    start = load_file(models[True] / "model.safetensors")
+    step = cases.draw_sequences()
+    fill_logprobs(step, {name: tensor.double() for name, tensor in start.items()}, configs[True])
+    torch.save(step, folder / "step.pt")
+    return Layouts(folder, step, start, configs, reference_step(step, start, configs[True]))

@@ -1,0 +1,206 @@
+"""The processes behind the layout tests: runs the step of cases.py in many layouts and saves what came out.
+
+`python -m tests.distributed.worker FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports, so that
+a group of layouts pays for them once. FOLDER holds step.pt and the checkpoints; rank 0 writes LAYOUT.pt there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks are forked, and these tests are about arithmetic on gloo
+warnings.filterwarnings("ignore")
+
+import torch
+
+import tests.distributed.cases as cases
+from c3po import c3po_loss
+from megatron_rl import topology
+from megatron_rl.batch import pack, plan_microbatches
+from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.model.bailing import read_config
+from megatron_rl.model.build import build_policy
+from megatron_rl.model.convert import Exporter, load_hf
+from megatron_rl.train_step.loss_scaling import LossScaling
+from megatron_rl.train_step.optimizer import build_optimizer
+from megatron_rl.train_step.step import TrainStep
+from megatron_rl.types import TrainSample
+
+
+def microbatches_of(step: cases.Step, here: topology.Topology, count: int) -> list:
+    """This rank's packed micro-batches, with the step's old and reference log-probabilities laid along."""
+    samples = [TrainSample(index, step.token_ids[index], step.loss_mask[index], step.old_logprobs[index],
+                           step.advantages[index], int(step.loss_mask[index].sum()))
+               for index in range(len(step.token_ids))]
+    plan = plan_microbatches(step.lengths, dp_size=here.dp_size, tokens_per_microbatch=cases.TOKEN_CAP,
+                             min_microbatches=count)
+    packed = []
+    for members in plan[here.dp_rank]:
+        batch = pack([samples[index] for index in members], multiple_of=cases.PACK_MULTIPLE)
+        batch.old_logprobs, batch.ref_logprobs = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens)
+        for place, index in enumerate(members):
+            start, end = batch.cu_seqlens[place:place + 2].tolist()
+            batch.old_logprobs[start:end] = torch.from_numpy(step.old_logprobs[index][1:])
+            batch.ref_logprobs[start:end] = torch.from_numpy(step.ref_logprobs[index][1:])
+        packed.append(batch)
+    return packed
+
+
+def token_loss(batch, logprobs_T, entropy_T):
+    return c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, batch.loss_mask, phi=cases.PHI,
+                     config=cases.LOSS, ref_logprobs=batch.ref_logprobs, entropy=entropy_T)
+
+
+class Runner:
+    """The policy of one layout, freshly loaded, and what can be asked of it."""
+
+    def __init__(self, folder: Path, layout: str, *, distributed_optimizer: bool, overlap: bool = False,
+                 recompute: str = "none"):
+        parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
+                                  overlap=overlap)
+        checkpoint = folder / "norm_head_True"
+        self.here = topology.start(parallel, seed=0)
+        self.policy = build_policy(read_config(checkpoint), ModelConfig(path=str(checkpoint), recompute=recompute),
+                                   parallel, with_gradients=True)
+        load_hf(self.policy, self.here, checkpoint)
+        optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
+        self.train_step = self._train_step(self.policy, optimizer)
+        self.exporter = Exporter(self.policy, self.here)
+        self.step: cases.Step = torch.load(folder / "step.pt", weights_only=False)
+
+    def _train_step(self, policy, optimizer) -> TrainStep:
+        return TrainStep(policy, optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.exporter()}
+
+    def gradients(self, count: int, mutation: str = "none") -> dict[str, torch.Tensor]:
+        """The step's gradients under their Hugging Face names, on rank 0: main_grad exported as if it were weights."""
+        batches, counts = self._counted(count, mutation)
+        self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
+                                 z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
+        parameters = [p for gpt in self.policy.gpt_models for p in gpt.parameters()]
+        kept = [p.data for p in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.main_grad
+        exported = self.weights()
+        for parameter, data in zip(parameters, kept, strict=True):
+            parameter.data = data
+        return exported
+
+    def update(self, count: int) -> dict:
+        """Weights after one optimiser step, the step's report, and the names whose replicas differ between ranks."""
+        batches, counts = self._counted(count, "none")
+        result = self.train_step.update(batches, token_loss, lr=cases.LEARNING_RATE, balance_coef=cases.BALANCE_COEF,
+                                        z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
+        return {"weights": self.weights(), "gauges": dict(result.gauges), "differing_replicas": self._replicas(),
+                "sums": {key: (float(value.sum), float(value.count)) for key, value in result.sums.items()}}
+
+    def logprobs(self, *, norm_head: bool) -> dict[int, torch.Tensor]:
+        """fp32 [L-1] of every sequence by its index, from ranks of the last stage."""
+        policy = replace(self.policy, config=replace(self.policy.config, norm_head=norm_head))
+        batches = microbatches_of(self.step, self.here, 2)
+        found = {}
+        outputs = self._train_step(policy, None).logprobs(batches)
+        for batch, logprobs_T in zip(batches if outputs else [], outputs, strict=True):
+            for place, index in enumerate(batch.sample_indices):
+                start, end = batch.cu_seqlens[place:place + 2].tolist()
+                found[index] = logprobs_T[start:end].clone()
+        return {index: value for part in self.here.gather_objects(found) for index, value in part.items()}
+
+    def _counted(self, count: int, mutation: str):
+        batches = microbatches_of(self.step, self.here, count)
+        if mutation == "padding_is_real":
+            for batch in batches:
+                batch.real[:] = True
+        _, counts = self.train_step.count_routing(batches)
+        return batches, None if mutation == "load_of_each_microbatch" else counts
+
+    def _replicas(self) -> list[str]:
+        """Names of parameters whose copies on different ranks are not equal bit for bit."""
+        own = {}
+        for slot, shape, _, _ in self.exporter._plan:
+            if slot.key in self.exporter._local:
+                parameter = self.exporter._local[slot.key][1]
+                rank = self.here.tp_rank if slot.over == "tp" else self.here.etp_rank
+                own[slot.key, 0 if slot.cut == "none" else rank] = cases.sha256(parameter)
+        seen: dict[tuple, set] = {}
+        for part in self.here.gather_objects(own):
+            for key, digest in part.items():
+                seen.setdefault(key, set()).add(digest)
+        return sorted(key[0] for key, digests in seen.items() if len(digests) > 1)
+
+
+def mutate(mutation: str, runner: Runner) -> None:
+    """Break one factor of the step, for the tests that must then see a difference."""
+    outputs = LossScaling.megatron_outputs
+
+    if mutation == "loss_without_microbatches":
+        LossScaling.megatron_outputs = lambda s, loss, m: outputs(replace(s, num_microbatches=1), loss, m)
+    elif mutation == "loss_without_dp":
+        LossScaling.megatron_outputs = lambda s, loss, m: outputs(replace(s, dp_cp_size=1), loss, m)
+    elif mutation == "router_scale_without_microbatches":
+        LossScaling.router_scale = property(lambda s: s.dp_cp_size / s.cp_size)
+    elif mutation == "router_scale_without_dp":
+        LossScaling.router_scale = property(lambda s: s.num_microbatches / s.cp_size)
+    elif mutation == "norm_gradient_of_own_tokens":
+        for gpt in runner.policy.gpt_models:
+            for name, parameter in gpt.named_parameters():
+                if "layernorm" in name:
+                    parameter.sequence_parallel = False
+    elif mutation not in ("padding_is_real", "load_of_each_microbatch"):
+        raise ValueError(f"unknown mutation {mutation!r}")
+
+
+def run_layout(folder: Path, layout: str) -> None:
+    """All cases of one layout; rank 0 saves them as LAYOUT.pt."""
+    result: dict = {"gradients": {}, "mutated": {}, "updated": {}}
+    runner = Runner(folder, layout, distributed_optimizer=False)
+    result["loaded"] = {name: cases.sha256(tensor) for name, tensor in runner.exporter()}
+    result["logprobs"] = {norm_head: runner.logprobs(norm_head=norm_head) for norm_head in (True, False)}
+    for count in cases.microbatch_counts(layout):
+        result["gradients"][count] = runner.gradients(count)
+    result["after_gradients"] = {name: cases.sha256(tensor) for name, tensor in runner.exporter()}
+    result["updated"]["plain"] = runner.update(cases.UPDATE_MICROBATCHES)
+    load_hf(runner.policy, runner.here, folder / "norm_head_True")
+    if 1 in cases.microbatch_counts(layout):
+        result["without_counting_pass"] = runner.gradients(1, "load_of_each_microbatch")
+    for mutation in cases.mutations(layout):
+        original = LossScaling.megatron_outputs, LossScaling.router_scale
+        mutate(mutation, runner)
+        result["mutated"][mutation] = runner.gradients(cases.UPDATE_MICROBATCHES, mutation)
+        LossScaling.megatron_outputs, LossScaling.router_scale = original
+    topology.stop(keep_processes=True)
+
+    for variant, options in cases.VARIANTS.items():
+        runner = Runner(folder, layout, **options)
+        result["updated"][variant] = runner.update(cases.UPDATE_MICROBATCHES)
+        topology.stop(keep_processes=True)
+    if runner.here.is_main:
+        torch.save(result, folder / f"{layout}.pt")
+
+
+def run_rank(rank: int, folder: Path, world_size: int, port: int, layouts: list[str]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    for layout in layouts:
+        run_layout(folder, layout)
+    topology.stop()
+
+
+def main(folder: str, world_size: str, *layouts: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        run_rank, args=(Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
+        start_method="fork")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""One SGLang server on CPU for all engine tests, serving a tiny random BailingMoe.
+
+The model is awkward on purpose: NormHead, a dense first layer, two shared experts, an expert width and a
+vocabulary that SGLang pads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.sync.publish import Publisher, TensorPublisher
+from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
+from tests.reference_bailing import response_logprobs
+from tests.tiny_models import tiny_bailing_weights, write_tiny_bailing
+
+ROLLOUT = RolloutConfig(
+    prompts_per_step=4,
+    responses_per_prompt=3,
+    max_response_tokens=16,
+    max_context_tokens=256,
+    concurrency=16,
+    request_timeout_s=60.0,
+    retries=1,
+    engine=EngineConfig(max_running_requests=32, max_total_tokens=8192),
+)
+PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13), (14, 15, 16, 17, 18))
+
+
+class LiveEngine:
+    """The shared server together with the weights that it is meant to serve."""
+
+    def __init__(self, process: EngineProcess, folder: Path):
+        self.process = process
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.client = EngineClient(process.base_url, timeout_s=60.0, log_path=str(process.log_path))
+        self.weights = tiny_bailing_weights(self.config)
+        self.version = 0
+        self.expected = ExpectedChecksums(self.config, engine_dtype=torch.float32)
+        self._seeds = itertools.count(1)
+
+    def new_weights(self) -> dict[str, torch.Tensor]:
+        return tiny_bailing_weights(self.config, seed=next(self._seeds))
+
+    def publish(self, weights: Mapping[str, torch.Tensor], publisher: Publisher | None = None) -> None:
+        """Publishes under the next version and checks the checksums."""
+        publisher = publisher or TensorPublisher([self.client], bucket_bytes=1 << 20)
+        publisher.publish(self.expected.watch(weights.items()), self.version + 1)
+        self.weights, self.version = dict(weights), self.version + 1
+        verify_engines([self.client], self.expected)
+
+    def call(self, coroutine):
+        """Runs one client call to its end."""
+
+        async def call_and_close():
+            try:
+                return await coroutine
+            finally:
+                await self.client.close()
+
+        return asyncio.run(call_and_close())
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[GenerateResult]:
+        async def generate_all() -> list[GenerateResult]:
+            return await asyncio.gather(*(
+                self.client.generate(prompt, rid=f"test-{number}", sampling=sampling)
+                for number, prompt in enumerate(prompts)))
+
+        return self.call(generate_all())
+
+    def largest_error(
+        self, prompts: Sequence[Sequence[int]], results: Sequence[GenerateResult], *, temperature: float = 1.0,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> float:
+        """Largest difference between the engine's log-probabilities and the reference's."""
+        errors = [
+            (response_logprobs(weights or self.weights, self.config, prompt, result.output_ids.tolist(),
+                               temperature=temperature) - torch.from_numpy(result.logprobs)).abs().max().item()
+            for prompt, result in zip(prompts, results, strict=True)
+        ]
+        return max(errors)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_bailing(
+        tmp_path_factory.mktemp("model") / "tiny", norm_head=True, num_hidden_layers=3, first_k_dense_replace=1,
+        intermediate_size=100, moe_intermediate_size=24, num_shared_experts=2)
+
+
+@pytest.fixture(scope="session")
+def live_engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
+    log_path = tmp_path_factory.mktemp("engine") / "engine.log"
+    with EngineProcess.from_config(ROLLOUT, model_folder, log_path=log_path) as process:
+        yield LiveEngine(process, model_folder)

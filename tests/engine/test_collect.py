@@ -1,0 +1,148 @@
+"""Every prompt gets its K judged responses, once each, whatever fails on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.rollout.collect import CollectError, Collector, Progress, SamplingPlan, sampling_seed
+from megatron_rl.rollout.engines import choose_port
+from megatron_rl.types import Finish, Prompt, Score
+from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
+from tests.reference_bailing import response_logprobs
+
+
+class LengthScorer:
+    """Judges a response by the length of its text."""
+
+    def __init__(self):
+        self.judged: list[str] = []
+
+    async def score(self, prompt: Prompt, response_text: str) -> Score:
+        self.judged.append(prompt.id)
+        return Score(value=float(len(response_text)), status="correct")
+
+
+def make_prompts(count: int = len(PROMPTS)) -> list[Prompt]:
+    return [
+        Prompt(id=f"p{number}", token_ids=PROMPTS[number], text="", answer="", domain="math")
+        for number in range(count)
+    ]
+
+
+@pytest.fixture()
+def tokenizer(live_engine: LiveEngine) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(live_engine.folder)
+
+
+@pytest.fixture()
+def dead_client() -> EngineClient:
+    return EngineClient(f"http://127.0.0.1:{choose_port(None)}", log_path="/logs/dead_engine.log")
+
+
+def make_collector(clients, tokenizer, config=ROLLOUT, on_progress=None) -> Collector:
+    return Collector(clients, config, tokenizer, LengthScorer(), seed=3, eos_token_id=0, on_progress=on_progress)
+
+
+def test_k_responses_per_prompt_as_the_engine_sampled_them(live_engine: LiveEngine, tokenizer):
+    groups = make_collector([live_engine.client], tokenizer).collect_blocking(make_prompts(), step=1)
+    assert [group.prompt.id for group in groups] == ["p0", "p1", "p2", "p3"]
+    for group in groups:
+        prompt = group.prompt.token_ids
+        assert len(group.rollouts) == len(group.texts) == len(group.scores) == 3
+        for rollout, text, score in zip(group.rollouts, group.texts, group.scores, strict=True):
+            response = rollout.token_ids[len(prompt):]
+            assert rollout.token_ids.dtype == np.int32 and rollout.rollout_logprobs.dtype == np.float32
+            assert rollout.token_ids[: len(prompt)].tolist() == list(prompt)
+            assert rollout.trainable.tolist() == [False] * len(prompt) + [True] * len(response)
+            assert rollout.finish is (Finish.STOP if response[-1] == 0 else Finish.LENGTH)
+            assert rollout.response_tokens == 16 or rollout.finish is Finish.STOP
+            assert text == tokenizer.decode(response.tolist(), skip_special_tokens=True)
+            assert score.value == len(text)
+            assert [span.version for span in rollout.weight_versions] == [live_engine.version]
+            reference = response_logprobs(live_engine.weights, live_engine.config, prompt, response.tolist())
+            assert (reference - torch.from_numpy(rollout.rollout_logprobs[len(prompt):])).abs().max() < 1e-4
+            assert not rollout.rollout_logprobs[: len(prompt)].any()
+
+
+def test_samples_of_a_prompt_differ(live_engine: LiveEngine, tokenizer):
+    (group,) = make_collector([live_engine.client], tokenizer).collect_blocking(make_prompts(1), step=1)
+    assert len({rollout.token_ids.tobytes() for rollout in group.rollouts}) > 1
+
+
+def test_evaluation_plan_replaces_count_length_and_temperature(live_engine: LiveEngine, tokenizer):
+    plan = replace(SamplingPlan.from_config(ROLLOUT), samples_per_prompt=2, temperature=0.0, max_response_tokens=5)
+    groups = make_collector([live_engine.client], tokenizer).collect_blocking(make_prompts(), step=0, tag="eval", plan=plan)
+    for group in groups:
+        first, second = group.rollouts
+        assert first.response_tokens <= 5
+        assert first.token_ids.tolist() == second.token_ids.tolist()  # greedy
+
+
+def test_progress_counts_every_response_once(live_engine: LiveEngine, tokenizer):
+    seen: list[Progress] = []
+    collector = make_collector([live_engine.client], tokenizer, on_progress=seen.append)
+    groups = collector.collect_blocking(make_prompts(), step=1)
+    tokens = sum(rollout.response_tokens for group in groups for rollout in group.rollouts)
+    assert [progress.responses for progress in seen] == list(range(1, 13))
+    assert seen[-1] == Progress(responses=12, total_responses=12, tokens=tokens)
+
+
+def test_failed_request_is_retried_on_the_next_engine_and_counted_once(live_engine, tokenizer, dead_client):
+    collector = make_collector([dead_client, live_engine.client], tokenizer)
+    groups = collector.collect_blocking(make_prompts(), step=1)
+    assert [len(group.rollouts) for group in groups] == [3, 3, 3, 3]
+    judged = collector._scorer.judged
+    assert sorted(judged) == sorted(["p0", "p1", "p2", "p3"] * 3)
+
+
+def test_exhausted_retries_name_prompt_engine_and_log(tokenizer, dead_client):
+    collector = make_collector([dead_client], tokenizer)
+    with pytest.raises(CollectError, match=r"prompt 'p0', sample \d: no response after 2 attempts .*dead_engine.log"):
+        collector.collect_blocking(make_prompts(1), step=1)
+
+
+def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer, dead_client):
+    """flush_cache is refused while the engine has requests."""
+    config = replace(ROLLOUT, retries=0, max_response_tokens=250)
+    collector = make_collector([live_engine.client, dead_client], tokenizer, config)
+    with pytest.raises(CollectError, match="prompt 'p1'"):
+        collector.collect_blocking(make_prompts(2), step=1)
+    for attempt in itertools.count():
+        try:
+            live_engine.call(live_engine.client.flush_cache())
+            return
+        except EngineHTTPError:
+            assert attempt < 5, "the engine still runs requests of a collect() that failed"
+            time.sleep(0.1)
+
+
+def test_prompt_too_long_for_the_engine_is_named(live_engine: LiveEngine, tokenizer):
+    prompt = Prompt(id="long", token_ids=(5,) * 250, text="", answer="", domain="math")
+    with pytest.raises(ValueError, match="prompt 'long' has 250 tokens.*rollout.max_context_tokens=256"):
+        make_collector([live_engine.client], tokenizer).collect_blocking([prompt], step=1)
+
+
+def test_collect_runs_inside_an_event_loop_too(live_engine: LiveEngine, tokenizer):
+    async def collect():
+        async with live_engine.client:
+            return await make_collector([live_engine.client], tokenizer).collect(make_prompts(1), step=1)
+
+    assert len(asyncio.run(collect())) == 1
+
+
+def test_every_part_of_the_key_changes_the_seed():
+    base = sampling_seed(1, "train", 2, 3, 4)
+    others = [sampling_seed(9, "train", 2, 3, 4), sampling_seed(1, "eval", 2, 3, 4), sampling_seed(1, "train", 9, 3, 4),
+              sampling_seed(1, "train", 2, 9, 4), sampling_seed(1, "train", 2, 3, 9)]
+    assert len({base, *others}) == 6
+    assert all(0 <= seed < 2**63 for seed in (base, *others))
+    assert base == sampling_seed(1, "train", 2, 3, 4)

@@ -1,0 +1,152 @@
+"""Published weights arrive, whichever way they travel, and whatever does not arrive is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rl.rollout.client import SamplingParams
+from megatron_rl.sync.publish import (
+    BroadcastPublisher,
+    DiskPublisher,
+    PublishError,
+    Publisher,
+    TensorPublisher,
+    make_buckets,
+)
+from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engines
+from tests.engine.conftest import PROMPTS, LiveEngine
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
+SMALL_BUCKET = 100_000
+
+
+@pytest.fixture(params=["tensor", "broadcast", "disk"])
+def publisher(request: pytest.FixtureRequest, live_engine: LiveEngine, tmp_path: Path):
+    clients = [live_engine.client]
+    made: Publisher = {
+        "tensor": lambda: TensorPublisher(clients, bucket_bytes=SMALL_BUCKET),
+        "broadcast": lambda: BroadcastPublisher(clients, bucket_bytes=SMALL_BUCKET, backend="gloo", device="cpu"),
+        "disk": lambda: DiskPublisher(clients, bucket_bytes=SMALL_BUCKET, folder=tmp_path / "weights",
+                                      config_folder=live_engine.folder),
+    }[request.param]()
+    yield made
+    made.close()
+
+
+def test_engine_serves_the_published_weights(live_engine: LiveEngine, publisher: Publisher):
+    for _ in range(2):
+        old, new = live_engine.weights, live_engine.new_weights()
+        live_engine.publish(new, publisher)
+        results = live_engine.generate(PROMPTS, SAMPLING)
+        assert live_engine.largest_error(PROMPTS, results) < 1e-4
+        assert live_engine.largest_error(PROMPTS, results, weights=old) > 1e-3
+        assert {span.version for result in results for span in result.weight_versions} == {live_engine.version}
+        assert live_engine.call(live_engine.client.weight_version()) == live_engine.version
+
+
+def test_report_counts_what_travelled(live_engine: LiveEngine, publisher: Publisher):
+    weights = live_engine.weights
+    report = publisher.publish(weights.items(), live_engine.version + 1)
+    live_engine.version += 1
+    total = sum(tensor.nbytes for tensor in weights.values())
+    assert (report.tensors, report.bytes) == (len(weights), total)
+    assert report.buckets >= total / SMALL_BUCKET
+
+
+def test_disk_publisher_keeps_one_whole_folder(live_engine: LiveEngine, tmp_path: Path):
+    publisher = DiskPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET, folder=tmp_path,
+                              config_folder=live_engine.folder)
+    for _ in range(2):
+        live_engine.publish(live_engine.new_weights(), publisher)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == f"version_{live_engine.version}"
+    assert {"config.json", "configuration_bailing_moe.py", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+
+
+def test_versions_must_grow(live_engine: LiveEngine):
+    publisher = TensorPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET)
+    live_engine.publish(live_engine.weights, publisher)
+    with pytest.raises(ValueError, match=f"weight version {live_engine.version} does not follow"):
+        publisher.publish(live_engine.weights.items(), live_engine.version)
+
+
+@pytest.mark.parametrize("name", [
+    "lm_head.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.mlp.experts.3.gate_proj.weight",
+    "model.layers.2.mlp.experts.7.down_proj.weight",
+    "model.layers.2.mlp.shared_experts.up_proj.weight",
+    "model.layers.1.attention.query_key_value.weight",
+])
+def test_one_changed_number_is_noticed(live_engine: LiveEngine, name: str):
+    """The trainer's tensor differs from what the engine got in a single element."""
+    live_engine.publish(live_engine.weights)
+    tampered = dict(live_engine.weights)
+    tampered[name] = tampered[name].clone()
+    tampered[name].view(-1)[-1] += 1e-3
+    list(live_engine.expected.watch(tampered.items()))
+    prefix = name.rsplit(".mlp.", 1)[0]
+    with pytest.raises(WeightMismatchError, match=f"1 parameters differ: {prefix}"):
+        verify_engines([live_engine.client], live_engine.expected)
+
+
+def test_a_publish_that_did_not_happen_is_noticed(live_engine: LiveEngine):
+    live_engine.publish(live_engine.weights)
+    list(live_engine.expected.watch(live_engine.new_weights().items()))
+    with pytest.raises(WeightMismatchError, match=r"\d+ parameters differ: model.word_embeddings.weight"):
+        verify_engines([live_engine.client], live_engine.expected)
+
+
+def test_a_tensor_that_was_not_published_is_noticed(live_engine: LiveEngine):
+    live_engine.publish(live_engine.weights)
+    without = {name: tensor for name, tensor in live_engine.weights.items() if name != "model.norm.weight"}
+    list(live_engine.expected.watch(without.items()))
+    with pytest.raises(WeightMismatchError, match="are in the engine but were not published: model.norm.weight"):
+        verify_engines([live_engine.client], live_engine.expected)
+
+
+def test_a_missing_expert_is_named(live_engine: LiveEngine):
+    missing = "model.layers.1.mlp.experts.2.up_proj.weight"
+    expected = ExpectedChecksums(live_engine.config, engine_dtype=torch.float32)
+    list(expected.watch((name, tensor) for name, tensor in live_engine.weights.items() if name != missing))
+    with pytest.raises(ValueError, match="tensors that make up model.layers.1.mlp.experts.w13_weight"):
+        expected.digests()
+
+
+def test_failed_publish_names_the_bucket_and_leaves_the_engine_paused(live_engine: LiveEngine):
+    broken = dict(live_engine.weights)
+    broken["model.norm.weight"] = torch.zeros(7)
+    publisher = TensorPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET)
+    with pytest.raises(PublishError, match=r"version \d+: bucket \d+ \(.*model.norm.weight.*paused"):
+        publisher.publish(broken.items(), live_engine.version + 1)
+
+    async def try_to_generate():
+        return await live_engine.client.generate((5, 6), rid="paused", sampling=SAMPLING, timeout_s=0.5)
+
+    with pytest.raises(Exception, match="no answer within 0.5 s"):
+        live_engine.call(try_to_generate())
+    live_engine.call(live_engine.client.end_weight_update())
+    live_engine.publish(live_engine.weights)
+    assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
+
+
+def test_buckets_keep_order_respect_the_limit_and_align_dtypes():
+    tensors = [
+        ("a", torch.zeros(3, dtype=torch.float32)),  # 12 bytes
+        ("b", torch.zeros(5, dtype=torch.bfloat16)),  # 10 bytes: 22 in all, not a multiple of 4
+        ("c", torch.zeros(1, dtype=torch.float32)),  # would start at byte 22: a new bucket
+        ("d", torch.zeros(100, dtype=torch.float32)),  # larger than a bucket: alone
+        ("e", torch.zeros(2, dtype=torch.float32)),
+    ]
+    buckets = list(make_buckets(iter(tensors), 32))
+    assert [[name for name, _ in bucket.tensors] for bucket in buckets] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [bucket.num_bytes for bucket in buckets] == [22, 4, 400, 8]
+    assert [bucket.last for bucket in buckets] == [False, False, False, True]
+
+
+def test_nothing_to_publish_is_an_error():
+    with pytest.raises(ValueError, match="nothing to publish"):
+        list(make_buckets([], 32))

@@ -1,0 +1,157 @@
+"""An upcycled Llama is the same function at step 0, its experts ready to move; what cannot be held is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_rl.model.bailing import expected_shapes, read_config
+from megatron_rl.model.upcycle import upcycle_llama
+from tests.reference_bailing import bailing_forward, bailing_logits
+from tests.tiny_models import write_tiny_tokenizer
+
+TOKENS = [5, 90, 17, 17, 3, 42, 60, 1, 0, 33, 71, 8]
+
+
+def write_tiny_llama(folder: Path, *, tied: bool = True, seed: int = 0, **overrides) -> LlamaForCausalLM:
+    """Two layers, 4 query and 2 key-value heads, FFN 32, rotary base and epsilon unlike any default."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-3, "rope_theta": 500.0, "tie_word_embeddings": tied, "initializer_range": 0.3,
+        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "torch_dtype": "float32", **overrides})
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    write_tiny_tokenizer(folder, 96)
+    return model
+
+
+def edit_config(folder: Path, **keys) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def load(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_the_dense_model(tmp_path, tied):
+    llama = write_tiny_llama(tmp_path / "dense", tied=tied)
+    config, weights = load(upcycle_llama(tmp_path / "dense", tmp_path / "moe"))
+    with torch.no_grad():
+        expected = llama(torch.tensor([TOKENS])).logits[0]
+        found = bailing_logits(weights, config, TOKENS)
+    assert expected.std() > 0.3  # the comparison says something
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_old_style_rope_theta_is_carried(tmp_path):
+    write_tiny_llama(tmp_path / "dense")
+    edit_config(tmp_path / "dense", rope_parameters=None, rope_theta=500.0)
+    assert read_config(upcycle_llama(tmp_path / "dense", tmp_path / "moe")).rope_theta == 500.0
+
+
+def test_tensors_are_those_of_the_config(tmp_path):
+    write_tiny_llama(tmp_path / "dense")
+    folder = upcycle_llama(tmp_path / "dense", tmp_path / "moe", num_experts=6, experts_per_token=3,
+                           moe_intermediate_size=16)
+    config, weights = read_config(folder), load_file(folder / "model.safetensors")
+    assert (config.num_experts, config.num_experts_per_tok, config.num_shared_experts) == (6, 3, 2)
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected_shapes(config)
+
+
+def test_bfloat16_target_is_the_cast_float32_target(tmp_path):
+    write_tiny_llama(tmp_path / "dense")
+    _, full = load(upcycle_llama(tmp_path / "dense", tmp_path / "full"))
+    config, half = load(upcycle_llama(tmp_path / "dense", tmp_path / "half", dtype="bfloat16"))
+    assert config["torch_dtype"] == "bfloat16"
+    assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
+
+
+def test_every_routed_expert_can_learn_and_no_two_are_alike(tmp_path):
+    """Gradients reach the zero down_proj; num_shared_experts=1, where only the noise tells experts apart."""
+    write_tiny_llama(tmp_path / "dense")
+    folder = upcycle_llama(tmp_path / "dense", tmp_path / "moe", num_experts=4, moe_intermediate_size=32)
+    config, weights = load(folder)
+    weights = {name: tensor.requires_grad_() for name, tensor in weights.items()}
+    tokens = list(range(48))
+    logits, routes = bailing_forward(weights, config, tokens)
+    logits.log_softmax(-1).square().sum().backward()
+    prefix = "model.layers.0.mlp.experts"
+    assert set(routes[0].flatten().tolist()) == {0, 1, 2, 3}
+    for expert in range(4):
+        assert weights[f"{prefix}.{expert}.down_proj.weight"].grad.abs().max() > 1e-3
+        assert not weights[f"{prefix}.{expert}.down_proj.weight"].any()
+    sums = [weights[f"{prefix}.{expert}.gate_proj.weight"].sum(0) for expert in range(4)]  # blind to row order
+    assert all((sums[i] - sums[j]).abs().max() > 0.05 for i in range(4) for j in range(i))
+
+
+def test_experts_of_one_round_share_no_neuron(tmp_path):
+    """FFN 32 in experts of 8: four experts are a partition of the dense neurons when there is no noise."""
+    write_tiny_llama(tmp_path / "dense")
+    _, weights = load(upcycle_llama(tmp_path / "dense", tmp_path / "moe", num_experts=4, expert_noise=0.0))
+    rows = torch.cat([weights[f"model.layers.1.mlp.experts.{e}.gate_proj.weight"] for e in range(4)])
+    dense = weights["model.layers.1.mlp.shared_experts.gate_proj.weight"]
+    assert torch.equal(rows[rows[:, 0].argsort()], dense[dense[:, 0].argsort()])
+
+
+def test_seed_decides_every_random_number(tmp_path):
+    write_tiny_llama(tmp_path / "dense")
+    first, again, other = (load(upcycle_llama(tmp_path / "dense", tmp_path / name, seed=seed))[1]
+                           for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for part in ("gate", "experts.0.up_proj"):
+        assert not torch.equal(first[f"model.layers.0.mlp.{part}.weight"], other[f"model.layers.0.mlp.{part}.weight"])
+
+
+def test_tokenizer_files_are_copied(tmp_path):
+    write_tiny_llama(tmp_path / "dense")
+    upcycle_llama(tmp_path / "dense", tmp_path / "moe")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "moe" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"mlp_bias": True}, "mlp_bias=True"),
+    ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope_parameters="),
+    ({"eos_token_id": [0, 1]}, r"eos_token_id=\[0, 1\]"),
+    ({"model_type": "qwen3"}, "model_type='qwen3'"),
+    ({"vocab_size": None}, "missing vocab_size"),
+])
+def test_unsupported_source_is_named(tmp_path, keys, message):
+    write_tiny_llama(tmp_path / "dense")
+    edit_config(tmp_path / "dense", **keys)
+    with pytest.raises(ValueError, match=message):
+        upcycle_llama(tmp_path / "dense", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.k_norm.weight"])
+def test_unsupported_tensor_is_named(tmp_path, extra):
+    write_tiny_llama(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    save_file({**load_file(file), extra: torch.zeros(32)}, file)
+    with pytest.raises(ValueError, match=extra):
+        upcycle_llama(tmp_path / "dense", tmp_path / "moe")
+
+
+def test_width_must_divide_the_ffn(tmp_path):
+    write_tiny_llama(tmp_path / "dense")
+    with pytest.raises(ValueError, match="moe_intermediate_size=12 does not divide intermediate_size=32"):
+        upcycle_llama(tmp_path / "dense", tmp_path / "moe", moe_intermediate_size=12)
+    with pytest.raises(ValueError, match="same folder"):
+        upcycle_llama(tmp_path / "dense", tmp_path / "dense")

@@ -1,0 +1,33 @@
+"""Model FLOPs against hand counts and the published size of Ling-lite."""
+
+from megatron_rl.observe.flops import forward_flops, linear_flops_per_token, train_flops
+
+LING_LITE = {
+    "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "vocab_size": 126464, "num_experts": 64, "num_experts_per_tok": 6, "num_shared_experts": 2,
+    "moe_intermediate_size": 1408, "intermediate_size": 5632, "first_k_dense_replace": 0,
+}
+SMALL = {
+    "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3,
+    "vocab_size": 10, "num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1,
+    "moe_intermediate_size": 5, "intermediate_size": 7, "first_k_dense_replace": 1,
+}
+
+
+def test_half_the_forward_flops_are_the_active_parameters_of_ling_lite():
+    embedding = 126464 * 2048  # looked up, not multiplied
+    active = linear_flops_per_token(LING_LITE) / 2 + embedding
+    assert 2.745e9 < active < 2.76e9  # published: 2.75B active per token
+
+
+def test_small_network_by_hand():
+    # attention 2*4*(2+2)*3 + 2*2*3*4 = 96 + 48 = 144, twice; dense layer 6*4*7 = 168;
+    # MoE layer 2*4*8 + 6*4*5*(2+1) = 64 + 360 = 424; head 2*4*10 = 80
+    assert linear_flops_per_token(SMALL) == 2 * 144 + 168 + 424 + 80
+    # 3 tokens see 1 + 2 + 3 = 6 pairs; each 4*2*3 = 24 in 2 layers
+    assert forward_flops(SMALL, [3]) == 3 * 960 + 6 * 24 * 2
+
+
+def test_backward_is_twice_forward_and_sequences_add_up():
+    assert train_flops(SMALL, [3, 5]) == 3 * (forward_flops(SMALL, [3]) + forward_flops(SMALL, [5]))
+    assert forward_flops(SMALL, [8]) > forward_flops(SMALL, [3, 5])  # one sequence sees more pairs

@@ -1,0 +1,106 @@
+"""metrics.jsonl and eval.jsonl hold every step once, across crashes and resumes; wandb gets the same numbers."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from megatron_rl.config.schema import ObserveConfig
+from megatron_rl.observe.jsonl import read_jsonl
+from megatron_rl.observe.sinks import MetricsLog
+
+OFF = ObserveConfig(wandb="off")
+
+
+def run_steps(directory, first, last, **options):
+    with MetricsLog(directory, OFF, {"run": {"seed": 0}}, **options) as log:
+        for step in range(first, last + 1):
+            log.log(step, {"reward/mean": step / 10})
+            log.log_eval(step, "during", {"accuracy": step / 10})
+
+
+def test_each_line_is_on_disk_when_log_returns(tmp_path):
+    log = MetricsLog(tmp_path, OFF, {})
+    log.log(1, {"reward/mean": 0.5})
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert (row["step"], row["reward/mean"]) == (1, 0.5) and row["time"] > 0
+    log.close()
+
+
+def test_resume_leaves_no_step_twice(tmp_path):
+    run_steps(tmp_path, 1, 7)
+    run_steps(tmp_path, 5, 9, resume_step=4)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert [row["step"] for row in read_jsonl(tmp_path / name)] == list(range(1, 10))
+
+
+def test_a_line_torn_by_a_crash_is_dropped_on_resume(tmp_path):
+    run_steps(tmp_path, 1, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    run_steps(tmp_path, 4, 5, resume_step=3)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
+    run_steps(tmp_path, 1, 3)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds the metrics of an earlier run.*run\.resume=true"):
+        MetricsLog(tmp_path, OFF, {})
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+        MetricsLog(tmp_path, OFF, {}, resume_step=3)
+
+
+def test_config_and_versions_are_written(tmp_path):
+    run_steps(tmp_path, 1, 1)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"run": {"seed": 0}}
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions["packages"]["torch"].startswith("2.") and versions["machine"]["cores"] >= 1
+
+
+def test_wandb_is_not_imported_when_off(tmp_path):
+    script = ("import sys; from megatron_rl.observe import MetricsLog\n"
+              "from megatron_rl.config.schema import ObserveConfig\n"
+              f"with MetricsLog({str(tmp_path)!r}, ObserveConfig(wandb='off'), {{}}) as log: log.log(1, {{'a': 1.0}})\n"
+              "print('wandb' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "False"
+
+
+def wandb_history(path):
+    """Rows logged to an offline .wandb file: LevelDB log framing around protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, message, rows = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place:place + 7])
+        message += data[place + 7:place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = wandb_internal_pb2.Record.FromString(message)
+            message = b""
+            if record.WhichOneof("record_type") == "history":
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                             for item in record.history.item})
+    return rows
+
+
+@pytest.mark.slow
+def test_offline_wandb_holds_the_same_numbers_inside_the_run_directory(tmp_path):
+    with MetricsLog(tmp_path / "run", ObserveConfig(wandb="offline"), {"c3po": {"phi": 64}}) as log:
+        log.log(1, {"reward/mean": 0.25, "train/loss": 1.5})
+        log.log(2, {"reward/mean": 0.5, "train/loss": 1.0})
+    files = [path for path in tmp_path.rglob("*.wandb") if "latest-run" not in path.parts]
+    (path,) = files
+    assert path.is_relative_to(tmp_path / "run" / "wandb")
+    rows = wandb_history(path)
+    assert [(row["step"], row["reward/mean"], row["train/loss"]) for row in rows] == [(1, 0.25, 1.5), (2, 0.5, 1.0)]

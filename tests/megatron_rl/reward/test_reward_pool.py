@@ -1,0 +1,240 @@
+"""RewardPool with real worker processes: time limits, crashes, sharing, remembering, closing."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from megatron_rl.config.schema import RewardConfig
+from megatron_rl.reward import RewardPool
+from megatron_rl.reward import pool as pool_module
+from megatron_rl.types import Prompt, Score
+
+USER_MODULE = "pool_rewards_of_test"
+BOMB = "\\boxed{9^{9^{9^{9}}}}"
+
+
+def prompt(answer, domain="math"):
+    return Prompt("p", (1,), "question", answer, domain)
+
+
+def worker_pids():
+    return {process.pid for process in multiprocessing.active_children() if process.name == "pebble_pool_worker"}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / f"{USER_MODULE}.py").write_text(textwrap.dedent("""
+        import os, time
+        class Unpicklable(Exception):
+            def __init__(self, one, two): super().__init__("two arguments")
+        def score(prompt, response_text):
+            if response_text == "die": os._exit(7)
+            if response_text == "hang": time.sleep(60)
+            if response_text == "hoard": return len(bytearray(6 << 30))
+            if response_text == "raise": raise Unpicklable(1, 2)
+            if response_text == "pid": return os.getpid()
+            return 1
+    """))
+    sys.path.insert(0, str(folder))
+    config = RewardConfig(routes={"math": "math_verify", "arithmetic": "exact", "user": f"{USER_MODULE}.score"},
+                          workers=2, timeout_s=1.0)
+    with RewardPool(config) as pool:
+        yield pool
+    sys.path.remove(str(folder))
+
+
+def test_exact_and_boxless_answers_start_no_worker():
+    with RewardPool(RewardConfig(routes={"math": "math_verify", "arithmetic": "exact"})) as pool:
+        scores = pool.score_many([(prompt("7", "arithmetic"), " 7"), (prompt("7"), "seven"),
+                                  (prompt("7"), "\\boxed{7}")])
+        assert [score.status for score in scores] == ["correct", "no_answer", "correct"]
+        assert pool.jobs_sent == 0 and not worker_pids()
+
+
+def test_a_bomb_costs_its_own_slot_only(pool):
+    pool.warm_up()
+    items = [(prompt(f"\\frac{{{i}}}{{7}}"), f"\\boxed{{{i + i % 2}/7}}") for i in range(1, 61)]
+    items.insert(30, (prompt("5"), BOMB))
+    start = time.monotonic()
+    scores = pool.score_many(items)
+    assert time.monotonic() - start < 8  # 1 s for the bomb, about 0.2 s for the rest on an idle machine
+    bomb = scores.pop(30)
+    assert bomb.status == "timeout" and "reward.timeout_s=1.0" in bomb.detail
+    assert [score.status for score in scores] == ["wrong" if i % 2 else "correct" for i in range(1, 61)]
+
+
+def test_statuses_are_told_apart_within_one_batch(pool):
+    items = [(prompt("1", "user"), text) for text in ("fine", "hang", "die", "raise", "hoard")]
+    items += [(prompt("x+1"), "\\boxed{1+x}"), (prompt("x+1"), "\\boxed{x}"), (prompt("x"), "x")]
+    scores = pool.score_many(items)
+    assert [score.status for score in scores] == [
+        "correct", "timeout", "error", "error", "error", "correct", "wrong", "no_answer"]
+    assert [score.value for score in scores] == [1, 0, 0, 0, 0, 1, 0, 0]
+    assert "exit code 7" in scores[2].detail
+    assert scores[3].detail == "Unpicklable: two arguments" and "MemoryError" in scores[4].detail
+
+
+def test_a_judged_pair_is_not_sent_twice(pool):
+    pair = (prompt("a+b"), "first \\boxed{b+a}")
+    assert pool.score_many([pair])[0].status == "correct"
+    sent = pool.jobs_sent
+    assert pool.score_many([(prompt("a+b"), "other words, same box \\boxed{b+a}")] * 8)[0].status == "correct"
+    assert pool.jobs_sent == sent
+    assert pool.score_many([(prompt("a-b"), pair[1])])[0].status == "wrong", "the memo key must hold the answer"
+    assert pool.jobs_sent == sent + 1
+
+
+def test_equal_pairs_in_flight_share_one_run_and_a_timeout_is_not_remembered(pool):
+    sent = pool.jobs_sent
+    bombs = [(prompt("6"), BOMB)] * 4
+    assert [score.status for score in pool.score_many(bombs)] == ["timeout"] * 4
+    assert pool.jobs_sent == sent + 1
+    assert pool.score_many(bombs[:1])[0].status == "timeout"
+    assert pool.jobs_sent == sent + 2
+
+
+def test_user_rewards_are_run_each_time(pool):
+    sent = pool.jobs_sent
+    pool.score_many([(prompt("1", "user"), "fine")] * 3)
+    assert pool.jobs_sent == sent + 3
+
+
+def test_the_memo_forgets_the_least_recently_used_pair_first(monkeypatch):
+    monkeypatch.setattr(pool_module, "MEMO_ENTRIES", 2)
+    first, second, third = [(prompt("a+b"), f"\\boxed{{b+a{zeros}}}") for zeros in ("", "+0", "+0+0")]
+    with RewardPool(RewardConfig(workers=1)) as pool:
+        sent = []
+        for pair in (first, second, first, third, first, second):
+            assert pool.score_many([pair])[0].status == "correct"
+            sent.append(pool.jobs_sent)
+    # first and second are judged, first is remembered, third pushes second out, first stays, second is judged anew
+    assert sent == [1, 2, 2, 3, 3, 4]
+
+
+def test_awaited_scores_leave_the_event_loop_free(pool):
+    async def judge():
+        ticks = 0
+        waiting = asyncio.gather(*(pool.score(prompt("1", "user"), text) for text in ("hang", "fine", "fine")))
+        while not waiting.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return await waiting, ticks
+
+    scores, ticks = asyncio.run(judge())
+    assert [score.status for score in scores] == ["timeout", "correct", "correct"]
+    assert ticks > 20  # of about 100 in the second that the hanging one takes
+
+
+def test_cancelling_one_caller_leaves_the_others_their_score(pool):
+    async def judge():
+        pair = prompt("d+e"), "\\boxed{e+d+0}"
+        first, second = (asyncio.create_task(pool.score(*pair)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        return await second
+
+    assert asyncio.run(judge()).status == "correct"
+
+
+def test_workers_come_from_the_fork_server_and_not_from_this_process(pool):
+    worker = int(pool.score_many([(prompt("1", "user"), "pid")])[0].value)
+    parent = int(open(f"/proc/{worker}/stat").read().rsplit(")", 1)[1].split()[1])
+    assert parent != os.getpid()
+
+
+def test_a_pool_whose_idle_workers_are_killed_goes_on(pool):
+    pool.warm_up()
+    for pid in worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)  # pebble looks every 0.1 s and then declares the pool broken
+    assert pool.score_many([(prompt("1", "user"), "fine")])[0].status == "correct"
+
+
+def test_a_domain_without_a_route_is_named(pool):
+    with pytest.raises(ValueError, match=r"reward\.routes\.code"):
+        pool.score_many([(prompt("1", "code"), "x")])
+    with pytest.raises(ValueError, match=r"reward\.routes\.code"):
+        asyncio.run(pool.score(prompt("1", "code"), "x"))
+    with pytest.raises(ValueError, match=r"reward\.routes\.code"):
+        pool.check_domains({"math", "code"})
+
+
+def test_close_ends_workers_and_cancels_what_is_awaited():
+    before = worker_pids()
+    pool = RewardPool(RewardConfig(workers=1, timeout_s=60.0))
+
+    async def judge_and_close():
+        waiting = asyncio.create_task(pool.score(prompt("5"), BOMB))
+        while pool.jobs_sent == 0:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        own = worker_pids() - before
+        await asyncio.to_thread(pool.close)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return own
+
+    start = time.monotonic()
+    own = asyncio.run(judge_and_close())
+    assert len(own) == 1 and not own & worker_pids() and time.monotonic() - start < 10
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.score_many([(prompt("x"), "\\boxed{1x}")])
+
+
+def test_nothing_is_left_when_the_trainer_is_killed(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(textwrap.dedent("""
+        import os, signal
+        from megatron_rl.config.schema import RewardConfig
+        from megatron_rl.reward import RewardPool
+        if __name__ == "__main__":
+            pool = RewardPool(RewardConfig())
+            pool.warm_up()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    marker = {"REWARD_POOL_OF_TEST": str(os.getpid())}
+    subprocess.run([sys.executable, str(script)], env={**env, **marker}, stderr=subprocess.DEVNULL, check=False)
+    deadline = time.monotonic() + 10
+    while (left := processes_with(marker)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def processes_with(marker):
+    [(name, value)] = marker.items()
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if f"{name}={value}".encode() in file.read():
+                    found.append(pid)
+        except OSError:
+            continue  # it ended, or it is not ours
+    return found
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(textwrap.dedent("""
+        from megatron_rl.config.schema import RewardConfig
+        from megatron_rl.reward import RewardPool
+        RewardPool(RewardConfig()).warm_up()
+    """))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60,
+                            check=False)
+    assert result.returncode != 0 and '__name__ == "__main__"' in result.stderr
+
+
+def test_scores_match_the_scorers_run_here(pool):
+    items = [(prompt("\\frac{1}{2}"), "\\boxed{0.5}"), (prompt("7", "arithmetic"), "8"), (prompt("1", "user"), "fine")]
+    assert pool.score_many(items) == [Score(1.0, "correct"), Score(0.0, "wrong"), Score(1.0, "correct")]

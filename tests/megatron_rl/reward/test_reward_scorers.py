@@ -1,0 +1,190 @@
+"""The scorers by themselves: what counts as an answer, what as right, and which statuses come out."""
+
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.reward.base import Job
+from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.exact import ExactScorer
+from megatron_rl.reward.gym import ReasoningGymScorer
+from megatron_rl.reward.math import MathVerifyScorer, judge_math
+from megatron_rl.reward.route import Routes
+from megatron_rl.types import Prompt, Score
+
+
+def prompt(answer, domain="math", **metadata):
+    return Prompt("p", (1,), "question", answer, domain, metadata)
+
+
+def status(scorer, answer, response, **metadata):
+    score = scorer.score(prompt(answer, **metadata), response)
+    assert score.value == (1.0 if score.status == "correct" else 0.0)
+    return score.status
+
+
+@pytest.mark.parametrize(("text", "box"), [
+    ("so \\boxed{1} no, \\boxed{2}.", "2"),
+    ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
+    ("\\boxed {a{b}{c}}", "a{b}{c}"),
+    ("\\boxed{\\boxed{3}}", "3"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("\\boxed{\\left\\{ 1 \\right.}", "\\left\\{ 1 \\right."),
+    ("\\boxed{1} and \\boxed{2", "1"),
+    ("} \\boxed{4}", "4"),
+    ("\\boxed{}", ""),
+    ("\\boxed{12", None), ("boxed{3}", None), ("the answer is 3", None), ("", None),
+])
+def test_the_last_closed_box_is_the_answer(text, box):
+    assert last_boxed(text) == box
+
+
+def test_a_text_of_open_boxes_costs_one_pass():
+    start = time.perf_counter()
+    assert last_boxed("\\boxed{" * 20000) is None
+    assert time.perf_counter() - start < 1.0  # quadratic: 2 * 10^8 tokens
+
+
+@pytest.mark.parametrize(("answer", "box"), [
+    ("\\frac{1}{2}", "0.5"), ("1/2", "\\frac12"), ("1,234", "1234"), ("5", "x=5"), ("\\text{Paris}", "Paris"),
+    ("\\{1,2\\}", "\\{2,1\\}"), ("[0,1)", "[0, 1)"), ("2\\sqrt{3}", "\\sqrt{12}"), ("\\pi/4", "0.785398"),
+    ("x^2+2x+1", "(x+1)^2"), ("$3$", "3"), ("90^\\circ", "90"), ("5\\text{ cm}", "5"), ("3*x+6", "6+3x"),
+    ("14", "14."), ("7", "007"), ("+5", "5"), ("no solution", "no solution"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+])
+def test_equal_expressions_are_correct(answer, box):
+    assert status(MathVerifyScorer(), answer, f"so \\boxed{{{box}}}") == "correct"
+
+
+@pytest.mark.parametrize(("answer", "box"), [
+    ("12", "13"), ("-3", "3"), ("(1,2)", "(2,1)"), ("[0,1)", "(0,1)"), ("A", "B"), ("6", "6,7"), ("12", "12 or 13"),
+    ("x+1", "x+2"), ("5", "five"),
+])
+def test_different_expressions_are_wrong(answer, box):
+    assert status(MathVerifyScorer(), answer, f"so \\boxed{{{box}}}") == "wrong"
+
+
+@pytest.mark.parametrize("response", ["the answer is 5", "5", "\\boxed{}", "\\boxed{ }", "\\boxed{5", ""])
+def test_math_without_a_closed_box_is_no_answer_even_if_the_number_is_there(response):
+    assert status(MathVerifyScorer(), "5", response) == "no_answer"
+
+
+@pytest.mark.parametrize(("box", "answer"), [("7", "7"), ("007", "7"), ("+7", "7"), ("-7", "7"), ("8", "7"),
+                                             ("\\frac{1}{2}", "\\frac{1}{2}"), ("no solution", "no solution")])
+def test_the_shortcuts_agree_with_math_verify_and_need_no_worker(box, answer):
+    decided = MathVerifyScorer().prepare(prompt(answer), f"\\boxed{{{box}}}")
+    assert isinstance(decided, Score) and decided == judge_math(box, answer)
+
+
+def test_equal_boxes_share_a_memo_key_and_other_answers_do_not():
+    def key(answer, response):
+        return MathVerifyScorer().prepare(prompt(answer), response).memo_key
+
+    assert key("x+1", "one way \\boxed{1+x}") == key("x+1", "another \\boxed{ 1+x }")
+    assert key("x+1", "\\boxed{1+x}") != key("x+2", "\\boxed{1+x}")
+    assert key("x+1", "\\boxed{1+x}") != key("x+1", "\\boxed{2+x}")
+
+
+@pytest.mark.parametrize(("response", "expected"), [
+    (" 21", "correct"), ("21\n3 + 4 = 7", "correct"), ("\n21 ", "correct"), ("210", "wrong"), ("2 1", "wrong"),
+    ("It is 21", "wrong"), ("", "no_answer"), (" \n", "no_answer")])
+def test_exact_compares_the_first_line(response, expected):
+    assert status(ExactScorer(), "21", response, domain="arithmetic") == expected
+
+
+def gym_prompt(task="chain_sum", **config):
+    import reasoning_gym
+    entry = reasoning_gym.create_dataset(task, size=1, seed=0, **config)[0]
+    return Prompt("g", (1,), entry["question"], entry["answer"], "reasoning_gym",
+                  {"task": task, "task_config": config, "entry": entry})
+
+
+def test_gym_counts_full_marks_only():
+    scorer, problem = ReasoningGymScorer(), gym_prompt(min_terms=2, max_terms=2)
+    assert scorer.score(problem, f"thus \\boxed{{{problem.answer}}}.") == Score(1.0, "correct")
+    assert scorer.score(problem, f" {problem.answer}\n") == Score(1.0, "correct")
+    # chain_sum gives part marks to a text that holds the answer
+    assert scorer.score(problem, f"the answer is {problem.answer}") == Score(0.0, "wrong")
+    assert scorer.score(problem, " ").status == scorer.score(problem, "\\boxed{}").status == "no_answer"
+
+
+def test_a_gym_checker_that_raises_is_an_error_and_not_a_wrong_answer():
+    score = ReasoningGymScorer().score(gym_prompt("prime_factorization"), "\\boxed{x}")
+    assert score.status == "error" and score.detail.startswith("ValueError") and score.value == 0.0
+
+
+def test_the_gym_memo_key_holds_all_that_the_checker_reads():
+    def key(problem, response):
+        return ReasoningGymScorer().prepare(problem, response).memo_key
+
+    problem = gym_prompt()
+    assert key(problem, "a \\boxed{3}") == key(gym_prompt(), "b \\boxed{3}")
+    assert key(problem, "\\boxed{3}") != key(problem, "\\boxed{4}")
+    assert key(problem, "\\boxed{3}") != key(gym_prompt(min_terms=3), "\\boxed{3}")
+
+
+def test_gym_refuses_prompts_of_other_sources():
+    with pytest.raises(ValueError, match="reward.routes.math=reasoning_gym"):
+        ReasoningGymScorer().prepare(prompt("5"), "\\boxed{5}")
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "user_rewards_of_test.py").write_text(textwrap.dedent("""
+        from megatron_rl.types import Score
+        number = 3
+        def longer_is_better(prompt, response_text): return len(response_text) / 10
+        def own_status(prompt, response_text): return Score(0.25, "no_answer", prompt.id)
+        def invented_status(prompt, response_text): return Score(1.0, "great")
+        def not_a_number(prompt, response_text): return float("nan")
+        def nothing(prompt, response_text): return None
+        def raises(prompt, response_text): return {}["key"]
+    """))
+    monkeypatch.syspath_prepend(tmp_path)
+    return "user_rewards_of_test"
+
+
+def user_score(path, response):
+    scorer = Routes({"math": path}).scorer("math")
+    assert isinstance(scorer.prepare(prompt("5"), response), Job)
+    return scorer.score(prompt("5"), response)
+
+
+def test_a_user_reward_may_return_a_number_or_a_score(user_module):
+    assert user_score(f"{user_module}.longer_is_better", "12345") == Score(0.5, "correct")
+    assert user_score(f"{user_module}.longer_is_better", "") == Score(0.0, "wrong")
+    assert user_score(f"{user_module}.own_status", "12345") == Score(0.25, "no_answer", "p")
+
+
+@pytest.mark.parametrize(("name", "detail"), [
+    ("invented_status", "great"), ("not_a_number", "nan"), ("nothing", "None"), ("raises", "KeyError: 'key'")])
+def test_a_user_reward_that_fails_is_an_error_that_says_why(user_module, name, detail):
+    score = user_score(f"{user_module}.{name}", "12345")
+    assert score.status == "error" and detail in score.detail
+
+
+@pytest.mark.parametrize(("path", "reason"), [
+    ("no_such_module_of_ours.score", "cannot import no_such_module_of_ours"), ("{}.absent", "absent"),
+    ("{}.number", "not a function")])
+def test_a_user_reward_that_cannot_be_used_names_its_route(user_module, path, reason):
+    with pytest.raises(ValueError, match=rf"reward\.routes\.code={path.format(user_module)}.*{reason}"):
+        Routes({"code": path.format(user_module)})
+
+
+def test_an_unknown_scorer_and_a_missing_route_name_the_key():
+    with pytest.raises(ValueError, match=r"reward\.routes\.math=math_verfy .* did you mean math_verify"):
+        Routes({"math": "math_verfy"})
+    routes = Routes({"math": "math_verify"})
+    routes.check_domains(["math"])
+    with pytest.raises(ValueError, match=r"reward\.routes\.code, reward\.routes\.science"):
+        routes.check_domains(["science", "math", "code"])
+    with pytest.raises(ValueError, match=r"reward\.routes\.code"):
+        routes.scorer("code")
+
+
+def test_the_quickstart_reward_example(monkeypatch):
+    monkeypatch.syspath_prepend(Path("examples/quickstart").resolve())
+    scores = [user_score("my_reward.score", text) for text in ("so\\boxed{5}", "2+2=4", "9", "hm")]
+    assert [score.value for score in scores] == [1, 0.5, 0, 0] and scores[3].status == "no_answer"

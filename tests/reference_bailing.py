@@ -1,0 +1,122 @@
+"""A plain-torch forward pass of BailingMoe for one sequence, written from the checkpoint's point of view.
+
+Independent of Megatron and SGLang; both are tested against it. L tokens, V vocabulary, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+NORM_HEAD_EPS = 1e-7
+
+
+def bailing_logits(
+    weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], token_ids: Sequence[int], *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Logits [L, V] in `dtype`, differentiable in `weights`. weights: checkpoint names -> tensors."""
+    return bailing_forward(weights, config, token_ids, dtype=dtype)[0]
+
+
+def bailing_forward(
+    weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], token_ids: Sequence[int], *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(logits [L, V], experts chosen in each MoE layer, int64 [L, top-k], best first)."""
+
+    def weight(name: str) -> torch.Tensor:
+        return weights[name].to(dtype)
+
+    def rms_norm(x_LH: torch.Tensor, name: str) -> torch.Tensor:
+        return x_LH * torch.rsqrt(x_LH.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight(name)
+
+    def mlp(x_LH: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate = F.linear(x_LH, weight(f"{prefix}.gate_proj.weight"))
+        up = F.linear(x_LH, weight(f"{prefix}.up_proj.weight"))
+        return F.linear(F.silu(gate) * up, weight(f"{prefix}.down_proj.weight"))
+
+    def moe(x_LH: torch.Tensor, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_LE = F.linear(x_LH, weight(f"{prefix}.gate.weight"))
+        probabilities_LE = F.softmax(logits_LE, dim=-1)
+        top_k = config["num_experts_per_tok"]
+        gates_Lk, experts_Lk = probabilities_LE.topk(top_k, dim=-1)
+        if config["norm_topk_prob"] and top_k > 1:
+            gates_Lk = gates_Lk / gates_Lk.sum(-1, keepdim=True)
+        gates_LE = torch.zeros_like(probabilities_LE).scatter(1, experts_Lk, gates_Lk)
+        out_LH = torch.zeros_like(x_LH)
+        for expert in range(config["num_experts"]):
+            rows = (experts_Lk == expert).any(-1).nonzero().squeeze(-1)
+            routed = mlp(x_LH[rows], f"{prefix}.experts.{expert}") * gates_LE[rows, expert, None]
+            out_LH = out_LH.index_add(0, rows, routed)
+        if config["num_shared_experts"]:
+            out_LH = out_LH + mlp(x_LH, f"{prefix}.shared_experts")
+        return out_LH, experts_Lk
+
+    x_LH = weight("model.word_embeddings.weight")[torch.as_tensor(list(token_ids))]
+    rotation = _rope_tables(config, len(x_LH), dtype)
+    routes = []
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        normed = rms_norm(x_LH, f"{prefix}.input_layernorm.weight")
+        qkv = F.linear(normed, weight(f"{prefix}.attention.query_key_value.weight"))
+        x_LH = x_LH + F.linear(_attention(qkv, config, rotation), weight(f"{prefix}.attention.dense.weight"))
+        normed = rms_norm(x_LH, f"{prefix}.post_attention_layernorm.weight")
+        if layer < config["first_k_dense_replace"]:
+            x_LH = x_LH + mlp(normed, f"{prefix}.mlp")
+            continue
+        out_LH, experts_Lk = moe(normed, f"{prefix}.mlp")
+        x_LH = x_LH + out_LH
+        routes.append(experts_Lk)
+    head = weight("model.word_embeddings.weight" if config["tie_word_embeddings"] else "lm_head.weight")
+    if config["norm_head"]:
+        head = head / (head.norm(dim=0, keepdim=True).detach() + NORM_HEAD_EPS)
+    return F.linear(rms_norm(x_LH, "model.norm.weight"), head), routes
+
+
+def response_logprobs(
+    weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], prompt: Sequence[int], response: Sequence[int], *,
+    temperature: float = 1.0, dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Log-probability of each response token given what precedes it, [R]."""
+    sequence = [*prompt, *response]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(bailing_logits(weights, config, sequence, dtype=dtype) / temperature, dim=-1)
+    rows = torch.arange(len(prompt) - 1, len(sequence) - 1)
+    return logprobs[rows, torch.as_tensor(list(response), dtype=torch.int64)]
+
+
+def _rope_tables(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    head_dim = _head_dim(config)
+    inverse = 1.0 / config["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=dtype), inverse)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def _attention(
+    qkv: torch.Tensor, config: Mapping[str, Any], rotation: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Causal attention on rows laid out [all Q heads][all K heads][all V heads]."""
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], _head_dim(config)
+    length = len(qkv)
+    q, k, v = qkv.view(length, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    cos, sin = rotation
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    q, k = rotate(q), rotate(k)
+    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / head_dim**0.5
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    weights = torch.softmax(scores.masked_fill(~causal, float("-inf")), dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).reshape(length, heads * head_dim)
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -1,0 +1,127 @@
+"""A tiny random BailingMoe as a Hugging Face folder: config, configuration file, weights, tokenizer.
+
+Used by the engine tests and the model tests. The tokenizer has one token per character.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|end|>"
+CHARACTERS = ["\n"] + [chr(code) for code in range(32, 126)]
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGURATION_FILE = REPOSITORY / "megatron_rl" / "model" / "hf_files" / "configuration_bailing_moe.py"
+
+TINY_CONFIG = {
+    "architectures": ["BailingMoeForCausalLM"],
+    "model_type": "bailing_moe",
+    "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "use_qkv_bias": False,
+    "use_bias": False,
+    "rms_norm_eps": 1e-6,
+    "norm_head": False,
+    "tie_word_embeddings": False,
+    "embedding_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "output_dropout": 0.0,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 512,
+    "rope_theta": 600000.0,
+    "rope_scaling": None,
+    "use_cache": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "num_experts": 8,
+    "num_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 0,
+    "torch_dtype": "float32",
+}
+
+
+def tiny_bailing_weights(config: dict, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under their checkpoint names, in the checkpoint's order and dtype.
+
+    Normal with deviation initializer_range; norms are 1 plus such noise, so that a lost norm weight shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config["torch_dtype"]]
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    weights: dict[str, torch.Tensor] = {}
+
+    def add(name: str, *shape: int, mean: float = 0.0) -> None:
+        noise = torch.randn(shape, generator=generator) * config["initializer_range"]
+        weights[name] = (noise + mean).to(dtype)
+
+    def add_mlp(prefix: str, width: int) -> None:
+        add(f"{prefix}.gate_proj.weight", width, hidden)
+        add(f"{prefix}.up_proj.weight", width, hidden)
+        add(f"{prefix}.down_proj.weight", hidden, width)
+
+    add("model.word_embeddings.weight", config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        add(f"{prefix}.input_layernorm.weight", hidden, mean=1.0)
+        add(f"{prefix}.attention.query_key_value.weight", (heads + 2 * kv_heads) * head_dim, hidden)
+        add(f"{prefix}.attention.dense.weight", hidden, heads * head_dim)
+        add(f"{prefix}.post_attention_layernorm.weight", hidden, mean=1.0)
+        if layer < config["first_k_dense_replace"]:
+            add_mlp(f"{prefix}.mlp", config["intermediate_size"])
+            continue
+        add(f"{prefix}.mlp.gate.weight", config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            add_mlp(f"{prefix}.mlp.experts.{expert}", config["moe_intermediate_size"])
+        if config["num_shared_experts"]:
+            add_mlp(f"{prefix}.mlp.shared_experts", config["moe_intermediate_size"] * config["num_shared_experts"])
+    add("model.norm.weight", hidden, mean=1.0)
+    if not config["tie_word_embeddings"]:
+        add("lm_head.weight", config["vocab_size"], hidden)
+    return weights
+
+
+def write_tiny_tokenizer(path: Path, vocab_size: int) -> None:
+    """One token per character: 0 ends the text, 1 is the newline, then printable ASCII, then unused names."""
+    names = [END_OF_TEXT, *CHARACTERS][:vocab_size]
+    names += [f"<|unused{index}|>" for index in range(len(names), vocab_size)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    fast.save_pretrained(path)
+
+
+def write_tiny_bailing(path: str | Path, *, seed: int = 0, norm_head: bool = False, **overrides: object) -> Path:
+    """Writes a loadable folder and returns it; `overrides` replace keys of config.json.
+
+    head_dim follows hidden_size / num_attention_heads unless it is given.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**TINY_CONFIG, "norm_head": norm_head, **overrides}
+    if "head_dim" not in overrides:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copy(CONFIGURATION_FILE, folder / CONFIGURATION_FILE.name)
+    save_file(tiny_bailing_weights(config, seed=seed), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tiny_tokenizer(folder, config["vocab_size"])
+    return folder
