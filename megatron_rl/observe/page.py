@@ -26,7 +26,7 @@ p { margin: 6px 0; max-width: 80ch; }
 .tile { background: var(--panel); border-radius: 8px; padding: 10px 12px; }
 .tile b { display: block; font-size: 18px; font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--quiet); font-size: 13px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(640px, 1fr)); gap: 14px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px; }
 figure { margin: 0; background: var(--panel); border-radius: 8px; padding: 10px 10px 6px; min-width: 0; }
 figcaption { font-weight: 600; padding: 0 2px 4px; }
 figcaption span { display: block; font-weight: 400; font-size: 13px; }

@@ -25,9 +25,10 @@ class MathVerifyScorer:
 
     @staticmethod
     def warm_up() -> None:
-        """Math-Verify compiles its grammar at the first use; that is not the first response's fault."""
+        """Grammar, number and symbol paths are set up at their first use: not at the first response's cost."""
         logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)
-        judge_math("x", "\\frac{1}{2}")
+        for box, answer in (("0.5", "\\frac{1}{2}"), ("6+3x", "3*x+6"), ("(x+1)^2", "x^2+2x+1")):
+            judge_math(box, answer)
 
     def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
         box = last_boxed(response_text)

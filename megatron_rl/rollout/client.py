@@ -5,6 +5,7 @@ Weight versions are integers on our side and str(n) on the wire. No environment 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -235,9 +236,7 @@ class EngineClient:
                 text = await response.text()
                 if response.status != 200:
                     raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
-                if response.content_type != "application/json":
-                    return text
-                return await response.json()
+                return json.loads(text) if response.content_type == "application/json" else text
         except TimeoutError as error:
             raise EngineHTTPError(f"{where}: no answer within {limit_s:g} s") from error
         except aiohttp.ClientError as error:
@@ -261,6 +260,9 @@ def _parse_generate(answer: Mapping[str, Any]) -> GenerateResult:
     if [pair[1] for pair in pairs] != output_ids.tolist():
         raise EngineHTTPError(f"POST /generate: {len(pairs)} log-probabilities for {len(output_ids)} tokens "
                               f"of request {meta['id']}, or not of the same tokens")
+    logprobs = np.asarray([pair[0] for pair in pairs], dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise EngineHTTPError(f"POST /generate: request {meta['id']} has log-probabilities that are not finite")
     spans = tuple(
         VersionSpan(version=int(span["version"]), start=span["start"], end=span["end"])
         for span in meta["weight_versions"]
@@ -269,7 +271,7 @@ def _parse_generate(answer: Mapping[str, Any]) -> GenerateResult:
     reason = meta["finish_reason"]
     return GenerateResult(
         output_ids=output_ids,
-        logprobs=np.asarray([pair[0] for pair in pairs], dtype=np.float32),
+        logprobs=logprobs,
         finish=Finish(reason["type"]),
         finish_detail=reason,
         weight_versions=spans,

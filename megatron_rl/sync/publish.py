@@ -9,7 +9,6 @@ Written for SGLang 0.5.23 (sglang/srt/managers/scheduler_components/weight_updat
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import base64
 import io
@@ -102,7 +101,7 @@ def make_buckets(named_tensors: Iterable[NamedTensor], bucket_bytes: int) -> Ite
     yield Bucket(index, tuple(held), last=True)
 
 
-class _EnginePublisher(abc.ABC):
+class _EnginePublisher:
     """What all publishers share: versions, pausing and resuming, and the report."""
 
     def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int):
@@ -135,9 +134,10 @@ class _EnginePublisher(abc.ABC):
     async def _on_all(self, where: str, call: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
         """One call to every engine at once; waits for all answers, then raises the first failure."""
         answers = await asyncio.gather(*(call(client) for client in self._clients), return_exceptions=True)
-        for answer in answers:
+        for client, answer in zip(self._clients, answers, strict=True):
             if isinstance(answer, EngineHTTPError):
-                raise PublishError(f"{where}: {answer}; the engines stay paused") from answer
+                log = "" if client.log_path is None else f"; log: {client.log_path}"
+                raise PublishError(f"{where}: {answer}{log}; the engines stay paused") from answer
             if isinstance(answer, BaseException):
                 raise answer
 
@@ -163,9 +163,9 @@ class _EnginePublisher(abc.ABC):
     async def _begin(self, what: str) -> None:
         await self._on_all(f"{what}: begin", lambda client: client.begin_weight_update())
 
-    @abc.abstractmethod
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
         """Loads one bucket into every engine; the last one carries the version."""
+        raise NotImplementedError
 
     async def _finish(self, version: int, what: str) -> None:
         await self._on_all(f"{what}: end", lambda client: client.end_weight_update())

@@ -90,9 +90,9 @@ class ExpectedChecksums:
         return {name: parameter.sha.digest()[:8].hex() for name, parameter in self._parameters.items()}
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
-        if name == "lm_head.weight" and self._config["tie_word_embeddings"]:
+        if name == "lm_head.weight" and self._config.get("tie_word_embeddings"):
             return
-        if name == "lm_head.weight" and self._config["norm_head"]:
+        if name == "lm_head.weight" and self._config.get("norm_head"):
             tensor = torch.nn.functional.normalize(tensor, dim=0, p=2, eps=NORM_HEAD_EPS)
         if name in ("lm_head.weight", "model.word_embeddings.weight"):
             tensor = _zero_padded(tensor, 0, _round_up(tensor.shape[0], VOCABULARY_MULTIPLE))

@@ -204,6 +204,9 @@ def _merge(reports: Sequence[_Report], num_moe_layers: int) -> tuple[dict[str, S
 
 
 def _name(key: str) -> str:
+    """docs/metrics.md's name of a sum of c3po."""
+    if key == "mismatch_abs":
+        return "mismatch/mean_abs"
     return key.replace("mismatch_", "mismatch/", 1) if key.startswith("mismatch_") else f"train/{key}"
 
 

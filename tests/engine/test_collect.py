@@ -80,7 +80,8 @@ def test_samples_of_a_prompt_differ(live_engine: LiveEngine, tokenizer):
 
 def test_evaluation_plan_replaces_count_length_and_temperature(live_engine: LiveEngine, tokenizer):
     plan = replace(SamplingPlan.from_config(ROLLOUT), samples_per_prompt=2, temperature=0.0, max_response_tokens=5)
-    groups = make_collector([live_engine.client], tokenizer).collect_blocking(make_prompts(), step=0, tag="eval", plan=plan)
+    collector = make_collector([live_engine.client], tokenizer)
+    groups = collector.collect_blocking(make_prompts(), step=0, tag="eval", plan=plan)
     for group in groups:
         first, second = group.rollouts
         assert first.response_tokens <= 5

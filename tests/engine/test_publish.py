@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.rollout.client import SamplingParams
+from megatron_rl.rollout.client import EngineHTTPError, SamplingParams
 from megatron_rl.sync.publish import (
     BroadcastPublisher,
     DiskPublisher,
-    PublishError,
     Publisher,
+    PublishError,
     TensorPublisher,
     make_buckets,
 )
@@ -119,15 +119,16 @@ def test_a_missing_expert_is_named(live_engine: LiveEngine):
 def test_failed_publish_names_the_bucket_and_leaves_the_engine_paused(live_engine: LiveEngine):
     broken = dict(live_engine.weights)
     broken["model.norm.weight"] = torch.zeros(7)
-    publisher = TensorPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET)
-    with pytest.raises(PublishError, match=r"version \d+: bucket \d+ \(.*model.norm.weight.*paused"):
+    publisher = BroadcastPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET, backend="gloo", device="cpu")
+    with pytest.raises(PublishError, match=r"version \d+: bucket \d+ \(.* HTTP 400: .*engine.log; .* stay paused"):
         publisher.publish(broken.items(), live_engine.version + 1)
 
     async def try_to_generate():
         return await live_engine.client.generate((5, 6), rid="paused", sampling=SAMPLING, timeout_s=0.5)
 
-    with pytest.raises(Exception, match="no answer within 0.5 s"):
+    with pytest.raises(EngineHTTPError, match="no answer within 0.5 s"):
         live_engine.call(try_to_generate())
+    publisher.close()
     live_engine.call(live_engine.client.end_weight_update())
     live_engine.publish(live_engine.weights)
     assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4

@@ -45,7 +45,7 @@ def pool(tmp_path_factory):
     """))
     sys.path.insert(0, str(folder))
     config = RewardConfig(routes={"math": "math_verify", "arithmetic": "exact", "user": f"{USER_MODULE}.score"},
-                          workers=2, timeout_s=1.0)
+                          workers=2, timeout_s=2.0)
     with RewardPool(config) as pool:
         yield pool
     sys.path.remove(str(folder))
@@ -65,9 +65,9 @@ def test_a_bomb_costs_its_own_slot_only(pool):
     items.insert(30, (prompt("5"), BOMB))
     start = time.monotonic()
     scores = pool.score_many(items)
-    assert time.monotonic() - start < 8  # 1 s for the bomb, about 0.2 s for the rest on an idle machine
+    assert time.monotonic() - start < 30  # 2 s for the bomb, about 0.2 s for the rest on an idle machine
     bomb = scores.pop(30)
-    assert bomb.status == "timeout" and "reward.timeout_s=1.0" in bomb.detail
+    assert bomb.status == "timeout" and "reward.timeout_s=2.0" in bomb.detail
     assert [score.status for score in scores] == ["wrong" if i % 2 else "correct" for i in range(1, 61)]
 
 
@@ -130,7 +130,7 @@ def test_awaited_scores_leave_the_event_loop_free(pool):
 
     scores, ticks = asyncio.run(judge())
     assert [score.status for score in scores] == ["timeout", "correct", "correct"]
-    assert ticks > 20  # of about 100 in the second that the hanging one takes
+    assert ticks > 20  # of about 200 in the two seconds that the hanging one takes
 
 
 def test_cancelling_one_caller_leaves_the_others_their_score(pool):

@@ -1,0 +1,98 @@
+"""The one shift: position t reads token t and everything else there describes token t+1; padding is nobody's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rl.batch import pack
+from megatron_rl.types import TrainSample
+
+
+def sample(index: int, tokens, prompt: int, *, advantage: float = 0.0, response_tokens: int | None = None):
+    tokens = np.asarray(tokens, dtype=np.int32)
+    mask = np.arange(len(tokens)) >= prompt
+    logprobs = np.where(mask, -tokens / 100.0, 0.0).astype(np.float32)  # each token carries its own name
+    return TrainSample(index, tokens, mask, logprobs, advantage,
+                       int(mask.sum()) if response_tokens is None else response_tokens)
+
+
+TWO = [sample(4, [10, 11, 12, 13], 2, advantage=0.5, response_tokens=7), sample(2, [20, 21, 22], 1, advantage=-1.5)]
+
+
+def test_two_sequences_by_hand():
+    batch = pack(TWO, multiple_of=4)  # 3 + 2 positions, 3 of padding
+    assert batch.input_ids.tolist() == [10, 11, 12, 20, 21, 0, 0, 0]
+    assert batch.labels.tolist() == [11, 12, 13, 21, 22, 0, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8]
+    # of 11 12 13 the response is 12 13; of 21 22 both
+    assert batch.loss_mask.tolist() == [False, True, True, True, True, False, False, False]
+    assert batch.rollout_logprobs.tolist() == pytest.approx([0.0, -0.12, -0.13, -0.21, -0.22, 0.0, 0.0, 0.0])
+    assert batch.advantages.tolist() == [0.5, 0.5, 0.5, -1.5, -1.5, 0.0, 0.0, 0.0]
+    assert batch.response_lengths.tolist() == [7.0, 7.0, 7.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    assert batch.real.tolist() == [True] * 5 + [False] * 3
+    assert batch.sample_indices == (4, 2)
+    assert (batch.num_tokens, batch.max_seqlen) == (8, 3)
+
+
+def test_dtypes_of_the_contract():
+    batch = pack(TWO, multiple_of=4)
+    assert {batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype} == {torch.int64}
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert {batch.loss_mask.dtype, batch.real.dtype} == {torch.bool}
+    assert {batch.advantages.dtype, batch.rollout_logprobs.dtype, batch.response_lengths.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_array_describes_the_predicted_token(seed):
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(int(rng.integers(1, 8))):
+        length = int(rng.integers(2, 30))
+        samples.append(sample(index, rng.integers(1, 100, length), int(rng.integers(1, length))))
+    multiple = int(rng.integers(1, 9))
+    batch = pack(samples, multiple_of=multiple)
+
+    assert batch.num_tokens % multiple == 0
+    assert int(batch.real.sum()) == sum(len(s.token_ids) - 1 for s in samples)
+    assert int(batch.loss_mask.sum()) == sum(int(s.loss_mask.sum()) for s in samples), "no response token is lost"
+    named = torch.where(batch.loss_mask, -batch.labels / 100.0, 0.0)
+    torch.testing.assert_close(batch.rollout_logprobs, named)
+    for place, one in enumerate(samples):
+        start, end = batch.cu_seqlens[place:place + 2].tolist()
+        assert batch.input_ids[start:end].tolist() == one.token_ids[:-1].tolist()
+        assert batch.labels[start:end].tolist() == one.token_ids[1:].tolist()
+        assert batch.loss_mask[start:end].tolist() == one.loss_mask[1:].tolist()
+        assert batch.position_ids[start:end].tolist() == list(range(end - start))
+        assert bool(batch.real[start:end].all())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_padding_is_one_last_sequence_without_loss_and_not_real(seed):
+    rng = np.random.default_rng(seed)
+    samples = [sample(i, rng.integers(1, 100, int(rng.integers(2, 9))), 1) for i in range(3)]
+    batch = pack(samples, multiple_of=16)
+    padding = batch.num_tokens - sum(len(s.token_ids) - 1 for s in samples)
+    assert padding < 16
+    assert len(batch.cu_seqlens) == 1 + len(samples) + (padding > 0)
+    assert int(batch.cu_seqlens[-1]) == batch.num_tokens
+    if padding:
+        tail = slice(batch.num_tokens - padding, None)
+        assert not batch.real[tail].any() and not batch.loss_mask[tail].any()
+        assert bool((batch.response_lengths[tail] > 0).all()), "grpo divides by it"
+
+
+def test_no_padding_adds_no_sequence():
+    batch = pack(TWO, multiple_of=5)
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert bool(batch.real.all())
+
+
+def test_no_samples_is_a_micro_batch_of_padding():
+    batch = pack([], multiple_of=4)
+    assert batch.cu_seqlens.tolist() == [0, 4]
+    assert batch.input_ids.tolist() == batch.labels.tolist() == [0, 0, 0, 0]
+    assert not batch.real.any() and not batch.loss_mask.any()
+    assert batch.sample_indices == ()

@@ -1,0 +1,103 @@
+"""The plan of micro-batches: nothing lost, nothing over the cap, equal counts, balanced, and always the same."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_rl.batch import plan_microbatches
+
+HIDDEN_TOKENS = 6.0 * 2048
+
+
+def random_case(seed: int):
+    """(lengths, arguments): up to 120 sequences with a heavy tail, any ranks, cap, least count and multiple."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(0, 120))
+    lengths = np.minimum(np.ceil(20 * rng.pareto(1.3, count) + 1), 2000).astype(int).tolist()
+    cap = int(max([1, *lengths]) * rng.uniform(1.0, 6.0))
+    return lengths, {"dp_size": int(rng.integers(1, 9)), "tokens_per_microbatch": cap,
+                     "min_microbatches": int(rng.integers(1, 5)), "multiple_of": int(rng.integers(1, 5))}
+
+
+def cost(members, lengths) -> float:
+    return sum(lengths[i] * (1 + lengths[i] / HIDDEN_TOKENS) for i in members)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_invariants_of_the_plan(seed):
+    lengths, arguments = random_case(seed)
+    plan = plan_microbatches(lengths, **arguments)
+
+    assert len(plan) == arguments["dp_size"]
+    counts = {len(rank) for rank in plan}
+    assert len(counts) == 1, "collectives want as many micro-batches on every rank"
+    count = counts.pop()
+    assert count >= arguments["min_microbatches"]
+    assert count % arguments["multiple_of"] == 0
+    indices = [index for rank in plan for members in rank for index in members]
+    assert sorted(indices) == list(range(len(lengths))), "every sequence exactly once"
+    for rank in plan:
+        for members in rank:
+            assert sum(lengths[index] for index in members) <= arguments["tokens_per_microbatch"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_depends_on_nothing_but_its_arguments(seed):
+    lengths, arguments = random_case(seed)
+    assert plan_microbatches(lengths, **arguments) == plan_microbatches(list(lengths), **arguments)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dp_size", [2, 4, 8])
+def test_dearest_rank_is_close_to_the_mean_on_heavy_tails(seed, dp_size):
+    """512 responses, tail index 1.3, at most 2000 tokens: the dearest rank costs at most 10% more than the mean."""
+    rng = np.random.default_rng(seed)
+    lengths = np.minimum(np.ceil(50 * rng.pareto(1.3, 512) + 1), 2000).astype(int).tolist()
+    plan = plan_microbatches(lengths, dp_size=dp_size, tokens_per_microbatch=8192)
+    totals = [sum(cost(members, lengths) for members in rank) for rank in plan]
+    assert max(totals) <= 1.10 * sum(totals) / dp_size
+
+
+def test_ranks_run_equal_work_at_the_same_time():
+    """In one row of the schedule the dearest micro-batch costs at most a tenth more than the cheapest."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 200, 400).tolist()
+    plan = plan_microbatches(lengths, dp_size=4, tokens_per_microbatch=2048)
+    for row in zip(*plan, strict=True):
+        costs = [cost(members, lengths) for members in row]
+        assert max(costs) <= 1.1 * min(costs)
+
+
+def test_count_is_the_least_that_the_cap_allows_when_it_fits():
+    # 6 sequences of 10 tokens, cap 20: two a micro-batch, so 3 on one rank; on two ranks ceil(60 / 40) = 2 each
+    assert [len(rank) for rank in plan_microbatches([10] * 6, dp_size=1, tokens_per_microbatch=20)] == [3]
+    assert [len(rank) for rank in plan_microbatches([10] * 6, dp_size=2, tokens_per_microbatch=20)] == [2, 2]
+
+
+def test_count_grows_until_ragged_sequences_fit():
+    # 30 tokens would fill two micro-batches of 15, but 9 + 9 does not fit in one: three are needed
+    plan = plan_microbatches([9, 9, 12], dp_size=1, tokens_per_microbatch=15)
+    assert sorted(len(members) for members in plan[0]) == [1, 1, 1]
+
+
+def test_attention_makes_one_long_sequence_cost_more_than_its_tokens():
+    """Cost with attention_tokens 10: 40 * (1 + 4) = 200 against 10 * (1 + 1) = 20 for each short one."""
+    lengths = [40] + [10] * 8
+    plan = plan_microbatches(lengths, dp_size=2, tokens_per_microbatch=200, attention_tokens=10.0)
+    assert sorted(plan, key=lambda rank: -len(rank[0])) == [[list(range(1, 9))], [[0]]]
+    linear = plan_microbatches(lengths, dp_size=2, tokens_per_microbatch=200, attention_tokens=math.inf)
+    assert sorted(sum(lengths[i] for i in rank[0]) for rank in linear) == [60, 60]
+
+
+def test_fewer_sequences_than_places_leave_micro_batches_empty():
+    assert sorted(members for rank in plan_microbatches([5], dp_size=2, tokens_per_microbatch=8, min_microbatches=2)
+                  for members in rank) == [[], [], [], [0]]
+    assert plan_microbatches([], dp_size=2, tokens_per_microbatch=8) == [[[]], [[]]]
+
+
+def test_sequence_above_the_cap_is_an_error_that_names_the_key():
+    with pytest.raises(ValueError, match="a sequence of 9 tokens exceeds batch.tokens_per_microbatch=8"):
+        plan_microbatches([3, 9], dp_size=1, tokens_per_microbatch=8)

@@ -1,0 +1,89 @@
+"""config.json is read strictly, and a layout that does not fit it is refused by the name of its key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.model.bailing import check_layout, parse_config, read_config
+from tests.tiny_models import TINY_CONFIG
+
+
+def parsed(**changes):
+    return parse_config({**TINY_CONFIG, **changes}, "config.json")
+
+
+def test_every_size_is_read_from_the_file(tmp_path):
+    """Odd values throughout, so that a default or a derived size in their place would show."""
+    odd = {"vocab_size": 101, "hidden_size": 44, "intermediate_size": 57, "num_hidden_layers": 5,
+           "num_attention_heads": 6, "num_key_value_heads": 3, "num_experts": 7, "num_shared_experts": 3,
+           "num_experts_per_tok": 4, "moe_intermediate_size": 19, "norm_topk_prob": False, "rms_norm_eps": 1e-4,
+           "rope_theta": 123.0, "max_position_embeddings": 77, "head_dim": 10, "first_k_dense_replace": 2,
+           "norm_head": True, "initializer_range": 0.03, "eos_token_id": 9, "pad_token_id": 8}
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_CONFIG, **odd}))
+    config = read_config(tmp_path)
+    assert {key: value for key, value in vars(config).items() if key in odd} == odd
+    assert config.shared_intermediate_size == 57  # 3 * 19
+    assert config.num_moe_layers == 3
+    assert [config.is_dense_layer(layer) for layer in range(5)] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("head_dim", [None, "absent"])
+def test_head_dim_is_hidden_over_heads_unless_set(head_dim):
+    raw = {**TINY_CONFIG, "head_dim": None}
+    if head_dim == "absent":
+        del raw["head_dim"]
+    assert parse_config(raw, "config.json").head_dim == 16  # 64 / 4
+    assert parsed(head_dim=24).head_dim == 24
+
+
+def test_missing_keys_are_named_together():
+    raw = {key: value for key, value in TINY_CONFIG.items() if key not in ("hidden_size", "num_experts", "head_dim")}
+    with pytest.raises(ValueError, match="config.json: missing hidden_size, num_experts"):
+        parse_config(raw, "config.json")
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("model_type", "llama", "model_type='llama'; only 'bailing_moe' is supported"),
+    ("rope_scaling", {"type": "yarn"}, "rope_scaling=.*yarn.* is not supported"),
+    ("hidden_act", "gelu", "hidden_act='gelu' is not supported"),
+    ("use_bias", True, "use_bias=true is not supported"),
+    ("use_qkv_bias", True, "use_qkv_bias=true is not supported"),
+    ("tie_word_embeddings", True, "tie_word_embeddings=true is not supported"),
+])
+def test_what_the_network_cannot_do_is_refused(key, value, message):
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        parsed(**{key: value})
+
+
+def test_folder_without_config_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"model.path={tmp_path}: no config.json there"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("model", "parallel", "message"), [
+    ({"num_attention_heads": 6, "num_key_value_heads": 6}, {"tp": 4}, "parallel.tp=4 .* num_attention_heads=6"),
+    ({"num_key_value_heads": 1}, {"tp": 2}, "parallel.tp=2 .* num_key_value_heads=1"),
+    ({"vocab_size": 97}, {"tp": 2}, "parallel.tp=2 .* vocab_size=97"),
+    ({"intermediate_size": 33, "first_k_dense_replace": 1}, {"tp": 2}, "parallel.tp=2 .* intermediate_size=33"),
+    ({"moe_intermediate_size": 9}, {"tp": 2}, r"parallel.tp=2 .* num_shared_experts\*moe_intermediate_size=9"),
+    ({"moe_intermediate_size": 9, "num_shared_experts": 2}, {"etp": 2}, "parallel.etp=2 .* moe_intermediate_size=9"),
+    ({"num_experts": 9}, {"ep": 2}, "parallel.ep=2 .* num_experts=9"),
+    ({"num_hidden_layers": 3}, {"pp": 2}, "parallel.pp=2 .* num_hidden_layers=3"),
+    ({"num_hidden_layers": 6}, {"pp": 2, "vpp": 2}, r"parallel.pp\*vpp=4 .* num_hidden_layers=6"),
+])
+def test_parallel_size_that_does_not_divide_is_named(model, parallel, message):
+    sizes = {name: size for name, size in parallel.items() if name != "vpp"}
+    world_size = max(sizes.values()) if len(sizes) == 1 else 4
+    with pytest.raises(ValueError, match=message.replace(" .* ", " does not divide ")):
+        check_layout(parsed(**model), ParallelConfig(world_size=world_size, **parallel))
+
+
+def test_intermediate_size_is_free_where_no_layer_is_dense():
+    check_layout(parsed(intermediate_size=33, first_k_dense_replace=0), ParallelConfig(world_size=2, tp=2))
+
+
+def test_layout_that_divides_is_accepted():
+    check_layout(parsed(num_hidden_layers=4), ParallelConfig(world_size=8, tp=2, pp=2, vpp=2, ep=2, etp=2))
