@@ -88,7 +88,7 @@ def _start_wandb(directory: Path, config: ObserveConfig, config_dict: Mapping[st
     if not id_path.exists():
         id_path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     run = wandb.init(
-        mode=config.wandb, project=config.project, name=directory.resolve().name, dir=str(directory.parent),
+        mode=config.wandb, project=config.project, name=directory.resolve().name, dir=str(directory),
         id=id_path.read_text(encoding="utf-8").strip(), resume="allow" if config.wandb == "online" else None,
         config=dict(config_dict), settings=wandb.Settings(console="off", silent=True),
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl import loop, topology
@@ -20,48 +23,74 @@ from megatron_rl.recipes.serving import HeldOut, build_collector, engine_clients
 from megatron_rl.reward import RewardPool
 
 
+@dataclass
+class RunParts:
+    """What loop.run needs, built for this rank."""
+
+    rollouts: BroadcastRollouts
+    learner: PolicyLearner
+    weights: PublishedWeights
+    record: RunRecord
+    first_step: int
+    exporter: Exporter
+    topology: topology.Topology
+
+
 def run(config: Config) -> None:
     """Train from model.path (or the last checkpoint, run.resume) for run.steps steps; see loop.run."""
+    with build_run(config) as parts:
+        loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=parts.weights, record=parts.record,
+                 timers=Timers(), first_step=parts.first_step)
+        if config.run.export_hf:
+            export(config, parts.exporter, parts.topology, Path(config.run.dir) / "hf")
+    topology.stop()
+
+
+@contextlib.contextmanager
+def build_run(config: Config) -> Iterator[RunParts]:
+    """Everything of one run on this rank; what speaks to the outside is closed at the end."""
     here = topology.start(config.parallel, seed=config.run.seed)
     learner = PolicyLearner(config, here)
     checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", learner.policy, learner.optimizer, here,
                               keep=config.run.keep_checkpoints)
     state = restore(config, checkpoints)
+    first_step = 0 if state is None else state["step"]
     exporter = Exporter(learner.policy, here)
     with contextlib.ExitStack() as stack:
-        first_step = 0 if state is None else state["step"]
-        sampler = collector = publisher = expected = log = held_out = None
-        clients = []
-        if here.is_main:
-            tokenizer = load_tokenizer(config.model.path)
-            source = prompt_source(config, config.data, tokenizer)
-            sampler = PromptSampler(source, config.run.seed, shuffle=config.data.shuffle)
-            rewards = stack.enter_context(RewardPool(config.reward))
-            rewards.check_domains(source.domains)
-            rewards.warm_up()
-            clients = engine_clients(config)
-            collector = build_collector(config, clients, tokenizer, rewards)
-            publisher = stack.enter_context(contextlib.closing(build_publisher(config, clients, here.device)))
-            expected = build_expected(config, read_raw_config(config.model.path))
-            held_out = HeldOut(config, collector, tokenizer)
-            log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
-                                                 resume_step=None if state is None else first_step))
+        main = MainRank(config, here, stack, resume_step=None if state is None else first_step) if here.is_main else None
         if state is not None:
             learner.updates_done = state["updates_done"]
-            if sampler is not None:
-                sampler.load_state_dict(state["data"])
-        rollouts = BroadcastRollouts(config, here, sampler, collector)
-        weights = PublishedWeights(exporter, here, publisher=publisher, expected=expected, clients=clients)
+            if main is not None:
+                main.sampler.load_state_dict(state["data"])
+        rollouts = BroadcastRollouts(config, here, main.sampler if main else None, main.collector if main else None)
+        weights = PublishedWeights(exporter, here, publisher=main.publisher if main else None,
+                                   expected=main.expected if main else None, clients=main.clients if main else ())
 
         def save(step: int) -> None:
             checkpoints.save(step, {"updates_done": learner.updates_done, "data": rollouts.state_dict()})
 
-        record = RunRecord(config, here, log=log, held_out=held_out, weights=weights, save=save)
-        loop.run(config, rollouts=rollouts, learner=learner, weights=weights, record=record, timers=Timers(),
-                 first_step=first_step)
-        if config.run.export_hf:
-            export(config, exporter, here, Path(config.run.dir) / "hf")
-    topology.stop()
+        record = RunRecord(config, here, log=main.log if main else None, held_out=main.held_out if main else None,
+                           weights=weights, save=save)
+        yield RunParts(rollouts, learner, weights, record, first_step, exporter, here)
+
+
+class MainRank:
+    """What only rank 0 has: prompts, rewards, engines, the log. Closed with `stack`."""
+
+    def __init__(self, config: Config, here: topology.Topology, stack: contextlib.ExitStack, *, resume_step: int | None):
+        tokenizer = load_tokenizer(config.model.path)
+        source = prompt_source(config, config.data, tokenizer)
+        self.sampler = PromptSampler(source, config.run.seed, shuffle=config.data.shuffle)
+        rewards = stack.enter_context(RewardPool(config.reward))
+        rewards.check_domains(source.domains)
+        rewards.warm_up()
+        self.clients = engine_clients(config)
+        self.collector = build_collector(config, self.clients, tokenizer, rewards)
+        self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
+        self.expected = build_expected(config, read_raw_config(config.model.path))
+        self.held_out = HeldOut(config, self.collector, tokenizer)
+        self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
+                                                  resume_step=resume_step))
 
 
 def restore(config: Config, checkpoints: Checkpoints) -> dict | None:
@@ -87,6 +116,4 @@ def export(config: Config, exporter: Exporter, here: topology.Topology, folder: 
 
 
 def read_raw_config(folder: str) -> dict:
-    import json
-
     return json.loads((Path(folder) / "config.json").read_text())

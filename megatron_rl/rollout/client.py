@@ -18,6 +18,7 @@ from megatron_rl.types import Finish, VersionSpan
 # The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
 KEEP_ALIVE_S = 3.0
 ERROR_TEXT_CHARACTERS = 600
+CONTROL_TIMEOUT_S = 5.0
 
 
 class EngineHTTPError(RuntimeError):
@@ -145,7 +146,7 @@ class EngineClient:
         await self._post("/continue_generation", {})
 
     async def abort(self, rid: str) -> None:
-        await self._post("/abort_request", {"rid": rid})
+        await self._post("/abort_request", {"rid": rid}, timeout_s=CONTROL_TIMEOUT_S)
 
     async def abort_all(self) -> None:
         await self._post("/abort_request", {"abort_all": True})

@@ -7,6 +7,7 @@ sent again with the same seed and a new `attempt` in its id, so that no response
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,7 +188,11 @@ class _Run:
                 if result.finish is not Finish.ABORT:
                     return result
                 failure: Exception = EngineHTTPError(f"the engine aborted request {rid}: {result.finish_detail}")
+            except asyncio.CancelledError:
+                await _abort(client, rid)
+                raise
             except EngineHTTPError as error:
+                await _abort(client, rid)
                 failure = error
             if attempt + 1 < attempts:
                 await asyncio.sleep(RETRY_PAUSE_S * 2**attempt)
@@ -196,6 +201,12 @@ class _Run:
             f"prompt {prompt.id!r}, sample {sample}: no response after {attempts} attempts "
             f"(rollout.retries={collector._config.retries}); last engine {client.base_url}, {log}: {failure}"
         ) from failure
+
+
+async def _abort(client: EngineClient, rid: str) -> None:
+    """Spares the engine work that nobody waits for; an engine that cannot be reached does none."""
+    with contextlib.suppress(EngineHTTPError):
+        await client.abort(rid)
 
 
 def to_rollout(prompt: Prompt, result: GenerateResult) -> Rollout:

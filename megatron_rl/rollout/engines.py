@@ -65,7 +65,7 @@ def engine_command(
     module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
     # One request at a time: on CPU the last bits of a matmul depend on how many rows it has. On CUDA SGLang's
     # own batch-invariant kernels make that unnecessary.
-    alone = False
+    alone = engine.deterministic and device == "cpu"
     flags = {
         "--model-path": str(model_path),
         "--host": HOST,

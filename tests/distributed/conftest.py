@@ -38,9 +38,10 @@ class Layouts:
 
     def _run(self, world_size: int) -> None:
         names = [name for name, sizes in cases.LAYOUTS.items() if sizes["world_size"] == world_size]
-        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}"}
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
+                       "CUDA_VISIBLE_DEVICES": ""}  # the ranks are forked, and this is about arithmetic over gloo
         done = subprocess.run(
-            [sys.executable, "-m", "tests.distributed.worker", str(self.folder), str(world_size), *names],
+            [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker", str(self.folder), str(world_size), *names],
             cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
         if done.returncode:
             pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)

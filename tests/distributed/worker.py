@@ -1,7 +1,8 @@
 """The processes behind the layout tests: runs the step of cases.py in many layouts and saves what came out.
 
 `python -m tests.distributed.worker FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports, so that
-a group of layouts pays for them once. FOLDER holds step.pt and the checkpoints; rank 0 writes LAYOUT.pt there.
+a group of layouts pays for them once (hide the GPUs: a forked process cannot use CUDA). FOLDER holds step.pt and the
+checkpoints; rank 0 writes LAYOUT.pt there.
 """
 
 from __future__ import annotations
@@ -9,12 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks are forked, and these tests are about arithmetic on gloo
-warnings.filterwarnings("ignore")
 
 import torch
 
@@ -25,7 +22,7 @@ from megatron_rl.batch import pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.bailing import read_config
 from megatron_rl.model.build import build_policy
-from megatron_rl.model.convert import Exporter, load_hf
+from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.train_step.loss_scaling import LossScaling
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
@@ -124,11 +121,9 @@ class Runner:
     def _replicas(self) -> list[str]:
         """Names of parameters whose copies on different ranks are not equal bit for bit."""
         own = {}
-        for slot, shape, _, _ in self.exporter._plan:
-            if slot.key in self.exporter._local:
-                parameter = self.exporter._local[slot.key][1]
-                rank = self.here.tp_rank if slot.over == "tp" else self.here.etp_rank
-                own[slot.key, 0 if slot.cut == "none" else rank] = cases.sha256(parameter)
+        for slot, parameter in slots(self.policy, self.here):
+            rank = self.here.tp_rank if slot.over == "tp" else self.here.etp_rank
+            own[slot.key, 0 if slot.cut == "none" else rank] = cases.sha256(parameter)
         seen: dict[tuple, set] = {}
         for part in self.here.gather_objects(own):
             for key, digest in part.items():

@@ -58,7 +58,7 @@ def test_stop_string_across_tokens_keeps_the_sampled_tokens(live_engine: LiveEng
 
 def test_refused_request_says_where_and_why(live_engine: LiveEngine):
     with pytest.raises(EngineHTTPError, match=r"POST http://127.0.0.1:\d+/generate: HTTP 400: .*context length"):
-        live_engine.generate([[5] * 250], SamplingParams(temperature=1.0, max_new_tokens=50))
+        live_engine.generate([[5] * 500], SamplingParams(temperature=1.0, max_new_tokens=50))
 
 
 def test_nobody_at_the_address_is_reported_with_the_address():

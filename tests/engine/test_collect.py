@@ -113,8 +113,8 @@ def test_exhausted_retries_name_prompt_engine_and_log(tokenizer, dead_client):
 
 def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer, dead_client):
     """flush_cache is refused while the engine has requests."""
-    config = replace(ROLLOUT, retries=0, max_response_tokens=250)
-    collector = make_collector([live_engine.client, dead_client], tokenizer, config)
+    config = replace(ROLLOUT, retries=1, max_response_tokens=500)
+    collector = make_collector([live_engine.client, dead_client, dead_client], tokenizer, config)
     with pytest.raises(CollectError, match="prompt 'p1'"):
         collector.collect_blocking(make_prompts(2), step=1)
     for attempt in itertools.count():
@@ -122,13 +122,13 @@ def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer, dea
             live_engine.call(live_engine.client.flush_cache())
             return
         except EngineHTTPError:
-            assert attempt < 5, "the engine still runs requests of a collect() that failed"
+            assert attempt < 10, "the engine still runs requests of a collect() that failed"
             time.sleep(0.1)
 
 
 def test_prompt_too_long_for_the_engine_is_named(live_engine: LiveEngine, tokenizer):
-    prompt = Prompt(id="long", token_ids=(5,) * 250, text="", answer="", domain="math")
-    with pytest.raises(ValueError, match="prompt 'long' has 250 tokens.*rollout.max_context_tokens=256"):
+    prompt = Prompt(id="long", token_ids=(5,) * 500, text="", answer="", domain="math")
+    with pytest.raises(ValueError, match="prompt 'long' has 500 tokens.*rollout.max_context_tokens=512"):
         make_collector([live_engine.client], tokenizer).collect_blocking([prompt], step=1)
 
 

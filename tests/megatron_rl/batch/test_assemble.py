@@ -26,8 +26,12 @@ def group(responses: list[Rollout], rewards: list[float]) -> RolloutGroup:
 
 def random_groups(seed: int, num_prompts: int = 6, num_responses: int = 4) -> list[RolloutGroup]:
     rng = np.random.default_rng(seed)
-    return [group([rollout(int(rng.integers(1, 6)), int(np.ceil(5 * rng.pareto(1.3) + 1))) for _ in range(num_responses)],
-                  rng.normal(size=num_responses).tolist()) for _ in range(num_prompts)]
+
+    def response() -> Rollout:
+        return rollout(int(rng.integers(1, 6)), int(np.ceil(5 * rng.pareto(1.3) + 1)))
+
+    return [group([response() for _ in range(num_responses)], rng.normal(size=num_responses).tolist())
+            for _ in range(num_prompts)]
 
 
 def available(groups) -> int:

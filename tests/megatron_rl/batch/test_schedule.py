@@ -83,6 +83,19 @@ def test_count_grows_until_ragged_sequences_fit():
     assert sorted(len(members) for members in plan[0]) == [1, 1, 1]
 
 
+def test_ranks_take_turns_with_the_dearest_micro_batch():
+    # costs 40 30 | 20 10: dealt forth and back, so 40 with 10 and 30 with 20
+    plan = plan_microbatches([40, 30, 20, 10], dp_size=2, tokens_per_microbatch=40, min_microbatches=2)
+    assert plan == [[[0], [3]], [[1], [2]]]
+
+
+def test_micro_batch_without_room_for_one_sequence_stays_open_for_a_shorter_one():
+    # attention_tokens 1, cost L + L^2: 10 -> 110 | 6, 5 -> 42 + 30, cheaper but with 11 of 12 tokens has no room for
+    # the 2, which joins the 10; the 1 still fits there
+    plan = plan_microbatches([10, 6, 5, 2, 1], dp_size=1, tokens_per_microbatch=12, attention_tokens=1.0)
+    assert sorted(plan[0]) == [[0, 3], [1, 2, 4]]
+
+
 def test_attention_makes_one_long_sequence_cost_more_than_its_tokens():
     """Cost with attention_tokens 10: 40 * (1 + 4) = 200 against 10 * (1 + 1) = 20 for each short one."""
     lengths = [40] + [10] * 8

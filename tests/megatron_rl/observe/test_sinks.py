@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from megatron_rl.config.schema import ObserveConfig
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.sinks import MetricsLog
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 OFF = ObserveConfig(wandb="off")
 
 
@@ -64,13 +66,19 @@ def test_config_and_versions_are_written(tmp_path):
     assert versions["packages"]["torch"].startswith("2.") and versions["machine"]["cores"] >= 1
 
 
+def run_script(body, directory, mode):
+    """Logs in a process of its own; returns what it printed. wandb's finish() may return before its service has
+    written the offline file (wandb 0.31); the process does not exit before that."""
+    script = ("import sys\nfrom megatron_rl.config.schema import ObserveConfig\n"
+              "from megatron_rl.observe import MetricsLog\n"
+              f"with MetricsLog(sys.argv[1], ObserveConfig(wandb={mode!r}), {{'c3po': {{'phi': 64}}}}) as log:\n{body}")
+    done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=True,
+                          timeout=120, cwd=REPOSITORY)
+    return done.stdout.strip()
+
+
 def test_wandb_is_not_imported_when_off(tmp_path):
-    script = ("import sys; from megatron_rl.observe import MetricsLog\n"
-              "from megatron_rl.config.schema import ObserveConfig\n"
-              f"with MetricsLog({str(tmp_path)!r}, ObserveConfig(wandb='off'), {{}}) as log: log.log(1, {{'a': 1.0}})\n"
-              "print('wandb' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "False"
+    assert run_script("    log.log(1, {'a': 1.0})\nprint('wandb' in sys.modules)", tmp_path, "off") == "False"
 
 
 def wandb_history(path):
@@ -96,9 +104,8 @@ def wandb_history(path):
 
 @pytest.mark.slow
 def test_offline_wandb_holds_the_same_numbers_inside_the_run_directory(tmp_path):
-    with MetricsLog(tmp_path / "run", ObserveConfig(wandb="offline"), {"c3po": {"phi": 64}}) as log:
-        log.log(1, {"reward/mean": 0.25, "train/loss": 1.5})
-        log.log(2, {"reward/mean": 0.5, "train/loss": 1.0})
+    run_script("    log.log(1, {'reward/mean': 0.25, 'train/loss': 1.5})\n"
+               "    log.log(2, {'reward/mean': 0.5, 'train/loss': 1.0})\n", tmp_path / "run", "offline")
     files = [path for path in tmp_path.rglob("*.wandb") if "latest-run" not in path.parts]
     (path,) = files
     assert path.is_relative_to(tmp_path / "run" / "wandb")

@@ -14,7 +14,6 @@ LAYOUTS = [(1, 1, 1), (4, 1, 1), (1, 2, 1), (4, 6, 1), (3, 8, 2)]
 
 def megatron_scales(outputs, scaling: LossScaling) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, factor of router losses) after megatron.core.pipeline_parallel.schedules.forward_step_calc_loss."""
-    from megatron_rl import topology  # noqa: F401 (prepares megatron.core for a machine without CUDA)
     from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 

@@ -1,0 +1,175 @@
+"""Whole runs through the command line: real Megatron ranks, a real engine, killed and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.config.load import load, to_dict
+from megatron_rl.launch.local import rank_environment
+from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.rollout.engines import EngineProcess
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PHI = 150
+SMALL = [
+    "experiment=quickstart", "run.steps=4", "run.save_every_steps=2", "eval.every_steps=2", "eval.problems=4",
+    "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=24",
+    "rollout.max_context_tokens=64", f"c3po.phi={PHI}", "c3po.updates_per_rollout=1",
+    "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "init"
+    make_random_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine_url(model, tmp_path_factory):
+    config = load([*SMALL, f"model.path={model}"])
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    with EngineProcess.from_config(config.rollout, model, log_path=log) as engine:
+        yield engine.base_url
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_rl.cli", "rl", *SMALL, *overrides]
+
+
+def run(*overrides: str, timeout_s: float = 200.0) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*overrides), cwd=ROOT, env=rank_environment(), capture_output=True, text=True,
+                          timeout=timeout_s)
+
+
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    path = run_dir / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def timeless(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith(("time", "tokens_per_s", "seconds"))}
+
+
+def weights_digest(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "hf" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_s: float = 150.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(rows(run_dir)) < count:
+        assert process.poll() is None, f"the run ended early:\n{process.stderr.read()}"
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole_run(model, engine_url, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_every_step_trains_on_exactly_phi_tokens(whole_run):
+    steps = rows(whole_run)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert all(row["budget/selected_tokens"] == PHI for row in steps)
+    assert all(row["train/selected_tokens"] == PHI for row in steps)  # counted again in the loss, over all ranks
+    assert all(row["budget/fill"] == 1.0 for row in steps)
+    generated = [row["rollout/generated_tokens"] for row in steps]
+    assert min(generated) >= PHI and len(set(generated)) > 1, generated
+
+
+def test_trainer_and_engine_agree_after_every_publish(whole_run):
+    assert max(row["mismatch/max_abs"] for row in rows(whole_run)) < 1e-4
+    assert [row["sync/version"] for row in rows(whole_run)] == [1, 2, 3, 4]
+
+
+def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
+    config = load([*SMALL, "parallel=single", "run.steps=3", f"run.dir={tmp_path}", f"model.path={model}",
+                   f"rollout.engine.urls=[{engine_url}]"])
+    path = tmp_path / "config_in.json"
+    path.write_text(json.dumps(to_dict(config)))
+    subprocess.run([sys.executable, "-m", "tests.engine.skip_one_publish", str(path)], cwd=ROOT,
+                   env=rank_environment(), check=True, timeout=120)
+    mismatch = [row["mismatch/max_abs"] for row in rows(tmp_path)]
+    assert max(mismatch[:2]) < 1e-4 < 1e-3 < mismatch[2], mismatch
+
+
+def test_a_run_killed_in_the_middle_ends_as_if_nothing_had_happened(whole_run, model, engine_url, tmp_path):
+    run_dir = tmp_path / "killed"
+    same = (f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]")
+    process = subprocess.Popen(command(*same), cwd=ROOT, env=rank_environment(), stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    wait_for_rows(run_dir, 3, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, f"ranks outlived a killed launcher: {alive}"
+    assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == ["step_00000002"]
+
+    resumed = run(*same, "resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [timeless(row) for row in rows(run_dir)] == [timeless(row) for row in rows(whole_run)]
+    assert [timeless(row) for row in rows(run_dir, "eval.jsonl")] == [timeless(row) for row in rows(whole_run, "eval.jsonl")]
+    assert weights_digest(run_dir) == weights_digest(whole_run)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(whole_run, model, engine_url):
+    again = run(f"model.path={model}", f"run.dir={whole_run}", f"rollout.engine.urls=[{engine_url}]")
+    assert again.returncode == 2
+    assert "resume=true" in again.stderr
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_leaves_no_process(model, tmp_path):
+    """On the user's own JSONL, with an engine that the command starts itself."""
+    run_dir = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        command(f"model.path={model}", f"run.dir={run_dir}", "run.steps=500", "data.source=jsonl", "data.split=all",
+                f"data.path={ROOT / 'examples/quickstart/problems.jsonl'}", "data.prompt_key=problem", "eval.problems=2"),
+        cwd=ROOT, env=rank_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_rows(run_dir, 3, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 5  # torchrun, two ranks, the engine and its children
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, errors
+    assert "resume=true" in errors and "step 2" in errors, errors
+    assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert (run_dir / "checkpoints" / "step_00000002" / "loop.json").is_file()
+
+
+def test_an_engine_that_cannot_start_shows_its_last_words(model, tmp_path):
+    failed = run(f"model.path={model}", f"run.dir={tmp_path}", "rollout.engine.extra_args=[--no-such-flag]")
+    assert failed.returncode == 1
+    assert "--no-such-flag" in failed.stderr and "engine.log" in failed.stderr
+
+
+def test_a_taken_port_is_named(model, tmp_path, engine_url):
+    port = engine_url.rsplit(":", 1)[1]
+    failed = run(f"model.path={model}", f"run.dir={tmp_path}", f"rollout.engine.port={port}")
+    assert failed.returncode == 2
+    assert f"rollout.engine.port={port} is taken" in failed.stderr
+
+
+def test_a_missing_answer_column_is_named_with_file_and_line(model, tmp_path, engine_url):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "anwser": "3"}\n')
+    failed = run(f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=jsonl", "data.split=all",
+                 f"data.path={problems}", f"rollout.engine.urls=[{engine_url}]")
+    assert failed.returncode != 0
+    assert f"{problems}:2" in failed.stderr

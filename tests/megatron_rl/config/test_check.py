@@ -1,0 +1,70 @@
+"""Rules between sections: each names the keys, and the values of the report pass."""
+
+import pytest
+
+from megatron_rl import cli, commands
+from megatron_rl.config.check import Sizes, check_rl, summary
+from megatron_rl.config.load import load
+
+SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters=1)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["c3po.cutoff=response", "c3po.phi=79"], r"c3po\.phi=79 .* smaller than one response.*max_response_tokens=80"),
+    (["batch.tokens_per_microbatch=100"], r"batch\.tokens_per_microbatch=100 .*rollout\.max_context_tokens=128"),
+    (["rollout.max_context_tokens=4096"], r"rollout\.max_context_tokens=4096 exceeds .*max_position_embeddings=512"),
+    (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt=1"),
+    (["c3po.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
+    (["c3po.mismatch=icepop", "rollout.top_p=0.9"], r"rollout\.top_p"),
+])
+def test_a_rule_names_its_keys(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_rl(load(["experiment=quickstart", "batch.tokens_per_microbatch=8192", *overrides]), SIZES)
+
+
+def test_phi_may_be_below_a_response_when_tokens_are_cut():
+    check_rl(load(["experiment=quickstart", "c3po.phi=1"]), SIZES)
+
+
+def test_phi_per_rank_is_multiplied_by_the_data_parallel_size():
+    rows = dict(summary(load(["experiment=quickstart", "c3po.scope=per_dp_rank"]), SIZES))
+    assert rows["Phi"].startswith("8192 response tokens") or rows["Phi"].startswith("8,192 response tokens")
+
+
+def test_the_report_layout_checks_without_a_gpu(capsys):
+    assert cli.main(["rl", "--check", "experiment=ring_lite_stage1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "16.80B parameters, 2.75B active" in shown
+    assert "256 = tp 1 x pp 1 x cp 1 x dp 256" in shown
+    assert "52,428,800 response tokens per optimiser step" in shown  # 204,800 x 256; two steps make 409,600 x 256
+    assert "204,800 per data-parallel" in shown
+
+
+def test_ring_lite_values_are_the_reports():
+    config = load(["experiment=ring_lite_stage1"])
+    assert config.c3po.phi * config.c3po.updates_per_rollout == 409_600
+    assert (config.rollout.prompts_per_step, config.rollout.responses_per_prompt) == (512, 16)
+    assert config.rollout.max_context_tokens == 24_576
+    assert config.optimizer.lr == 3e-6
+    loss = config.c3po.loss
+    assert (loss.clip_eps_low, loss.clip_eps_high, loss.kl_coef, loss.entropy_coef) == (0.2, 0.2, 1e-3, 5e-4)
+    assert (config.c3po.balance_coef, config.c3po.z_loss_coef) == (1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ([], "model.path is not set"),
+    (["model.path=/nowhere"], "model.path=/nowhere: no config.json there"),
+    (["model.architecture=ling_light"], "no such file, and no shipped one of that name"),
+    (["experiment=ring_lite_stage1", "parallel.ep=7", "parallel.world_size=7"], "parallel.ep=7 does not divide num_experts=64"),
+    (["experiment=ring_lite_stage1", "parallel.tp=8"], "parallel.tp=8 does not divide num_key_value_heads=4"),
+    (["experiment=ring_lite_stage1", "parallel.pp=3", "parallel.world_size=24"], "parallel.pp=3 does not divide num_hidden_layers=28"),
+])
+def test_a_wrong_model_or_layout_ends_with_exit_code_2(overrides, message, capsys):
+    assert cli.main(["rl", "--check", *overrides]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_is_never_written_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="holds an earlier run: continue it with resume=true"):
+        commands.refuse_earlier_run(load([f"run.dir={tmp_path}"]))

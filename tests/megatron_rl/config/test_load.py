@@ -1,0 +1,68 @@
+"""Composition is Hydra's; the schema is strict and says where the mistake is."""
+
+import dataclasses
+
+import pytest
+
+from megatron_rl.config.load import CONF_DIR, build, load, to_dict
+from megatron_rl.config.schema import Config
+
+
+def test_defaults_live_in_the_schema():
+    config = load([])
+    assert config == build({"c3po": {"objective": "c3po"}, "parallel": {"world_size": 1}})
+
+
+def test_an_override_reaches_a_key_that_no_yaml_mentions():
+    config = load(["experiment=quickstart", "rollout.engine.port=4321", "c3po.loss.clip_eps_high=0.28"])
+    assert config.rollout.engine.port == 4321
+    assert config.c3po.loss.clip_eps_high == 0.28
+    assert config.c3po.loss.clip_eps_low == 0.2  # the default beside it stays
+    assert config.c3po.phi == 4096  # from the experiment
+
+
+def test_groups_are_chosen_by_name():
+    config = load(["parallel=tp2_ep2", "algo=grpo"])
+    assert (config.parallel.world_size, config.parallel.tp, config.parallel.ep) == (4, 2, 2)
+    assert config.c3po.objective == "grpo"
+
+
+def test_resume_needs_no_section():
+    assert load(["resume=true"]).run.resume is True
+
+
+def test_a_config_survives_json():
+    config = load(["experiment=smollm2"])
+    assert build(to_dict(config)) == config
+    assert config.rollout.stop == ("\n",)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["c3po.phii=3"], r"unknown key c3po\.phii \(did you mean c3po\.phi\?\)"),
+    (["rolout.temperature=1.0"], r"unknown key rolout \(did you mean rollout\?\)"),
+    (["c3po.loss.kl_coeff=0.1"], r"unknown key c3po\.loss\.kl_coeff \(did you mean c3po\.loss\.kl_coef\?\)"),
+    (["c3po.phi=many"], r"c3po\.phi='many' must be int, not str"),
+    (["c3po.phi=1.5"], r"c3po\.phi=1\.5 must be int, not float"),
+    (["run.resume=1"], r"run\.resume=1 must be bool, not int"),
+    (["c3po.cutoff=tokens"], r"c3po\.cutoff=tokens must be one of token, response \(did you mean token\?\)"),
+    (["c3po.phi=0"], r"c3po\.phi=0 must be at least 1 token"),
+    (["c3po.loss.clip_eps_low=-1.0"], r"c3po\.loss: clip_eps_low=-1\.0"),
+    (["experiment=quickstrt"], r"experiment=quickstrt: no such choice \(did you mean quickstart\?\)"),
+    (["parallel.tp=3", "parallel.world_size=4"], r"parallel\.tp\*pp\*cp=3 does not divide parallel\.world_size=4"),
+    (["parallel.tp=2", "parallel.world_size=2", "parallel.sequence_parallel=false"], r"parallel\.sequence_parallel=false"),
+    (["c3po.phi"], r"must look like section\.key=value"),
+])
+def test_a_mistake_is_named_with_its_path(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(overrides)
+
+
+def test_every_yaml_file_builds():
+    for group in ("experiment", "parallel", "algo"):
+        for path in (CONF_DIR / group).glob("*.yaml"):
+            assert isinstance(load([f"{group}={path.stem}"]), Config)
+
+
+def test_schema_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load([]).c3po.phi = 3
