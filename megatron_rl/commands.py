@@ -165,10 +165,12 @@ def write_run_report(runs: list[Path], out: Path | None = None) -> None:
 
 
 def print_evaluations(run_dir: Path) -> None:
+    from megatron_rl.observe.report import LABELS
+
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     table = Table("stage", "step", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning")
     for row in rows:
-        table.add_row(row["label"], str(row["step"]), f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
+        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
                       f"{row['direct_share']:.2f}", f"{row.get('reasoning_accuracy', float('nan')):.3f}")
     Console().print(table)
 

@@ -52,7 +52,7 @@ def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weight
     last = config.run.steps
     weights.publish(first_step)
     if first_step == 0:
-        record.evaluate(0, "before RL")
+        record.evaluate(0, "before_rl")
     for step in range(first_step, last):
         with timers("step"):
             groups, batches = collect_budget(config, rollouts, step, timers)
@@ -62,7 +62,7 @@ def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weight
         record.step(step, groups, batches, results, timers)
         done = step + 1
         if done == last or (config.eval.every_steps and done % config.eval.every_steps == 0):
-            record.evaluate(done, "after RL" if done == last else "during RL")
+            record.evaluate(done, "after_rl" if done == last else "during")
         if done == last or done % config.run.save_every_steps == 0:
             record.save(done)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_rl.compat.megatron_checkpoint import keep_write_results_in_process
 from megatron_rl.model.build import Policy
 from megatron_rl.topology import Topology
 
@@ -31,6 +32,7 @@ class Checkpoints:
     """Saves and restores one run's state under `folder`; keeps the newest `keep`."""
 
     def __init__(self, folder: str | Path, policy: Policy, optimizer, topology: Topology, *, keep: int):
+        keep_write_results_in_process()
         self.folder = Path(folder)
         self._policy, self._optimizer, self._topology, self._keep = policy, optimizer, topology, keep
 

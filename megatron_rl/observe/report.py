@@ -19,7 +19,7 @@ from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.progress import duration
 from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS, VERSIONS
 
-LABELS = {"before_sft": "before SFT", "after_sft": "after SFT", "after_rl": "after RL"}
+LABELS = {"before_sft": "before SFT", "after_sft": "after SFT", "before_rl": "before RL", "after_rl": "after RL"}
 EVALUATION_COLUMNS = (
     ("accuracy", "accuracy", "{:.3f}"),
     ("direct_share", "direct answers", "{:.3f}"),

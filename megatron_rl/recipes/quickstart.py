@@ -20,7 +20,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
 from megatron_rl.launch.local import engine_for, run_ranks
 from megatron_rl.model.hf_folder import bailing_config, random_bailing, write_hf_folder
-from megatron_rl.observe.report import write_report
+from megatron_rl.observe.report import LABELS, write_report
 from megatron_rl.recipes import evaluate
 
 ROOT = Path("runs/quickstart")
@@ -39,19 +39,19 @@ def run(overrides: Sequence[str], console: Console) -> Path:
     make_random_model(folder / "init", seed)
     results = {}
     with engine_for(rl, str(folder / "init"), folder / "engine.log") as served:
-        results["before SFT"] = evaluate.run(at(served, folder / "init"))
+        results["before_sft"] = evaluate.run(at(served, folder / "init"))
         console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, 2 ranks, EP 2)")
         run_ranks("sft", sft)
-        results["after SFT"] = evaluate.run(served, model_path=str((folder / "sft" / "hf").resolve()))
+        results["after_sft"] = evaluate.run(served, model_path=str((folder / "sft" / "hf").resolve()))
         console.print(f"[bold]3/4[/bold] C3PO: {rl.c3po.phi} training tokens in each of {rl.run.steps} steps "
                       "(Megatron trains, SGLang samples, Math-Verify judges)")
         run_ranks("rl", served)
-    results["after RL"] = last_evaluation(folder / "rl")
+    results["after_rl"] = last_evaluation(folder / "rl")
     add_earlier_stages(folder / "rl", results)
     console.print("[bold]4/4[/bold] report")
     console.print(result_table(results))
     report = write_report([folder / "rl"], folder / "report.html")
-    gain = 100 * (results["after RL"]["accuracy"] - results["after SFT"]["accuracy"])
+    gain = 100 * (results["after_rl"]["accuracy"] - results["after_sft"]["accuracy"])
     console.print(f"C3PO added {gain:+.1f} points. Report: [bold]{report}[/bold]  "
                   f"(took {time.perf_counter() - started:.0f} s)")
     return report
@@ -87,8 +87,8 @@ def add_earlier_stages(run_dir: Path, results: dict[str, dict]) -> None:
     """Put the evaluation before SFT in front of the run's own, for the report."""
     path = run_dir / "eval.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0] = {**rows[0], "label": "after SFT"}
-    first = {"step": 0, "label": "before SFT", **results["before SFT"]}
+    rows[0] = {**rows[0], "label": "after_sft"}
+    first = {"step": 0, "label": "before_sft", **results["before_sft"]}
     path.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
 
 
@@ -96,6 +96,6 @@ def result_table(results: dict[str, dict]) -> Table:
     table = Table(*COLUMNS, title="quick start")
     for stage, row in results.items():
         reasoning = f"{row['reasoning_accuracy']:.3f}" if "reasoning_accuracy" in row else "-"
-        table.add_row(stage, f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
+        table.add_row(LABELS[stage], f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
                       f"{row['direct_share']:.2f}", reasoning, f"{row['mean_response_tokens']:.1f}")
     return table

@@ -41,7 +41,8 @@ class Layouts:
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
                        "CUDA_VISIBLE_DEVICES": ""}  # the ranks are forked, and this is about arithmetic over gloo
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker", str(self.folder), str(world_size), *names],
+            [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker", str(self.folder), str(world_size),
+             *names],
             cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
         if done.returncode:
             pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)
