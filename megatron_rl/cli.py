@@ -35,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. c3po.phi=4096")
         if name in ("rl", "sft"):
-            command.add_argument("--check", action="store_true", help="validate, print the resolved layout, start nothing")
-    convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense Llama, fetch SmolLM2, random weights")
+            command.add_argument("--check", action="store_true",
+                                 help="validate, print the resolved layout, start nothing")
+    convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense Llama, fetch SmolLM2, round trip")
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
     upcycle = kinds.add_parser("upcycle", help="dense Llama folder -> BailingMoe folder with equal logits")
     upcycle.add_argument("source")
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--experts-per-token", type=int, default=2)
     smollm2 = kinds.add_parser("smollm2", help="SmolLM2-135M from its package, upcycled")
     smollm2.add_argument("target")
-    roundtrip = kinds.add_parser("roundtrip", help="HF -> Megatron -> HF in a layout: model.path=..., parallel=..., run.dir=...")
+    roundtrip = kinds.add_parser("roundtrip", help="HF -> Megatron -> HF, sha256 compared: model.path=... parallel=...")
     roundtrip.add_argument("overrides", nargs="*", metavar="key=value")
     report = commands.add_parser("report", help="one HTML file with the plots of one or more runs")
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")

@@ -13,6 +13,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engine_for, run_ranks, terminable
 from megatron_rl.model.bailing import BailingConfig, check_layout, count_parameters, parse_config, read_config
+from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.rollout.engines import EngineError
 
 __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
@@ -49,7 +50,7 @@ def validate(config: Config, *, start: bool) -> Sizes:
     """All rules that need no rank. start: the checkpoint must be here (False: --check)."""
     network = network_of(config)
     if start:
-        read_config(config.model.path)
+        check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
     check_layout(network, config.parallel)
     total, active = count_parameters(network)
     sizes = Sizes(network.max_position_embeddings, total, active)
@@ -79,10 +80,22 @@ def train_rl(config: Config) -> None:
     """One RL run on this machine: engine, ranks, report. Everything started is stopped."""
     run_dir = Path(config.run.dir)
     refuse_earlier_run(config)
+    check_data(config)
     with terminable(), engine_errors(), engine_for(config, config.model.path, run_dir / "engine.log") as served:
         run_ranks("rl", served)
     print_evaluations(run_dir)
     write_run_report([run_dir])
+
+
+def check_data(config: Config) -> None:
+    """Read prompts, templates and reward routes before anything is started. ValueError as the parts raise it."""
+    from megatron_rl.recipes.serving import heldout_data, load_tokenizer, prompt_source
+    from megatron_rl.reward import RewardPool
+
+    tokenizer = load_tokenizer(config.model.path)
+    with RewardPool(config.reward) as rewards:
+        for data in (config.data, heldout_data(config)):
+            rewards.check_domains(prompt_source(config, data, tokenizer).domains)
 
 
 def refuse_earlier_run(config: Config) -> None:
@@ -128,6 +141,8 @@ def convert(options) -> int:
         config = load(options.overrides)
         check_layout(network_of(config), config.parallel)
         run_ranks("convert", config)
+        Console().print(f"{config.model.path} -> Megatron ({config.parallel.world_size} ranks) -> {config.run.dir}/hf: "
+                        "every tensor has the same sha256")
     return 0
 
 
@@ -170,8 +185,9 @@ def print_evaluations(run_dir: Path) -> None:
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     table = Table("stage", "step", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning")
     for row in rows:
-        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
-                      f"{row['direct_share']:.2f}", f"{row.get('reasoning_accuracy', float('nan')):.3f}")
+        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}",
+                      f"{row['low']:.3f} - {row['high']:.3f}", f"{row['direct_share']:.2f}",
+                      f"{row.get('reasoning_accuracy', float('nan')):.3f}")
     Console().print(table)
 
 

@@ -81,6 +81,6 @@ def collect_budget(config: Config, rollouts: Rollouts, step: int,
         if algo.objective == "grpo" or full or algo.underfull != "collect_more":
             return groups, batches
     available = sum(batch.available_tokens for batch in batches)
-    raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds={algo.max_collect_rounds} "
-                     f"rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise rollout.prompts_per_step "
-                     "or c3po.max_collect_rounds, or lower c3po.phi")
+    raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds="
+                     f"{algo.max_collect_rounds} rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise "
+                     "rollout.prompts_per_step or c3po.max_collect_rounds, or lower c3po.phi")

@@ -11,7 +11,7 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-RECIPES = ("rl", "sft")
+RECIPES = ("rl", "sft", "convert")
 
 
 def main() -> None:
@@ -20,9 +20,9 @@ def main() -> None:
         raise ValueError(f"recipe {recipe!r} must be one of {', '.join(RECIPES)}")
     _die_with_parent()
     from megatron_rl.config.load import from_json
-    from megatron_rl.recipes import rl, sft
+    from megatron_rl.recipes import convert, rl, sft
 
-    {"rl": rl, "sft": sft}[recipe].run(from_json(config_path))
+    {"rl": rl, "sft": sft, "convert": convert}[recipe].run(from_json(config_path))
 
 
 def _die_with_parent() -> None:

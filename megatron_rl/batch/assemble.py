@@ -13,8 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from c3po import (BudgetSelection, group_advantages, select_within_budget, selection_order, soft_overlong_penalty,
-                  truncation_keep_mask)
+from c3po import (
+    BudgetSelection,
+    group_advantages,
+    select_within_budget,
+    selection_order,
+    soft_overlong_penalty,
+    truncation_keep_mask,
+)
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import Finish, RolloutGroup, TrainSample
 

@@ -146,8 +146,9 @@ def _patch_tensors() -> None:
         answer = original_type(self, *args, **kwargs)
         asked_for_name = not args and not kwargs
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return answer.replace("torch.", "torch.cuda.") if asked_for_name and caller.startswith("megatron.core.optimizer") \
-            else answer
+        if asked_for_name and caller.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.")
+        return answer
 
     torch.Tensor.type = type_
 

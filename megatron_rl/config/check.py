@@ -42,15 +42,16 @@ def _check_budget(config: Config) -> None:
     phi = algo.phi_global(dp)
     require(algo.cutoff == "token" or phi >= rollout.max_response_tokens,
             f"c3po.phi={algo.phi} ({phi} over the cluster) is smaller than one response may be "
-            f"(rollout.max_response_tokens={rollout.max_response_tokens}); with c3po.cutoff=response it cannot be met: "
-            "raise c3po.phi or use c3po.cutoff=token")
+            f"(rollout.max_response_tokens={rollout.max_response_tokens}); with c3po.cutoff=response it cannot be "
+            "met: raise c3po.phi or use c3po.cutoff=token")
     responses = rollout.prompts_per_step * rollout.responses_per_prompt
     rounds = algo.max_collect_rounds if algo.underfull == "collect_more" else 1
     most = responses * rollout.max_response_tokens * rounds
     needed = phi * algo.updates_per_rollout
     require(algo.underfull == "train_short" or most >= needed,
             f"c3po.phi: {needed} response tokens per rollout can never be met by {responses} responses of at most "
-            f"{rollout.max_response_tokens} tokens in {rounds} round(s); raise rollout.prompts_per_step or lower c3po.phi")
+            f"{rollout.max_response_tokens} tokens in {rounds} round(s); raise rollout.prompts_per_step or lower "
+            "c3po.phi")
 
 
 def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
@@ -59,17 +60,18 @@ def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
     dp, phi = parallel.dp, algo.phi_global(parallel.dp)
     responses = rollout.prompts_per_step * rollout.responses_per_prompt
     prompt_room = rollout.max_context_tokens - rollout.max_response_tokens
+    expert_dp = parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)
     least = math.ceil(phi / dp / config.batch.tokens_per_microbatch)
     rows = [
         ("ranks", f"{parallel.world_size} = tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}"),
-        ("experts", f"ep {parallel.ep} x etp {parallel.etp}"
-                    f" x pp {parallel.pp} x expert-dp {parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)}"),
+        ("experts", f"ep {parallel.ep} x etp {parallel.etp} x pp {parallel.pp} x expert-dp {expert_dp}"),
         ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.responses_per_prompt} = {responses} responses,"
                     f" up to {rollout.max_response_tokens} tokens after prompts of up to {prompt_room}"),
         ("Phi", f"{phi:,} response tokens per optimiser step over the cluster, {phi / dp:,.0f} per data-parallel rank"
                 f" (c3po.scope={algo.scope}, cutoff={algo.cutoff})"),
         ("optimiser steps per rollout", str(algo.updates_per_rollout)),
-        ("micro-batches", f"at least {least} per rank and step, {config.batch.tokens_per_microbatch:,} tokens each at most"),
+        ("micro-batches", f"at least {least} per rank and step, of at most "
+                          f"{config.batch.tokens_per_microbatch:,} tokens"),
         ("losses", f"clip {algo.loss.clip_eps_low}/{algo.loss.clip_eps_high}, KL {algo.loss.kl_coef} "
                    f"({algo.loss.kl_estimator}), entropy {algo.loss.entropy_coef}, balance {algo.balance_coef}, "
                    f"z {algo.z_loss_coef}"),

@@ -70,7 +70,8 @@ def _check_choice(key: str, value: str) -> None:
     if group in _groups():
         known = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
         if value not in known:
-            raise ValueError(f"{group}={value}: no such choice{_suggestion(value, known)}; there are {', '.join(known)}")
+            raise ValueError(f"{group}={value}: no such choice{_suggestion(value, known)}; "
+                             f"there are {', '.join(known)}")
 
 
 def build(raw: dict[str, Any]) -> Config:

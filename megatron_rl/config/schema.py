@@ -118,8 +118,8 @@ class AlgoConfig:
 
     def __post_init__(self):
         require(self.phi >= 1, f"c3po.phi={self.phi} must be at least 1 token")
-        require(self.updates_per_rollout >= 1, f"c3po.updates_per_rollout={self.updates_per_rollout} must be at least 1")
-        require(self.max_collect_rounds >= 1, f"c3po.max_collect_rounds={self.max_collect_rounds} must be at least 1")
+        for name in ("updates_per_rollout", "max_collect_rounds"):
+            require(getattr(self, name) >= 1, f"c3po.{name}={getattr(self, name)} must be at least 1")
         require(self.balance_coef >= 0, f"c3po.balance_coef={self.balance_coef} must not be negative")
         require(self.z_loss_coef >= 0, f"c3po.z_loss_coef={self.z_loss_coef} must not be negative")
         require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
@@ -256,7 +256,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How responses are judged. `routes` maps a domain to a scorer: math_verify | exact | reasoning_gym | dotted.path."""
+    """How responses are judged.
+
+    routes: domain -> scorer, which is math_verify, exact, reasoning_gym, or the dotted path of a function.
+    """
 
     routes: dict[str, str] = field(default_factory=lambda: {"math": "math_verify"})
     workers: int = 2
@@ -281,16 +284,22 @@ class EvalConfig:
     bootstrap_resamples: int = 2000
 
     def __post_init__(self):
-        require(self.problems >= 1, f"eval.problems={self.problems} must be at least 1")
-        require(self.samples_per_problem >= 1, f"eval.samples_per_problem={self.samples_per_problem} must be at least 1")
-        require(self.every_steps >= 0, f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")
+        for name in ("problems", "samples_per_problem"):
+            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)} must be at least 1")
+        require(self.every_steps >= 0,
+                f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss."""
+    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss.
+
+    schedule_epochs: length of the learning-rate schedule, None for `epochs`; longer than `epochs` stops early on
+    it, as the report does when it takes an early checkpoint of a long run (Sec. 4.3.2).
+    """
 
     epochs: int = 3
+    schedule_epochs: int | None = None
     examples: int = 4000
     batch_size: int = 16
     balance_coef: float = 0.01
@@ -299,6 +308,8 @@ class SFTConfig:
     def __post_init__(self):
         for name in ("epochs", "examples", "batch_size"):
             require(getattr(self, name) >= 1, f"sft.{name}={getattr(self, name)} must be at least 1")
+        require(self.schedule_epochs is None or self.schedule_epochs >= self.epochs,
+                f"sft.schedule_epochs={self.schedule_epochs} is shorter than sft.epochs={self.epochs}")
         require(self.examples >= self.batch_size,
                 f"sft.examples={self.examples} is less than one sft.batch_size={self.batch_size}")
 
@@ -306,6 +317,10 @@ class SFTConfig:
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one epoch; a last incomplete batch is left out."""
         return self.examples // self.batch_size
+
+    @property
+    def schedule_steps(self) -> int:
+        return self.steps_per_epoch * (self.schedule_epochs or self.epochs)
 
     @property
     def total_steps(self) -> int:

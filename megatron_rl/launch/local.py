@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,8 @@ from megatron_rl.rollout.engines import EngineProcess
 STOP_GRACE_S = 20.0
 POLL_S = 0.3
 MIN_FREE_BYTES = 1 << 30
-LOG_LINES_SHOWN = 25
+LOG_LINES_SHOWN = 8
+RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 
 
 class RunFailed(RuntimeError):
@@ -61,6 +63,7 @@ def run_ranks(recipe: str, config: Config) -> None:
                f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
                f"--master-port={free_port()}", "-m", "megatron_rl.train", recipe, str(launch_config)]
     with log_path.open("ab") as log, terminable():
+        begin = log.tell()
         guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
         ranks = subprocess.Popen([*guard, *command], env=rank_environment(), stdin=subprocess.DEVNULL,
                                  stdout=log, stderr=log, start_new_session=True)
@@ -71,12 +74,15 @@ def run_ranks(recipe: str, config: Config) -> None:
         finally:
             code = stop_group(ranks)
     if code:
-        raise RunFailed(f"the {recipe} ranks ended with exit code {code}; the end of {log_path}:\n{tail(log_path)}\n"
-                        f"{how_to_resume(run_dir)}")
+        raise RunFailed(f"the {recipe} ranks ended with exit code {code}; from {log_path}:\n"
+                        f"{last_words(log_path, begin)}\n{how_to_resume(run_dir)}")
 
 
 def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
     """Show progress from the metrics that rank 0 writes, until the ranks end."""
+    if recipe == "convert":
+        ranks.wait()
+        return
     total = config.run.steps if recipe == "rl" else config.sft.total_steps
     files = [JsonlTail(Path(config.run.dir) / name) for name in ("metrics.jsonl", "eval.jsonl")]
     first_step = max(saved_steps(Path(config.run.dir)), default=0)
@@ -174,8 +180,16 @@ def how_to_resume(run_dir: Path) -> str:
     steps = saved_steps(run_dir)
     if not steps:
         return "no checkpoint had been written yet: start again with the same command"
-    return f"the last checkpoint is step {steps[-1]} in {run_dir}/checkpoints: the same command with resume=true goes on"
+    return (f"the last checkpoint is step {steps[-1]} in {run_dir}/checkpoints: "
+            "the same command with resume=true goes on")
 
 
-def tail(path: Path, lines: int = LOG_LINES_SHOWN) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+def last_words(log_path: Path, begin: int) -> str:
+    """The first traceback that the ranks wrote after byte `begin` (later ones follow from it), or the last lines."""
+    lines = [RANK_PREFIX.sub("", line) for line in log_path.read_bytes()[begin:].decode(errors="replace").splitlines()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not starts:
+        return "\n".join(lines[-LOG_LINES_SHOWN:])
+    body = lines[starts[0] + 1:]
+    end = next((i for i, line in enumerate(body) if line and not line.startswith((" ", "\t"))), len(body) - 1)
+    return "\n".join([*body[max(0, end - LOG_LINES_SHOWN):end], *body[end:end + LOG_LINES_SHOWN]])

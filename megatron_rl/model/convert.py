@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
-from megatron_rl.model.bailing import BailingConfig, expected_shapes
+from megatron_rl.model.bailing import BailingConfig
 from megatron_rl.model.build import Policy
+from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.topology import Topology
 
 _EXPERT = re.compile(r"^(mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
@@ -124,47 +124,15 @@ def unshard(slot: Slot, config: BailingConfig, pieces: list[torch.Tensor]) -> li
     return [(name, torch.cat([half[i] for half in halves])) for i, name in enumerate(slot.names)]
 
 
-class HFReader:
-    """Tensors of a Hugging Face folder by name, read lazily from its *.safetensors files."""
-
-    def __init__(self, folder: str | Path):
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"model.path={folder}: no *.safetensors file there")
-        self._handles = [safe_open(str(file), framework="pt") for file in files]
-        self._where = {name: handle for handle in self._handles for name in handle.keys()}
-        self.folder = str(folder)
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def get(self, name: str) -> torch.Tensor:
-        return self._where[name].get_tensor(name)
-
-
-def check_checkpoint(config: BailingConfig, reader: HFReader) -> None:
-    """Raise ValueError listing the names and shapes in which the folder departs from its config.json."""
-    expected = expected_shapes(config)
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
-    problems += [f"unexpected {name}" for name in sorted(reader.names - set(expected))]
-    problems += [f"{name} has shape {list(reader.shape(name))}, config.json says {list(shape)}"
-                 for name, shape in expected.items() if name in reader.names and reader.shape(name) != shape]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"model.path={reader.folder}: the checkpoint does not match its config.json:\n  {shown}")
-
-
 @torch.no_grad()
 def load_hf(policy: Policy, topology: Topology, folder: str | Path) -> None:
     """Fill this rank's parameters from the Hugging Face folder; ValueError if it does not match its config.json."""
     reader = HFReader(folder)
     check_checkpoint(policy.config, reader)
     for slot, parameter in slots(policy, topology):
-        rank, size = (topology.tp_rank, topology.tp_size) if slot.over == "tp" else (topology.etp_rank, topology.etp_size)
+        over_tp = slot.over == "tp"
+        rank = topology.tp_rank if over_tp else topology.etp_rank
+        size = topology.tp_size if over_tp else topology.etp_size
         piece = shard(slot, policy.config, [reader.get(name) for name in slot.names], rank, size)
         assert piece.shape == parameter.shape, (slot, piece.shape, parameter.shape)
         parameter.data.copy_(piece)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_rl.model.bailing import BailingConfig, expected_shapes, parse_config
@@ -280,3 +281,37 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class HFReader:
+    """Tensors of a Hugging Face folder by name, read lazily from its *.safetensors files."""
+
+    def __init__(self, folder: str | Path):
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"model.path={folder}: no *.safetensors file there")
+        self._handles = [safe_open(str(file), framework="pt") for file in files]
+        self._where = {name: handle for handle in self._handles for name in handle.keys()}
+        self.folder = str(folder)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._where[name].get_tensor(name)
+
+
+def check_checkpoint(config: BailingConfig, reader: HFReader) -> None:
+    """Raise ValueError listing the names and shapes in which the folder departs from its config.json."""
+    expected = expected_shapes(config)
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
+    problems += [f"unexpected {name}" for name in sorted(reader.names - set(expected))]
+    problems += [f"{name} has shape {list(reader.shape(name))}, config.json says {list(shape)}"
+                 for name, shape in expected.items() if name in reader.names and reader.shape(name) != shape]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(f"model.path={reader.folder}: the checkpoint does not match its config.json:\n  {shown}")

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.shape = eps, (hidden_size,)
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.shape, self.weight.float(), self.eps).to(x.dtype)

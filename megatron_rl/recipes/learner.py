@@ -10,8 +10,8 @@ import torch
 from c3po import Max, c3po_loss, grpo_loss, icepop_weights, mismatch_diagnostics, tis_weights
 from megatron_rl.batch import StepBatch, pack, plan_microbatches
 from megatron_rl.config.schema import AlgoConfig, Config
-from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.bailing import read_config
+from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import load_hf
 from megatron_rl.observe.timing import Timers
 from megatron_rl.topology import Topology
@@ -68,11 +68,11 @@ class PolicyLearner:
     def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], dict[int, torch.Tensor]]:
         microbatches = packed_microbatches(batch.samples, self.config, self.topology)
         old, counts = self.step.count_routing(microbatches)
-        for microbatch, logprobs_T in zip(microbatches, old):  # empty except on the last stage
-            microbatch.old_logprobs = logprobs_T
-        if self._reference is not None:
-            for microbatch, logprobs_T in zip(microbatches, self.step.logprobs(microbatches, self._reference)):
-                microbatch.ref_logprobs = logprobs_T
+        reference = None if self._reference is None else self.step.logprobs(microbatches, self._reference)
+        if self.topology.is_last_stage:  # elsewhere no loss is computed
+            for i, microbatch in enumerate(microbatches):
+                microbatch.old_logprobs = old[i]
+                microbatch.ref_logprobs = None if reference is None else reference[i]
         return microbatches, counts
 
     def _update(self, batch: StepBatch, microbatches: list[PackedMicrobatch], counts) -> StepResult:
@@ -98,7 +98,7 @@ class TokenObjective:
                  entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
         algo, mask = self.algo, batch.loss_mask
         weights, weight_sums = self._mismatch_weights(batch)
-        shared = dict(config=algo.loss, ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
+        shared = {"config": algo.loss, "ref_logprobs": batch.ref_logprobs, "entropy": entropy_T, "weights": weights}
         if algo.objective == "c3po":
             loss, sums = c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, mask, phi=self.phi, **shared)
         else:

@@ -22,7 +22,7 @@ from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.recipes.serving import HeldOut, style
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.sync.publish import (BroadcastPublisher, DiskPublisher, Publisher, PublishReport, TensorPublisher)
+from megatron_rl.sync.publish import BroadcastPublisher, DiskPublisher, Publisher, PublishReport, TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
 from megatron_rl.topology import Topology
 from megatron_rl.types import Finish, RolloutGroup, StepResult, SumCount

@@ -17,8 +17,7 @@ from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
 from megatron_rl.recipes.learner import PolicyLearner
-from megatron_rl.recipes.parts import (BroadcastRollouts, PublishedWeights, RunRecord, build_expected,
-                                       build_publisher)
+from megatron_rl.recipes.parts import BroadcastRollouts, PublishedWeights, RunRecord, build_expected, build_publisher
 from megatron_rl.recipes.serving import HeldOut, build_collector, engine_clients, load_tokenizer, prompt_source
 from megatron_rl.reward import RewardPool
 
@@ -57,7 +56,8 @@ def build_run(config: Config) -> Iterator[RunParts]:
     first_step = 0 if state is None else state["step"]
     exporter = Exporter(learner.policy, here)
     with contextlib.ExitStack() as stack:
-        main = MainRank(config, here, stack, resume_step=None if state is None else first_step) if here.is_main else None
+        resume_step = None if state is None else first_step
+        main = MainRank(config, here, stack, resume_step=resume_step) if here.is_main else None
         if state is not None:
             learner.updates_done = state["updates_done"]
             if main is not None:
@@ -77,7 +77,8 @@ def build_run(config: Config) -> Iterator[RunParts]:
 class MainRank:
     """What only rank 0 has: prompts, rewards, engines, the log. Closed with `stack`."""
 
-    def __init__(self, config: Config, here: topology.Topology, stack: contextlib.ExitStack, *, resume_step: int | None):
+    def __init__(self, config: Config, here: topology.Topology, stack: contextlib.ExitStack, *,
+                 resume_step: int | None):
         tokenizer = load_tokenizer(config.model.path)
         source = prompt_source(config, config.data, tokenizer)
         self.sampler = PromptSampler(source, config.run.seed, shuffle=config.data.shuffle)

@@ -18,8 +18,8 @@ from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, reduce_metrics
 from megatron_rl.recipes.learner import build_trainable, packed_microbatches
-from megatron_rl.recipes.serving import load_tokenizer, prompt_source
 from megatron_rl.recipes.rl import export, restore
+from megatron_rl.recipes.serving import load_tokenizer, prompt_source
 from megatron_rl.train_step.optimizer import learning_rate
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
@@ -35,7 +35,7 @@ def run(config: Config) -> None:
     options = config.sft
     if len(source) < options.examples:
         raise ValueError(f"sft.examples={options.examples}, but data has {len(source)} examples")
-    per_epoch, total = options.steps_per_epoch, options.total_steps
+    per_epoch = options.steps_per_epoch
     done = 0 if state is None else state["step"]
     with contextlib.ExitStack() as stack:
         log = None
@@ -51,7 +51,7 @@ def run(config: Config) -> None:
                 microbatches = packed_microbatches(samples, config, here)
                 result = step.update(
                     microbatches, TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples)),
-                    lr=learning_rate(done, total, config.optimizer), balance_coef=options.balance_coef,
+                    lr=learning_rate(done, options.schedule_steps, config.optimizer), balance_coef=options.balance_coef,
                     z_loss_coef=options.z_loss_coef, counts=None)
                 done += 1
                 if log is not None:

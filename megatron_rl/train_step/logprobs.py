@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+
 from rl_kernels.linear_logprob import linear_logprob
 
 NORM_HEAD_EPS = 1e-7

@@ -52,7 +52,9 @@ class TrainStep:
         return outputs if self.topology.is_last_stage else []
 
     @torch.no_grad()
-    def count_routing(self, microbatches: Sequence[PackedMicrobatch]) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
+    def count_routing(
+        self, microbatches: Sequence[PackedMicrobatch]
+    ) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
         """logprobs() and, from the same pass, tokens per expert of this stage's layers over the whole step.
 
         Returns (logprobs, {layer number: fp32 [E]}), the counts summed over all ranks.
@@ -160,7 +162,8 @@ class TrainStep:
                               for k in ROUTER_LOSSES])
         torch.distributed.all_reduce(router, group=here.tp_dp_cp_group)
         reports = here.gather_objects(_Report(
-            stage=here.pp_rank, sums=dict(zip(keys, sums.tolist())) if here.is_last_stage else {},
+            stage=here.pp_rank,
+            sums=dict(zip(keys, sums.tolist(), strict=True)) if here.is_last_stage and keys else {},
             maxima={k: float(m.value) for k, m in self._maxima.items()}, router=router.tolist(),
             loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in (counts or {}).items()},
             entropies={layer: float(losses.entropy_sums[layer] / c.sum()) * self.policy.config.num_experts_per_tok

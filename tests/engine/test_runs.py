@@ -125,8 +125,8 @@ def test_a_run_killed_in_the_middle_ends_as_if_nothing_had_happened(whole_run, m
 
     resumed = run(*same, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
-    assert [timeless(row) for row in rows(run_dir)] == [timeless(row) for row in rows(whole_run)]
-    assert [timeless(row) for row in rows(run_dir, "eval.jsonl")] == [timeless(row) for row in rows(whole_run, "eval.jsonl")]
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert [timeless(row) for row in rows(run_dir, name)] == [timeless(row) for row in rows(whole_run, name)]
     assert weights_digest(run_dir) == weights_digest(whole_run)
 
 
@@ -141,7 +141,8 @@ def test_ctrl_c_keeps_the_checkpoint_and_leaves_no_process(model, tmp_path):
     run_dir = tmp_path / "interrupted"
     process = subprocess.Popen(
         command(f"model.path={model}", f"run.dir={run_dir}", "run.steps=500", "data.source=jsonl", "data.split=all",
-                f"data.path={ROOT / 'examples/quickstart/problems.jsonl'}", "data.prompt_key=problem", "eval.problems=2"),
+                f"data.path={ROOT / 'examples/quickstart/problems.jsonl'}", "data.prompt_key=problem",
+                "eval.problems=2"),
         cwd=ROOT, env=rank_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_rows(run_dir, 3, process)
     family = psutil.Process(process.pid).children(recursive=True)

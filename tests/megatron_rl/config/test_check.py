@@ -55,9 +55,11 @@ def test_ring_lite_values_are_the_reports():
     ([], "model.path is not set"),
     (["model.path=/nowhere"], "model.path=/nowhere: no config.json there"),
     (["model.architecture=ling_light"], "no such file, and no shipped one of that name"),
-    (["experiment=ring_lite_stage1", "parallel.ep=7", "parallel.world_size=7"], "parallel.ep=7 does not divide num_experts=64"),
+    (["experiment=ring_lite_stage1", "parallel.ep=7", "parallel.world_size=7"],
+     "parallel.ep=7 does not divide num_experts=64"),
     (["experiment=ring_lite_stage1", "parallel.tp=8"], "parallel.tp=8 does not divide num_key_value_heads=4"),
-    (["experiment=ring_lite_stage1", "parallel.pp=3", "parallel.world_size=24"], "parallel.pp=3 does not divide num_hidden_layers=28"),
+    (["experiment=ring_lite_stage1", "parallel.pp=3", "parallel.world_size=24"],
+     "parallel.pp=3 does not divide num_hidden_layers=28"),
 ])
 def test_a_wrong_model_or_layout_ends_with_exit_code_2(overrides, message, capsys):
     assert cli.main(["rl", "--check", *overrides]) == 2

@@ -49,7 +49,8 @@ def test_a_config_survives_json():
     (["c3po.loss.clip_eps_low=-1.0"], r"c3po\.loss: clip_eps_low=-1\.0"),
     (["experiment=quickstrt"], r"experiment=quickstrt: no such choice \(did you mean quickstart\?\)"),
     (["parallel.tp=3", "parallel.world_size=4"], r"parallel\.tp\*pp\*cp=3 does not divide parallel\.world_size=4"),
-    (["parallel.tp=2", "parallel.world_size=2", "parallel.sequence_parallel=false"], r"parallel\.sequence_parallel=false"),
+    (["parallel.tp=2", "parallel.world_size=2", "parallel.sequence_parallel=false"],
+     r"parallel\.sequence_parallel=false"),
     (["c3po.phi"], r"must look like section\.key=value"),
 ])
 def test_a_mistake_is_named_with_its_path(overrides, message):
@@ -66,3 +67,10 @@ def test_every_yaml_file_builds():
 def test_schema_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load([]).c3po.phi = 3
+
+
+def test_the_configuration_page_is_written_from_the_schema():
+    from megatron_rl.config.reference import markdown
+
+    page = (CONF_DIR.parent / "docs" / "configuration.md").read_text()
+    assert page == markdown(), "run: python -m megatron_rl.config.reference > docs/configuration.md"

@@ -1,0 +1,41 @@
+"""Hugging Face -> Megatron in a layout -> Hugging Face, with the sha256 of every tensor compared."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from megatron_rl import topology
+from megatron_rl.config.schema import Config
+from megatron_rl.model.bailing import read_config
+from megatron_rl.model.build import build_policy
+from megatron_rl.model.convert import Exporter, load_hf
+from megatron_rl.model.hf_folder import HFReader
+from megatron_rl.recipes.rl import export
+
+
+def run(config: Config) -> None:
+    """Load model.path on parallel.* ranks, write <run.dir>/hf, and raise ValueError unless it is equal bit for bit."""
+    here = topology.start(config.parallel, seed=config.run.seed)
+    policy = build_policy(read_config(config.model.path), config.model, config.parallel, with_gradients=False)
+    load_hf(policy, here, config.model.path)
+    target = Path(config.run.dir) / "hf"
+    export(config, Exporter(policy, here), here, target)
+    if here.is_main:
+        compare(HFReader(config.model.path), HFReader(target))
+    topology.stop()
+
+
+def compare(source: HFReader, written: HFReader) -> None:
+    different = [name for name in sorted(source.names | written.names)
+                 if name not in source.names or name not in written.names
+                 or digest(source.get(name)) != digest(written.get(name))]
+    if different:
+        raise ValueError(f"{len(different)} tensors changed on the way, the first is {different[0]} "
+                         "(is model.dtype the checkpoint's own?)")
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
