@@ -1,0 +1,54 @@
+"""What the launcher says and follows, without starting ranks (tests/engine/test_runs.py does that)."""
+
+import json
+
+import pytest
+
+from megatron_rl.launch import local
+
+
+def test_the_first_traceback_is_shown_not_what_followed_from_it(tmp_path):
+    log = tmp_path / "trainer.log"
+    earlier = b"Traceback (most recent call last):\n  File old.py\nValueError: of an earlier run\n"
+    log.write_bytes(earlier + b"loading\n[rank0]: Traceback (most recent call last):\n"
+                    b"[rank0]:   File \"data.py\", line 3\n"
+                    b"[rank0]: ValueError: problems.jsonl:2: no column 'answer'\n"
+                    b"Traceback (most recent call last):\n  File \"torch/run.py\"\nChildFailedError: it failed\n")
+    words = local.last_words(log, len(earlier))
+    assert "problems.jsonl:2: no column 'answer'" in words
+    assert "earlier run" not in words
+    assert words.index("problems.jsonl:2") < 120
+
+
+def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
+    log = tmp_path / "trainer.log"
+    log.write_text("".join(f"line {i}\n" for i in range(100)))
+    assert local.last_words(log, 0).splitlines() == [f"line {i}" for i in range(92, 100)]
+
+
+def test_progress_follows_a_file_that_a_resumed_run_rewrites(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step}) + "\n" for step in range(1, 5)]
+    path.write_text("".join(rows[:3]))
+    follower = local.JsonlTail(path)  # a resumed run: three steps are there already
+    path.write_text("".join(rows[:2]))  # its log drops the step after the checkpoint
+    assert follower.new_rows() == []
+    with path.open("a") as file:
+        file.write(rows[2] + rows[3][:5])
+    assert follower.new_rows() == [{"step": 3}]  # the half line waits
+    with path.open("a") as file:
+        file.write(rows[3][5:])
+    assert follower.new_rows() == [{"step": 4}]
+
+
+def test_no_disk_space_is_said_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "MIN_FREE_BYTES", 1 << 60)
+    with pytest.raises(OSError, match=rf"run.dir={tmp_path}: .* MiB free, at least .* choose another run.dir"):
+        local.check_disk(tmp_path)
+
+
+def test_resume_advice_names_the_newest_checkpoint(tmp_path):
+    assert "no checkpoint had been written yet" in local.how_to_resume(tmp_path)
+    for name in ("step_00000020", "step_00000040", "step_00000060.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert "step 40" in local.how_to_resume(tmp_path)

@@ -1,0 +1,58 @@
+"""How the parts' numbers become a step's metrics."""
+
+import numpy as np
+import pytest
+import torch
+
+from c3po import BudgetSelection, SumCount
+from megatron_rl.batch import StepBatch
+from megatron_rl.recipes.parts import budget_metrics, rollout_metrics, update_metrics
+from megatron_rl.recipes.serving import style
+from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, StepResult, VersionSpan
+
+
+def group(*judged: tuple[str, float, int]) -> RolloutGroup:
+    """Responses given as (text, score, tokens); a score below 0 is a truncated response."""
+    rollouts = tuple(
+        Rollout(token_ids=np.zeros(3 + n, np.int32), trainable=np.arange(3 + n) >= 3,
+                rollout_logprobs=np.zeros(3 + n, np.float32),
+                finish=Finish.LENGTH if value < 0 else Finish.STOP, weight_versions=(VersionSpan(0, 0, n),))
+        for _, value, n in judged)
+    scores = tuple(Score(max(value, 0.0), "correct" if value > 0 else "wrong") for _, value, _ in judged)
+    texts = tuple(text for text, _, _ in judged)
+    return RolloutGroup(Prompt("a", (1, 2, 3), "q", "7", "math"), rollouts, texts, scores)
+
+
+GROUPS = [group((r"\boxed{7}", 1.0, 2), (r" so 7\boxed{7}", 1.0, 6), (" so", -1.0, 10)),
+          group((r" so\boxed{1}", 0.0, 4), (r"\boxed{2}", 0.0, 2), (r"\boxed{7}", 0.0, 2))]
+
+
+def test_rollout_metrics_by_hand():
+    metrics = rollout_metrics(GROUPS)
+    assert metrics["reward/mean"] == pytest.approx(2 / 6)
+    assert metrics["reward/pass_rate"] == 0.5  # one of two prompts was solved at all
+    assert metrics["rollout/groups_mixed_fraction"] == 0.5
+    assert metrics["rollout/generated_tokens"] == 26
+    assert metrics["rollout/truncated_fraction"] == pytest.approx(1 / 6)
+    assert metrics["reward/status/correct"] == pytest.approx(2 / 6)
+
+
+def test_style_is_told_apart_from_skill():
+    # three of six answer at once; of the other three one is right
+    assert style(GROUPS) == {"direct_share": 0.5, "reasoning_accuracy": pytest.approx(1 / 3)}
+
+
+def test_fill_is_selected_over_phi_over_all_updates():
+    batches = [StepBatch((), BudgetSelection(torch.tensor([4, 6]), 10, 10), 2, 15),
+               StepBatch((), BudgetSelection(torch.tensor([5]), 5, 10), 1, 5)]
+    metrics = budget_metrics(batches)
+    assert metrics == {"budget/phi": 20, "budget/selected_tokens": 15, "budget/fill": 0.75, "budget/dropped_tokens": 5}
+
+
+def test_updates_combine_by_tokens_and_not_by_step():
+    first = StepResult({"train/kl": SumCount(2.0, 1.0)}, {"train/selected_tokens": 1.0, "mismatch/max_abs": 0.5,
+                                                          "train/grad_norm": 1.0})
+    second = StepResult({"train/kl": SumCount(1.0, 2.0)}, {"train/selected_tokens": 2.0, "mismatch/max_abs": 0.1,
+                                                           "train/grad_norm": 3.0})
+    assert update_metrics([first, second]) == {"train/kl": 1.0, "train/selected_tokens": 3.0, "mismatch/max_abs": 0.5,
+                                               "train/grad_norm": 2.0}
