@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -197,15 +199,13 @@ def doctor(options) -> int:
     return run_doctor()
 
 
-class engine_errors:
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
     """An engine that cannot start fails the run with its own last words."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, EngineError):
-            raise RunFailed(str(error)) from error
+    try:
+        yield
+    except EngineError as error:
+        raise RunFailed(str(error)) from error
 
 
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "quickstart": quickstart,

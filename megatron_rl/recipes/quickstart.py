@@ -37,17 +37,14 @@ def run(overrides: Sequence[str], console: Console) -> Path:
                 f"run.seed={seed}"])
     console.print(f"[bold]1/4[/bold] a random Mixture-of-Experts model in {folder / 'init'}")
     make_random_model(folder / "init", seed)
-    results = {}
     with engine_for(rl, str(folder / "init"), folder / "engine.log") as served:
-        results["before_sft"] = evaluate.run(at(served, folder / "init"))
+        before_sft = evaluate.run(at(served, folder / "init"))
         console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, 2 ranks, EP 2)")
         run_ranks("sft", sft)
-        results["after_sft"] = evaluate.run(served, model_path=str((folder / "sft" / "hf").resolve()))
         console.print(f"[bold]3/4[/bold] C3PO: {rl.c3po.phi} training tokens in each of {rl.run.steps} steps "
                       "(Megatron trains, SGLang samples, Math-Verify judges)")
         run_ranks("rl", served)
-    results["after_rl"] = last_evaluation(folder / "rl")
-    add_earlier_stages(folder / "rl", results)
+    results = label_stages(folder / "rl", before_sft)
     console.print("[bold]4/4[/bold] report")
     console.print(result_table(results))
     report = write_report([folder / "rl"], folder / "report.html")
@@ -79,17 +76,13 @@ def at(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
 
 
-def last_evaluation(run_dir: Path) -> dict:
-    return json.loads((run_dir / "eval.jsonl").read_text().splitlines()[-1])
-
-
-def add_earlier_stages(run_dir: Path, results: dict[str, dict]) -> None:
-    """Put the evaluation before SFT in front of the run's own, for the report."""
+def label_stages(run_dir: Path, before_sft: dict[str, float]) -> dict[str, dict]:
+    """Put the evaluation before SFT in front of the run's own, whose first is the one after SFT; the three by label."""
     path = run_dir / "eval.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0] = {**rows[0], "label": "after_sft"}
-    first = {"step": 0, "label": "before_sft", **results["before_sft"]}
-    path.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
+    first, *later = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{"step": 0, "label": "before_sft", **before_sft}, {**first, "label": "after_sft"}, *later]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {row["label"]: row for row in rows if row["label"] in LABELS}
 
 
 def result_table(results: dict[str, dict]) -> Table:

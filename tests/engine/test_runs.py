@@ -99,6 +99,21 @@ def test_trainer_and_engine_agree_after_every_publish(whole_run):
     assert [row["sync/version"] for row in rows(whole_run)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_another_layout_runs_the_same_step(layout, whole_run, model, engine_url, tmp_path):
+    """Whole_run is EP2. The first step is equal up to rounding; the second shows that its publish arrived."""
+    run_dir = tmp_path / layout
+    done = run(f"parallel={layout}", "run.steps=2", "eval.every_steps=0", f"model.path={model}", f"run.dir={run_dir}",
+               f"rollout.engine.urls=[{engine_url}]")
+    assert done.returncode == 0, done.stderr
+    first, second = rows(run_dir)
+    reference = timeless(rows(whole_run)[0])
+    assert first["rollout/generated_tokens"] == reference["rollout/generated_tokens"]
+    for key in ("train/loss", "train/entropy", "train/grad_norm", "train/balance_loss", "router/entropy"):
+        assert first[key] == pytest.approx(reference[key], rel=1e-4, abs=1e-6), key
+    assert second["mismatch/max_abs"] < 1e-4
+
+
 def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
     config = load([*SMALL, "parallel=single", "run.steps=3", f"run.dir={tmp_path}", f"model.path={model}",
                    f"rollout.engine.urls=[{engine_url}]"])
