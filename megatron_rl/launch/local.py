@@ -26,6 +26,7 @@ POLL_S = 0.3
 MIN_FREE_BYTES = 1 << 30
 LOG_LINES_SHOWN = 8
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")
+KILLED = re.compile(r"exitcode\s*: -9 ")
 
 
 class RunFailed(RuntimeError):
@@ -185,11 +186,18 @@ def how_to_resume(run_dir: Path) -> str:
 
 
 def last_words(log_path: Path, begin: int) -> str:
-    """The first traceback that the ranks wrote after byte `begin` (later ones follow from it), or the last lines."""
+    """Why the ranks ended, from what they wrote after byte `begin`.
+
+    The first traceback of a rank (later ones follow from it), or that a rank was killed, or the last lines.
+    """
     lines = [RANK_PREFIX.sub("", line) for line in log_path.read_bytes()[begin:].decode(errors="replace").splitlines()]
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    if not starts:
-        return "\n".join(lines[-LOG_LINES_SHOWN:])
-    body = lines[starts[0] + 1:]
-    end = next((i for i, line in enumerate(body) if line and not line.startswith((" ", "\t"))), len(body) - 1)
-    return "\n".join([*body[max(0, end - LOG_LINES_SHOWN):end], *body[end:end + LOG_LINES_SHOWN]])
+    for start, line in enumerate(lines):
+        if line.startswith("Traceback (most recent call last)"):
+            body = lines[start + 1:]
+            end = next((i for i, text in enumerate(body) if text and not text.startswith((" ", "\t"))), len(body) - 1)
+            if not body[end].startswith("torch.distributed.elastic"):  # torchrun's own, about its ranks
+                return "\n".join([*body[max(0, end - LOG_LINES_SHOWN):end], *body[end:end + LOG_LINES_SHOWN]])
+    if any(KILLED.search(line) for line in lines):
+        return ("a rank was killed (SIGKILL), most likely because memory ran out: lower batch.tokens_per_microbatch, "
+                "set model.recompute=full, or use a smaller model")
+    return "\n".join(lines[-LOG_LINES_SHOWN:])

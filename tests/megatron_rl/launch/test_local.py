@@ -20,6 +20,14 @@ def test_the_first_traceback_is_shown_not_what_followed_from_it(tmp_path):
     assert words.index("problems.jsonl:2") < 120
 
 
+def test_a_rank_killed_for_memory_is_said_in_words(tmp_path):
+    log = tmp_path / "trainer.log"
+    log.write_text("Traceback (most recent call last):\n  File \"torch/distributed/run.py\"\n"
+                   "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n[0]:\n"
+                   "  exitcode  : -9 (pid: 5631)  (SIGKILL)\n")
+    assert "batch.tokens_per_microbatch" in local.last_words(log, 0)
+
+
 def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
     log = tmp_path / "trainer.log"
     log.write_text("".join(f"line {i}\n" for i in range(100)))
