@@ -25,7 +25,9 @@ from megatron_rl.model.build import Policy
 from megatron_rl.topology import Topology
 
 _NAME = re.compile(r"^step_(\d{8})$")
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+# mem_efficient: optimiser state is gathered on data-parallel rank 0 alone, not on every rank
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True,
+             "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 class Checkpoints:
