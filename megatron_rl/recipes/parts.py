@@ -19,6 +19,7 @@ from megatron_rl.data import PromptSampler
 from megatron_rl.model.config import DTYPES
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
+from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes.serving import HeldOut, style
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collect import Collector
@@ -91,9 +92,9 @@ def build_expected(config: Config, raw_model_config: dict[str, Any]) -> Expected
 class RunRecord:
     """loop.Record: metrics, evaluation and checkpoints. Everything but `save` acts on rank 0 alone."""
 
-    def __init__(self, config: Config, topology: Topology, *, log: MetricsLog | None, held_out: HeldOut | None,
-                 weights: PublishedWeights, save: Callable[[int], None]):
-        self._config, self._topology = config, topology
+    def __init__(self, config: Config, topology: Topology, *, raw_model_config: dict[str, Any], log: MetricsLog | None,
+                 held_out: HeldOut | None, weights: PublishedWeights, save: Callable[[int], None]):
+        self._config, self._topology, self._raw_model_config = config, topology, raw_model_config
         self._log, self._held_out, self._weights, self._save = log, held_out, weights, save
 
     def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
@@ -108,6 +109,9 @@ class RunRecord:
                     "tokens_per_s/rollout": metrics["rollout/generated_tokens"] / seconds["time/generate"],
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
                     / (seconds["time/logprobs"] + seconds["time/train"])}
+        lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
+        flops = train_flops(self._raw_model_config, lengths)
+        metrics["flops/model_tflops_per_s"] = flops / seconds["time/train"] / 1e12
         self._log.log(step + 1, metrics)
 
     def evaluate(self, step: int, label: str) -> None:

@@ -69,7 +69,8 @@ def build_run(config: Config) -> Iterator[RunParts]:
         def save(step: int) -> None:
             checkpoints.save(step, {"updates_done": learner.updates_done, "data": rollouts.state_dict()})
 
-        record = RunRecord(config, here, log=main.log if main else None, held_out=main.held_out if main else None,
+        record = RunRecord(config, here, raw_model_config=read_raw_config(config.model.path),
+                           log=main.log if main else None, held_out=main.held_out if main else None,
                            weights=weights, save=save)
         yield RunParts(rollouts, learner, weights, record, first_step, exporter, here)
 

@@ -15,13 +15,18 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main(argv: list[str]) -> None:
-    parent_pid, *command = argv
+def die_with_parent() -> None:
+    """From here on the kernel kills this process when its parent ends; survives exec, not fork."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def main(argv: list[str]) -> None:
+    parent_pid, *command = argv
+    die_with_parent()
     if os.getppid() != int(parent_pid):
-        raise SystemExit("the parent died before the engine could start")
+        raise SystemExit(f"the parent died before {command[0]} could start")
     os.execvp(command[0], command)
 
 

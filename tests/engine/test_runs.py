@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,15 @@ def test_every_step_trains_on_exactly_phi_tokens(whole_run):
     assert all(row["budget/fill"] == 1.0 for row in steps)
     generated = [row["rollout/generated_tokens"] for row in steps]
     assert min(generated) >= PHI and len(set(generated)) > 1, generated
+
+
+def test_logged_and_documented_metrics_are_the_same(whole_run):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([a-z_]+/[^`<]+)` \|", page, flags=re.MULTILINE)) - {"eval/accuracy"}
+    families = ("time/", "reward/status/", "router/load_max_over_mean/layer_")  # one line for each family
+    logged = {key for row in rows(whole_run) for key in row if "/" in key and not key.startswith(families)}
+    assert logged - documented == set()
+    assert documented - logged <= {"style/reasoning_accuracy"}  # only where a response reasons
 
 
 def test_trainer_and_engine_agree_after_every_publish(whole_run):
