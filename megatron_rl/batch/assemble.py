@@ -45,7 +45,8 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
     """One StepBatch per optimiser step of this rollout; identical on every rank.
 
     The responses, permuted by (seed, step), are dealt to the optimiser steps in turn, and each step cuts its own
-    share at Phi. `objective: grpo` keeps every token (Eq. 1). ValueError when underfull=error and Phi is not met.
+    share at Phi. `objective: grpo` keeps every token (Eq. 1). With dynamic_sampling a group of equal rewards, whose
+    advantages are all zero, offers no token to the budget (DAPO, arXiv 2503.14476, Eq. 11). ValueError when underfull=error and Phi is not met.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths_N = torch.tensor([rollout.response_tokens for rollout in rollouts])
@@ -57,6 +58,9 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
             buffer_tokens=algo.overlong_buffer_tokens).view_as(rewards_PK)
     advantages_N = group_advantages(rewards_PK, scale=algo.advantage_scale).flatten()
     usable_N = torch.where(truncation_keep_mask(truncated_N, algo.truncated), lengths_N, 0)
+    if algo.dynamic_sampling:
+        mixed_P = rewards_PK.amax(1) > rewards_PK.amin(1)
+        usable_N = torch.where(mixed_P.repeat_interleave(rewards_PK.shape[1]), usable_N, 0)
 
     order_N = selection_order(len(rollouts), seed=seed, step=step)
     phi = algo.phi_global(dp)

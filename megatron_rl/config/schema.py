@@ -96,7 +96,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class AlgoConfig:
-    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`."""
+    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`.
+
+    dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
+    much more is generated to fill it.
+    """
 
     objective: Literal["c3po", "grpo"] = "c3po"
     phi: int = 4096
@@ -106,6 +110,7 @@ class AlgoConfig:
     max_collect_rounds: int = 8
     updates_per_rollout: int = 1
     advantage_scale: Literal["std", "none"] = "std"
+    dynamic_sampling: bool = False
     loss: C3POLossConfig = field(default_factory=C3POLossConfig)
     balance_coef: float = 1e-5
     z_loss_coef: float = 1e-7

@@ -182,3 +182,16 @@ def test_empty_responses_are_left_out():
     groups = [group([rollout(2, 0), rollout(2, 3)], [0.0, 1.0])]
     [batch] = run(groups, AlgoConfig(phi=3))
     assert [sample.index for sample in batch.samples] == [1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_dynamic_sampling_leaves_out_groups_of_equal_reward_before_the_cut(seed):
+    mixed = random_groups(seed, num_prompts=3)
+    equal = [group(list(g.rollouts), [1.0] * 4) for g in random_groups(seed + 100, num_prompts=3)]
+    groups = [equal[0], mixed[0], mixed[1], equal[1], mixed[2], equal[2]]
+    phi = available(mixed) - 1
+    [batch] = run(groups, AlgoConfig(phi=phi, dynamic_sampling=True), seed=seed)
+    assert batch.available_tokens == phi + 1
+    assert batch.selection.selected_tokens == phi
+    assert {sample.index // 4 for sample in batch.samples} == {1, 2, 4}
+    assert all(sample.advantage != 0 for sample in batch.samples)
