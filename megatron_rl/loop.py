@@ -45,10 +45,17 @@ class Record(Protocol):
 
     def save(self, step: int) -> None: ...
 
+    def stop_asked(self) -> bool:
+        """Whether the run was asked to end early; the same answer on every rank."""
+        ...
+
 
 def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weights, record: Record,
-        timers: Timers, first_step: int) -> None:
-    """Steps first_step .. run.steps - 1. Version v of the weights is the policy after v rollouts."""
+        timers: Timers, first_step: int) -> bool:
+    """Steps first_step .. run.steps - 1; False when it saved and ended early, as asked.
+
+    Version v of the weights is the policy after v rollouts.
+    """
     last = config.run.steps
     weights.publish(first_step)
     if first_step == 0:
@@ -63,8 +70,12 @@ def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weight
         done = step + 1
         if done == last or (config.eval.every_steps and done % config.eval.every_steps == 0):
             record.evaluate(done, "after_rl" if done == last else "during")
-        if done == last or done % config.run.save_every_steps == 0:
+        stopping = done < last and record.stop_asked()
+        if stopping or done == last or done % config.run.save_every_steps == 0:
             record.save(done)
+        if stopping:
+            return False
+    return True
 
 
 def collect_budget(config: Config, rollouts: Rollouts, step: int,

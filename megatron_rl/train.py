@@ -21,8 +21,9 @@ def main() -> None:
     if os.getppid() == 1:
         sys.exit("the launcher is gone")
     from megatron_rl.config.load import from_json
-    from megatron_rl.recipes import convert, rl, sft
+    from megatron_rl.recipes import convert, rl, sft, stop
 
+    stop.listen()
     {"rl": rl, "sft": sft, "convert": convert}[recipe].run(from_json(config_path))
 
 

@@ -46,7 +46,8 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
 
     The responses, permuted by (seed, step), are dealt to the optimiser steps in turn, and each step cuts its own
     share at Phi. `objective: grpo` keeps every token (Eq. 1). With dynamic_sampling a group of equal rewards, whose
-    advantages are all zero, offers no token to the budget (DAPO, arXiv 2503.14476, Eq. 11). ValueError when underfull=error and Phi is not met.
+    advantages are all zero, offers no token to the budget (DAPO, arXiv 2503.14476, Eq. 11).
+    ValueError when underfull=error and Phi is not met.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths_N = torch.tensor([rollout.response_tokens for rollout in rollouts])

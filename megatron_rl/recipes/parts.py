@@ -20,6 +20,7 @@ from megatron_rl.model.config import DTYPES
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.flops import train_flops
+from megatron_rl.recipes import stop
 from megatron_rl.recipes.serving import HeldOut, style
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collect import Collector
@@ -121,6 +122,9 @@ class RunRecord:
 
     def save(self, step: int) -> None:
         self._save(step)
+
+    def stop_asked(self) -> bool:
+        return any(self._topology.gather_objects(stop.asked()))
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

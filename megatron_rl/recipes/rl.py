@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
+from megatron_rl.recipes import stop
 from megatron_rl.recipes.learner import PolicyLearner
 from megatron_rl.recipes.parts import BroadcastRollouts, PublishedWeights, RunRecord, build_expected, build_publisher
 from megatron_rl.recipes.serving import HeldOut, build_collector, engine_clients, load_tokenizer, prompt_source
@@ -38,11 +40,13 @@ class RunParts:
 def run(config: Config) -> None:
     """Train from model.path (or the last checkpoint, run.resume) for run.steps steps; see loop.run."""
     with build_run(config) as parts:
-        loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=parts.weights, record=parts.record,
-                 timers=Timers(), first_step=parts.first_step)
-        if config.run.export_hf:
+        finished = loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=parts.weights,
+                            record=parts.record, timers=Timers(), first_step=parts.first_step)
+        if finished and config.run.export_hf:
             export(config, parts.exporter, parts.topology, Path(config.run.dir) / "hf")
     topology.stop()
+    if not finished:
+        sys.exit(stop.STOPPED)
 
 
 @contextlib.contextmanager

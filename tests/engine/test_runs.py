@@ -62,7 +62,8 @@ def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def timeless(row: dict) -> dict:
-    return {key: value for key, value in row.items() if not key.startswith(("time", "tokens_per_s", "seconds", "flops"))}
+    clock = ("time", "tokens_per_s", "seconds", "flops")
+    return {key: value for key, value in row.items() if not key.startswith(clock)}
 
 
 def weights_digest(run_dir: Path) -> str:
