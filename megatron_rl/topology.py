@@ -10,15 +10,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
 from megatron_rl.compat import megatron_cpu
-
-megatron_cpu.install()  # before megatron.core is imported, hence the order below
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-
-from megatron_rl.config.schema import ParallelConfig  # noqa: E402
+from megatron_rl.config.schema import ParallelConfig
 
 megatron_cpu.patch_megatron()
 

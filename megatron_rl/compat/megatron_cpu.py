@@ -1,7 +1,8 @@
 """megatron-core 0.19.2 on a machine without CUDA (CPU tensors, gloo).
 
-`install()` must run before the first `import megatron.core`; `patch_megatron()` after it. With CUDA present
-`install` does nothing and `patch_megatron` applies only the two repairs for a run without Transformer Engine.
+`install()` runs before the first `import megatron.core` (compat/__init__.py), `patch_megatron()` after it
+(topology.py). With CUDA present `install` does nothing and `patch_megatron` applies only the two repairs for a run
+without Transformer Engine.
 Nothing of Megatron's arithmetic is replaced: only the CUDA runtime calls around it.
 
 Delete when: Megatron-Core asks torch.accelerator instead of torch.cuda for devices, streams and RNG states.
@@ -107,7 +108,8 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     if "megatron.core" in sys.modules:
-        raise RuntimeError("compat.megatron_cpu.install() must run before the first import of megatron.core")
+        raise RuntimeError("import megatron_rl before megatron.core: without CUDA torch must be adapted first "
+                           "(compat.megatron_cpu.install)")
     _installed = True
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jit_fuser is torch.compile
     _patch_torch_cuda()
