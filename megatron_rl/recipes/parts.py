@@ -156,11 +156,12 @@ def budget_metrics(batches: Sequence[StepBatch]) -> dict[str, float]:
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     """Token means over all optimiser steps; of the gauges, totals add up, maxima stay maxima, others are averaged."""
+    totals = ("train/selected_tokens", "train/skipped_steps")
     sums: dict[str, SumCount] = {}
     for result in results:
         for key, value in result.sums.items():
             sums[key] = sums[key] + value if key in sums else value
     gauges = {key: [result.gauges[key] for result in results] for key in results[0].gauges}
-    combined = {key: sum(values) if key == "train/selected_tokens" else max(values) if "max_abs" in key
+    combined = {key: sum(values) if key in totals else max(values) if "max_abs" in key
                 else float(np.mean(values)) for key, values in gauges.items()}
     return {**reduce_metrics(sums, None), **combined}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,14 +77,30 @@ class TrainStep:
         """Forward, backward and optimiser step. The loss of the step is the sum of `loss` over all micro-batches.
 
         counts: tokens per expert of the counting pass (None: router losses take each micro-batch's own load).
-        Raises RuntimeError (from Megatron's gradient check) when a gradient is not finite; weights are untouched.
+        When the loss or a gradient is not finite, no rank touches a weight or a moment: the result is `skipped`.
         """
         self.backward(microbatches, loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef, counts=counts)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        updated, grad_norm, _ = self.optimizer.step()
+        result = self.measure(counts)
+        if not result.skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        return dataclasses.replace(result, gauges={**result.gauges, "train/lr": lr})
+
+    def measure(self, counts: dict[int, torch.Tensor] | None) -> StepResult:
+        """What the last backward() came to, equal on every rank; `skipped` when its loss or gradient is not finite.
+
+        Megatron itself would clip by a norm of NaN and write NaN into every weight: the bf16 and fp32 optimisers
+        have no check of their own (MixedPrecisionOptimizer.prepare_grads), and DDP's (check_for_nan_in_grad) raises
+        on one rank and leaves the others waiting.
+        """
+        self.optimizer.prepare_grads()  # main_grad to where the norm is read; step() does it again
+        norms = self.topology.gather_objects(float(self.optimizer.get_grad_norm()))
+        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), norms[0])
         sums, gauges = self._metrics(counts)
-        return StepResult(sums, {**gauges, "train/grad_norm": float(grad_norm), "train/lr": lr}, skipped=not updated)
+        finite = math.isfinite(grad_norm) and math.isfinite(gauges["train/loss"])
+        return StepResult(sums, {**gauges, "train/grad_norm": grad_norm, "train/skipped_steps": float(not finite)},
+                          skipped=not finite)
 
     def backward(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, balance_coef: float,
                  z_loss_coef: float, counts: dict[int, torch.Tensor] | None) -> None:
