@@ -13,3 +13,12 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
+
+import torch
+
+if not torch.cuda.is_available():
+    # triton.language decides at its import whether to interpret kernels; processes started by tests do not inherit it
+    os.environ["TRITON_INTERPRET"] = "1"
+    import rl_kernels.triton_impl  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]

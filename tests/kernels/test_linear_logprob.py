@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -257,3 +258,15 @@ def test_bad_input_is_named(changed, message):
     arguments = GOOD | changed
     with pytest.raises(ValueError, match=message):
         linear_logprob(arguments.pop("hidden_TH"), arguments.pop("weight_VH"), arguments.pop("labels_T"), **arguments)
+
+
+def test_liger_equals_the_reference_or_says_that_it_is_missing():
+    hidden_TH, weight_VH, labels_T = problem(13, 7, 31)
+    options = {"temperature": 0.6, "column_scale_H": torch.linspace(0.2, 1.7, 7)}
+    if importlib.util.find_spec("liger_kernel") is None:
+        with pytest.raises(ValueError, match="impl='liger' needs liger-kernel"):
+            linear_logprob(hidden_TH, weight_VH, labels_T, impl="liger", **options)
+        return
+    expected = values_and_gradients(linear_logprob_reference, hidden_TH, weight_VH, labels_T, **options)
+    actual = values_and_gradients(linear_logprob, hidden_TH, weight_VH, labels_T, impl="liger", **options)
+    assert_all_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -1,19 +1,31 @@
-"""linear_logprob: log-probability of the label and exact entropy per token, a few rows of logits at a time.
+"""linear_logprob: log-probability of the label and exact entropy per token, without logits of all tokens.
 
-Letters: T tokens, C rows of one chunk, H hidden size, V vocabulary rows that this rank holds.
-Forward keeps two numbers per token (log-sum-exp and entropy); backward makes the logits again, chunk by
-chunk. The matmul runs in the input dtype, everything after it in float32 (float64 for float64 inputs).
+Letters: T tokens, H hidden size, V vocabulary rows that this rank holds, S partial statistics of one token.
+Forward keeps two numbers per token (log-sum-exp and entropy); backward makes the logits again, block by block.
+The matmul runs in the input dtype, everything after it in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from rl_kernels.linear_logprob import chunked
+from rl_kernels.linear_logprob.liger import linear_logprob_liger
+from rl_kernels.linear_logprob.reference import linear_logprob_reference
+
 __all__ = ["linear_logprob"]
+
+NOT_HERE = -2**30
+"""Row of a label that this rank does not hold; stays negative however many rows of a block are subtracted."""
+Implementation = Literal["auto", "triton", "chunked", "liger", "reference"]
+TRITON_BLOCK_ELEMENTS = 2**26
+"""Gradients of one block of logits that the Triton path holds: 128 MB in bfloat16."""
 
 
 def linear_logprob(
@@ -26,6 +38,7 @@ def linear_logprob(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 1024,
     with_entropy: bool = True,
+    impl: Implementation = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log p(label) and entropy (nats) of softmax((h * column_scale) W^T / temperature), each float32 [T].
 
@@ -37,26 +50,60 @@ def linear_logprob(
     gradient of hidden_TH is then PARTIAL: this rank's vocabulary's share, which the caller's tensor-parallel
     region must sum over the group. The gradient of weight_VH is whole.
     with_entropy False: entropy is None. Outputs are float64 for float64 inputs.
+    impl: "chunked" is plain torch; "triton" needs a CUDA tensor or Triton's interpreter; "liger" needs that package;
+    "reference" holds all logits. The last two know one rank only. "auto" is "chunked", the only one measured so far.
+    Nothing falls back to another in silence.
     Invariants: neither outputs nor gradients depend on chunk_tokens or on the number of ranks; no tensor is
-    larger than chunk_tokens * V, T * H or V * H elements.
-    ValueError: shapes or dtypes that do not fit, temperature or chunk_tokens not positive, a label >= the whole V.
+    larger than chunk_tokens * V, T * H or V * H elements (triton: 2**26, T * H or V * H).
+    ValueError: shapes or dtypes that do not fit, temperature or chunk_tokens not positive, a label >= the whole V, an
+    implementation that cannot run on these tensors.
     """
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     _validate(hidden_TH, weight_VH, labels_T, temperature, column_scale_H, chunk_tokens, world)
-    head = _Head(temperature, chunk_tokens, rank * weight_VH.shape[0], group if world > 1 else None, with_entropy)
     scale_H = None if column_scale_H is None else column_scale_H.detach()
+    if world > 1 and impl in ("liger", "reference"):
+        raise ValueError(f"linear_logprob: impl={impl!r} knows one rank; use 'chunked' or 'triton' with a group")
+    if impl == "liger":
+        return linear_logprob_liger(_scaled(hidden_TH, labels_T, scale_H), weight_VH, labels_T,
+                                    temperature=temperature, with_entropy=with_entropy)
+    if impl == "reference":
+        logprobs_T, entropy_T = linear_logprob_reference(hidden_TH, weight_VH, labels_T, temperature=temperature,
+                                                         column_scale_H=scale_H)
+        return logprobs_T, entropy_T if with_entropy else None
+    head = _Head(_backend(impl, hidden_TH), temperature, chunk_tokens, rank * weight_VH.shape[0],
+                 group if world > 1 else None, with_entropy)
     return _LinearLogprob.apply(hidden_TH, weight_VH, labels_T, scale_H, head)
+
+
+def _backend(impl: Implementation, tensor: torch.Tensor) -> ModuleType:
+    if impl in ("auto", "chunked"):
+        return chunked
+    if impl != "triton":
+        raise ValueError(f"linear_logprob: impl={impl!r} must be auto, triton, chunked, liger or reference")
+    from rl_kernels.linear_logprob import triton_impl
+    from rl_kernels.triton_impl import require_device
+
+    require_device(tensor, "linear_logprob")
+    return triton_impl
 
 
 @dataclass(frozen=True)
 class _Head:
     """What forward and backward share besides tensors. first_row: global id of this rank's first weight row."""
 
+    backend: ModuleType
     temperature: float
     chunk_tokens: int
     first_row: int
     group: dist.ProcessGroup | None
     with_entropy: bool
+
+    def block(self, tokens: int, device: torch.device) -> tuple[int, int]:
+        """(tokens, vocabulary rows) of a block of logit gradients."""
+        rows = max(1, min(tokens, self.chunk_tokens if self.backend is chunked else TRITON_BLOCK_ELEMENTS // 2048))
+        if self.backend is chunked:
+            return rows, chunked.block_columns(rows, device)
+        return rows, TRITON_BLOCK_ELEMENTS // rows
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -79,28 +126,10 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _forward(hidden_TH, weight_VH, labels_T, scale_H, head):
-    """(logprobs_T, entropy_T or None, lse_T) in the math dtype; lse_T is log-sum-exp over the whole vocabulary.
-
-    Each chunk leaves a running softmax of its own rank's rows (max, sum of exp, sum of exp * logit, label logit);
-    ranks are merged afterwards, twice one all-reduce for all tokens.
-    """
-    tokens = hidden_TH.shape[0]
-    max_T, exp_sum_T, dot_T, label_T = hidden_TH.new_zeros((4, tokens), dtype=_math_dtype(hidden_TH)).unbind(0)
-    for start in range(0, tokens, head.chunk_tokens):
-        rows = slice(start, start + head.chunk_tokens)
-        _, logits_CV = _chunk_logits(hidden_TH[rows], weight_VH, labels_T[rows], scale_H, head)
-        local_C, owned_C = _local_labels(labels_T[rows], weight_VH.shape[0], head)
-        label_C = logits_CV.gather(1, local_C[:, None]).squeeze(1)
-        label_T[rows] = torch.where(owned_C, label_C, torch.zeros_like(label_C))
-        max_T[rows] = logits_CV.amax(1)
-        shifted_CV = logits_CV.sub_(max_T[rows, None])
-        exp_CV = shifted_CV.exp()
-        exp_sum_T[rows] = exp_CV.sum(1)
-        if head.with_entropy:
-            dot_T[rows] = exp_CV.mul_(shifted_CV).sum(1)
-    if head.group is not None:
-        max_T, exp_sum_T, dot_T, label_T = _merge_ranks(max_T, exp_sum_T, dot_T, label_T, head.group)
-
+    """(logprobs_T, entropy_T or None, lse_T) in the math dtype; lse_T is log-sum-exp over the whole vocabulary."""
+    max_T, exp_sum_T, dot_T, label_T = _merge(*head.backend.statistics(
+        _scaled(hidden_TH, labels_T, scale_H), weight_VH, _local_labels(labels_T, weight_VH.shape[0], head),
+        temperature=head.temperature, with_entropy=head.with_entropy, chunk_tokens=head.chunk_tokens), head.group)
     valid_T, zeros_T = labels_T >= 0, torch.zeros_like(max_T)
     log_sum_T = exp_sum_T.log()
     lse_T = max_T + log_sum_T
@@ -110,70 +139,79 @@ def _forward(hidden_TH, weight_VH, labels_T, scale_H, head):
     return logprobs_T, entropy_T, lse_T
 
 
-def _merge_ranks(max_T, exp_sum_T, dot_T, label_T, group):
-    """Move every rank's sums to the common maximum, then add. The label's logit is 0 on ranks that lack it."""
-    global_max_T = max_T.clone()
-    dist.all_reduce(global_max_T, op=dist.ReduceOp.MAX, group=group)
-    down_T = max_T - global_max_T
-    sums = torch.stack([exp_sum_T * down_T.exp(), (dot_T + down_T * exp_sum_T) * down_T.exp(), label_T])
-    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
-    return global_max_T, *sums.unbind(0)
+def _merge(max_ST, exp_sum_ST, dot_ST, label_ST, group):
+    """Add the statistics of S splits and of all ranks after moving them to the common maximum: [S, T] -> [T] each."""
+    max_T = max_ST.amax(0)
+    if group is not None:
+        dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
+    down_ST = max_ST - max_T
+    factor_ST = down_ST.exp()
+    sums = torch.stack([exp_sum_ST * factor_ST, (dot_ST + down_ST * exp_sum_ST) * factor_ST, label_ST]).sum(1)
+    if group is not None:
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
+    return max_T, *sums.unbind(0)
 
 
 def _backward(hidden_TH, weight_VH, labels_T, scale_H, lse_T, entropy_T, head, grad_logprobs_T, grad_entropy_T, wanted):
     """Gradients of hidden (this rank's share) and weight, in their dtypes; None where not wanted.
 
-    d loss / d logit_j = g_lp (1[j = label] - p_j) - g_H p_j (log p_j + H), all over temperature.
-    No communication: log-sum-exp and entropy already cover the whole vocabulary.
+    No communication: log-sum-exp and entropy already cover the whole vocabulary. Vocabulary blocks are the outer loop,
+    so that each row of the weight's gradient is summed in the math dtype and written once.
     """
-    grad_hidden_TH = torch.zeros_like(hidden_TH) if wanted[0] else None
-    grad_weight_VH = torch.zeros_like(weight_VH, dtype=_math_dtype(hidden_TH)) if wanted[1] else None
-    zeros_T = torch.zeros_like(lse_T)
-    g_lp_T = zeros_T if grad_logprobs_T is None else torch.where(labels_T >= 0, grad_logprobs_T, zeros_T)
-    g_H_T = None if grad_entropy_T is None else torch.where(labels_T >= 0, grad_entropy_T, zeros_T)
-    for start in range(0, hidden_TH.shape[0], head.chunk_tokens):
-        rows = slice(start, start + head.chunk_tokens)
-        scaled_CH, logits_CV = _chunk_logits(hidden_TH[rows], weight_VH, labels_T[rows], scale_H, head)
-        logp_CV = logits_CV.sub_(lse_T[rows, None])
-        grad_CV = logp_CV.exp()
-        if g_H_T is None:
-            grad_CV.mul_(g_lp_T[rows, None])
-        else:
-            grad_CV.mul_(logp_CV.add_(entropy_T[rows, None]).mul_(g_H_T[rows, None]).add_(g_lp_T[rows, None]))
-        local_C, owned_C = _local_labels(labels_T[rows], weight_VH.shape[0], head)
-        label_term_C = torch.where(owned_C, -g_lp_T[rows], zeros_T[rows])
-        grad_CV.scatter_add_(1, local_C[:, None], label_term_C[:, None])
-        grad_logits_CV = grad_CV.div_(-head.temperature).to(hidden_TH.dtype)
-        if grad_hidden_TH is not None:
-            grad_CH = grad_logits_CV @ weight_VH
-            grad_hidden_TH[rows] = grad_CH if scale_H is None else _scale(grad_CH, scale_H)
-        if grad_weight_VH is not None:
-            grad_weight_VH += grad_logits_CV.T @ scaled_CH
-    return grad_hidden_TH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
+    zeros_T, tokens = torch.zeros_like(lse_T), hidden_TH.shape[0]
+    scaled_TH = _scaled(hidden_TH, labels_T, scale_H)
+    local_T = _local_labels(labels_T, weight_VH.shape[0], head)
+    g_logprob_T = zeros_T if grad_logprobs_T is None else torch.where(labels_T >= 0, grad_logprobs_T, zeros_T)
+    g_entropy_T = None if grad_entropy_T is None else torch.where(labels_T >= 0, grad_entropy_T, zeros_T)
+    grad_scaled_TH = torch.zeros_like(hidden_TH, dtype=lse_T.dtype) if wanted[0] else None
+    grad_weight_VH = torch.zeros_like(weight_VH) if wanted[1] else None
+    chunk, width = head.block(tokens, hidden_TH.device)
+    for first in range(0, weight_VH.shape[0], width):
+        weight_BH = weight_VH[first:first + width]
+        sum_BH = None
+        if wanted[1]:
+            own_BH = grad_weight_VH[first:first + width]
+            sum_BH = own_BH if own_BH.dtype == lse_T.dtype else torch.zeros_like(own_BH, dtype=lse_T.dtype)
+        for start in range(0, tokens, chunk):
+            rows = slice(start, start + chunk)
+            grad_CB = head.backend.gradient_block(
+                scaled_TH[rows], weight_BH, local_T[rows] - first, lse_T[rows],
+                None if entropy_T is None else entropy_T[rows], g_logprob_T[rows],
+                None if g_entropy_T is None else g_entropy_T[rows], temperature=head.temperature)
+            if wanted[0]:
+                _add_product(grad_scaled_TH[rows], grad_CB, weight_BH)
+            if wanted[1]:
+                _add_product(sum_BH, grad_CB.T, scaled_TH[rows])
+        if wanted[1] and sum_BH is not own_BH:
+            own_BH.copy_(sum_BH)
+    if wanted[0] and scale_H is not None:
+        grad_scaled_TH *= scale_H.to(grad_scaled_TH.dtype)
+    return grad_scaled_TH.to(hidden_TH.dtype) if wanted[0] else None, grad_weight_VH
 
 
-def _chunk_logits(hidden_CH, weight_VH, labels_C, scale_H, head):
-    """(scaled hidden states [C, H] in the input dtype, logits [C, V] in the math dtype, a buffer of our own)."""
-    scaled_CH = torch.where(labels_C[:, None] >= 0, hidden_CH, torch.zeros_like(hidden_CH))
-    if scale_H is not None:
-        scaled_CH = _scale(scaled_CH, scale_H)
-    logits_CV = (scaled_CH @ weight_VH.T).to(_math_dtype(hidden_CH))
-    return scaled_CH, logits_CV if head.temperature == 1.0 else logits_CV.div_(head.temperature)
+def _add_product(total, left, right):
+    """total += left @ right; the sum is in total's dtype, the product in that of the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
-def _scale(values_CH, scale_H):
-    return (values_CH.to(_math_dtype(values_CH)) * scale_H.to(_math_dtype(values_CH))).to(values_CH.dtype)
+def _scaled(hidden_TH, labels_T, scale_H):
+    """Hidden states with ignored rows zero and NormHead's factors, in the input dtype."""
+    scaled_TH = torch.where(labels_T[:, None] >= 0, hidden_TH, torch.zeros((), dtype=hidden_TH.dtype,
+                                                                           device=hidden_TH.device))
+    if scale_H is None:
+        return scaled_TH
+    dtype = chunked.math_dtype(hidden_TH)
+    return (scaled_TH.to(dtype) * scale_H.to(dtype)).to(hidden_TH.dtype)
 
 
-def _local_labels(labels_C, local_rows, head):
-    """(index into this rank's rows, 0 where it has no such row; bool: this rank owns the label)."""
-    local_C = labels_C - head.first_row
-    owned_C = (labels_C >= 0) & (local_C >= 0) & (local_C < local_rows)
-    return torch.where(owned_C, local_C, torch.zeros_like(local_C)), owned_C
-
-
-def _math_dtype(tensor):
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _local_labels(labels_T, rows, head):
+    """int32 [T]: the label's row of this rank's weight; far below zero where it is ignored or another rank's."""
+    local_T = labels_T - head.first_row
+    here_T = (labels_T >= 0) & (local_T >= 0) & (local_T < rows)
+    return torch.where(here_T, local_T, NOT_HERE).to(torch.int32)
 
 
 def _validate(hidden_TH, weight_VH, labels_T, temperature, column_scale_H, chunk_tokens, world):

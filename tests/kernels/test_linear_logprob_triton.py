@@ -1,0 +1,159 @@
+"""The Triton linear_logprob against the reference: values, gradients, two ranks, and faults that must show."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rl_kernels.linear_logprob import linear_logprob, linear_logprob_reference, op
+from tests.kernels.conftest import DEVICE
+
+pytestmark = pytest.mark.slow
+BF16_MARGIN = 1.5
+"""The kernel's error against float32 may be this many times the error of torch's own bfloat16 operations."""
+
+
+def problem(tokens, hidden, vocab, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_TH = torch.randn(tokens, hidden, generator=generator).to(DEVICE, dtype)
+    weight_VH = torch.randn(vocab, hidden, generator=generator).to(DEVICE, dtype)
+    labels_T = torch.randint(vocab, (tokens,), generator=generator)
+    labels_T[::5] = -100
+    return hidden_TH, weight_VH, labels_T.to(DEVICE)
+
+
+def results(function, hidden_TH, weight_VH, labels_T, with_entropy=True, **options):
+    """[logprob, entropy, grad hidden, grad weight] of a loss that weighs every token differently."""
+    hidden_TH, weight_VH = hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
+    logprobs_T, entropy_T = function(hidden_TH, weight_VH, labels_T, **options)
+    mix_T = torch.linspace(-1.0, 2.0, labels_T.numel(), device=DEVICE)
+    loss = (mix_T * logprobs_T).sum()
+    if with_entropy:
+        loss = loss + (mix_T.flip(0) * entropy_T).sum()
+    loss.backward()
+    return [logprobs_T.detach(), entropy_T.detach(), hidden_TH.grad, weight_VH.grad]
+
+
+def triton(*tensors, **options):
+    return linear_logprob(*tensors, impl="triton", **options)
+
+
+def relative_error(actual, expected) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+# One row of one tile; neither side a multiple of a tile; several tiles, k-steps and splits of the vocabulary.
+SHAPES = [(1, 3, 2), (13, 7, 31), (35, 20, 70)]
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocab"), SHAPES)
+@pytest.mark.parametrize(("temperature", "scaled"), [(1.0, False), (0.6, True)])
+def test_values_and_both_gradients_equal_the_reference(tokens, hidden, vocab, temperature, scaled):
+    tensors = problem(tokens, hidden, vocab)
+    scale_H = torch.linspace(0.2, 1.7, hidden, device=DEVICE) if scaled else None
+    options = {"temperature": temperature, "column_scale_H": scale_H}
+    for actual, expected in zip(results(triton, *tensors, **options),
+                                results(linear_logprob_reference, *tensors, **options), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_loss_without_entropy_has_the_same_gradients():
+    tensors = problem(19, 9, 40)
+    for actual, expected in zip(results(triton, *tensors, with_entropy=False),
+                                results(linear_logprob_reference, *tensors, with_entropy=False), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    logprobs_T, entropy_T = triton(*tensors, with_entropy=False)
+    assert entropy_T is None
+    torch.testing.assert_close(logprobs_T, linear_logprob_reference(*tensors)[0], rtol=2e-5, atol=2e-5)
+
+
+def test_blocks_of_the_backward_pass_do_not_change_the_result(monkeypatch):
+    tensors = problem(35, 20, 70)
+    whole = results(triton, *tensors)
+    monkeypatch.setattr(op, "TRITON_BLOCK_ELEMENTS", 35 * 17)
+    monkeypatch.setattr(op._Head, "block", lambda head, tokens, device: (16, 17))
+    for actual, expected in zip(results(triton, *tensors), whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ignored_rows_are_zero_even_when_they_hold_nan():
+    hidden_TH, weight_VH, labels_T = problem(20, 6, 15)
+    clean = results(triton, hidden_TH, weight_VH, labels_T)
+    poisoned_TH = torch.where((labels_T < 0)[:, None], torch.nan, hidden_TH)
+    for actual, expected in zip(results(triton, poisoned_TH, weight_VH, labels_T), clean, strict=True):
+        assert torch.equal(actual, expected)
+    assert all(bool((values[labels_T < 0] == 0).all()) for values in clean[:3])
+
+
+def test_bfloat16_error_is_within_the_budget():
+    """Errors against float32 of the same inputs, beside those of logits, softmax and gradients in torch's bfloat16."""
+    hidden_TH, weight_VH, labels_T = problem(48, 32, 80, torch.bfloat16)
+    exact = results(linear_logprob_reference, hidden_TH.float(), weight_VH.float(), labels_T)
+
+    def torch_bfloat16(hidden_TH, weight_VH, labels_T):
+        logp_TV = torch.log_softmax(hidden_TH @ weight_VH.T, -1)
+        valid_T = labels_T >= 0
+        logprobs_T = logp_TV.gather(1, labels_T.clamp(min=0)[:, None])[:, 0]
+        return torch.where(valid_T, logprobs_T, 0), torch.where(valid_T, -(logp_TV.exp() * logp_TV).sum(-1), 0)
+
+    kernel, torch_own = (results(function, hidden_TH, weight_VH, labels_T) for function in (triton, torch_bfloat16))
+    for name, ours, theirs, truth in zip(("logprob", "entropy", "grad hidden", "grad weight"), kernel, torch_own, exact,
+                                         strict=True):
+        assert relative_error(ours, truth) <= BF16_MARGIN * relative_error(theirs, truth), name
+
+
+def test_float64_is_refused_and_so_is_a_cpu_without_the_interpreter(monkeypatch):
+    hidden_TH, weight_VH, labels_T = problem(3, 4, 5)
+    with pytest.raises(ValueError, match="float64"):
+        triton(hidden_TH.double(), weight_VH.double(), labels_T)
+    monkeypatch.setattr("rl_kernels.triton_impl.INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs a CUDA tensor"):
+        triton(hidden_TH.cpu(), weight_VH.cpu(), labels_T.cpu())
+    with pytest.raises(ValueError, match="impl='fast'"):
+        linear_logprob(hidden_TH, weight_VH, labels_T, impl="fast")
+
+
+FAULTS = {
+    "no rescaling of the sum": ("exp_sum = exp_sum * tl.exp(down)", "exp_sum = exp_sum"),
+    "no rescaling of the dot": ("(exp_dot + down * exp_sum) * tl.exp(down)", "exp_dot * tl.exp(down)"),
+    "columns past the end": ("exp = tl.where(inside[None, :], tl.exp(shifted), 0.0)", "exp = tl.exp(shifted)"),
+    "temperature": ("logits * inverse_temperature - tl.load(lse", "logits - tl.load(lse"),
+    "label of the gradient": ("tl.where(is_label, g_logprob, 0.0)", "0.0"),
+    "entropy of the gradient": ("slope = g_logprob + g_entropy * (logp +", "slope = g_logprob + g_entropy * (0.0 +"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_kernel_shows(fault, mutated, monkeypatch):
+    from rl_kernels.linear_logprob import triton_impl
+
+    tensors, options = problem(35, 20, 70), {"temperature": 0.6}
+    expected = results(linear_logprob_reference, *tensors, **options)
+    broken = mutated(triton_impl, *FAULTS[fault])
+    monkeypatch.setattr(op, "_backend", lambda impl, tensor: broken)
+    errors = [relative_error(a, e) for a, e in zip(results(triton, *tensors, **options), expected, strict=True)]
+    assert max(errors) > 1e-3
+
+
+def worker(rank, folder):
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    hidden_TH, weight_VH, labels_T = (tensor.cpu() for tensor in problem(21, 6, 26))
+    half = results(triton, hidden_TH, weight_VH.chunk(2)[rank], labels_T, group=dist.group.WORLD, temperature=0.8)
+    torch.save(half, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_vocabulary_shards_over_gloo_equal_one_process(tmp_path):
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    expected = results(linear_logprob_reference, *problem(21, 6, 26), temperature=0.8)
+    both = [first[0], first[1], first[2] + second[2], torch.cat([first[3], second[3]])]
+    for actual, reference in zip(both, expected, strict=True):
+        torch.testing.assert_close(actual, reference.cpu(), rtol=2e-5, atol=2e-5)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
