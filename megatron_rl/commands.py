@@ -14,18 +14,19 @@ from megatron_rl.config.check import Sizes, check_rl, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engine_for, run_ranks, terminable
-from megatron_rl.model.bailing import BailingConfig, check_layout, count_parameters, parse_config, read_config
+from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
+from megatron_rl.model.network import Network, check_layout
+from megatron_rl.model.slots import count_parameters
 from megatron_rl.rollout.engines import EngineError
 
 __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
 
-SHIPPED = Path(__file__).parent / "model" / "hf_files"
 SMOLLM2_FOLDER = "models/smollm2-moe"
 SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
 
 
-def network_of(config: Config) -> BailingConfig:
+def network_of(config: Config) -> Network:
     """The network that the configuration names: model.path's, or model.architecture's when that is all there is.
 
     ValueError when neither is there, or when they disagree.
@@ -33,14 +34,14 @@ def network_of(config: Config) -> BailingConfig:
     at_hand = (Path(config.model.path) / "config.json").is_file()
     if config.model.architecture is None:
         if not config.model.path:
-            raise ValueError("model.path is not set: give the folder of a bailing_moe checkpoint, "
+            raise ValueError("model.path is not set: give a checkpoint's folder, "
                              "or an experiment that names one (experiment=quickstart)")
         return read_config(config.model.path)
-    shipped = SHIPPED / f"{config.model.architecture}.json"
+    shipped = HF_FILES / f"{config.model.architecture}.json"
     path = shipped if shipped.is_file() else Path(config.model.architecture)
     if not path.is_file():
         raise ValueError(f"model.architecture={config.model.architecture}: no such file, and no shipped one of that "
-                         f"name (there are {', '.join(sorted(p.stem for p in SHIPPED.glob('*.json')))})")
+                         f"name (there are {', '.join(sorted(p.stem for p in HF_FILES.glob('*.json')))})")
     declared = parse_config(json.loads(path.read_text()), str(path))
     if at_hand and read_config(config.model.path) != declared:
         raise ValueError(f"model.path={config.model.path} is not the network of "

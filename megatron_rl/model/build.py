@@ -13,8 +13,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
-from megatron_rl.model.bailing import BailingConfig, check_layout
 from megatron_rl.model.config import transformer_config
+from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.router import RouterLosses
 from megatron_rl.model.spec import block_spec
 
@@ -27,7 +27,7 @@ class Policy:
     DistributedDataParallel. gpt_models: the GPTModel inside each chunk.
     """
 
-    config: BailingConfig
+    config: Network
     transformer: TransformerConfig
     chunks: list[torch.nn.Module]
     gpt_models: list[GPTModel]
@@ -38,7 +38,7 @@ class Policy:
             chunk.train(mode)
 
 
-def build_policy(model: BailingConfig, options: ModelConfig, parallel: ParallelConfig, *,
+def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig, *,
                  with_gradients: bool) -> Policy:
     """The network of `model` on this rank, weights not yet loaded (convert.load_hf does that).
 
@@ -59,15 +59,15 @@ def build_policy(model: BailingConfig, options: ModelConfig, parallel: ParallelC
     return Policy(model, config, chunks, gpt_models, losses)
 
 
-def _gpt_model(model: BailingConfig, config: TransformerConfig, losses: RouterLosses, stage: int | None) -> GPTModel:
+def _gpt_model(model: Network, config: TransformerConfig, losses: RouterLosses, stage: int | None) -> GPTModel:
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
     gpt = GPTModel(
         config=config, transformer_layer_spec=block_spec(model, config, losses, stage),
         vocab_size=model.vocab_size, max_sequence_length=model.max_position_embeddings,
         pre_process=first, post_process=last, parallel_output=True,
-        share_embeddings_and_output_weights=False, position_embedding_type="rope",
-        rotary_base=model.rope_theta, vp_stage=stage)
+        share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type="rope",
+        rotary_base=model.rope_theta, seq_len_interpolation_factor=model.rope_factor, vp_stage=stage)
     return gpt.cuda() if torch.cuda.is_available() else gpt
 
 

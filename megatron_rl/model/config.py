@@ -1,18 +1,20 @@
-"""BailingConfig (bailing.py) -> Megatron's TransformerConfig."""
+"""Network (network.py) -> Megatron's TransformerConfig."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
-from megatron_rl.model.bailing import BailingConfig
+from megatron_rl.model.network import Network
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(model: BailingConfig, options: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(model: Network, options: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's TransformerConfig of this network and layout.
 
     norm_topk_prob: softmax over the chosen k logits equals softmax, top-k, renormalise, hence
@@ -20,7 +22,6 @@ def transformer_config(model: BailingConfig, options: ModelConfig, parallel: Par
     Router losses are BudgetRouter's own (router.py), so Megatron's load balancing is off.
     """
     dtype = DTYPES[options.dtype]
-    dense, moe = model.first_k_dense_replace, model.num_moe_layers
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} \
         if options.recompute == "full" else {}
     pipeline = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if parallel.vpp else {}
@@ -28,18 +29,12 @@ def transformer_config(model: BailingConfig, options: ModelConfig, parallel: Par
         num_layers=model.num_hidden_layers, hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads, num_query_groups=model.num_key_value_heads,
         kv_channels=model.head_dim, ffn_hidden_size=model.intermediate_size,
-        add_bias_linear=False, add_qkv_bias=False, normalization="RMSNorm",
+        add_bias_linear=False, add_qkv_bias=model.qkv_bias, qk_layernorm=model.qk_norm, normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu,
         hidden_dropout=0.0, attention_dropout=0.0, attention_softmax_in_fp32=True,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
         apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        num_moe_experts=model.num_experts, moe_router_topk=model.num_experts_per_tok,
-        moe_ffn_hidden_size=model.moe_intermediate_size,
-        moe_layer_freq=[0] * dense + [1] * moe,
-        moe_shared_expert_intermediate_size=model.shared_intermediate_size or None,
-        moe_router_score_function="softmax", moe_router_pre_softmax=not model.norm_topk_prob,
-        moe_router_dtype="fp32", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=False, moe_token_dispatcher_type="alltoall", moe_permute_fusion=False,
+        **_experts(model),
         tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp,
@@ -47,3 +42,17 @@ def transformer_config(model: BailingConfig, options: ModelConfig, parallel: Par
         variable_seq_lengths=parallel.pp > 1, calculate_per_token_loss=False,
         bf16=dtype == torch.bfloat16, params_dtype=dtype, pipeline_dtype=dtype,
         use_cpu_initialization=True, perform_initialization=False, **recompute, **pipeline)
+
+
+def _experts(model: Network) -> dict[str, Any]:
+    if model.num_experts == 0:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_tok,
+        "moe_ffn_hidden_size": model.moe_intermediate_size,
+        "moe_layer_freq": [int(not model.is_dense_layer(layer)) for layer in range(model.num_hidden_layers)],
+        "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
+        "moe_router_score_function": "softmax", "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_dtype": "fp32", "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": False, "moe_token_dispatcher_type": "alltoall", "moe_permute_fusion": False,
+    }

@@ -1,4 +1,4 @@
-"""Hugging Face folders: written whole or not at all, in shards; and random BailingMoe weights for a fresh model.
+"""Hugging Face folders: written whole or not at all, in shards; and random weights for a fresh model.
 
 No megatron here: the launcher writes and checks folders before any rank starts. Memory is bounded by one shard.
 """
@@ -22,14 +22,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_rl.model.bailing import BailingConfig, expected_shapes, parse_config
+from megatron_rl.model.architectures import HF_FILES, architecture_of, parse_config
+from megatron_rl.model.network import Network
+from megatron_rl.model.slots import expected_shapes, network_slots
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONFIGURATION_FILE = Path(__file__).parent / "hf_files" / "configuration_bailing_moe.py"
-IDENTITY = {
-    "architectures": ["BailingMoeForCausalLM"],
-    "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
-}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tokenization_*.py",
@@ -38,7 +35,6 @@ DEFAULT_SHARD_BYTES = 2_000_000_000
 
 # The quick start's model (630,624 parameters); bailing_config replaces what it is given.
 _QUICKSTART_CONFIG: dict[str, Any] = {
-    **IDENTITY,
     "model_type": "bailing_moe",
     "vocab_size": 96,
     "hidden_size": 96,
@@ -102,9 +98,9 @@ def bailing_config(**keys: Any) -> dict[str, Any]:
     return {**config, "head_dim": model.head_dim}
 
 
-def random_bailing(config: dict[str, Any], seed: int, *,
+def random_weights(config: dict[str, Any], seed: int, *,
                    scheme: Literal["scaled", "normal"] = "scaled") -> Iterator[tuple[str, torch.Tensor]]:
-    """Random initial weights (name, tensor in the config's dtype), the same for the same seed. Norms are 1.
+    """Random initial weights (name, tensor in the config's dtype), the same for the same seed. Norms are 1, biases 0.
 
     normal: every matrix normal with deviation initializer_range. scaled: for small models trained from scratch;
     embedding 0.5, head 0.02, projections 0.7 / sqrt(inputs), and those that write to the residual stream
@@ -114,39 +110,40 @@ def random_bailing(config: dict[str, Any], seed: int, *,
         raise ValueError(f"scheme={scheme!r} must be 'scaled' or 'normal'")
     model, dtype = parse_config(config, "config.json"), _dtype(config, "config.json")
     generator = torch.Generator().manual_seed(seed)
-    for name, shape in expected_shapes(model).items():
-        if len(shape) == 1:
-            yield name, torch.ones(shape, dtype=dtype)
-            continue
-        deviation = model.initializer_range if scheme == "normal" else _scaled_deviation(model, name, shape)
-        yield name, (torch.randn(shape, generator=generator) * deviation).to(dtype)
+    for parameter, slot in network_slots(model).items():
+        for name, shape in slot.shapes.items():
+            if len(shape) == 1:
+                yield name, torch.full(shape, 0.0 if parameter.endswith(".bias") else 1.0, dtype=dtype)
+                continue
+            deviation = model.initializer_range if scheme == "normal" else _scaled_deviation(model, parameter, shape)
+            yield name, (torch.randn(shape, generator=generator) * deviation).to(dtype)
 
 
-def _scaled_deviation(model: BailingConfig, name: str, shape: tuple[int, ...]) -> float:
-    if name == "model.word_embeddings.weight":
-        return 0.5
-    if name == "lm_head.weight":
-        return 0.02
+def _scaled_deviation(model: Network, parameter: str, shape: tuple[int, ...]) -> float:
+    if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        return 0.02 if parameter == "output_layer.weight" else 0.5
     inputs = shape[1]
-    if name.endswith(("attention.dense.weight", "down_proj.weight")):
-        summed = model.num_experts_per_tok if ".mlp.experts." in name else 1
+    if parameter.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        summed = model.num_experts_per_tok if ".local_experts." in parameter else 1
         return 1.0 / math.sqrt(inputs * summed * 2 * model.num_hidden_layers)
     return 0.7 / math.sqrt(inputs)
 
 
 def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], *,
                     tokenizer_from: str | Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Path:
-    """Write a loadable BailingMoe folder from a stream of named tensors, in any order; returns its path.
+    """Write a loadable folder from a stream of named tensors, in any order; returns its path.
 
     Tensors (any device) are cast to config's torch_dtype. `architectures` and `auto_map` are set to what is
     written here. An existing folder stays as it is until the new one is complete. ValueError when names or
     shapes are not those of `config`, when the disk is too full, or when `path` holds something else.
     """
-    config = {**config, **IDENTITY}
     where = f"{path}/config.json"
+    architecture = architecture_of(config, where)
+    config = {key: value for key, value in config.items() if key != "auto_map"} | architecture.identity
     model, dtype = parse_config(config, where), _dtype(config, where)
     shapes = expected_shapes(model)
-    files = [CONFIGURATION_FILE, *(tokenizer_files(tokenizer_from) if tokenizer_from is not None else ())]
+    files = [*(HF_FILES / name for name in architecture.files),
+             *(tokenizer_files(tokenizer_from) if tokenizer_from is not None else ())]
     weight_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
     with atomic_folder(path, weight_bytes + sum(file.stat().st_size for file in files)) as folder:
         write_shards(folder, _checked(tensors, shapes, str(path)), dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -305,7 +302,7 @@ class HFReader:
         return self._where[name].get_tensor(name)
 
 
-def check_checkpoint(config: BailingConfig, reader: HFReader) -> None:
+def check_checkpoint(config: Network, reader: HFReader) -> None:
     """Raise ValueError listing the names and shapes in which the folder departs from its config.json."""
     expected = expected_shapes(config)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import nn
 
-from megatron_rl.model.bailing import BailingConfig
+from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 
 
@@ -83,20 +83,22 @@ def _moe(losses: RouterLosses):
         router=partial(BudgetRouter, losses=losses)))
 
 
-def _layer(num_experts: int | None, losses: RouterLosses) -> ModuleSpec:
+def _layer(model: Network, layer: int, losses: RouterLosses) -> ModuleSpec:
+    num_experts = None if model.is_dense_layer(layer) else model.num_experts
     submodules = get_gpt_layer_local_submodules(num_experts=num_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
-    submodules.self_attention.submodules.core_attention = PackedSelfAttention
+    attention = submodules.self_attention.submodules
+    attention.core_attention = PackedSelfAttention
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if model.qk_norm else None
     if num_experts is not None:
         submodules.mlp = _moe(losses)
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def block_spec(model: BailingConfig, config, losses: RouterLosses, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(model: Network, config, losses: RouterLosses, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, dense or MoE by their global number."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [_layer(None if model.is_dense_layer(layer) else model.num_experts, losses)
-              for layer in range(first, first + count)]
+    layers = [_layer(model, layer, losses) for layer in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

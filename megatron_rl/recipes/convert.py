@@ -9,7 +9,7 @@ import torch
 
 from megatron_rl import topology
 from megatron_rl.config.schema import Config
-from megatron_rl.model.bailing import read_config
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.model.hf_folder import HFReader

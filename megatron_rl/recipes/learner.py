@@ -10,7 +10,7 @@ import torch
 from c3po import Max, c3po_loss, grpo_loss, icepop_weights, mismatch_diagnostics, tis_weights
 from megatron_rl.batch import StepBatch, pack, plan_microbatches
 from megatron_rl.config.schema import AlgoConfig, Config
-from megatron_rl.model.bailing import read_config
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import load_hf
 from megatron_rl.observe.timing import Timers

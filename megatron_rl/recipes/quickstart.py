@@ -19,7 +19,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
 from megatron_rl.launch.local import engine_for, run_ranks
-from megatron_rl.model.hf_folder import bailing_config, random_bailing, write_hf_folder
+from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
 from megatron_rl.observe.report import LABELS, write_report
 from megatron_rl.recipes import evaluate
 
@@ -69,7 +69,7 @@ def make_random_model(folder: Path, seed: int) -> None:
     tokenizer = folder.with_name("tokenizer")
     chains_tokenizer(tokenizer)
     config = bailing_config()
-    write_hf_folder(folder, config, random_bailing(config, seed, scheme="scaled"), tokenizer_from=tokenizer)
+    write_hf_folder(folder, config, random_weights(config, seed, scheme="scaled"), tokenizer_from=tokenizer)
 
 
 def at(config: Config, folder: Path) -> Config:

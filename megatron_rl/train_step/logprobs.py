@@ -31,19 +31,21 @@ class HeadOptions:
     with_entropy: bool = True
 
 
-def head_outputs(*, hidden_states, output_layer, labels, context: HeadOptions, **_) -> torch.Tensor:
+def head_outputs(*, hidden_states, output_layer, output_weight, labels, context: HeadOptions, **_) -> torch.Tensor:
     """fp32 [2, T]: log-probability of labels [1, T] (int64) and entropy in nats; hidden_states [T or T/tp, 1, H].
 
-    Without context.with_entropy only the first row, [1, T].
+    output_weight: the embedding where it is also the head, else None. Without context.with_entropy only the first
+    row, [1, T].
     """
     hidden = hidden_states
     if context.sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     elif context.tp_group.size() > 1:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-    scale = norm_head_scale(output_layer.weight, context.tp_group) if context.norm_head else None
+    weight = output_layer.weight if output_weight is None else output_weight
+    scale = norm_head_scale(weight, context.tp_group) if context.norm_head else None
     logprobs_T, entropy_T = linear_logprob(
-        hidden.squeeze(1), output_layer.weight, labels.squeeze(0), temperature=context.temperature,
+        hidden.squeeze(1), weight, labels.squeeze(0), temperature=context.temperature,
         column_scale_H=scale, group=context.tp_group, chunk_tokens=context.chunk_tokens,
         with_entropy=context.with_entropy)
     return torch.stack([logprobs_T, entropy_T]) if context.with_entropy else logprobs_T[None]

@@ -44,7 +44,7 @@ def test_norm_head_changes_the_logprobs(layouts):
 
 def broken_checkpoint(layouts, folder, change) -> str:
     """A copy of the checkpoint whose tensors went through `change`; the message of its check."""
-    from megatron_rl.model.bailing import read_config
+    from megatron_rl.model.architectures import read_config
     from megatron_rl.model.convert import HFReader, check_checkpoint
 
     tensors = load_file(layouts.folder / "norm_head_True" / "model.safetensors")
@@ -85,7 +85,7 @@ def test_long_lists_of_problems_are_cut(layouts, tmp_path):
 
 def test_dense_layer_of_the_config_wants_dense_tensors(layouts, tmp_path):
     """first_k_dense_replace one higher than the checkpoint's: layer 1 misses its MLP and has experts too many."""
-    from megatron_rl.model.bailing import parse_config
+    from megatron_rl.model.architectures import parse_config
     from megatron_rl.model.convert import HFReader, check_checkpoint
 
     source = layouts.folder / "norm_head_True"

@@ -20,7 +20,7 @@ from c3po import c3po_loss
 from megatron_rl import topology
 from megatron_rl.batch import pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.model.bailing import read_config
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.train_step.loss_scaling import LossScaling

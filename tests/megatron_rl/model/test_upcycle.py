@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_rl.model.bailing import expected_shapes, read_config
+from megatron_rl.model.architectures import read_config
+from megatron_rl.model.slots import expected_shapes
 from megatron_rl.model.upcycle import upcycle_llama
 from tests.reference_bailing import bailing_forward, bailing_logits
 from tests.tiny_models import write_tiny_tokenizer

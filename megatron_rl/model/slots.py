@@ -1,0 +1,139 @@
+"""Every Megatron parameter of a network as a Slot: its Hugging Face tensors, their shapes, and how ranks cut it.
+
+The parameters and cuts are Megatron's and the same for all networks; the names come from architectures.py. Shapes of
+checkpoints, parameter counts and both directions of convert.py follow from these slots. No megatron here.
+Letters in comments: V vocabulary, H hidden size, D head dimension, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from megatron_rl.model.architectures import ARCHITECTURES
+from megatron_rl.model.network import Network
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One whole Megatron parameter.
+
+    names: its Hugging Face tensors, one for each part, or one that holds all parts in order. parts: their shapes.
+    cut: what the ranks of the group `over` share out. groups: rows of all parts are interleaved in so many groups
+    (key-value groups of attention); None: as many as ranks, so that each rank stacks its share of every part.
+    """
+
+    names: tuple[str, ...]
+    parts: tuple[Shape, ...]
+    cut: Literal["none", "rows", "columns"]
+    over: Literal["tp", "etp"] = "tp"
+    groups: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.names[0]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Hugging Face name -> shape."""
+        if len(self.names) == len(self.parts):
+            return dict(zip(self.names, self.parts, strict=True))
+        return {self.key: (sum(part[0] for part in self.parts), *self.parts[0][1:])}
+
+    def shard(self, tensors: list[torch.Tensor], rank: int, size: int) -> torch.Tensor:
+        """This rank's piece of the Megatron parameter, from the whole Hugging Face tensors."""
+        if self.cut == "none":
+            return tensors[0]
+        if self.cut == "columns":
+            return tensors[0].chunk(size, 1)[rank]
+        parts = tensors if len(tensors) == len(self.parts) else tensors[0].split([part[0] for part in self.parts])
+        interleaved = torch.cat([part.unflatten(0, (self.groups or size, -1)) for part in parts], dim=1)
+        return interleaved.chunk(size)[rank].flatten(0, 1)
+
+    def unshard(self, pieces: list[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """The whole Hugging Face tensors, named, from the pieces of all ranks in order."""
+        if self.cut != "rows":
+            return [(self.key, pieces[0] if self.cut == "none" else torch.cat(pieces, 1))]
+        groups = self.groups or len(pieces)
+        interleaved = torch.cat(pieces).unflatten(0, (groups, -1))
+        parts = [part.flatten(0, 1) for part in interleaved.split([part[0] // groups for part in self.parts], dim=1)]
+        return list(zip(self.names, parts if len(self.names) == len(parts) else [torch.cat(parts)], strict=True))
+
+
+def network_slots(network: Network) -> dict[str, Slot]:
+    """Megatron parameter -> Slot, layers and experts by their global numbers. A tied head has no slot of its own."""
+    architecture = ARCHITECTURES[network.model_type]
+
+    def slot(name: str, cut: str, *parts: Shape, prefix: str = "", expert: int = 0, **how) -> Slot:
+        names = tuple(prefix + known.format(expert=expert) for known in architecture.names[name])
+        return Slot(names, parts, cut, **how)
+
+    table = (network.vocab_size, network.hidden_size)
+    found = {"embedding.word_embeddings.weight": slot("embedding.word_embeddings.weight", "rows", table),
+             "decoder.final_layernorm.weight": slot("decoder.final_layernorm.weight", "none", (network.hidden_size,))}
+    if not network.tie_word_embeddings:
+        found["output_layer.weight"] = slot("output_layer.weight", "rows", table)
+    for layer in range(network.num_hidden_layers):
+        prefix = architecture.layer_prefix.format(layer=layer)
+        for name, cut, parts, how in (*_attention(network), *_feed_forward(network, layer)):
+            shown = name.format(expert=how.get("expert", 0))
+            found[f"decoder.layers.{layer}.{shown}"] = slot(name, cut, *parts, prefix=prefix, **how)
+    return found
+
+
+def _attention(network: Network) -> Iterator[tuple]:
+    """(parameter, cut, shapes of its parts, more of the slot) of one layer's norms and attention."""
+    hidden, dim = network.hidden_size, network.head_dim
+    rows = [heads * dim for heads in (network.num_attention_heads, *[network.num_key_value_heads] * 2)]
+    groups = {"groups": network.num_key_value_heads}
+    yield "input_layernorm.weight", "none", [(hidden,)], {}
+    yield "pre_mlp_layernorm.weight", "none", [(hidden,)], {}
+    yield "self_attention.linear_qkv.weight", "rows", [(n, hidden) for n in rows], groups
+    if network.qkv_bias:
+        yield "self_attention.linear_qkv.bias", "rows", [(n,) for n in rows], groups
+    if network.qk_norm:
+        yield "self_attention.q_layernorm.weight", "none", [(dim,)], {}
+        yield "self_attention.k_layernorm.weight", "none", [(dim,)], {}
+    yield "self_attention.linear_proj.weight", "columns", [(hidden, rows[0])], {}
+
+
+def _feed_forward(network: Network, layer: int) -> Iterator[tuple]:
+    """The same of one layer's dense MLP, or of its router, experts and shared experts."""
+    hidden = network.hidden_size
+
+    def mlp(prefix: str, width: int, **how) -> Iterator[tuple]:
+        yield f"{prefix}.linear_fc1.weight", "rows", [(width, hidden)] * 2, how  # gate, up
+        yield f"{prefix}.linear_fc2.weight", "columns", [(hidden, width)], how
+
+    if network.is_dense_layer(layer):
+        yield from mlp("mlp", network.intermediate_size)
+        return
+    yield "mlp.router.weight", "none", [(network.num_experts, hidden)], {}
+    for expert in range(network.num_experts):
+        yield from mlp("mlp.experts.local_experts.{expert}", network.moe_intermediate_size, over="etp", expert=expert)
+    if network.num_shared_experts:
+        yield from mlp("mlp.shared_experts", network.shared_intermediate_size)
+
+
+def expected_shapes(network: Network) -> dict[str, Shape]:
+    """Every tensor name of the network's checkpoint with its shape."""
+    return {name: shape for slot in network_slots(network).values() for name, shape in slot.shapes.items()}
+
+
+def count_parameters(network: Network) -> tuple[int, int]:
+    """(total, active) parameters of the network.
+
+    total: every tensor of the checkpoint. active: those that one token passes through, that is total less,
+    in each MoE layer, the routed experts that are not chosen; the embedding table and the head count whole,
+    which is how Ling-lite comes to 2.75B (2.49B without its embedding table).
+    """
+    total = sum(prod(shape) for shape in expected_shapes(network).values())
+    expert = 3 * network.hidden_size * network.moe_intermediate_size
+    idle_experts = network.num_moe_layers * (network.num_experts - network.num_experts_per_tok)
+    return total, total - idle_experts * expert
