@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -84,6 +85,11 @@ class Topology:
         box = [value]
         dist.broadcast_object_list(box, src=source, group=self.control_group)
         return box[0]
+
+    def broadcast_array(self, array: np.ndarray) -> None:
+        """In-place broadcast from rank 0, of as many bytes as the array has (over gloo)."""
+        if self.world_size > 1:
+            dist.broadcast(torch.from_numpy(array), src=0, group=self.control_group)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank."""

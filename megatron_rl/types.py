@@ -101,7 +101,8 @@ class TrainSample:
     """One sequence as the trainer sees it after the budget cut. Arrays as in Rollout, [L].
 
     loss_mask marks the kept response tokens; num_response_tokens is |y_i| before the cut (GRPO, Eq. 1);
-    advantage is the response's group-relative advantage; index is its place in the step's N responses.
+    advantage is the response's group-relative advantage; index is its place in the step's N responses;
+    routed_experts uint8 [L-1, M, topk] | None.
     """
 
     index: int
@@ -120,7 +121,9 @@ class PackedMicrobatch:
     input_ids, labels, position_ids int64 [T]; cu_seqlens int32 [S+1] (with alignment padding as a last
     sequence of its own when there is any); loss_mask bool [T]; real bool [T], False on padding;
     advantages, rollout_logprobs, response_lengths fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None,
-    filled by the no-gradient passes. Every per-token array describes labels[t].
+    filled by the no-gradient passes. Every per-token array describes labels[t], but for routed_experts uint8
+    [T, M, k] | None, the experts that position t takes in each MoE layer: those of the rollout, or recorded by a
+    no-gradient pass, which fills this rank's layers and rows.
     """
 
     input_ids: torch.Tensor
@@ -135,6 +138,7 @@ class PackedMicrobatch:
     sample_indices: tuple[int, ...]
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    routed_experts: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -93,4 +93,5 @@ def _sample(index: int, rollout, kept_tokens: int, advantage: float) -> TrainSam
     return TrainSample(
         index=index, token_ids=rollout.token_ids[:end], loss_mask=rollout.trainable[:end],
         rollout_logprobs=rollout.rollout_logprobs[:end], advantage=advantage,
-        num_response_tokens=len(trainable))
+        num_response_tokens=len(trainable),
+        routed_experts=None if rollout.routed_experts is None else rollout.routed_experts[:end - 1])

@@ -100,6 +100,8 @@ class AlgoConfig:
 
     dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
     much more is generated to fill it.
+    router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
+    own of the pass before the first update, `none` each forward's own. It goes with every objective and mismatch.
     """
 
     objective: Literal["c3po", "grpo"] = "c3po"
@@ -120,6 +122,7 @@ class AlgoConfig:
     tis_cap: float = 2.0
     icepop_low: float = 0.5
     icepop_high: float = 5.0
+    router_replay: Literal["none", "rollout", "trainer"] = "none"
 
     def __post_init__(self):
         require(self.phi >= 1, f"c3po.phi={self.phi} must be at least 1 token")

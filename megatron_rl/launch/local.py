@@ -44,7 +44,8 @@ def engine_for(config: Config, model_path: str, log_path: Path) -> Iterator[Conf
         yield config
         return
     process = EngineProcess.from_config(config.rollout, model_path, log_path=log_path,
-                                        model_dtype=config.model.dtype, seed=config.run.seed)
+                                        model_dtype=config.model.dtype, seed=config.run.seed,
+                                        return_routed_experts=config.c3po.router_replay == "rollout")
     with process:
         engine = dataclasses.replace(config.rollout.engine, urls=(process.base_url,))
         yield dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.model.config import transformer_config
 from megatron_rl.model.network import Network, check_layout
-from megatron_rl.model.router import RouterLosses
+from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.spec import block_spec
 
 
@@ -32,6 +32,12 @@ class Policy:
     chunks: list[torch.nn.Module]
     gpt_models: list[GPTModel]
     router_losses: RouterLosses
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The MoE layers that this rank holds, counted from 0 over those of the whole network."""
+        return [module.router_replay.moe_layer for gpt in self.gpt_models for module in gpt.modules()
+                if isinstance(module, BudgetRouter)]
 
     def train(self, mode: bool = True) -> None:
         for chunk in self.chunks:

@@ -12,6 +12,9 @@ the counting pass that precedes the update (the old-log-probability pass), or, w
 micro-batch over all ranks. Both enter as Megatron's MoEAuxLossAutoScaler attaches them, whose scale
 (schedules.forward_step_calc_loss: cp_size / num_microbatches) and DDP's division by dp*cp are undone by
 `RouterLosses.scale`.
+
+Under routing replay (routing_replay.py) F counts the replayed choices, which is the load that the experts carry, and
+p is the live router's: the loss moves probability away from the experts that were busy when the tokens were sampled.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_rl.model.routing_replay import LayerReplay
 
 
 @dataclass
@@ -55,11 +60,16 @@ class RouterLosses:
 
 
 class BudgetRouter(TopKRouter):
-    """Megatron's TopKRouter with the two losses above; routing itself is unchanged."""
+    """Megatron's TopKRouter with the two losses above; which experts it takes may be replayed."""
 
     def __init__(self, *args, losses: RouterLosses, **kwargs):
         super().__init__(*args, **kwargs)
         self.losses = losses
+        self.router_replay = LayerReplay()
+
+    def set_layer_number(self, layer_number: int) -> None:
+        super().set_layer_number(layer_number)
+        self.router_replay.moe_layer = sum(self.config.moe_layer_freq[:layer_number - 1])
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """(probs, routing_map), both [tokens, E], as TopKRouter.routing; padding_mask True = padding."""

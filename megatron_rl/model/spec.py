@@ -26,6 +26,7 @@ from torch import nn
 
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
+from megatron_rl.model.routing_replay import RoutedTransformerLayer
 
 
 class RMSNorm(nn.Module):
@@ -91,9 +92,10 @@ def _layer(model: Network, layer: int, losses: RouterLosses) -> ModuleSpec:
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedSelfAttention
     attention.q_layernorm = attention.k_layernorm = RMSNorm if model.qk_norm else None
-    if num_experts is not None:
-        submodules.mlp = _moe(losses)
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    if num_experts is None:
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    submodules.mlp = _moe(losses)
+    return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
 
 
 def block_spec(model: Network, config, losses: RouterLosses, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -14,6 +14,7 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import load_hf
 from megatron_rl.observe.timing import Timers
+from megatron_rl.recipes.routing import share_routed_experts
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.optimizer import build_optimizer, learning_rate
 from megatron_rl.train_step.step import TrainStep
@@ -33,15 +34,17 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
     return policy, optimizer, step
 
 
-def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology) -> list[PackedMicrobatch]:
-    """This rank's micro-batches of `samples`; every rank gets equally many."""
+def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology, *,
+                        experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
+    """This rank's micro-batches of `samples`; every rank gets equally many. experts_shape as in pack()."""
     parallel = config.parallel
     plan = plan_microbatches(
         [len(sample.token_ids) - 1 for sample in samples], dp_size=topology.dp_size,
         tokens_per_microbatch=config.batch.tokens_per_microbatch,
         multiple_of=parallel.pp if parallel.vpp else 1)
     align = parallel.tp if parallel.use_sequence_parallel else 1
-    return [pack([samples[i] for i in members], multiple_of=align, device=topology.device)
+    return [pack([samples[i] for i in members], multiple_of=align, device=topology.device,
+                 experts_shape=experts_shape)
             for members in plan[topology.dp_rank]]
 
 
@@ -66,8 +69,12 @@ class PolicyLearner:
             return [self._update(batch, *parts) for batch, parts in zip(batches, prepared, strict=True)]
 
     def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], dict[int, torch.Tensor]]:
-        microbatches = packed_microbatches(batch.samples, self.config, self.topology)
-        old, counts = self.step.count_routing(microbatches)
+        network, replay = self.policy.config, self.config.c3po.router_replay
+        shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
+        if shape is not None:
+            batch = share_routed_experts(batch, self.topology, shape)
+        microbatches = packed_microbatches(batch.samples, self.config, self.topology, experts_shape=shape)
+        old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
         reference = None if self._reference is None else self.step.logprobs(microbatches, self._reference)
         if self.topology.is_last_stage:  # elsewhere no loss is computed
             for i, microbatch in enumerate(microbatches):

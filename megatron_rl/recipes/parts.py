@@ -21,6 +21,7 @@ from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes import stop
+from megatron_rl.recipes.routing import without_routed_experts
 from megatron_rl.recipes.serving import HeldOut, style
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collect import Collector
@@ -38,7 +39,11 @@ class BroadcastRollouts:
         self._sampler, self._collector = sampler, collector
 
     def collect(self, step: int, round_: int) -> list[RolloutGroup]:
-        return self._topology.broadcast_object(self._collect(step, round_) if self._topology.is_main else None)
+        if not self._topology.is_main:
+            return self._topology.broadcast_object(None)
+        groups = self._collect(step, round_)
+        self._topology.broadcast_object(without_routed_experts(groups))
+        return groups
 
     def _collect(self, step: int, round_: int) -> list[RolloutGroup]:
         count = self._config.rollout.prompts_per_step

@@ -20,6 +20,7 @@ from megatron_rl.observe import MetricsLog, Timers
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.learner import PolicyLearner
 from megatron_rl.recipes.parts import BroadcastRollouts, PublishedWeights, RunRecord, build_expected, build_publisher
+from megatron_rl.recipes.routing import engine_routing
 from megatron_rl.recipes.serving import HeldOut, build_collector, engine_clients, load_tokenizer, prompt_source
 from megatron_rl.reward import RewardPool
 
@@ -91,7 +92,7 @@ class MainRank:
         rewards.check_domains(source.domains)
         rewards.warm_up()
         self.clients = engine_clients(config)
-        self.collector = build_collector(config, self.clients, tokenizer, rewards)
+        self.collector = build_collector(config, self.clients, tokenizer, rewards, engine_routing(config))
         self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
         self.expected = build_expected(config, read_raw_config(config.model.path))
         self.held_out = HeldOut(config, self.collector, tokenizer)

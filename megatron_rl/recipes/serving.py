@@ -16,6 +16,7 @@ from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collect import Collector, SamplingPlan
+from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.types import RolloutGroup
 
 
@@ -44,9 +45,10 @@ def engine_clients(config: Config) -> list[EngineClient]:
     return [EngineClient(url, timeout_s=config.rollout.request_timeout_s) for url in urls]
 
 
-def build_collector(config: Config, clients: list[EngineClient], tokenizer, rewards: RewardPool) -> Collector:
+def build_collector(config: Config, clients: list[EngineClient], tokenizer, rewards: RewardPool,
+                    routed_layers: RoutedLayers | None = None) -> Collector:
     return Collector(clients, config.rollout, tokenizer, rewards, seed=config.run.seed,
-                     eos_token_id=tokenizer.eos_token_id)
+                     eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers)
 
 
 class HeldOut:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import aiohttp
 import numpy as np
 
+from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.types import Finish, VersionSpan
 
 # The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
@@ -68,7 +69,8 @@ class GenerateResult:
     """One response: R sampled tokens.
 
     output_ids int32 [R]; logprobs fp32 [R], of the temperature-scaled distribution before top-p and top-k;
-    finish_detail is the engine's own finish_reason.
+    finish_detail is the engine's own finish_reason; routed_experts uint8 [tokens - 1, M, topk] where asked for, of the
+    whole sequence but its last token, which no layer has read.
     """
 
     output_ids: np.ndarray
@@ -78,6 +80,7 @@ class GenerateResult:
     weight_versions: tuple[VersionSpan, ...]
     cached_tokens: int
     num_retractions: int
+    routed_experts: np.ndarray | None = None
 
 
 class EngineClient:
@@ -105,9 +108,13 @@ class EngineClient:
             self._session = None
 
     async def generate(
-        self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams, timeout_s: float | None = None
+        self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams, timeout_s: float | None = None,
+        routed_layers: RoutedLayers | None = None,
     ) -> GenerateResult:
-        """Samples one response to `input_ids`. A finish of ABORT is an answer, not an error."""
+        """Samples one response to `input_ids`. A finish of ABORT is an answer, not an error.
+
+        routed_layers: also ask for the experts that every token took (an engine with --enable-return-routed-experts).
+        """
         answer = await self._post(
             "/generate",
             {
@@ -115,10 +122,25 @@ class EngineClient:
                 "input_ids": list(input_ids),
                 "sampling_params": sampling.to_wire(),
                 "return_logprob": True,
+                "return_routed_experts": routed_layers is not None,
             },
             timeout_s=timeout_s,
         )
-        return _parse_generate(answer)
+        result = _parse_generate(answer)
+        if routed_layers is None or result.finish is Finish.ABORT:
+            return result
+        return replace(result, routed_experts=self._experts(answer, routed_layers, len(input_ids)))
+
+    def _experts(self, answer: Mapping[str, Any], layers: RoutedLayers, prompt_tokens: int) -> np.ndarray:
+        encoded = answer["meta_info"].get("routed_experts")
+        if encoded is None:
+            raise EngineHTTPError(f"POST {self.base_url}/generate: no routed_experts in the answer; "
+                                  "c3po.router_replay=rollout needs an SGLang server that was started with "
+                                  "--enable-return-routed-experts")
+        try:
+            return layers.decode(encoded, num_tokens=prompt_tokens + len(answer["output_ids"]))
+        except ValueError as error:
+            raise EngineHTTPError(f"POST {self.base_url}/generate: {error}") from error
 
     async def is_healthy(self, *, timeout_s: float = 5.0) -> bool:
         """True when the engine is started and its scheduler has answered recently."""

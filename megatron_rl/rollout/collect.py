@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError, GenerateResult, SamplingParams
+from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
 RETRY_PAUSE_S = 0.25
@@ -36,22 +37,27 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How many responses each prompt gets and how they are sampled; evaluation uses another than training."""
+    """How many responses each prompt gets and how they are sampled; evaluation uses another than training.
+
+    routed_layers: ask the engine for the experts that each token took.
+    """
 
     samples_per_prompt: int
     temperature: float
     top_p: float
     max_response_tokens: int
     stop: tuple[str, ...] = ()
+    routed_layers: RoutedLayers | None = None
 
     @classmethod
-    def from_config(cls, config: RolloutConfig) -> SamplingPlan:
+    def from_config(cls, config: RolloutConfig, routed_layers: RoutedLayers | None = None) -> SamplingPlan:
         return cls(
             samples_per_prompt=config.responses_per_prompt,
             temperature=config.temperature,
             top_p=config.top_p,
             max_response_tokens=config.max_response_tokens,
             stop=config.stop,
+            routed_layers=routed_layers,
         )
 
 
@@ -76,6 +82,7 @@ class Collector:
     def __init__(
         self, clients: Sequence[EngineClient], config: RolloutConfig, tokenizer: Tokenizer, scorer: Scorer, *,
         seed: int, eos_token_id: int, on_progress: Callable[[Progress], None] | None = None,
+        routed_layers: RoutedLayers | None = None,
     ):
         if not clients:
             raise ValueError("rollout.engine.urls is empty: a collector needs at least one engine")
@@ -86,6 +93,7 @@ class Collector:
         self._seed = seed
         self._eos_token_id = eos_token_id
         self._on_progress = on_progress
+        self._training_plan = SamplingPlan.from_config(config, routed_layers)
 
     def collect_blocking(
         self, prompts: Sequence[Prompt], *, step: int, first_index: int = 0, tag: str = "train",
@@ -111,7 +119,7 @@ class Collector:
         first prompt, for a step that collects in several rounds. Raises ValueError for a prompt too long for
         the engine, CollectError when retries run out; then every other request has been cancelled.
         """
-        plan = plan or SamplingPlan.from_config(self._config)
+        plan = plan or self._training_plan
         for prompt in prompts:
             self._check_length(prompt, plan)
         run = _Run(self, plan, tag, step, total_responses=len(prompts) * plan.samples_per_prompt)
@@ -184,7 +192,8 @@ class _Run:
             rid = f"{self._tag}-{self._step}-{index}-{prompt.id}-{sample}-{attempt}"
             try:
                 result = await client.generate(
-                    prompt.token_ids, rid=rid, sampling=sampling, timeout_s=collector._config.request_timeout_s)
+                    prompt.token_ids, rid=rid, sampling=sampling, timeout_s=collector._config.request_timeout_s,
+                    routed_layers=plan.routed_layers)
                 if result.finish is not Finish.ABORT:
                     return result
                 failure: Exception = EngineHTTPError(f"the engine aborted request {rid}: {result.finish_detail}")
@@ -220,4 +229,5 @@ def to_rollout(prompt: Prompt, result: GenerateResult) -> Rollout:
         rollout_logprobs=np.concatenate([np.zeros(prompt_tokens, dtype=np.float32), result.logprobs]),
         finish=result.finish,
         weight_versions=result.weight_versions,
+        routed_experts=result.routed_experts,
     )

@@ -55,11 +55,13 @@ def choose_port(port: int | None) -> int:
 def engine_command(
     engine: EngineConfig, rollout: RolloutConfig, model_path: str | Path, port: int, *,
     model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
+    return_routed_experts: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and the whole environment of the server.
 
     `engine.dtype` overrides `model_dtype`. `seed` seeds SGLang's own sampler, which is reproducible only for
     the same arrival order of requests; `engine.deterministic` makes it a function of each request's seed.
+    return_routed_experts: keep the experts that tokens take, for requests that ask for them.
     """
     device = resolve_device(engine.device)
     module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
@@ -84,6 +86,8 @@ def engine_command(
         flags["--max-total-tokens"] = engine.max_total_tokens
     if engine.deterministic:
         switches.append("--enable-deterministic-inference")
+    if return_routed_experts:
+        switches.append("--enable-return-routed-experts")
     if alone:
         flags["--chunked-prefill-size"] = -1
         switches.append("--disable-radix-cache")
@@ -134,12 +138,13 @@ class EngineProcess:
     def from_config(
         cls, rollout: RolloutConfig, model_path: str | Path, *, log_path: str | Path,
         model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
+        return_routed_experts: bool = False,
     ) -> EngineProcess:
         """Not yet started. Raises ValueError when rollout.engine.port is taken."""
         engine = rollout.engine
         port = choose_port(engine.port)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
-                                   weight_version=weight_version)
+                                   weight_version=weight_version, return_routed_experts=return_routed_experts)
         return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
                    stop_timeout_s=engine.stop_timeout_s)
 

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from c3po import Max
 from megatron_rl.model.build import Policy
+from megatron_rl.model.routing_replay import MicrobatchRouting, RoutedSequences
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
@@ -23,13 +23,18 @@ from megatron_rl.types import PackedMicrobatch, StepResult, SumCount
 
 TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
 """(micro-batch, logprobs [T], entropy [T]) -> (its share of the step's loss, detached sums and maxima)."""
+Routing = Sequence[MicrobatchRouting | None]
 TOTALS = ("loss", "selected_tokens")
 """Sums that are reported whole, not divided by a count."""
-ROUTER_LOSSES = ("balance_loss", "z_loss")
+ROUTER_SUMS = ("balance_loss", "z_loss", "replay_differing", "replay_choices")
 
 
 class TrainStep:
-    """Runs packed micro-batches through a policy. Every rank calls every method with equally many micro-batches."""
+    """Runs packed micro-batches through a policy. Every rank calls every method with equally many micro-batches.
+
+    Micro-batches that have routed_experts are routed by them, in every pass of our own policy; a reference policy
+    routes by itself.
+    """
 
     def __init__(self, policy: Policy, optimizer, topology: Topology, *, temperature: float, chunk_tokens: int):
         self.policy, self.optimizer, self.topology = policy, optimizer, topology
@@ -48,21 +53,26 @@ class TrainStep:
     @torch.no_grad()
     def logprobs(self, microbatches: Sequence[PackedMicrobatch], policy: Policy | None = None) -> list[torch.Tensor]:
         """fp32 [T] per micro-batch on the last pipeline stage, an empty list elsewhere. `policy` None: our own."""
-        outputs = self._run(policy or self.policy, microbatches, lambda batch, output: output[0].clone(),
-                            forward_only=True)
+        routing = self._replayed(microbatches) if policy is None else [None] * len(microbatches)
+        return self._logprobs(policy or self.policy, microbatches, routing)
+
+    def _logprobs(self, policy: Policy, microbatches, routing: Routing) -> list[torch.Tensor]:
+        outputs = self._run(policy, microbatches, routing, lambda batch, output: output[0].clone(), forward_only=True)
         return outputs if self.topology.is_last_stage else []
 
     @torch.no_grad()
     def count_routing(
-        self, microbatches: Sequence[PackedMicrobatch]
+        self, microbatches: Sequence[PackedMicrobatch], *, record: bool = False
     ) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
         """logprobs() and, from the same pass, tokens per expert of this stage's layers over the whole step.
 
+        record: leave the experts that were taken in routed_experts of each micro-batch, for the passes that follow.
         Returns (logprobs, {layer number: fp32 [E]}), the counts summed over all ranks.
         """
         losses = self.policy.router_losses
+        routing = self._recording(microbatches) if record else self._replayed(microbatches)
         losses.begin_counting()
-        logprobs = self.logprobs(microbatches)
+        logprobs = self._logprobs(self.policy, microbatches, routing)
         losses.counting = False
         group = self.topology.tp_dp_cp_group
         for store in (losses.counts, losses.entropy_sums):
@@ -120,7 +130,12 @@ class TrainStep:
             return scaling.megatron_outputs(value, {"loss": SumCount(value.detach(), torch.ones(())), **sums})
 
         self._sums, self._maxima = {}, {}
-        for report in self._run(self.policy, microbatches, scaled, forward_only=False):
+        routing = self._replayed(microbatches)
+        reports = self._run(self.policy, microbatches, routing, scaled, forward_only=False)
+        for record in filter(None, routing):
+            losses.add(losses.loss_sums, "replay_differing", record.differing)
+            losses.add(losses.loss_sums, "replay_choices", record.choices)
+        for report in reports:
             for key, value in report.items():
                 store = self._maxima if isinstance(value, Max) else self._sums
                 if key not in store:
@@ -137,26 +152,49 @@ class TrainStep:
 
     # ---- running Megatron's schedule ---------------------------------------------------------------------
 
-    def _run(self, policy: Policy, microbatches, on_output, *, forward_only: bool) -> list:
+    def _run(self, policy: Policy, microbatches, routing: Routing, on_output, *, forward_only: bool) -> list:
         chunks = policy.chunks
-        iterators = [iter(microbatches) for _ in chunks]
-        return self._schedule(
+        iterators = [zip(microbatches, routing, strict=True) for _ in chunks]
+        outputs = self._schedule(
             forward_step_func=partial(self._forward, policy, on_output, forward_only),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(microbatches), seq_length=max(b.num_tokens for b in microbatches),
             micro_batch_size=1, decoder_seq_length=None, forward_only=forward_only,
             collect_non_loss_data=forward_only)
+        runs_twice = not forward_only and policy.transformer.recompute_granularity == "full"
+        for record in filter(None, routing):
+            record.check_used(policy.moe_layers, times=2 if runs_twice else 1)
+        return outputs
+
+    def _replayed(self, microbatches: Sequence[PackedMicrobatch]) -> Routing:
+        return [None if batch.routed_experts is None else
+                MicrobatchRouting(batch.routed_experts, batch.real, self._rows(batch)) for batch in microbatches]
+
+    def _recording(self, microbatches: Sequence[PackedMicrobatch]) -> Routing:
+        network = self.policy.config
+        for batch in microbatches:
+            batch.routed_experts = torch.zeros(batch.num_tokens, network.num_moe_layers, network.num_experts_per_tok,
+                                               dtype=torch.uint8, device=self.topology.device)
+        return [MicrobatchRouting(batch.routed_experts, batch.real, self._rows(batch), recording=True)
+                for batch in microbatches]
+
+    def _rows(self, batch: PackedMicrobatch) -> slice:
+        """The positions of `batch` whose experts this rank chooses: its slice under sequence parallelism."""
+        here = self.topology
+        count = batch.num_tokens // (here.tp_size if self.policy.transformer.sequence_parallel else 1)
+        first = here.tp_rank * count if self.policy.transformer.sequence_parallel else 0
+        return slice(first, first + count)
 
     def _forward(self, policy: Policy, on_output, forward_only: bool, iterator, chunk):
-        batch = next(iterator)
+        batch, routing = next(iterator)
         padding = ~batch.real[None]
         if policy.transformer.sequence_parallel and not self._is_first(policy, chunk):
             # GPTModel._preprocess scatters the mask on the first stage only
             padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
         output = chunk(
             batch.input_ids[None], batch.position_ids[None], None, labels=batch.labels[None],
-            packed_seq_params=_packed(batch), padding_mask=padding,
+            packed_seq_params=_packed(batch, routing), padding_mask=padding,
             output_processor=head_outputs,
             output_processor_context=dataclasses.replace(self._head, with_entropy=not forward_only))
         if forward_only:
@@ -176,7 +214,7 @@ class TrainStep:
                             dtype=torch.float64, device=here.device)
         here.sum_over_data(sums)
         router = torch.stack([losses.loss_sums.get(k, torch.zeros((), device=here.device)).double()
-                              for k in ROUTER_LOSSES])
+                              for k in ROUTER_SUMS])
         torch.distributed.all_reduce(router, group=here.tp_dp_cp_group)
         reports = here.gather_objects(_Report(
             stage=here.pp_rank,
@@ -212,8 +250,10 @@ def _merge(reports: Sequence[_Report], num_moe_layers: int) -> tuple[dict[str, S
     for report in reports:
         for key, value in report.maxima.items():
             gauges[_name(key)] = max(value, gauges.get(_name(key), value))
-    for i, key in enumerate(ROUTER_LOSSES):
-        gauges[f"train/{key}"] = sum(stage.router[i] for stage in stages) / num_moe_layers
+    balance, z_loss, differing, choices = (sum(values) for values in zip(*(s.router for s in stages), strict=True))
+    gauges |= {"train/balance_loss": balance / num_moe_layers, "train/z_loss": z_loss / num_moe_layers}
+    if choices:
+        sums["router/replay_differing"] = SumCount(differing, choices)
     loads = {layer: load for stage in stages for layer, load in stage.loads.items()}
     entropies = {layer: entropy for stage in stages for layer, entropy in stage.entropies.items()}
     if loads:
@@ -230,6 +270,6 @@ def _name(key: str) -> str:
     return key.replace("mismatch_", "mismatch/", 1) if key.startswith("mismatch_") else f"train/{key}"
 
 
-def _packed(batch: PackedMicrobatch) -> PackedSeqParams:
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
-                           max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
+def _packed(batch: PackedMicrobatch, routing: MicrobatchRouting | None) -> RoutedSequences:
+    return RoutedSequences(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
+                           max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen, routing=routing)

@@ -15,7 +15,8 @@ def rollout(prompt_tokens: int, response_tokens: int, *, finish: Finish = Finish
     length = prompt_tokens + response_tokens
     trainable = np.arange(length) >= prompt_tokens
     return Rollout(np.arange(first, first + length, dtype=np.int32), trainable,
-                   np.where(trainable, -np.arange(length) / 10, 0).astype(np.float32), finish, ())
+                   np.where(trainable, -np.arange(length) / 10, 0).astype(np.float32), finish, (),
+                   routed_experts=(np.arange(first, first + length - 1) % 256).astype(np.uint8)[:, None, None])
 
 
 def group(responses: list[Rollout], rewards: list[float]) -> RolloutGroup:
@@ -69,6 +70,7 @@ def test_kept_sequences_are_the_rollouts_up_to_their_last_kept_token(seed):
         np.testing.assert_array_equal(sample.token_ids, whole.token_ids[:end])
         np.testing.assert_array_equal(sample.loss_mask, whole.trainable[:end])
         np.testing.assert_array_equal(sample.rollout_logprobs, whole.rollout_logprobs[:end])
+        np.testing.assert_array_equal(sample.routed_experts[:, 0, 0], sample.token_ids[:-1] % 256)
         assert sample.loss_mask[-1], "what follows the last kept token is not sent to the trainer"
         assert sample.num_response_tokens == whole.response_tokens, "|y_i| is the length before the cut"
         cut += end < len(whole.token_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +98,13 @@ def test_no_samples_is_a_micro_batch_of_padding():
     assert batch.input_ids.tolist() == batch.labels.tolist() == [0, 0, 0, 0]
     assert not batch.real.any() and not batch.loss_mask.any()
     assert batch.sample_indices == ()
+
+
+def test_experts_describe_the_token_that_is_read_and_padding_takes_the_first_ones():
+    experts = [np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2) + 10 * i for i, n in enumerate((3, 2), start=1)]
+    samples = [dataclasses.replace(s, routed_experts=e) for s, e in zip(TWO, experts, strict=True)]
+    batch = pack(samples, multiple_of=4, experts_shape=(2, 2))
+    assert batch.routed_experts.dtype == torch.uint8
+    assert batch.routed_experts.tolist() == [*experts[0].tolist(), *experts[1].tolist(), *[[[0, 1], [0, 1]]] * 3]
+    assert pack([], multiple_of=2, experts_shape=(1, 3)).routed_experts.tolist() == [[[0, 1, 2]]] * 2
+    assert pack(samples, multiple_of=4).routed_experts is None

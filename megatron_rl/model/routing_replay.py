@@ -1,0 +1,94 @@
+"""Experts that were chosen before and are taken again: routing replay (R3), recorded by the engine or by the trainer.
+
+A micro-batch's record travels in packed_seq_params, which Megatron hands to every layer's forward and which a
+checkpointed layer keeps for its second forward (transformer_block.checkpointed_forward). So each layer meets the record
+of the micro-batch at hand, however many are in flight (1F1B, interleaved stages) and when the backward pass runs the
+layer again. Megatron's own RouterReplay is one process-global target per layer; `LayerReplay` takes its place in the
+seam that it left (moe_utils.topk_routing_with_score_function, megatron-core 0.19.2).
+
+Only the choice is replayed: gate values are computed from the live logits, so the router keeps its gradient.
+Letters: T positions of a micro-batch on this rank, t of them in its slice under sequence parallelism, M MoE layers of
+the whole network, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+
+@dataclass
+class MicrobatchRouting:
+    """The experts of one micro-batch during one pass, and how often each layer asked for them.
+
+    experts: uint8 [T, M, k], written where `recording`, read elsewhere; real: bool [T], False on padding;
+    rows: this rank's slice of T. differing, choices: how many of the real tokens' replayed choices the live router
+    would not have made, of how many, counted when a layer asks first (fp32 []).
+    """
+
+    experts: torch.Tensor
+    real: torch.Tensor
+    rows: slice
+    recording: bool = False
+    uses: Counter[int] = field(default_factory=Counter)
+    differing: torch.Tensor = field(init=False)
+    choices: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.differing = self.choices = torch.zeros((), device=self.experts.device)
+
+    def choose(self, layer: int, live: torch.Tensor) -> torch.Tensor:
+        """int64 [t, k]: the experts of MoE layer `layer` (from 0), given those that the live router takes."""
+        self.uses[layer] += 1
+        experts = self.experts[self.rows, layer]
+        if self.recording:
+            experts.copy_(live)
+            return live
+        replayed = experts.long()
+        if self.uses[layer] == 1:
+            missed = (replayed[:, :, None] != live[:, None, :]).all(-1)
+            real = self.real[self.rows, None]
+            self.differing = self.differing + (missed & real).sum().float()
+            self.choices = self.choices + real.sum().float() * live.shape[1]
+        return replayed
+
+    def check_used(self, layers: Iterable[int], times: int) -> None:
+        """Every record of these layers was taken exactly `times` times, and no other."""
+        expected = Counter(dict.fromkeys(layers, times))
+        assert self.uses == expected, f"routing records were used {dict(self.uses)} times by MoE layer, not {expected}"
+
+
+@dataclass
+class RoutedSequences(PackedSeqParams):
+    """Megatron's description of a packed micro-batch, and the experts that it records or replays (None: neither)."""
+
+    routing: MicrobatchRouting | None = None
+
+
+class LayerReplay:
+    """What a router asks for its top k; `microbatch` is set at the start of each forward of its layer."""
+
+    def __init__(self):
+        self.moe_layer = 0
+        self.microbatch: MicrobatchRouting | None = None
+
+    def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+        """(scores of the chosen experts, their numbers), both [t, k], as Megatron's RouterReplay.get_replay_topk."""
+        live_scores, live = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if self.microbatch is None:
+            return live_scores, live
+        chosen = self.microbatch.choose(self.moe_layer, live)
+        return scores.gather(1, chosen), chosen
+
+
+class RoutedTransformerLayer(TransformerLayer):
+    """A layer with experts, whose router follows the micro-batch that this forward is about."""
+
+    def forward(self, *args, **kwargs):
+        self.mlp.router.router_replay.microbatch = kwargs["packed_seq_params"].routing
+        return super().forward(*args, **kwargs)
