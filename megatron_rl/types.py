@@ -116,14 +116,16 @@ class TrainSample:
 
 @dataclass
 class PackedMicrobatch:
-    """Sequences laid end to end (thd), shifted once: position t predicts labels[t].
+    """Sequences laid end to end (thd), shifted once: position t predicts labels[t]. One context-parallel rank's part.
 
-    input_ids, labels, position_ids int64 [T]; cu_seqlens int32 [S+1] (with alignment padding as a last
-    sequence of its own when there is any); loss_mask bool [T]; real bool [T], False on padding;
-    advantages, rollout_logprobs, response_lengths fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None,
-    filled by the no-gradient passes. Every per-token array describes labels[t], but for routed_experts uint8
-    [T, M, k] | None, the experts that position t takes in each MoE layer: those of the rollout, or recorded by a
-    no-gradient pass, which fills this rank's layers and rows.
+    input_ids, labels, position_ids int64 [T]; cu_seqlens int32 [S+1], bounds of the sequences over all
+    context-parallel ranks (with alignment padding as a last sequence of its own when there is any);
+    loss_mask bool [T]; real bool [T], False on padding; source int64 [T], place of the position among the samples'
+    positions laid end to end, -1 on padding (batch/pack.py); advantages, rollout_logprobs, response_lengths
+    fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None, filled by the no-gradient passes. Every per-token array
+    describes labels[t], but for routed_experts uint8 [T, M, k] | None, the experts that position t takes in each MoE
+    layer: those of the rollout, or recorded by a no-gradient pass, which fills this rank's layers and rows.
+    sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
     """
 
     input_ids: torch.Tensor
@@ -132,10 +134,12 @@ class PackedMicrobatch:
     cu_seqlens: torch.Tensor
     loss_mask: torch.Tensor
     real: torch.Tensor
+    source: torch.Tensor
     advantages: torch.Tensor
     rollout_logprobs: torch.Tensor
     response_lengths: torch.Tensor
     sample_indices: tuple[int, ...]
+    sample_lengths: tuple[int, ...]
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     routed_experts: torch.Tensor | None = None

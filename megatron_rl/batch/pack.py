@@ -1,12 +1,18 @@
-"""Sequences laid end to end, and the only place where tokens are shifted against their labels.
+"""Sequences laid end to end and cut over the context-parallel ranks; the only place where tokens are shifted.
 
 A sequence of L tokens becomes L-1 positions: position t reads token t and predicts token t+1, and every
-per-token array describes the predicted token. T is padded to a multiple (sequence parallelism shards T over
-the TP group) with one extra sequence that is not `real`, carries no loss and is hidden from the router losses.
+per-token array describes the predicted token. Under context parallelism each sequence is cut by itself: it is
+padded to a multiple of 2*cp, split into 2*cp equal chunks, and rank r holds chunks r and 2*cp-1-r, so that every
+rank attends to equally many keys (megatron.core's rope_utils._get_thd_freqs_on_this_cp_rank counts on this order).
+T is padded to a multiple (sequence parallelism shards T over the TP group) with one extra sequence. Padding is not
+`real`, carries no loss and is hidden from the router losses.
+
+All arrays are cut by one index, PackedMicrobatch.source: `lay_out` applies it, `by_sample` undoes it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,35 +21,82 @@ import torch
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
 
-def pack(samples: Sequence[TrainSample], *, multiple_of: int, device: torch.device | str = "cpu",
-         experts_shape: tuple[int, int] | None = None) -> PackedMicrobatch:
-    """PackedMicrobatch of `samples` (may be empty: then padding alone), T a positive multiple of `multiple_of`.
+def sequence_multiple(cp_size: int) -> int:
+    """What the positions of every sequence are padded to."""
+    return 1 if cp_size == 1 else 2 * cp_size
+
+
+def microbatch_multiple(cp_size: int, multiple_of: int) -> int:
+    """What the positions of a micro-batch over all cp_size ranks are padded to; multiple_of: T on one rank."""
+    return math.lcm(sequence_multiple(cp_size), cp_size * multiple_of)
+
+
+def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, cp_rank: int = 0,
+         device: torch.device | str = "cpu", experts_shape: tuple[int, int] | None = None) -> PackedMicrobatch:
+    """This context-parallel rank's PackedMicrobatch of `samples` (none: padding alone), T a multiple of multiple_of.
 
     experts_shape: (MoE layers M, experts per token k), when the samples' routed_experts are to be replayed; padding
     takes the experts 0 .. k-1. Those describe the token that is read, so they are not shifted.
     """
     lengths = [len(sample.token_ids) - 1 for sample in samples]
-    real_tokens = sum(lengths)
-    padding = (-real_tokens) % multiple_of or (multiple_of if real_tokens == 0 else 0)
-    spans = lengths + ([padding] if padding else [])
+    each = sequence_multiple(cp_size)
+    spans = [math.ceil(length / each) * each for length in lengths]
+    unit = microbatch_multiple(cp_size, multiple_of)
+    padding = -sum(spans) % unit or (0 if spans else unit)
+    if padding:
+        spans.append(padding)
+    positions = [_positions(span, cp_size, cp_rank) for span in spans]
+    starts = np.cumsum([0, *lengths])  # of each sequence among the real positions; the last is that of padding
+    source = torch.from_numpy(np.concatenate([
+        np.where(places < length, start + places, -1)
+        for places, length, start in zip(positions, [*lengths, 0], starts, strict=False)]))
 
     def joined(parts, dtype, fill=0):
-        tail = [np.full((padding, *np.shape(fill)), fill, dtype=dtype)]
-        return torch.from_numpy(np.concatenate([np.asarray(p, dtype=dtype) for p in parts] + tail)).to(device)
+        return lay_out(source, parts, dtype=dtype, fill=fill).to(device)
 
-    mask = joined([sample.loss_mask[1:] for sample in samples], np.bool_)
     return PackedMicrobatch(
         input_ids=joined([sample.token_ids[:-1] for sample in samples], np.int64),
         labels=joined([sample.token_ids[1:] for sample in samples], np.int64),
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in spans]).astype(np.int64)).to(device),
+        position_ids=torch.from_numpy(np.concatenate(positions)).to(device),
         cu_seqlens=torch.tensor([0, *np.cumsum(spans)], dtype=torch.int32, device=device),
-        loss_mask=mask,
-        real=joined([np.ones(n) for n in lengths], np.bool_),
+        loss_mask=joined([sample.loss_mask[1:] for sample in samples], np.bool_),
+        real=(source >= 0).to(device),
+        source=source.to(device),
         advantages=joined([np.full(n, s.advantage) for n, s in zip(lengths, samples, strict=True)], np.float32),
         rollout_logprobs=joined([sample.rollout_logprobs[1:] for sample in samples], np.float32),
         response_lengths=joined([np.full(n, s.num_response_tokens) for n, s in zip(lengths, samples, strict=True)],
                                 np.float32, fill=1),
         sample_indices=tuple(sample.index for sample in samples),
+        sample_lengths=tuple(lengths),
         routed_experts=None if experts_shape is None else joined(
             [sample.routed_experts for sample in samples], np.uint8,
             fill=np.broadcast_to(np.arange(experts_shape[1]), experts_shape)))
+
+
+def _positions(span: int, cp_size: int, cp_rank: int) -> np.ndarray:
+    """int64 [span / cp_size]: the positions of one sequence of `span` that this rank holds, in its order."""
+    if cp_size == 1:
+        return np.arange(span)
+    chunks = np.arange(span).reshape(2 * cp_size, -1)
+    return np.concatenate([chunks[cp_rank], chunks[-1 - cp_rank]])
+
+
+def lay_out(source: torch.Tensor, parts: Sequence[np.ndarray], *, dtype, fill=0) -> torch.Tensor:
+    """[T, ...] on the CPU: this rank's positions of per-sample arrays [L-1, ...], and `fill` on padding.
+
+    source: PackedMicrobatch.source; parts: one array per sample, in its order; fill: a scalar or one row [...].
+    """
+    flat = np.concatenate([*(np.asarray(part, dtype=dtype) for part in parts),
+                           np.full((1, *np.shape(fill)), fill, dtype=dtype)])
+    return torch.from_numpy(flat[source.cpu().numpy()])  # -1, padding, is the last row
+
+
+def by_sample(batch: PackedMicrobatch, values_T: torch.Tensor) -> list[torch.Tensor]:
+    """Per-sample tensors [L-1, ...] of values_T [T, ...]; zero where another context-parallel rank holds the position.
+
+    The inverse of `lay_out`: added over the context-parallel ranks, the results are whole.
+    """
+    flat = values_T.new_zeros(sum(batch.sample_lengths), *values_T.shape[1:])
+    held = batch.source >= 0
+    flat[batch.source[held]] = values_T[held]
+    return list(flat.split(list(batch.sample_lengths)))

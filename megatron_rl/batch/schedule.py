@@ -1,8 +1,9 @@
 """Lengths -> (data-parallel rank, micro-batch) of every sequence. Pure: no tensors, no groups, deterministic.
 
 Invariants, each tested: every sequence appears exactly once; all ranks get the same number of micro-batches
-(collectives must match), a multiple of `multiple_of`; no micro-batch exceeds the token cap; the most expensive
-rank is close to the mean. A micro-batch may be empty when there are fewer sequences than places.
+(collectives must match), a multiple of `multiple_of`; no micro-batch exceeds the token cap, alignment padding
+included; the most expensive rank is close to the mean. A micro-batch may be empty when there are fewer sequences
+than places.
 """
 
 from __future__ import annotations
@@ -11,57 +12,74 @@ import heapq
 import math
 from collections.abc import Sequence
 
+from megatron_rl.batch.pack import microbatch_multiple, sequence_multiple
 
-def plan_microbatches(lengths: Sequence[int], *, dp_size: int, tokens_per_microbatch: int,
-                      min_microbatches: int = 1, multiple_of: int = 1,
+
+def plan_microbatches(lengths: Sequence[int], *, dp_size: int, tokens_per_microbatch: int, cp_size: int = 1,
+                      align: int = 1, min_microbatches: int = 1, multiple_of: int = 1,
                       attention_tokens: float = 6.0 * 2048) -> list[list[list[int]]]:
-    """plan[rank][micro-batch] = indices into `lengths` (tokens of each sequence).
+    """plan[data-parallel rank][micro-batch] = indices into `lengths` (positions of each sequence).
 
-    Cost of a sequence of L tokens: L * (1 + L / attention_tokens), linear work plus causal attention, where
-    attention_tokens is the length at which both weigh the same (about 6 * hidden size). Longest first into the
-    cheapest micro-batch that has room; the count grows until all fit.
+    tokens_per_microbatch caps the positions on one rank: the cp_size ranks of a context-parallel group share a
+    sequence evenly, so that together they hold cp_size times as many. `align`: what T on a rank is padded to.
+    Cost of a sequence of L positions, padding included: L * (1 + L / attention_tokens), linear work plus causal
+    attention, where attention_tokens is the length at which both weigh the same (observe/flops.py has the network's).
+    Longest first into the cheapest micro-batch that has room; the count grows until all fit. Then the micro-batches,
+    dearest first, are dealt in rows of one per rank, the dearest of a row to the rank that has least so far.
     Raises ValueError if one sequence alone exceeds the cap.
     """
-    longest = max(lengths, default=0)
-    if longest > tokens_per_microbatch:
-        raise ValueError(f"a sequence of {longest} tokens exceeds batch.tokens_per_microbatch={tokens_per_microbatch}")
-    per_rank = max(min_microbatches, math.ceil(sum(lengths) / (dp_size * tokens_per_microbatch)))
-    costs = [length * (1.0 + length / attention_tokens) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    each, unit = sequence_multiple(cp_size), microbatch_multiple(cp_size, align)
+    padded = [math.ceil(length / each) * each for length in lengths]
+    cap = tokens_per_microbatch * cp_size // unit * unit
+    if max(padded, default=0) > cap:
+        over_cp = f" x parallel.cp={cp_size}" if cp_size > 1 else ""
+        raise ValueError(f"a sequence of {max(lengths)} tokens exceeds "
+                         f"batch.tokens_per_microbatch={tokens_per_microbatch}{over_cp}")
+    per_rank = max(min_microbatches, math.ceil(sum(padded) / (dp_size * cap)))
+    costs = [length * (1.0 + length / attention_tokens) for length in padded]
+    order = sorted(range(len(padded)), key=lambda i: (-padded[i], i))
     while True:
         per_rank = math.ceil(per_rank / multiple_of) * multiple_of
-        bins = _fill(order, lengths, costs, dp_size * per_rank, tokens_per_microbatch)
+        bins = _fill(order, padded, costs, dp_size * per_rank, cap)
         if bins is not None:
             return _deal(bins, costs, dp_size, per_rank)
         per_rank += 1
 
 
 def _fill(order, lengths, costs, num_bins: int, cap: int) -> list[list[int]] | None:
-    """Longest first, each into the cheapest bin with room; None if some sequence finds no room."""
+    """Longest first, each into the cheapest bin with room; None if some sequence finds no room.
+
+    O(N log N): a bin without room for this length waits in `full`, by its room, until the lengths have come down to it.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    tokens = [0] * num_bins
-    heap = [(0.0, i) for i in range(num_bins)]
+    room = [cap] * num_bins
+    cheapest = [(0.0, i) for i in range(num_bins)]
+    full: list[tuple[int, float, int]] = []
     for index in order:
-        full = []
-        while heap and tokens[heap[0][1]] + lengths[index] > cap:
-            full.append(heapq.heappop(heap))
-        if not heap:
+        length = lengths[index]
+        while full and -full[0][0] >= length:
+            heapq.heappush(cheapest, heapq.heappop(full)[1:])
+        while cheapest and room[cheapest[0][1]] < length:
+            cost, chosen = heapq.heappop(cheapest)
+            heapq.heappush(full, (-room[chosen], cost, chosen))
+        if not cheapest:
             return None
-        cost, chosen = heapq.heappop(heap)
+        cost, chosen = cheapest[0]
         bins[chosen].append(index)
-        tokens[chosen] += lengths[index]
-        heapq.heappush(heap, (cost + costs[index], chosen))
-        for entry in full:
-            heapq.heappush(heap, entry)
+        room[chosen] -= length
+        heapq.heapreplace(cheapest, (cost + costs[index], chosen))
     return bins
 
 
 def _deal(bins: list[list[int]], costs, dp_size: int, per_rank: int) -> list[list[list[int]]]:
-    """Micro-batches to ranks in snake order of cost, so that ranks run equal work at the same time."""
-    ranked = sorted(bins, key=lambda members: (-sum(costs[i] for i in members), members))
+    """Micro-batches to ranks in rows of falling cost, so that ranks run equal work at the same time and in sum."""
+    ranked = sorted(((sum(costs[i] for i in members), sorted(members)) for members in bins),
+                    key=lambda each: (-each[0], each[1]))
     plan: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    totals = [0.0] * dp_size
     for row in range(per_rank):
-        group = ranked[row * dp_size:(row + 1) * dp_size]
-        for rank, members in enumerate(group if row % 2 == 0 else reversed(group)):
-            plan[rank].append(sorted(members))
+        least_first = sorted(range(dp_size), key=lambda rank: (totals[rank], rank))
+        for rank, (cost, members) in zip(least_first, ranked[row * dp_size:(row + 1) * dp_size], strict=True):
+            plan[rank].append(members)
+            totals[rank] += cost
     return plan

@@ -20,9 +20,12 @@ class Sizes:
 def check_rl(config: Config, sizes: Sizes | None) -> None:
     """Raise ValueError naming the keys of the first rule that does not hold. sizes None: no checkpoint at hand."""
     algo, rollout, batch, parallel = config.c3po, config.rollout, config.batch, config.parallel
-    require(parallel.cp == 1, f"parallel.cp={parallel.cp}: context parallelism is not built yet; use parallel.cp=1")
-    require(rollout.max_context_tokens <= batch.tokens_per_microbatch,
-            f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} is less than one sequence may have "
+    require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
+            f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
+            f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
+    over_cp = f" x parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
+    require(rollout.max_context_tokens <= batch.tokens_per_microbatch * parallel.cp,
+            f"batch.tokens_per_microbatch={batch.tokens_per_microbatch}{over_cp} is less than one sequence may have "
             f"(rollout.max_context_tokens={rollout.max_context_tokens})")
     if sizes is not None:
         require(rollout.max_context_tokens <= sizes.max_position_embeddings,
@@ -61,7 +64,7 @@ def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
     responses = rollout.prompts_per_step * rollout.responses_per_prompt
     prompt_room = rollout.max_context_tokens - rollout.max_response_tokens
     expert_dp = parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)
-    least = math.ceil(phi / dp / config.batch.tokens_per_microbatch)
+    least = math.ceil(phi / dp / (config.batch.tokens_per_microbatch * parallel.cp))
     rows = [
         ("ranks", f"{parallel.world_size} = tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {dp}"),
         ("experts", f"ep {parallel.ep} x etp {parallel.etp} x pp {parallel.pp} x expert-dp {expert_dp}"),
@@ -71,7 +74,7 @@ def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
                 f" (c3po.scope={algo.scope}, cutoff={algo.cutoff})"),
         ("optimiser steps per rollout", str(algo.updates_per_rollout)),
         ("micro-batches", f"at least {least} per rank and step, of at most "
-                          f"{config.batch.tokens_per_microbatch:,} tokens"),
+                          f"{config.batch.tokens_per_microbatch:,} tokens on a rank"),
         ("losses", f"clip {algo.loss.clip_eps_low}/{algo.loss.clip_eps_high}, KL {algo.loss.kl_coef} "
                    f"({algo.loss.kl_estimator}), entropy {algo.loss.entropy_coef}, balance {algo.balance_coef}, "
                    f"z {algo.z_loss_coef}"),

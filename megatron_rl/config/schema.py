@@ -6,6 +6,7 @@ that names the dotted key; it never repairs. Rules that need two sections live i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,7 +57,10 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of Megatron's parallel groups. Data parallelism is what is left of world_size.
 
-    sequence_parallel None means: on when tp > 1 (Megatron refuses MoE under TP without it).
+    sequence_parallel None means: on when tp > 1 (Megatron refuses MoE under TP without it). cp cuts every sequence
+    over that many ranks; each holds the keys and values of the whole micro-batch while a layer computes. overlap:
+    gradients are reduced while the backward pass goes on. token_dispatcher: how tokens reach their experts' ranks;
+    allgather sends every token to all of them, which suits an ep not above the experts that a token chooses.
     """
 
     world_size: int = 1
@@ -69,6 +73,7 @@ class ParallelConfig:
     sequence_parallel: bool | None = None
     distributed_optimizer: bool = True
     overlap: bool = False
+    token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
     def __post_init__(self):
         for name in ("world_size", "tp", "pp", "ep", "etp", "cp"):
@@ -92,6 +97,11 @@ class ParallelConfig:
     @property
     def use_sequence_parallel(self) -> bool:
         return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @property
+    def token_multiple(self) -> int:
+        """What a rank's positions of a micro-batch are padded to: two chunks a sequence under cp, tp shards."""
+        return math.lcm(2 if self.cp > 1 else 1, self.tp if self.use_sequence_parallel else 1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How sequences are packed. One packed micro-batch holds at most tokens_per_microbatch tokens."""
+    """How sequences are packed. One packed micro-batch holds at most tokens_per_microbatch tokens on a rank.
+
+    Under context parallelism a sequence is spread over parallel.cp ranks and may be that many times longer.
+    """
 
     tokens_per_microbatch: int = 8192
     logprob_chunk_tokens: int = 1024

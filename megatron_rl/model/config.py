@@ -34,7 +34,7 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
         hidden_dropout=0.0, attention_dropout=0.0, attention_softmax_in_fp32=True,
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
         apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        **_experts(model),
+        **_experts(model, parallel),
         tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp,
@@ -44,7 +44,7 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
         use_cpu_initialization=True, perform_initialization=False, **recompute, **pipeline)
 
 
-def _experts(model: Network) -> dict[str, Any]:
+def _experts(model: Network, parallel: ParallelConfig) -> dict[str, Any]:
     if model.num_experts == 0:
         return {}
     return {
@@ -54,5 +54,5 @@ def _experts(model: Network) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
         "moe_router_score_function": "softmax", "moe_router_pre_softmax": not model.norm_topk_prob,
         "moe_router_dtype": "fp32", "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": False, "moe_token_dispatcher_type": "alltoall", "moe_permute_fusion": False,
+        "moe_grouped_gemm": False, "moe_token_dispatcher_type": parallel.token_dispatcher, "moe_permute_fusion": False,
     }

@@ -38,13 +38,21 @@ def forward_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) ->
     for length in sequence_lengths:
         tokens += length
         pairs += length * (length + 1) // 2
-    per_pair = 4 * config["num_attention_heads"] * _head_dim(config) * config["num_hidden_layers"]
-    return tokens * linear_flops_per_token(config) + pairs * per_pair
+    return tokens * linear_flops_per_token(config) + pairs * _flops_per_pair(config)
 
 
 def train_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) -> int:
     """Forward and backward FLOPs of a batch of causal sequences: three times the forward pass."""
     return 3 * forward_flops(config, sequence_lengths)
+
+
+def attention_balance_tokens(config: Mapping[str, Any]) -> float:
+    """Length of a causal sequence, in tokens, whose attention scores cost as much as everything else in it."""
+    return 2 * linear_flops_per_token(config) / _flops_per_pair(config)
+
+
+def _flops_per_pair(config: Mapping[str, Any]) -> int:
+    return 4 * config["num_attention_heads"] * _head_dim(config) * config["num_hidden_layers"]
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:

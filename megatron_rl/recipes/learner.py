@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from megatron_rl.config.schema import AlgoConfig, Config
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import load_hf
+from megatron_rl.model.network import Network
+from megatron_rl.observe.flops import attention_balance_tokens
 from megatron_rl.observe.timing import Timers
 from megatron_rl.recipes.routing import share_routed_experts
 from megatron_rl.topology import Topology
@@ -34,17 +37,17 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
     return policy, optimizer, step
 
 
-def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology, *,
+def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology, network: Network, *,
                         experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
     """This rank's micro-batches of `samples`; every rank gets equally many. experts_shape as in pack()."""
-    parallel = config.parallel
+    parallel, cp_size = config.parallel, topology.cp_size
     plan = plan_microbatches(
-        [len(sample.token_ids) - 1 for sample in samples], dp_size=topology.dp_size,
-        tokens_per_microbatch=config.batch.tokens_per_microbatch,
-        multiple_of=parallel.pp if parallel.vpp else 1)
-    align = parallel.tp if parallel.use_sequence_parallel else 1
-    return [pack([samples[i] for i in members], multiple_of=align, device=topology.device,
-                 experts_shape=experts_shape)
+        [len(sample.token_ids) - 1 for sample in samples], dp_size=topology.dp_size, cp_size=cp_size,
+        tokens_per_microbatch=config.batch.tokens_per_microbatch, align=parallel.token_multiple,
+        multiple_of=parallel.pp if parallel.vpp else 1,
+        attention_tokens=attention_balance_tokens(dataclasses.asdict(network)))
+    return [pack([samples[i] for i in members], multiple_of=parallel.token_multiple, cp_size=cp_size,
+                 cp_rank=topology.cp_rank, device=topology.device, experts_shape=experts_shape)
             for members in plan[topology.dp_rank]]
 
 
@@ -73,7 +76,7 @@ class PolicyLearner:
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
         if shape is not None:
             batch = share_routed_experts(batch, self.topology, shape)
-        microbatches = packed_microbatches(batch.samples, self.config, self.topology, experts_shape=shape)
+        microbatches = packed_microbatches(batch.samples, self.config, self.topology, network, experts_shape=shape)
         old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
         reference = None if self._reference is None else self.step.logprobs(microbatches, self._reference)
         if self.topology.is_last_stage:  # elsewhere no loss is computed

@@ -48,7 +48,7 @@ def run(config: Config) -> None:
                 started = time.perf_counter()
                 chosen = order[index * options.batch_size:(index + 1) * options.batch_size]
                 samples = [sft_sample(source, int(i)) for i in chosen]
-                microbatches = packed_microbatches(samples, config, here)
+                microbatches = packed_microbatches(samples, config, here, policy.config)
                 result = step.update(
                     microbatches, TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples)),
                     lr=learning_rate(done, options.schedule_steps, config.optimizer), balance_coef=options.balance_coef,

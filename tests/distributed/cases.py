@@ -41,6 +41,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp2_etp2": {"world_size": 2, "tp": 2, "etp": 2},
     "pp2": {"world_size": 2, "pp": 2},
     "pp2_vpp2": {"world_size": 2, "pp": 2, "vpp": 2},
+    "cp2": {"world_size": 2, "cp": 2},
+    "tp2_cp2_ep2": {"world_size": 4, "tp": 2, "cp": 2, "ep": 2},
     "pp2_ep2": {"world_size": 4, "pp": 2, "ep": 2},
     "tp2_dp2_ep2": {"world_size": 4, "tp": 2, "ep": 2},
     "tp2_pp2_ep2": {"world_size": 4, "tp": 2, "pp": 2, "ep": 2},

@@ -13,12 +13,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import tests.distributed.cases as cases
 from c3po import c3po_loss
 from megatron_rl import topology
-from megatron_rl.batch import pack, plan_microbatches
+from megatron_rl.batch import by_sample, lay_out, pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
@@ -38,12 +39,11 @@ def microbatches_of(step: cases.Step, here: topology.Topology, count: int) -> li
                              min_microbatches=count)
     packed = []
     for members in plan[here.dp_rank]:
-        batch = pack([samples[index] for index in members], multiple_of=cases.PACK_MULTIPLE)
-        batch.old_logprobs, batch.ref_logprobs = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens)
-        for place, index in enumerate(members):
-            start, end = batch.cu_seqlens[place:place + 2].tolist()
-            batch.old_logprobs[start:end] = torch.from_numpy(step.old_logprobs[index][1:])
-            batch.ref_logprobs[start:end] = torch.from_numpy(step.ref_logprobs[index][1:])
+        batch = pack([samples[index] for index in members], multiple_of=cases.PACK_MULTIPLE,
+                     cp_size=here.cp_size, cp_rank=here.cp_rank)
+        for name in ("old_logprobs", "ref_logprobs"):
+            arrays = [getattr(step, name)[index][1:] for index in members]
+            setattr(batch, name, lay_out(batch.source, arrays, dtype=np.float32))
         packed.append(batch)
     return packed
 
@@ -99,16 +99,18 @@ class Runner:
                 "sums": {key: (float(value.sum), float(value.count)) for key, value in result.sums.items()}}
 
     def logprobs(self, *, norm_head: bool) -> dict[int, torch.Tensor]:
-        """fp32 [L-1] of every sequence by its index, from ranks of the last stage."""
+        """fp32 [L-1] of every sequence by its index: what the context-parallel ranks of the last stage hold, added."""
         policy = replace(self.policy, config=replace(self.policy.config, norm_head=norm_head))
         batches = microbatches_of(self.step, self.here, 2)
         found = {}
         outputs = self._train_step(policy, None).logprobs(batches)
         for batch, logprobs_T in zip(batches if outputs else [], outputs, strict=True):
-            for place, index in enumerate(batch.sample_indices):
-                start, end = batch.cu_seqlens[place:place + 2].tolist()
-                found[index] = logprobs_T[start:end].clone()
-        return {index: value for part in self.here.gather_objects(found) for index, value in part.items()}
+            found |= dict(zip(batch.sample_indices, by_sample(batch, logprobs_T), strict=True))
+        whole: dict[int, torch.Tensor] = {}
+        for tp_rank, part in self.here.gather_objects((self.here.tp_rank, found)):
+            for index, value in part.items() if tp_rank == 0 else ():
+                whole[index] = whole[index] + value if index in whole else value
+        return whole
 
     def _counted(self, count: int, mutation: str):
         batches = microbatches_of(self.step, self.here, count)

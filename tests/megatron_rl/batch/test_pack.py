@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.batch import pack
+from megatron_rl.batch import by_sample, lay_out, pack
 from megatron_rl.types import TrainSample
 
 
@@ -108,3 +108,49 @@ def test_experts_describe_the_token_that_is_read_and_padding_takes_the_first_one
     assert batch.routed_experts.tolist() == [*experts[0].tolist(), *experts[1].tolist(), *[[[0, 1], [0, 1]]] * 3]
     assert pack([], multiple_of=2, experts_shape=(1, 3)).routed_experts.tolist() == [[[0, 1, 2]]] * 2
     assert pack(samples, multiple_of=4).routed_experts is None
+
+
+def test_context_parallel_ranks_hold_mirrored_chunks_of_each_sequence():
+    # cp 2: 3 positions are padded to 4, 5 to 8, cut in 4 chunks of 1 and of 2; T on a rank is 6, 8 with a padding of 4
+    samples = [sample(7, [10, 11, 12, 13], 2), sample(3, [20, 21, 22, 23, 24, 25], 1)]
+    first, second = (pack(samples, multiple_of=4, cp_size=2, cp_rank=rank) for rank in (0, 1))
+    assert first.cu_seqlens.tolist() == second.cu_seqlens.tolist() == [0, 4, 12, 16]
+    assert (first.num_tokens, first.max_seqlen) == (8, 8)
+    assert first.position_ids.tolist() == [0, 3, 0, 1, 6, 7, 0, 3]
+    assert second.position_ids.tolist() == [1, 2, 2, 3, 4, 5, 1, 2]
+    assert first.input_ids.tolist() == [10, 0, 20, 21, 0, 0, 0, 0]
+    assert second.input_ids.tolist() == [11, 12, 22, 23, 24, 0, 0, 0]
+    assert first.labels.tolist() == [11, 0, 21, 22, 0, 0, 0, 0]
+    assert second.labels.tolist() == [12, 13, 23, 24, 25, 0, 0, 0]
+    assert first.real.tolist() == [True, False, True, True, False, False, False, False]
+    assert first.loss_mask.tolist() == [False, False, True, True, False, False, False, False]
+    assert second.loss_mask.tolist() == [True] * 5 + [False] * 3
+    assert second.source.tolist() == [1, 2, 5, 6, 7, -1, -1, -1]
+    assert (first.sample_indices, first.sample_lengths) == ((7, 3), (3, 5))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_laid_out_over_ranks_comes_back_by_sample(seed):
+    rng = np.random.default_rng(seed)
+    samples = [sample(i, rng.integers(1, 100, int(rng.integers(2, 30))), 1) for i in range(int(rng.integers(0, 6)))]
+    values = [rng.normal(size=(len(s.token_ids) - 1, 2)) for s in samples]
+    cp_size, multiple = int(rng.integers(1, 5)), int(rng.integers(1, 5))
+    whole = [torch.zeros(len(value), 2, dtype=torch.float64) for value in values]
+    for rank in range(cp_size):
+        batch = pack(samples, multiple_of=multiple, cp_size=cp_size, cp_rank=rank)
+        assert batch.num_tokens % multiple == 0 and batch.num_tokens * cp_size == int(batch.cu_seqlens[-1])
+        laid = lay_out(batch.source, values, dtype=np.float64, fill=[9.0, 9.0])
+        assert bool((laid[~batch.real] == 9.0).all())
+        for total, part in zip(whole, by_sample(batch, laid), strict=True):
+            total += part
+    for total, value in zip(whole, values, strict=True):
+        np.testing.assert_array_equal(total, value)
+
+
+@pytest.mark.parametrize(("cp_size", "multiple"), [(2, 1), (2, 4), (3, 2), (4, 8)])
+def test_no_padding_beyond_what_alignment_needs(cp_size, multiple):
+    samples = [sample(i, np.arange(1, length + 2), 1) for i, length in enumerate((1, 2, 7, 8, 9, 30))]
+    batch = pack(samples, multiple_of=multiple, cp_size=cp_size)
+    each = 2 * cp_size
+    padded = sum(-(-length // each) * each for length in batch.sample_lengths)
+    assert padded <= int(batch.cu_seqlens[-1]) < padded + np.lcm(each, cp_size * multiple)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
 
-from megatron_rl.batch import plan_microbatches
+from megatron_rl.batch import pack, plan_microbatches
+from megatron_rl.batch.pack import microbatch_multiple, sequence_multiple
+from megatron_rl.observe.flops import attention_balance_tokens
+from megatron_rl.types import TrainSample
 
+LING_LITE = {
+    "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "vocab_size": 126464, "num_experts": 64, "num_experts_per_tok": 6, "num_shared_experts": 2,
+    "moe_intermediate_size": 1408, "intermediate_size": 5632, "first_k_dense_replace": 0,
+}
 HIDDEN_TOKENS = 6.0 * 2048
 
 
@@ -48,6 +57,39 @@ def test_invariants_of_the_plan(seed):
 def test_plan_depends_on_nothing_but_its_arguments(seed):
     lengths, arguments = random_case(seed)
     assert plan_microbatches(lengths, **arguments) == plan_microbatches(list(lengths), **arguments)
+
+
+@pytest.mark.parametrize(("cp_size", "align"), [(1, 1), (2, 2), (4, 4)])
+def test_sixty_four_ranks_get_equal_work_and_hardly_any_padding(cp_size, align):
+    """8,192 responses, lognormal, 64 to 24,576 tokens, median 2,000; cost and cap of Ling-lite at 24,576 tokens a rank:
+    the dearest rank at most 2% above the mean, at least 99% of the positions real, planned in at most 0.1 s."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(np.ceil(rng.lognormal(7.6, 1.0, 8192)), 64, 24576).astype(int).tolist()
+    attention_tokens = attention_balance_tokens(LING_LITE)
+    started = time.process_time()
+    plan = plan_microbatches(lengths, dp_size=64, tokens_per_microbatch=24576, cp_size=cp_size, align=align,
+                             attention_tokens=attention_tokens)
+    seconds = time.process_time() - started
+    each, unit = sequence_multiple(cp_size), microbatch_multiple(cp_size, align)
+    padded = [math.ceil(length / each) * each for length in lengths]
+    totals = [sum(padded[i] * (1 + padded[i] / attention_tokens) for members in rank for i in members)
+              for rank in plan]
+    assert max(totals) <= 1.02 * sum(totals) / 64
+    positions = sum(math.ceil(sum(padded[i] for i in members) / unit) * unit for rank in plan for members in rank)
+    assert sum(lengths) >= 0.99 * positions
+    assert seconds < 0.1, "measured 0.01 to 0.02 s"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cap_holds_on_each_context_parallel_rank_with_its_padding(seed):
+    rng = np.random.default_rng(seed)
+    lengths, cp_size, align = rng.integers(1, 90, 40).tolist(), int(rng.integers(2, 5)), int(rng.integers(1, 5))
+    cap = 2 * align * int(rng.integers(30, 60))
+    samples = [TrainSample(i, np.zeros(n + 1, np.int32), np.ones(n + 1, bool), np.zeros(n + 1, np.float32), 0.0, n)
+               for i, n in enumerate(lengths)]
+    plan = plan_microbatches(lengths, dp_size=2, tokens_per_microbatch=cap, cp_size=cp_size, align=align)
+    for members in (members for rank in plan for members in rank):
+        assert pack([samples[i] for i in members], multiple_of=align, cp_size=cp_size).num_tokens <= cap
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -114,3 +156,5 @@ def test_fewer_sequences_than_places_leave_micro_batches_empty():
 def test_sequence_above_the_cap_is_an_error_that_names_the_key():
     with pytest.raises(ValueError, match="a sequence of 9 tokens exceeds batch.tokens_per_microbatch=8"):
         plan_microbatches([3, 9], dp_size=1, tokens_per_microbatch=8)
+    with pytest.raises(ValueError, match="a sequence of 17 .* batch.tokens_per_microbatch=8 x parallel.cp=2"):
+        plan_microbatches([16, 17], dp_size=1, tokens_per_microbatch=8, cp_size=2)

@@ -12,6 +12,9 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
 @pytest.mark.parametrize("overrides, message", [
     (["c3po.cutoff=response", "c3po.phi=79"], r"c3po\.phi=79 .* smaller than one response.*max_response_tokens=80"),
     (["batch.tokens_per_microbatch=100"], r"batch\.tokens_per_microbatch=100 .*rollout\.max_context_tokens=128"),
+    (["parallel=tp2", "batch.tokens_per_microbatch=8191"], r"tokens_per_microbatch=8191 must be a multiple of 2.*tp=2"),
+    (["parallel.world_size=2", "parallel.cp=2", "batch.tokens_per_microbatch=62"],
+     r"tokens_per_microbatch=62 x parallel\.cp=2 .*rollout\.max_context_tokens=128"),
     (["rollout.max_context_tokens=4096"], r"rollout\.max_context_tokens=4096 exceeds .*max_position_embeddings=512"),
     (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt=1"),
     (["c3po.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
@@ -20,6 +23,11 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
 def test_a_rule_names_its_keys(overrides, message):
     with pytest.raises(ValueError, match=message):
         check_rl(load(["experiment=quickstart", "batch.tokens_per_microbatch=8192", *overrides]), SIZES)
+
+
+def test_a_sequence_may_be_as_long_as_its_context_parallel_ranks_hold_together():
+    check_rl(load(["experiment=quickstart", "parallel.world_size=2", "parallel.cp=2", "parallel.ep=1",
+                   "batch.tokens_per_microbatch=64"]), SIZES)
 
 
 def test_phi_may_be_below_a_response_when_tokens_are_cut():

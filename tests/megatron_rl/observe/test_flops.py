@@ -1,6 +1,6 @@
 """Model FLOPs against hand counts and the published size of Ling-lite."""
 
-from megatron_rl.observe.flops import forward_flops, linear_flops_per_token, train_flops
+from megatron_rl.observe.flops import attention_balance_tokens, forward_flops, linear_flops_per_token, train_flops
 
 LING_LITE = {
     "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4,
@@ -26,6 +26,11 @@ def test_small_network_by_hand():
     assert linear_flops_per_token(SMALL) == 2 * 144 + 168 + 424 + 80
     # 3 tokens see 1 + 2 + 3 = 6 pairs; each 4*2*3 = 24 in 2 layers
     assert forward_flops(SMALL, [3]) == 3 * 960 + 6 * 24 * 2
+
+
+def test_attention_costs_as_much_as_the_rest_at_its_balance_length():
+    # SMALL: 960 a token against 48 a pair, L/2 pairs a token: L = 2 * 960 / 48
+    assert attention_balance_tokens(SMALL) == 40.0
 
 
 def test_backward_is_twice_forward_and_sequences_add_up():
