@@ -1,9 +1,11 @@
-"""Operations whose memory, not arithmetic, decides how long a sequence can be trained.
+"""Operations whose memory traffic and launches, not arithmetic, decide the speed of a step.
 
-One folder per operation: reference.py (naive), op.py (what to call), README.md (what it costs).
-Imports torch and the standard library only.
+One folder per operation: reference.py (naive), op.py (what to call), triton_impl.py (kernels), README.md (its costs).
+Imports torch, the standard library and, in files named triton_impl, triton.
 """
 
+from rl_kernels.grouped_experts import grouped_experts
 from rl_kernels.linear_logprob import linear_logprob
+from rl_kernels.router_topk import router_topk
 
-__all__ = ["linear_logprob"]
+__all__ = ["grouped_experts", "linear_logprob", "router_topk"]

@@ -34,6 +34,16 @@ def dot(a, b, accumulator, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def store(pointers, values, mask, INTERPRETED: tl.constexpr):
+    """tl.store of float32 values, rounded to nearest: the interpreter of triton 3.8 cuts bfloat16 off instead."""
+    if INTERPRETED:
+        if pointers.dtype.element_ty == tl.bfloat16:
+            bits = values.to(tl.uint32, bitcast=True)
+            values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    tl.store(pointers, values, mask=mask)
+
+
+@triton.jit
 def dot_nt(a, a_rows, a_stride, b, b_rows, b_stride, K, a_mask, b_mask, BM: tl.constexpr, BN: tl.constexpr,
            BK: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 [BM, BN] = a[a_rows, :K] @ b[b_rows, :K]^T; rows whose mask is False count as zero."""

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl_kernels.triton_impl import INTERPRETED, dot_nt
+from rl_kernels.triton_impl import INTERPRETED, dot_nt, store
 
 LOWEST = -1e30  # instead of -inf: LOWEST - LOWEST and LOWEST * 0 are numbers
 
@@ -80,7 +80,8 @@ def gradient_kernel(hidden, weight, local, lse, entropy, grad_logprob, grad_entr
     is_label = columns[None, :] == tl.load(local + rows, mask=row_mask, other=-1)[:, None]
     gradient = tl.where(is_label, g_logprob, 0.0) - tl.exp(logp) * slope
     mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * B + columns[None, :], gradient * inverse_temperature, mask=mask)
+    place = out + rows.to(tl.int64)[:, None] * B + columns[None, :]
+    store(place, gradient * inverse_temperature, mask, INTERPRETED)
 
 
 def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens):

@@ -1,0 +1,221 @@
+"""grouped_experts in Triton: rows are gathered and scattered inside the matrix products, no permuted copy is made.
+
+Letters: T tokens, K choices of a token, N = T * K slots, E experts, H hidden size, F width of an expert.
+Forward keeps the two halves before the SwiGLU [N, 2F]; backward makes the activation from them again.
+A program computes BM rows of one expert; which, it reads from a table, because the sizes are on the device only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from rl_kernels.triton_impl import INTERPRETED, dot, store
+
+
+def tiles(dtype: torch.dtype, *, accumulators: int = 1) -> dict[str, int]:
+    """Tile sizes and launch options. Chosen by reasoning for sm_80 and sm_90; no timing stands behind them yet."""
+    if INTERPRETED:
+        return {"BM": 16, "BN": 16, "BK": 16}
+    if dtype == torch.float32:
+        return {"BM": 64, "BN": 64 // accumulators, "BK": 32, "num_warps": 4, "num_stages": 2}
+    return {"BM": 128, "BN": 128 // accumulators, "BK": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def rows_of_block(table, order, block, num_blocks, choices, BM: tl.constexpr):
+    """(expert, or -1 for a block beyond the last; rows [BM]; mask; slot; token)"""
+    expert = tl.load(table + block)
+    start = tl.load(table + num_blocks + block)
+    end = tl.load(table + 2 * num_blocks + block)
+    rows = start + tl.arange(0, BM)
+    mask = rows < end
+    slot = tl.load(order + rows, mask=mask, other=0)
+    return expert, rows.to(tl.int64), mask, slot, slot // choices
+
+
+@triton.jit
+def gate_up_kernel(hidden, gate_up, weights, order, table, saved, activated, num_blocks, choices, H, F,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """saved[row, :2F] = gate and up; activated[row, :F] = silu(gate) * up * weight."""
+    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
+    if expert >= 0:
+        columns = tl.program_id(1) * BN + tl.arange(0, BN)
+        inside = columns < F
+        matrix = gate_up + expert.to(tl.int64) * 2 * F * H
+        gate = tl.zeros((BM, BN), tl.float32)
+        up = tl.zeros((BM, BN), tl.float32)
+        for k0 in range(0, H, BK):
+            k = k0 + tl.arange(0, BK)
+            tile = tl.load(hidden + token[:, None] * H + k[None, :], mask=mask[:, None] & (k[None, :] < H), other=0.0)
+            where = columns[None, :] * H + k[:, None]
+            both = inside[None, :] & (k[:, None] < H)
+            gate = dot(tile, tl.load(matrix + where, mask=both, other=0.0), gate, INTERPRETED)
+            up = dot(tile, tl.load(matrix + F * H + where, mask=both, other=0.0), up, INTERPRETED)
+        weight = tl.load(weights + slot, mask=mask, other=0.0)[:, None]
+        stored = mask[:, None] & inside[None, :]
+        place = saved + rows[:, None] * 2 * F + columns[None, :]
+        store(place, gate, stored, INTERPRETED)
+        store(place + F, up, stored, INTERPRETED)
+        value = gate * tl.sigmoid(gate) * up * weight
+        store(activated + rows[:, None] * F + columns[None, :], value, stored, INTERPRETED)
+
+
+@triton.jit
+def rows_times_matrix(rows, matrix, r, columns, X, Y, row_mask, stride_x, stride_y, BM: tl.constexpr, BN: tl.constexpr,
+                      BK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 [BM, BN] = rows[r, :X] @ matrix[:X, columns], the matrix by its strides."""
+    accumulator = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, X, BK):
+        k = k0 + tl.arange(0, BK)
+        tile = tl.load(rows + r[:, None] * X + k[None, :], mask=row_mask[:, None] & (k[None, :] < X), other=0.0)
+        other = tl.load(matrix + k[:, None] * stride_x + columns[None, :] * stride_y,
+                        mask=(k[:, None] < X) & (columns[None, :] < Y), other=0.0)
+        accumulator = dot(tile, other, accumulator, INTERPRETED)
+    return accumulator
+
+
+@triton.jit
+def scatter_kernel(rows_NX, matrices, order, table, out, num_blocks, choices, X, Y, stride_x, stride_y,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """out[slot of row, :Y] = rows[row, :X] @ matrices[expert]."""
+    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
+    if expert >= 0:
+        columns = tl.program_id(1) * BN + tl.arange(0, BN)
+        tile = rows_times_matrix(rows_NX, matrices + expert.to(tl.int64) * X * Y, rows, columns, X, Y, mask, stride_x,
+                                 stride_y, BM, BN, BK, INTERPRETED)
+        store(out + slot[:, None] * Y + columns[None, :], tile, mask[:, None] & (columns[None, :] < Y), INTERPRETED)
+
+
+@triton.jit
+def activation_gradient_kernel(grad_out, down, saved, weights, order, table, grad_saved, activated, grad_weights,
+                               num_blocks, choices, H, F, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                               INTERPRETED: tl.constexpr):
+    """grad_saved [N, 2F], the weighted activation [N, F] again, and grad_weights [N, column tiles] to be summed."""
+    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
+    if expert >= 0:
+        tile = tl.program_id(1)
+        columns = tile * BN + tl.arange(0, BN)
+        grad = rows_times_matrix(grad_out, down + expert.to(tl.int64) * H * F, token, columns, H, F, mask, F, 1,
+                                 BM, BN, BK, INTERPRETED)
+        both = mask[:, None] & (columns[None, :] < F)
+        place = rows[:, None] * 2 * F + columns[None, :]
+        gate = tl.load(saved + place, mask=both, other=0.0).to(tl.float32)
+        up = tl.load(saved + place + F, mask=both, other=0.0).to(tl.float32)
+        weight = tl.load(weights + slot, mask=mask, other=0.0)[:, None]
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        tl.store(grad_weights + slot * tl.num_programs(1) + tile, tl.sum(grad * silu * up, 1), mask=mask)
+        store(activated + rows[:, None] * F + columns[None, :], silu * up * weight, both, INTERPRETED)
+        grad = grad * weight
+        store(grad_saved + place, grad * up * sigmoid * (1.0 + gate - silu), both, INTERPRETED)
+        store(grad_saved + place + F, grad * silu, both, INTERPRETED)
+
+
+@triton.jit
+def weight_gradient_kernel(left, right, order, starts, out, choices, X, Y, LEFT_BY_TOKEN: tl.constexpr,
+                           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """out[expert, :X, :Y] = sum over the expert's rows of left[., :X]^T right[., :Y]; zero for an expert without rows.
+
+    One of the two is indexed by the row's token, the other by the row.
+    """
+    expert = tl.program_id(0)
+    x = tl.program_id(1) * BM + tl.arange(0, BM)
+    y = tl.program_id(2) * BN + tl.arange(0, BN)
+    end = tl.load(starts + expert + 1)
+    accumulator = tl.zeros((BM, BN), tl.float32)
+    for r0 in range(tl.load(starts + expert), end, BK):
+        rows = (r0 + tl.arange(0, BK)).to(tl.int64)
+        mask = rows < end
+        token = tl.load(order + rows, mask=mask, other=0) // choices
+        left_rows, right_rows = rows, token
+        if LEFT_BY_TOKEN:
+            left_rows, right_rows = token, rows
+        left_tile = tl.load(left + left_rows[None, :] * X + x[:, None], mask=mask[None, :] & (x[:, None] < X),
+                            other=0.0)
+        right_tile = tl.load(right + right_rows[:, None] * Y + y[None, :], mask=mask[:, None] & (y[None, :] < Y),
+                             other=0.0)
+        accumulator = dot(left_tile, right_tile, accumulator, INTERPRETED)
+    place = out + expert.to(tl.int64) * X * Y + x.to(tl.int64)[:, None] * Y + y[None, :]
+    store(place, accumulator, (x[:, None] < X) & (y[None, :] < Y), INTERPRETED)
+
+
+def block_table(ends_E: torch.Tensor, slots: int, rows_per_block: int) -> torch.Tensor:
+    """int32 [3, blocks]: expert (-1: no block), first row and end of each block of at most rows_per_block rows.
+
+    As many blocks as any split of the slots over the experts could need, so that nothing is read back to the host.
+    """
+    starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
+    last_block_E = ((ends_E - starts_E + rows_per_block - 1) // rows_per_block).cumsum(0)
+    block = torch.arange(triton.cdiv(slots, rows_per_block) + len(ends_E), device=ends_E.device)
+    expert = torch.searchsorted(last_block_E, block, right=True)
+    real = expert < len(ends_E)
+    expert = expert.clamp(max=len(ends_E) - 1)
+    before = torch.cat([last_block_E.new_zeros(1), last_block_E[:-1]])[expert]
+    start = starts_E[expert] + (block - before) * rows_per_block
+    end = torch.where(real, ends_E[expert], start)
+    return torch.stack([torch.where(real, expert, -1), start, end]).to(torch.int32).contiguous()
+
+
+class TritonExperts(torch.autograd.Function):
+    """hidden [T, H], gate_up [E, 2F, H], down [E, H, F], weights [T, K], order int64 [N], ends int32 [E] -> [T, H]."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E):
+        hidden_TH, gate_up_E2FH, down_EHF = (t.contiguous() for t in (hidden_TH, gate_up_E2FH, down_EHF))
+        (_, hidden, width), choices, slots = down_EHF.shape, weights_TK.shape[1], len(order_N)
+        weights_N = weights_TK.float().contiguous().view(-1)
+        saved_N2F = hidden_TH.new_empty(slots, 2 * width)
+        activated_NF = hidden_TH.new_empty(slots, width)
+        out_NH = hidden_TH.new_zeros(slots, hidden)
+        if slots:
+            size = tiles(hidden_TH.dtype, accumulators=2)
+            table = block_table(ends_E, slots, size["BM"])
+            gate_up_kernel[(table.shape[1], triton.cdiv(width, size["BN"]))](
+                hidden_TH, gate_up_E2FH, weights_N, order_N, table, saved_N2F, activated_NF, table.shape[1], choices,
+                hidden, width, INTERPRETED=INTERPRETED, **size)
+            _scatter(activated_NF, down_EHF.transpose(1, 2), order_N, ends_E, choices, out_NH)
+        ctx.save_for_backward(hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E, saved_N2F)
+        return out_NH.view(-1, choices, hidden).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TH):
+        hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E, saved_N2F = ctx.saved_tensors
+        (_, hidden, width), choices, slots = down_EHF.shape, weights_TK.shape[1], len(order_N)
+        if not slots:
+            return (*(torch.zeros_like(t) for t in (hidden_TH, gate_up_E2FH, down_EHF, weights_TK)), None, None)
+        grad_TH = grad_TH.contiguous()
+        size = tiles(hidden_TH.dtype, accumulators=2)  # gate, up and the gradient are in registers together
+        table, column_tiles = block_table(ends_E, slots, size["BM"]), triton.cdiv(width, size["BN"])
+        grad_saved_N2F, activated_NF = torch.empty_like(saved_N2F), saved_N2F.new_empty(slots, width)
+        grad_weights_NC = torch.zeros(slots, column_tiles, device=grad_TH.device)
+        activation_gradient_kernel[(table.shape[1], column_tiles)](
+            grad_TH, down_EHF, saved_N2F, weights_TK.float().contiguous().view(-1), order_N, table, grad_saved_N2F,
+            activated_NF, grad_weights_NC, table.shape[1], choices, hidden, width, INTERPRETED=INTERPRETED, **size)
+        grad_NH = hidden_TH.new_zeros(slots, hidden)
+        _scatter(grad_saved_N2F, gate_up_E2FH, order_N, ends_E, choices, grad_NH)
+        grad_gate_up = _weight_gradient(grad_saved_N2F, hidden_TH, order_N, ends_E, choices, left_by_token=False)
+        grad_down = _weight_gradient(grad_TH, activated_NF, order_N, ends_E, choices, left_by_token=True)
+        return (grad_NH.view(-1, choices, hidden).sum(1), grad_gate_up, grad_down,
+                grad_weights_NC.sum(1).view_as(weights_TK).to(weights_TK.dtype), None, None)
+
+
+def _scatter(rows_NX, matrices_EXY, order_N, ends_E, choices, out_NY):
+    size, (_, inner, outer) = tiles(rows_NX.dtype), matrices_EXY.shape
+    table = block_table(ends_E, len(order_N), size["BM"])
+    scatter_kernel[(table.shape[1], triton.cdiv(outer, size["BN"]))](
+        rows_NX, matrices_EXY, order_N, table, out_NY, table.shape[1], choices, inner, outer, matrices_EXY.stride(1),
+        matrices_EXY.stride(2), INTERPRETED=INTERPRETED, **size)
+
+
+def _weight_gradient(left, right, order_N, ends_E, choices, *, left_by_token):
+    size, starts = tiles(left.dtype), torch.cat([ends_E.new_zeros(1), ends_E])
+    out = left.new_empty(len(ends_E), left.shape[1], right.shape[1])
+    grid = (len(ends_E), triton.cdiv(left.shape[1], size["BM"]), triton.cdiv(right.shape[1], size["BN"]))
+    weight_gradient_kernel[grid](
+        left, right, order_N, starts, out, choices, left.shape[1], right.shape[1], LEFT_BY_TOKEN=left_by_token,
+        INTERPRETED=INTERPRETED, **size)
+    return out

@@ -1,0 +1,31 @@
+"""Every kernel compiles for sm_90 in float32 and bfloat16, fits its shared memory, and spills no tile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SM90_SHARED_BYTES = 227 * 1024
+SPILLED_BYTES = 64  # per thread; a spilled accumulator is 64 registers and more
+KERNELS = {
+    "linear_logprob": {"statistics_kernel", "gradient_kernel"},
+    "grouped_experts": {"gate_up_kernel", "scatter_kernel", "activation_gradient_kernel", "weight_gradient_kernel"},
+    "router_topk": {"forward_kernel", "backward_kernel", "weight_gradient_kernel"},
+}
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_sm90_within_its_resources():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    output = subprocess.run([sys.executable, "-m", "tests.kernels.compile_for_gpu"], check=True, capture_output=True,
+                            text=True, env=environment, timeout=280).stdout
+    found = json.loads(output)
+    assert set(found) == {f"{op}.{kernel}.{dtype}" for op, kernels in KERNELS.items() for kernel in kernels
+                          for dtype in ("bf16", "fp32")}
+    for name, used in found.items():
+        assert used["shared_bytes"] <= SM90_SHARED_BYTES, name
+        assert used["stack_bytes"] <= SPILLED_BYTES, f"{name} spills registers: {used}"
