@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engine_for, run_ranks, terminable
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
+from megatron_rl.model.checkpoint_files import preflight
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
@@ -83,6 +85,7 @@ def train_rl(config: Config) -> None:
     """One RL run on this machine: engine, ranks, report. Everything started is stopped."""
     run_dir = Path(config.run.dir)
     refuse_earlier_run(config)
+    preflight(config.run, asdict(read_config(config.model.path)))
     check_data(config)
     with terminable(), engine_errors(), engine_for(config, config.model.path, run_dir / "engine.log") as served:
         run_ranks("rl", served)
@@ -114,6 +117,7 @@ def sft(options) -> int:
     check_layout(network, config.parallel)
     if not options.check:
         refuse_earlier_run(config)
+        preflight(config.run, asdict(network))
         run_ranks("sft", config)
         Console().print(f"checkpoint: {config.run.dir}/hf")
     return 0

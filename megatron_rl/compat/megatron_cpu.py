@@ -1,8 +1,7 @@
 """megatron-core 0.19.2 on a machine without CUDA (CPU tensors, gloo).
 
 `install()` runs before the first `import megatron.core` (compat/__init__.py), `patch_megatron()` after it
-(topology.py). With CUDA present `install` does nothing and `patch_megatron` applies only the two repairs for a run
-without Transformer Engine.
+(topology.py). With CUDA present neither does anything.
 Nothing of Megatron's arithmetic is replaced: only the CUDA runtime calls around it.
 
 Delete when: Megatron-Core asks torch.accelerator instead of torch.cuda for devices, streams and RNG states.
@@ -156,15 +155,12 @@ def _patch_tensors() -> None:
 
 
 def patch_megatron() -> None:
-    """Repairs inside megatron.core; call once after importing it and before building a model."""
-    from megatron.core.optimizer import distrib_optimizer
+    """The same inside megatron.core; call once after importing it and before building a model."""
+    if not _installed:
+        return
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        _repair_torch_adam_state(distrib_optimizer.DistributedOptimizer)
-    if not _installed:
-        return
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(
@@ -172,29 +168,3 @@ def patch_megatron() -> None:
     # token_dispatcher.maybe_move_tensor_to_cpu skips CPU tensors, but all_to_all_single wants numpy split sizes
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor)
-
-
-def _repair_torch_adam_state(optimizer_class) -> None:
-    """torch's Adam keeps a `step` per parameter, which Megatron's resharding loader neither saves nor splits.
-
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states would raise KeyError('step'),
-    and load_state_dict leaves ONE step tensor shared by all parameters.
-    """
-    if "_megatron_rl_repaired" in vars(optimizer_class):
-        return
-    set_states = optimizer_class._set_main_param_and_optimizer_states
-    load_state_dict = optimizer_class.load_state_dict
-
-    def set_with_step(self, model_param, tensors):
-        current = self._get_main_param_and_optimizer_states(model_param)
-        return set_states(self, model_param, {"step": current["step"], **tensors} if "step" in current else tensors)
-
-    def load_with_own_steps(self, state_dict):
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-    optimizer_class._set_main_param_and_optimizer_states = set_with_step
-    optimizer_class.load_state_dict = load_with_own_steps
-    optimizer_class._megatron_rl_repaired = True

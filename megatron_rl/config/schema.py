@@ -20,7 +20,11 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What one run is called, where it writes and how long it goes on."""
+    """What one run is called, where it writes and how long it goes on.
+
+    resume: go on from the newest checkpoint. resume_from: from the one of this name (step_00000020); newer ones are
+    set aside under other names. async_save: write checkpoints in the background, for a copy of the state in memory.
+    """
 
     name: str = "rl"
     dir: str = "runs/rl"
@@ -29,12 +33,15 @@ class RunConfig:
     save_every_steps: int = 20
     keep_checkpoints: int = 2
     resume: bool = False
+    resume_from: str | None = None
+    async_save: bool = False
     export_hf: bool = True
 
     def __post_init__(self):
         require(self.steps >= 1, f"run.steps={self.steps} must be at least 1")
         require(self.save_every_steps >= 1, f"run.save_every_steps={self.save_every_steps} must be at least 1")
         require(self.keep_checkpoints >= 1, f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        require(self.resume_from is None or self.resume, f"run.resume_from={self.resume_from} needs run.resume=true")
 
 
 @dataclass(frozen=True)

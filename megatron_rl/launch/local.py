@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.observe import RunProgress
 from megatron_rl.rollout.engines import EngineProcess
 
@@ -87,7 +88,8 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
         return
     total = config.run.steps if recipe == "rl" else config.sft.total_steps
     files = [JsonlTail(Path(config.run.dir) / name) for name in ("metrics.jsonl", "eval.jsonl")]
-    first_step = max(saved_steps(Path(config.run.dir)), default=0)
+    start = choose(config.run)
+    first_step = 0 if start is None else step_of(start)
     with RunProgress(total, recipe.upper(), config.observe.progress, first_step=first_step) as progress:
         running = True
         while running:
@@ -174,12 +176,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def saved_steps(run_dir: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_????????"))
-
-
 def how_to_resume(run_dir: Path) -> str:
-    steps = saved_steps(run_dir)
+    steps = saved_steps(run_dir / "checkpoints")
     if not steps:
         return "no checkpoint had been written yet: start again with the same command"
     return (f"the last checkpoint is step {steps[-1]} in {run_dir}/checkpoints: "

@@ -1,140 +1,276 @@
-"""Checkpoints: weights, optimiser, random states and whatever the loop adds; written whole or not at all.
+"""Checkpoints of a run in training: saved whole or not at all, in the background if asked, resumed in any layout.
 
-Layout of a run: <run>/checkpoints/step_00000020/ holds Megatron's distributed checkpoint (state/) and
-loop.json. A checkpoint is written under a name that ends in .partial and renamed when every rank is done, so a
-kill or a full disk leaves the last whole one in place.
+<run.dir>/checkpoints/step_00000020/
+    manifest.json            step, layout, network, where each element is, size and sha256 of the files below
+    rank_00000.safetensors   what rank 0 holds: "weight/KEY/PIECE", "exp_avg/...", "exp_avg_sq/...", flat fp32 ranges
+    random.pt                random states of all ranks
+    loop.json, rollouts.pt   what the loop adds
+
+KEY is the parameter's first Hugging Face name (slots.Slot), PIECE its number in the tensor- or expert-tensor-parallel
+cut. Each rank writes what its optimiser holds and reads what its own layout needs, cut anew through the Slot where the
+layouts differ; nothing is gathered. The weights are the fp32 master weights: those of a bf16 model are their casts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
-import os
 import random
-import re
 import shutil
-import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import tensor_parallel
 
-from megatron_rl.compat.megatron_checkpoint import keep_write_results_in_process
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.model import checkpoint_files as files
+from megatron_rl.model.adam_state import KINDS, adam_shards, set_step_count, step_count
 from megatron_rl.model.build import Policy
+from megatron_rl.model.checkpoint_shards import Held, ShardReader, file_name, locate, tensor_name, write_tensors
+from megatron_rl.model.convert import slots
+from megatron_rl.model.slots import Slot
 from megatron_rl.topology import Topology
 
-_NAME = re.compile(r"^step_(\d{8})$")
-# mem_efficient: optimiser state is gathered on data-parallel rank 0 alone, not on every rank
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True,
-             "distrib_optim_fully_reshardable_mem_efficient": True}
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A save whose files are being written: `written` becomes this rank's lines of the manifest."""
+
+    step: int
+    manifest: dict[str, Any]
+    written: Future
 
 
 class Checkpoints:
-    """Saves and restores one run's state under `folder`; keeps the newest `keep`."""
+    """Saves and restores one run's state; every rank calls every method."""
 
-    def __init__(self, folder: str | Path, policy: Policy, optimizer, topology: Topology, *, keep: int):
-        keep_write_results_in_process()
-        self.folder = Path(folder)
-        self._policy, self._optimizer, self._topology, self._keep = policy, optimizer, topology, keep
+    def __init__(self, run: RunConfig, policy: Policy, optimizer, topology: Topology):
+        self.folder = files.folder(run)
+        self._run, self._policy, self._optimizer, self._topology = run, policy, optimizer, topology
+        self._slots = slots(policy, topology)
+        self._shards = adam_shards(optimizer, [parameter for _, parameter in self._slots])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
 
-    def latest(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        steps = [int(match.group(1)) for path in self.folder.glob("step_*") if (match := _NAME.match(path.name))]
-        return max(steps, default=None)
+    # ---- saving ------------------------------------------------------------------------------------------
 
-    def save(self, step: int, loop_state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step` completed steps. OSError (no space, ...) leaves the earlier ones untouched."""
-        final = self._path(step)
-        partial = final.with_suffix(".partial")
+    def save(self, step: int, loop_state: dict[str, Any], rollouts: Any = None) -> None:
+        """Save the state after `step` steps. With run.async_save this returns when the state is copied to the host.
+
+        loop_state: JSON values. rollouts: anything that pickles. Those of rank 0 are kept. OSError on every rank,
+        naming rank and file, when something cannot be written: the earlier checkpoints stay as they are.
+        """
+        self.finish()
+        partial = self._partial(step)
+        self._on_main(step, lambda: self._make_folder(partial))
+        manifest, contents = self._manifest(step), self._small_files({"step": step, **loop_state}, rollouts)
+        tensors = self._tensors()
+        if self._run.async_save:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._pending = _Pending(step, manifest, self._thread.submit(self._write, partial, tensors, contents))
+        if not self._run.async_save:
+            self.finish()
+
+    def poll(self) -> None:
+        """Make a background save the newest checkpoint if every rank has written its part. OSError as in `save`."""
+        if self._pending is not None and all(self._topology.gather_objects(self._pending.written.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save that is under way and make it the newest checkpoint. OSError as in `save`."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._agree(pending.step, pending.written.exception())
+        for part in self._topology.gather_objects(pending.written.result()):
+            pending.manifest["files"] |= part
+        self._on_main(pending.step, lambda: files.commit(
+            self._partial(pending.step), self.folder / files.step_name(pending.step), pending.manifest,
+            keep=self._run.keep_checkpoints))
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{files.step_name(step)}.partial"
+
+    def _make_folder(self, partial: Path) -> None:
+        files.clean(self.folder)
+        partial.mkdir(parents=True)
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        gather = self._topology.gather_objects
+        held = [self._held(slot, parameter) for slot, parameter in self._slots if self._saves(slot, parameter)]
+        return {"format": files.FORMAT, "step": step, "optimizer_steps": max(gather(step_count(self._optimizer))),
+                "layout": self._layout(), "model": dataclasses.asdict(self._policy.config),
+                "parameters": locate(gather(held)), "files": {}}
+
+    def _small_files(self, loop_state: dict[str, Any], rollouts: Any) -> dict[str, bytes]:
+        """Files that rank 0 writes beside its tensors; pickled now, because training goes on."""
+        states = self._topology.gather_objects(_random_state())
+        if not self._topology.is_main:
+            return {}
+        return {"random.pt": _pickled(states), "loop.json": json.dumps(loop_state).encode(),
+                "rollouts.pt": _pickled(rollouts)}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> flat fp32 tensor of all that this rank saves, not copied."""
+        return {tensor_name(kind, slot.key, self._place(slot)[0]): tensor
+                for slot, parameter in self._slots if self._saves(slot, parameter)
+                for kind, tensor in self._shards[parameter].tensors().items()}
+
+    def _write(self, partial: Path, tensors: Mapping[str, torch.Tensor],
+               contents: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+        """This rank's files, on the disk when this returns; their lines of the manifest."""
+        entries = {}
+        name = file_name(self._topology.rank)
+        with files.writing(partial / name) as file:
+            write_tensors(file, tensors)
+        entries[name] = file.entry
+        for name, content in contents.items():
+            with files.writing(partial / name) as file:
+                file.write(content)
+            entries[name] = file.entry
+        return entries
+
+    def _on_main(self, step: int, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; its OSError is raised on every rank."""
+        error = None
         if self._topology.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "state").mkdir(parents=True)
-        self._topology.barrier()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial / "state"))
-        random_states = self._topology.gather_objects(_random_state())
+            try:
+                action()
+            except OSError as caught:
+                error = caught
+        self._agree(step, error)
+
+    def _agree(self, step: int, error: BaseException | None) -> None:
+        """Raise on every rank if there is an error on any, and remove what was written of `step`."""
+        found = self._topology.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        failed = [f"rank {rank}: {message}" for rank, message in enumerate(found) if message is not None]
+        if not failed:
+            return
         if self._topology.is_main:
-            torch.save(random_states, partial / "random.pt")
-            _write_synced(partial / "loop.json", json.dumps({"step": step, "layout": self._layout(), **loop_state}))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            self._drop_old()
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        raise OSError(f"the checkpoint of step {step} could not be saved: {'; '.join(failed)}; earlier checkpoints "
+                      f"in {self.folder} are whole")
+
+    # ---- restoring ---------------------------------------------------------------------------------------
+
+    def restore(self) -> dict[str, Any] | None:
+        """Load the checkpoint that run.resume and run.resume_from mean, in place; None to begin at the start.
+
+        Returns what `save` was given: loop_state with its "step", and "rollouts" (rank 0; None elsewhere). Random
+        states come back in the layout that saved them; in another one they are seeded from (run.seed, step).
+        ValueError for a checkpoint that is damaged or of another model.
+        """
+        checkpoint = files.choose(self._run)
+        if checkpoint is None:
+            return None
+        manifest = self._verified(checkpoint)
+        reader = ShardReader(checkpoint, manifest["parameters"])
+        for slot, parameter in self._slots:
+            self._read_parameter(reader, slot, parameter)
+        set_step_count(self._optimizer, manifest["optimizer_steps"])
+        if manifest["layout"] == self._layout():
+            states = torch.load(checkpoint / "random.pt", weights_only=False)
+            _restore_random_state(states[self._topology.rank])
+        else:
+            _seed_random_state(self._run.seed + manifest["step"])
+        state = json.loads((checkpoint / "loop.json").read_text())
+        state["rollouts"] = None
+        if self._topology.is_main:
+            state["rollouts"] = torch.load(checkpoint / "rollouts.pt", weights_only=False)
+            files.set_aside_after(checkpoint)
         self._topology.barrier()
-        return final
+        return state
 
-    def load(self, step: int) -> dict[str, Any]:
-        """Restore weights, optimiser and random states in place; returns the loop's own state."""
-        folder = self._path(step)
-        loop_state = json.loads((folder / "loop.json").read_text())
-        if loop_state["layout"] != self._layout():
-            raise ValueError(f"{folder} was saved with {loop_state['layout']}, this run has {self._layout()}; "
-                             "resume with the same parallel.* sizes")
-        self._create_optimizer_state()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder / "state"))
-        for name, gpt in self._models():
-            gpt.load_state_dict(state[name], strict=False)
-        self._optimizer.load_state_dict(state["optimizer"])
-        _restore_random_state(torch.load(folder / "random.pt", weights_only=False)[self._topology.rank])
-        return loop_state
+    def _verified(self, checkpoint: Path) -> dict[str, Any]:
+        """The manifest; every rank reads its share of the files, and all raise what one has found."""
+        here, error, manifest = self._topology, None, {}
+        try:
+            manifest = files.read_manifest(checkpoint)
+            files.check_model(checkpoint, manifest, dataclasses.asdict(self._policy.config))
+            files.check_sums(checkpoint, manifest, sorted(manifest["files"])[here.rank::here.world_size])
+        except ValueError as caught:
+            error = caught
+        found = [each for each in here.gather_objects(error) if each is not None]
+        if found:
+            raise here.broadcast_object(files.explained(found[0], checkpoint) if here.is_main else None)
+        return manifest
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
+    @torch.no_grad()
+    def _read_parameter(self, reader: ShardReader, slot: Slot, parameter: torch.nn.Parameter) -> None:
+        weight = self._read(reader, "weight", slot, 0, parameter.numel())
+        parameter.data.copy_(weight.view(parameter.shape))
+        if parameter not in self._shards:  # another data-parallel rank holds its optimiser state
+            return
+        held = self._shards[parameter]
+        tensors = held.tensors()
+        tensors["weight"].copy_(weight[held.start:held.end])
+        for kind in KINDS[1:]:
+            tensors[kind].copy_(self._read(reader, kind, slot, held.start, held.end))
+
+    def _read(self, reader: ShardReader, kind: str, slot: Slot, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of this rank's piece of a parameter, however many pieces were saved."""
+        index, size = self._place(slot)
+        saved = reader.num_pieces(slot.key)
+        if saved == size:
+            return reader.read(kind, slot.key, index, start, end)
+        whole = slot.unshard([reader.read_piece(kind, slot.key, piece) for piece in range(saved)])
+        return slot.shard([tensor for _, tensor in whole], index, size).reshape(-1)[start:end]
+
+    # ---- who holds what ----------------------------------------------------------------------------------
 
     def _layout(self) -> dict[str, int]:
         here = self._topology
         return {"world_size": here.world_size, "tp": here.tp_size, "pp": here.pp_size, "ep": here.ep_size,
                 "etp": here.etp_size, "cp": here.cp_size}
 
-    def _models(self):
-        gpt_models = self._policy.gpt_models
-        return [("model" if len(gpt_models) == 1 else f"model{i}", gpt) for i, gpt in enumerate(gpt_models)]
+    def _place(self, slot: Slot) -> tuple[int, int]:
+        """(number, count) of this rank's piece of a parameter."""
+        if slot.cut == "none":
+            return 0, 1
+        here = self._topology
+        return (here.tp_rank, here.tp_size) if slot.over == "tp" else (here.etp_rank, here.etp_size)
 
-    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        for name, gpt in self._models():
-            sharded = gpt.sharded_state_dict(metadata=_SHARDING)
-            state[name] = {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
-        models = state["model"] if "model" in state else dict(state)
-        state["optimizer"] = self._optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_SHARDING)
-        return state
+    def _saves(self, slot: Slot, parameter: torch.nn.Parameter) -> bool:
+        """Whether this rank is the one to save what it holds of a parameter."""
+        here = self._topology
+        if parameter not in self._shards:
+            return False
+        if slot.cut == "none" and (here.tp_rank if slot.over == "tp" else here.etp_rank) > 0:
+            return False
+        first_copy = here.dp_rank == here.cp_rank == 0 if slot.over == "tp" else here.expert_dp_rank == 0
+        return first_copy or not self._shards[parameter].replicated
 
-    def _create_optimizer_state(self) -> None:
-        """torch's Adam creates its moments at the first step; DistributedOptimizer.state_dict wants them before."""
-        for optimizer in _inner_optimizers(self._optimizer):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if not optimizer.state[parameter]:
-                        optimizer.state[parameter] = {
-                            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                            "exp_avg_sq": torch.zeros_like(parameter)}
-
-    def _drop_old(self) -> None:
-        whole = sorted(path for path in self.folder.glob("step_*") if _NAME.match(path.name))
-        for path in whole[:-self._keep]:
-            shutil.rmtree(path)
+    def _held(self, slot: Slot, parameter: torch.nn.Parameter) -> Held:
+        part = self._shards[parameter]
+        return Held(slot.key, self._place(slot)[0], tuple(parameter.shape), part.start, part.end)
 
 
-def _inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
-    chained = optimizer.chained_optimizers if hasattr(optimizer, "chained_optimizers") else [optimizer]
-    return [each.optimizer for each in chained if each.optimizer is not None]
+def _pickled(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def _random_state() -> dict[str, Any]:
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(), "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
 
 
 def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _seed_random_state(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

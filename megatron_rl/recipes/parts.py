@@ -50,7 +50,12 @@ class BroadcastRollouts:
         return self._collector.collect_blocking(self._sampler.next(count), step=step, first_index=round_ * count)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._sampler.state_dict() if self._sampler is not None else {}
+        """What rank 0 needs to go on; may hold arrays (the checkpoint pickles it)."""
+        return {"prompts": self._sampler.state_dict()} if self._topology.is_main else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._topology.is_main:
+            self._sampler.load_state_dict(state["prompts"])
 
 
 class PublishedWeights:
@@ -96,16 +101,19 @@ def build_expected(config: Config, raw_model_config: dict[str, Any]) -> Expected
 
 
 class RunRecord:
-    """loop.Record: metrics, evaluation and checkpoints. Everything but `save` acts on rank 0 alone."""
+    """loop.Record: metrics, evaluation and checkpoints. Metrics and evaluation act on rank 0 alone."""
 
     def __init__(self, config: Config, topology: Topology, *, raw_model_config: dict[str, Any], log: MetricsLog | None,
-                 held_out: HeldOut | None, weights: PublishedWeights, save: Callable[[int], None]):
+                 held_out: HeldOut | None, weights: PublishedWeights, save: Callable[[int], None],
+                 poll_save: Callable[[], None]):
         self._config, self._topology, self._raw_model_config = config, topology, raw_model_config
-        self._log, self._held_out, self._weights, self._save = log, held_out, weights, save
+        self._log, self._held_out, self._weights = log, held_out, weights
+        self._save, self._poll_save = save, poll_save
 
     def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
              results: Sequence[StepResult], timers: Timers) -> None:
         seconds = timers.pop()
+        self._poll_save()
         if self._log is None:
             return
         metrics = {**rollout_metrics(groups), **budget_metrics(batches), **update_metrics(results), **seconds,

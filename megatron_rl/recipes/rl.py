@@ -35,6 +35,7 @@ class RunParts:
     record: RunRecord
     first_step: int
     exporter: Exporter
+    checkpoints: Checkpoints
     topology: topology.Topology
 
 
@@ -43,6 +44,7 @@ def run(config: Config) -> None:
     with build_run(config) as parts:
         finished = loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=parts.weights,
                             record=parts.record, timers=Timers(), first_step=parts.first_step)
+        parts.checkpoints.finish()
         if finished and config.run.export_hf:
             export(config, parts.exporter, parts.topology, Path(config.run.dir) / "hf")
     topology.stop()
@@ -55,36 +57,33 @@ def build_run(config: Config) -> Iterator[RunParts]:
     """Everything of one run on this rank; what speaks to the outside is closed at the end."""
     here = topology.start(config.parallel, seed=config.run.seed)
     learner = PolicyLearner(config, here)
-    checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", learner.policy, learner.optimizer, here,
-                              keep=config.run.keep_checkpoints)
-    state = restore(config, checkpoints)
+    checkpoints = Checkpoints(config.run, learner.policy, learner.optimizer, here)
+    state = checkpoints.restore()
     first_step = 0 if state is None else state["step"]
     exporter = Exporter(learner.policy, here)
     with contextlib.ExitStack() as stack:
-        resume_step = None if state is None else first_step
-        main = MainRank(config, here, stack, resume_step=resume_step) if here.is_main else None
+        main = MainRank(config, here, stack, log_until=log_until(config, state)) if here.is_main else None
+        rollouts = BroadcastRollouts(config, here, main.sampler if main else None, main.collector if main else None)
         if state is not None:
             learner.updates_done = state["updates_done"]
-            if main is not None:
-                main.sampler.load_state_dict(state["data"])
-        rollouts = BroadcastRollouts(config, here, main.sampler if main else None, main.collector if main else None)
+            rollouts.load_state_dict(state["rollouts"])
         weights = PublishedWeights(exporter, here, publisher=main.publisher if main else None,
                                    expected=main.expected if main else None, clients=main.clients if main else ())
 
         def save(step: int) -> None:
-            checkpoints.save(step, {"updates_done": learner.updates_done, "data": rollouts.state_dict()})
+            checkpoints.save(step, {"updates_done": learner.updates_done}, rollouts.state_dict())
 
         record = RunRecord(config, here, raw_model_config=read_raw_config(config.model.path),
                            log=main.log if main else None, held_out=main.held_out if main else None,
-                           weights=weights, save=save)
-        yield RunParts(rollouts, learner, weights, record, first_step, exporter, here)
+                           weights=weights, save=save, poll_save=checkpoints.poll)
+        yield RunParts(rollouts, learner, weights, record, first_step, exporter, checkpoints, here)
 
 
 class MainRank:
     """What only rank 0 has: prompts, rewards, engines, the log. Closed with `stack`."""
 
     def __init__(self, config: Config, here: topology.Topology, stack: contextlib.ExitStack, *,
-                 resume_step: int | None):
+                 log_until: int | None):
         tokenizer = load_tokenizer(config.model.path)
         source = prompt_source(config, config.data, tokenizer)
         self.sampler = PromptSampler(source, config.run.seed, shuffle=config.data.shuffle)
@@ -97,18 +96,17 @@ class MainRank:
         self.expected = build_expected(config, read_raw_config(config.model.path))
         self.held_out = HeldOut(config, self.collector, tokenizer)
         self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
-                                                  resume_step=resume_step))
+                                                  resume_step=log_until))
 
 
-def restore(config: Config, checkpoints: Checkpoints) -> dict | None:
-    """The loop's state of the newest checkpoint, loaded, or None for a run from the start."""
-    latest = checkpoints.latest()
-    if not config.run.resume:
-        if latest is not None:
-            raise ValueError(f"{checkpoints.folder} holds checkpoints of an earlier run: continue it with "
-                             "resume=true, or choose another run.dir")
-        return None
-    return None if latest is None else checkpoints.load(latest)
+def log_until(config: Config, state: dict | None) -> int | None:
+    """The last step whose metrics stay when a run goes on: the checkpoint's, none if it was killed before its first.
+
+    None for a new run.
+    """
+    if state is not None:
+        return state["step"]
+    return -1 if config.run.resume else None
 
 
 def export(config: Config, exporter: Exporter, here: topology.Topology, folder: Path) -> None:

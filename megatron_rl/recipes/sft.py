@@ -18,7 +18,7 @@ from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, reduce_metrics
 from megatron_rl.recipes.learner import build_trainable, packed_microbatches
-from megatron_rl.recipes.rl import export, restore
+from megatron_rl.recipes.rl import export, log_until
 from megatron_rl.recipes.serving import load_tokenizer, prompt_source
 from megatron_rl.train_step.optimizer import learning_rate
 from megatron_rl.types import PackedMicrobatch, TrainSample
@@ -28,9 +28,8 @@ def run(config: Config) -> None:
     """sft.epochs passes over the first sft.examples of `data`; exports <run.dir>/hf, a checkpoint per epoch."""
     here = topology.start(config.parallel, seed=config.run.seed)
     policy, optimizer, step = build_trainable(config, here, temperature=1.0)
-    checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", policy, optimizer, here,
-                              keep=config.run.keep_checkpoints)
-    state = restore(config, checkpoints)
+    checkpoints = Checkpoints(config.run, policy, optimizer, here)
+    state = checkpoints.restore()
     source = prompt_source(config, config.data, load_tokenizer(config.model.path))
     options = config.sft
     if len(source) < options.examples:
@@ -41,7 +40,7 @@ def run(config: Config) -> None:
         log = None
         if here.is_main:
             log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
-                                                 resume_step=None if state is None else done))
+                                                 resume_step=log_until(config, state)))
         for epoch in range(done // per_epoch, options.epochs):
             order = np.random.default_rng([config.run.seed, epoch]).permutation(options.examples)
             for index in range(done - epoch * per_epoch, per_epoch):
@@ -54,11 +53,13 @@ def run(config: Config) -> None:
                     lr=learning_rate(done, options.schedule_steps, config.optimizer), balance_coef=options.balance_coef,
                     z_loss_coef=options.z_loss_coef, counts=None)
                 done += 1
+                checkpoints.poll()
                 if log is not None:
                     tokens = sum(len(sample.token_ids) for sample in samples)
                     log.log(done, {**reduce_metrics(result.sums, None), **result.gauges,
                                    "tokens_per_s/train": tokens / (time.perf_counter() - started)})
             checkpoints.save(done, {"epoch": epoch + 1})
+        checkpoints.finish()
         if config.run.export_hf:
             export(config, Exporter(policy, here), here, Path(config.run.dir) / "hf")
     topology.stop()

@@ -1,0 +1,215 @@
+"""Checkpoint folders as files: which there are, which is meant, whether one is whole. No rank is needed for this.
+
+<run>/checkpoints/step_00000020/ is written as step_00000020.partial and renamed when all of it is on the disk; its
+manifest.json, written last, holds the size and the sha256 of every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_rl.config.schema import RunConfig
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^step_(\d{8})$")
+_CHUNK = 1 << 24
+# what a config.json may change without becoming another network
+_FREE_KEYS = {"initializer_range", "max_position_embeddings"}
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing, cut short or changed; the message names it."""
+
+
+class Writer:
+    """A file under construction that counts and hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.num_bytes, self._sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Its line in the manifest."""
+        return {"bytes": self.num_bytes, "sha256": self._sha256.hexdigest()}
+
+
+@contextmanager
+def writing(path: Path):
+    """A Writer on the new file `path`, on the disk when the block ends. OSError names the file."""
+    try:
+        with path.open("wb") as file:
+            yield Writer(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def folder(run: RunConfig) -> Path:
+    return Path(run.dir) / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(_NAME.match(checkpoint.name)[1])
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint of a finished save, oldest first."""
+    return sorted(int(match[1]) for path in folder.glob("step_*") if (match := _NAME.match(path.name)))
+
+
+def choose(run: RunConfig) -> Path | None:
+    """The checkpoint from which a run goes on, or None to begin at the start. ValueError names the key to change."""
+    where = folder(run)
+    steps = saved_steps(where)
+    if not run.resume:
+        if steps:
+            raise ValueError(f"{where} holds checkpoints of an earlier run: continue it with resume=true, or choose "
+                             "another run.dir")
+        return None
+    if run.resume_from is None:
+        return where / step_name(steps[-1]) if steps else None
+    if run.resume_from not in map(step_name, steps):
+        raise ValueError(f"run.resume_from={run.resume_from}: {where} holds "
+                         f"{', '.join(map(step_name, steps)) or 'no checkpoint'}")
+    return where / run.resume_from
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, with every file's presence and size checked. DamagedCheckpoint names the file that is not right."""
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is not JSON: {error}") from None
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path}: format {manifest['format']}, this version reads format {FORMAT}")
+    for name, entry in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{file} has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written")
+    return manifest
+
+
+def check_sums(checkpoint: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Read the files `names` and compare their sha256. DamagedCheckpoint names the first that differs."""
+    for name in names:
+        digest = hashlib.sha256()
+        with (checkpoint / name).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != manifest["files"][name]["sha256"]:
+            raise DamagedCheckpoint(f"{checkpoint / name} has changed since it was written (sha256 differs)")
+
+
+def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """ValueError naming the keys of config.json in which the checkpoint's network is not `model`."""
+    saved = manifest["model"]
+    keys = sorted((saved.keys() | model.keys()) - _FREE_KEYS)
+    differing = [f"{key} is {saved.get(key)} there and {model.get(key)} here" for key in keys
+                 if saved.get(key) != model.get(key)]
+    if differing:
+        raise ValueError(f"{checkpoint} is a checkpoint of another model than model.path: {'; '.join(differing)}; "
+                         "give its model.path, or choose another run.dir")
+
+
+def advice(damaged: Path) -> str:
+    """How to go on when `damaged` is: names the newest checkpoint before it of which every byte is right."""
+    for step in reversed(saved_steps(damaged.parent)):
+        other = damaged.parent / step_name(step)
+        if other.name >= damaged.name:
+            continue
+        try:
+            manifest = read_manifest(other)
+            check_sums(other, manifest, manifest["files"])
+        except ValueError:
+            continue
+        return f"the last good checkpoint is {other.name}: go on from it with resume=true run.resume_from={other.name}"
+    return "no earlier checkpoint is whole: begin again in another run.dir"
+
+
+def explained(error: ValueError, checkpoint: Path) -> ValueError:
+    """`error` of reading `checkpoint`, with how to go on if it is damage."""
+    if not isinstance(error, DamagedCheckpoint):
+        return error
+    return DamagedCheckpoint(f"damaged checkpoint: {error}; {advice(checkpoint)}")
+
+
+def preflight(run: RunConfig, model: Mapping[str, Any]) -> None:
+    """What can be said of run.resume before ranks start: sizes of files and the network, not yet checksums."""
+    checkpoint = choose(run)
+    if checkpoint is None:
+        return
+    try:
+        check_model(checkpoint, read_manifest(checkpoint), model)
+    except ValueError as error:
+        raise explained(error, checkpoint) from None
+
+
+def commit(partial: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
+    """Make the written folder `partial` the checkpoint `final`; then only the newest `keep` stay."""
+    with writing(partial / MANIFEST) as file:
+        file.write(json.dumps(manifest).encode())
+    sync(partial)
+    if final.exists():
+        set_aside(final)
+    os.rename(partial, final)
+    sync(final.parent)
+    for step in saved_steps(final.parent)[:-keep]:
+        old = final.parent / step_name(step)
+        dropped = old.with_suffix(".dropped")  # half a folder must never bear the name of a whole one
+        os.rename(old, dropped)
+        shutil.rmtree(dropped)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save left behind."""
+    for path in (*folder.glob("step_*.partial"), *folder.glob("step_*.dropped")):
+        shutil.rmtree(path)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint so that no run takes it, and nothing of it is lost."""
+    number = 1
+    while (target := checkpoint.with_suffix(f".aside{number}")).exists():
+        number += 1
+    os.rename(checkpoint, target)
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """The checkpoints newer than `checkpoint`, from which a run goes on."""
+    for step in saved_steps(checkpoint.parent):
+        if step_name(step) > checkpoint.name:
+            set_aside(checkpoint.parent / step_name(step))
+
+
+def sync(folder: Path) -> None:
+    """Put a folder's entries on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,38 @@
+"""Which checkpoints test_checkpoint.py saves, and in which layouts each of them is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import tests.distributed.cases as cases
+
+LOOP_STATE, ROLLOUTS = {"updates_done": 2}, {"prompts": {"position": 7}, "carried": [np.arange(5, dtype=np.int32)]}
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: str
+    distributed: bool = True
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}"
+
+    @property
+    def world_size(self) -> int:
+        return cases.LAYOUTS[self.layout]["world_size"]
+
+
+SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2", dtype="bfloat16"),
+           Case("tp2_pp2_ep2"))
+TARGETS = {
+    "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
+    "ep2": (*(Case(name) for name in cases.LAYOUTS), Case("tp2_ep2", distributed=False)),
+    "ep2_plain": (Case("tp2_ep2"), Case("pp2_ep2", distributed=False)),
+    "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16")),
+    "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
+}
+PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS[source.name]]

@@ -1,0 +1,145 @@
+"""The processes behind test_checkpoint.py: save in some layouts, resume in others, and say what each rank's state is.
+
+`python -m tests.distributed.checkpoint_worker DATA OUT` forks ranks after the imports, world size after world size.
+DATA holds step.pt and the models, as for worker.py; rank 0 writes SOURCE.pt and SOURCE-TARGET.pt to OUT.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import tests.distributed.cases as cases
+from megatron_rl import topology
+from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_rl.launch.local import free_port
+from megatron_rl.model.adam_state import adam_shards, step_count
+from megatron_rl.model.architectures import read_config
+from megatron_rl.model.build import build_policy
+from megatron_rl.model.checkpoint import Checkpoints
+from megatron_rl.model.convert import Exporter, load_hf, slots
+from megatron_rl.train_step.optimizer import build_optimizer
+from megatron_rl.train_step.step import TrainStep
+from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES, Case
+from tests.distributed.worker import microbatches_of, token_loss
+
+
+class Trainer:
+    """Policy, optimiser and checkpoints of one case, as a recipe would build them."""
+
+    def __init__(self, data: Path, case: Case, run: RunConfig):
+        parallel = ParallelConfig(**cases.LAYOUTS[case.layout], distributed_optimizer=case.distributed)
+        model = data / "norm_head_True"
+        self.here = topology.start(parallel, seed=run.seed)
+        self.policy = build_policy(read_config(model), ModelConfig(path=str(model), dtype=case.dtype), parallel,
+                                   with_gradients=True)
+        load_hf(self.policy, self.here, model)
+        self.optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
+        if case.dtype == "bfloat16":
+            self.optimizer.reload_model_params()
+        self.checkpoints = Checkpoints(run, self.policy, self.optimizer, self.here)
+        self.exporter = Exporter(self.policy, self.here)
+        self._step = TrainStep(self.policy, self.optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
+        self._data: cases.Step = torch.load(data / "step.pt", weights_only=False)
+
+    def update(self) -> None:
+        batches = microbatches_of(self._data, self.here, 2)
+        _, counts = self._step.count_routing(batches)
+        self._step.update(batches, token_loss, lr=cases.LEARNING_RATE, balance_coef=cases.BALANCE_COEF,
+                          z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Model weights, master weights and moments under their Hugging Face names, on rank 0."""
+        found = {"model": {name: tensor.clone() for name, tensor in self.exporter()}}
+        owned = slots(self.policy, self.here)
+        shards = adam_shards(self.optimizer, [parameter for _, parameter in owned])
+        kept = [parameter.data for _, parameter in owned]
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            for slot, parameter in owned:
+                whole = torch.zeros(parameter.numel())
+                if parameter in shards:
+                    shard = shards[parameter]
+                    whole[shard.start:shard.end] = shard.tensors()[kind]
+                    if shard.replicated:
+                        whole /= self._copies(slot).size()
+                torch.distributed.all_reduce(whole, group=self._copies(slot))
+                parameter.data = whole.view(parameter.shape)
+            found[kind] = {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here)()}
+            for (_, parameter), data in zip(owned, kept, strict=True):
+                parameter.data = data
+        return found
+
+    @staticmethod
+    def _copies(slot):
+        """The ranks that hold a parameter's data-parallel copies."""
+        if slot.over == "tp":
+            return topology.parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return topology.parallel_state.get_expert_data_parallel_group()
+
+
+def run_of(out: Path, source: str, *, resume: bool) -> RunConfig:
+    return RunConfig(dir=str(out / source), resume=resume, seed=3)
+
+
+def save(data: Path, out: Path, case: Case) -> None:
+    """Two steps, a checkpoint, one step more."""
+    trainer = Trainer(data, case, run_of(out, case.name, resume=False))
+    trainer.update()
+    trainer.update()
+    random.seed(case.name + str(trainer.here.rank))
+    torch.manual_seed(trainer.here.rank + 17)
+    trainer.checkpoints.save(2, LOOP_STATE, ROLLOUTS)
+    result = {"state": trainer.state(), "steps": step_count(trainer.optimizer), "random": draws(trainer.here)}
+    trainer.update()
+    result["next"] = trainer.state()
+    finish(trainer, result, out / f"{case.name}.pt")
+
+
+def resume(data: Path, out: Path, source: str, case: Case) -> None:
+    """What the checkpoint of `source` becomes in the layout of `case`, and after one step more."""
+    trainer = Trainer(data, case, run_of(out, source, resume=True))
+    loop_state = trainer.checkpoints.restore()
+    result = {"state": trainer.state(), "steps": step_count(trainer.optimizer), "random": draws(trainer.here),
+              "loop_state": loop_state}
+    trainer.update()
+    result["next"] = trainer.state()
+    finish(trainer, result, out / f"{source}-{case.name}.pt")
+
+
+def draws(here: topology.Topology) -> list[tuple[float, float]]:
+    """The next random numbers of every rank."""
+    return here.gather_objects((random.random(), float(torch.rand(()))))
+
+
+def finish(trainer: Trainer, result: dict, path: Path) -> None:
+    if trainer.here.is_main:
+        torch.save(result, path)
+    topology.stop(keep_processes=True)
+
+
+def run_rank(rank: int, data: Path, out: Path, world_size: int, port: int, jobs: Sequence[tuple]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    for function, *arguments in jobs:
+        function(data, out, *arguments)
+    topology.stop()
+
+
+def main(data: str, out: str) -> None:
+    saves = [(save, case) for case in SOURCES]
+    resumes = [(resume, source, target) for source, target in PAIRS]
+    for jobs in (saves, resumes):
+        for world_size in (1, 2, 4):
+            chosen = [job for job in jobs if job[-1].world_size == world_size]
+            torch.multiprocessing.start_processes(
+                run_rank, args=(Path(data), Path(out), world_size, free_port(), chosen),
+                nprocs=world_size, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
