@@ -12,6 +12,7 @@ examples:
   megatron-rl rl experiment=quickstart c3po.phi=2048          choose an experiment, change single keys
   megatron-rl rl experiment=quickstart resume=true            go on from the last checkpoint
   megatron-rl rl --check experiment=ring_lite_stage1          resolve and validate for 256 GPUs, start nothing
+  megatron-rl plan experiment=ring_lite_stage1 --gpu-memory 80   what it needs of each GPU, and which layouts fit
   megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution run.dir=runs/mine
   megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf
   megatron-rl report runs/quickstart/rl
@@ -22,6 +23,7 @@ COMMANDS = {
     "quickstart": "the whole story on this machine: random model -> SFT -> C3PO RL -> report",
     "rl": "C3PO reinforcement learning: starts an SGLang engine and torchrun, stops both",
     "sft": "supervised fine-tuning, same Megatron step",
+    "plan": "memory of each GPU by kind, and layouts that fit; needs no GPU and no checkpoint",
     "evaluate": "held-out accuracy of a checkpoint, through an engine",
 }
 
@@ -37,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
         if name in ("rl", "sft"):
             command.add_argument("--check", action="store_true",
                                  help="validate, print the resolved layout, start nothing")
+        if name == "plan":
+            command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (default 80)")
+            command.add_argument("--colocated", action="store_true",
+                                 help="the engine takes rollout.engine.mem_fraction_static of the same GPUs")
     convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense Llama, fetch SmolLM2, round trip")
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
     upcycle = kinds.add_parser("upcycle", help="dense Llama folder -> BailingMoe folder with equal logits")

@@ -174,6 +174,20 @@ def quickstart(options) -> int:
     return 0
 
 
+def plan(options) -> int:
+    from megatron_rl.plan import Hardware, plan_memory, propose
+    from megatron_rl.plan.report import GB, plan_text
+
+    config = load(options.overrides)
+    network = network_of(config)
+    check_layout(network, config.parallel)
+    hardware = Hardware(gpu_memory=options.gpu_memory * GB)
+    engine = round(config.rollout.engine.mem_fraction_static * hardware.gpu_memory) if options.colocated else 0
+    print(plan_text(network, config, plan_memory(network, config, engine_bytes=engine),
+                    propose(network, config, hardware, engine_bytes=engine), hardware))
+    return 0
+
+
 def report(options) -> int:
     runs = [Path(run) for run in options.runs]
     write_run_report(runs, Path(options.out) if options.out else None)
@@ -213,5 +227,5 @@ def engine_errors() -> Iterator[None]:
         raise RunFailed(str(error)) from error
 
 
-COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "quickstart": quickstart,
+COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "quickstart": quickstart,
             "report": report, "doctor": doctor}

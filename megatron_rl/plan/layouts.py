@@ -1,0 +1,134 @@
+"""Layouts of a world size, those that fit ordered by an estimate of the step's time.
+
+The estimate is arithmetic over the stated speeds, for ordering only; nothing of it was measured:
+
+    step = (compute + tensor + expert + context traffic) / (1 - bubble) + data traffic
+
+compute: model FLOPs (plus the forward pass again under recompute) at the stated rate; traffic: bytes that a rank
+sends, over the link that its group reaches across; bubble: (p - 1) / (v m + p - 1) for p stages, v chunks, m micro-batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_rl.config.schema import Config, ParallelConfig
+from megatron_rl.model.network import Network, check_layout
+from megatron_rl.model.slots import count_parameters
+from megatron_rl.plan.memory import ELEMENT_BYTES, MemoryPlan, plan_memory, state_bytes
+from megatron_rl.plan.parameters import stage_chunks
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What is assumed of the machines: an 80 GB GPU, 8 to a node. Speeds are those a step may count on, not peaks."""
+
+    gpu_memory: float = 80 * GB
+    reserve: float = 0.1  # of the memory: CUDA context, communication buffers, temporaries, fragmentation
+    gpus_per_node: int = 8
+    flops: float = 300e12
+    node_bytes_per_s: float = 200 * GB
+    network_bytes_per_s: float = 25 * GB
+
+    @property
+    def usable(self) -> float:
+        return self.gpu_memory * (1 - self.reserve)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One layout with its memory and its estimate. seconds: of one optimiser step; bubble: share of it, 0 to 1."""
+
+    parallel: ParallelConfig
+    recompute: str
+    memory: MemoryPlan
+    seconds: float
+    traffic_seconds: float
+    bubble: float
+
+
+def propose(model: Network, config: Config, hardware: Hardware, *, engine_bytes: int = 0,
+            count: int = 5) -> list[Proposal]:
+    """The `count` fastest layouts of config.parallel.world_size that fit; if none fits, the smallest ones."""
+    proposals = [estimate(model, variant, hardware, engine_bytes=engine_bytes) for variant in variants(model, config)]
+    fitting = [proposal for proposal in proposals if proposal.memory.total <= hardware.usable]
+    if not fitting:
+        return sorted(proposals, key=lambda proposal: proposal.memory.total)[:count]
+    return sorted(fitting, key=lambda proposal: (proposal.seconds, proposal.memory.total))[:count]
+
+
+def variants(model: Network, config: Config) -> Iterator[Config]:
+    """`config` under every layout that the rules allow, with and without recompute; Phi of the cluster stays."""
+    world = config.parallel.world_size
+    algo = dataclasses.replace(config.c3po, scope="global", phi=config.c3po.phi_global(config.parallel.dp))
+    powers = [size for size in (1, 2, 4, 8) if world % size == 0]
+    pipelines = [size for size in range(1, min(world, model.num_hidden_layers) + 1)
+                 if world % size == 0 and model.num_hidden_layers % size == 0]
+    experts = [size for size in range(1, min(world, max(1, model.num_experts)) + 1)
+               if world % size == 0 and max(1, model.num_experts) % size == 0]
+    for tp, pp, cp, ep in itertools.product(powers, pipelines, powers, experts):
+        for etp, vpp in itertools.product(sorted({1, tp}), (None, 2, 4)):
+            try:
+                parallel = ParallelConfig(world_size=world, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp,
+                                          overlap=config.parallel.overlap)
+                check_layout(model, parallel)
+            except ValueError:
+                continue
+            for recompute in ("none", "full"):
+                yield dataclasses.replace(config, parallel=parallel, c3po=algo,
+                                          model=dataclasses.replace(config.model, recompute=recompute))
+
+
+def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes: int = 0) -> Proposal:
+    parallel, recompute = config.parallel, config.model.recompute == "full"
+    memory = plan_memory(model, config, engine_bytes=engine_bytes)
+    # every rank works at the pace of full micro-batches
+    tokens = memory.num_microbatches * config.batch.tokens_per_microbatch / parallel.cp
+    compute = tokens / (parallel.tp * parallel.pp) * train_flops_per_token(model, config) / hardware.flops
+    passes = 3 if recompute else 2  # of a layer: forward, backward, and the forward again
+    layers = model.num_hidden_layers / parallel.pp
+    row = ELEMENT_BYTES[config.model.dtype] * model.hidden_size
+    traffic = layers * tokens * sum((
+        # all-gather and reduce-scatter around attention and MLP, and the inputs gathered again for weight gradients
+        (2 * 2 * passes + 2) * _share(parallel.tp) * row / _speed(hardware, parallel.tp) if parallel.tp > 1 else 0,
+        # rows to their experts and back
+        2 * passes * model.num_experts_per_tok / parallel.tp * _share(parallel.ep * parallel.etp) * row
+        / _speed(hardware, parallel.ep * parallel.etp) * model.num_moe_layers / model.num_hidden_layers,
+        # keys and values of the other context-parallel ranks
+        (passes + 1) * _share(parallel.cp) * row * 2 * model.num_key_value_heads / model.num_attention_heads
+        / parallel.tp * parallel.cp / _speed(hardware, parallel.tp * parallel.cp)))
+    chunks = parallel.vpp or 1
+    bubble = (parallel.pp - 1) / (chunks * memory.num_microbatches + parallel.pp - 1)
+    seconds = (compute + traffic) / (1 - bubble) + _data_seconds(model, parallel, hardware)
+    return Proposal(parallel, config.model.recompute, memory, seconds, seconds - compute / (1 - bubble), bubble)
+
+
+def train_flops_per_token(model: Network, config: Config) -> float:
+    """Forward and backward, attention at half of rollout.max_context_tokens; plus a forward pass under recompute."""
+    _, active = count_parameters(model)
+    matrices = 2 * (active - model.vocab_size * model.hidden_size)
+    attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 2
+    return (matrices + model.num_hidden_layers * attention) * (4 if config.model.recompute == "full" else 3)
+
+
+def _data_seconds(model: Network, parallel: ParallelConfig, hardware: Hardware) -> float:
+    """Gradients reduced and new weights gathered, once a step."""
+    if parallel.world_size == parallel.tp * parallel.pp:
+        return 0.0
+    weights, gradients, _ = state_bytes(stage_chunks(model, parallel, 0), parallel, 2)
+    return (weights + gradients) / _speed(hardware, parallel.world_size // parallel.pp)
+
+
+def _share(ranks: int) -> float:
+    """Of what a group exchanges, what leaves a rank."""
+    return (ranks - 1) / ranks
+
+
+def _speed(hardware: Hardware, span: int) -> float:
+    """Bytes per second between ranks of a group that reaches over `span` neighbouring ranks."""
+    return hardware.node_bytes_per_s if span <= hardware.gpus_per_node else hardware.network_bytes_per_s

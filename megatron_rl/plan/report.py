@@ -1,0 +1,77 @@
+"""The plan as plain text, the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.config.schema import Config
+from megatron_rl.model.network import Network
+from megatron_rl.model.slots import count_parameters
+from megatron_rl.plan.layouts import Hardware, Proposal
+from megatron_rl.plan.memory import MemoryPlan
+
+GB = 10**9
+KINDS = (
+    ("weights", "weights", "{dtype}"),
+    ("gradients", "gradients", "float32, whole on every rank"),
+    ("optimizer", "optimiser", "{moments}"),
+    ("reference", "reference", "frozen weights of the KL term"),
+    ("engine", "engine", "SGLang's share of the same GPU"),
+    ("activations", "activations", "recompute={recompute}, {flight}"),
+    ("logits", "logits", "{chunk:,} tokens of the head at a time, and its gradient"),
+    ("publishing", "publishing", "one bucket, after the step: not on top of the two above"),
+)
+
+
+def plan_text(model: Network, config: Config, plan: MemoryPlan, proposals: Sequence[Proposal],
+              hardware: Hardware) -> str:
+    return "\n".join([*_head(model, config, hardware), "", *_memory(config, plan, hardware), "",
+                      *_proposals(config, proposals, hardware)])
+
+
+def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
+    total, active = count_parameters(model)
+    parallel = config.parallel
+    return [
+        f"model      {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active per token, {config.model.dtype}",
+        f"layout     {parallel.world_size} GPUs of {hardware.gpu_memory / GB:g} GB: {layout(parallel)}",
+        f"step       Phi {config.c3po.phi_global(parallel.dp):,} response tokens, sequences of up to "
+        f"{config.rollout.max_context_tokens:,}",
+    ]
+
+
+def _memory(config: Config, plan: MemoryPlan, hardware: Hardware) -> list[str]:
+    parallel = config.parallel
+    flight = "one micro-batch in flight" if parallel.pp == 1 else "the micro-batches in flight of 1F1B"
+    fills = {"dtype": config.model.dtype, "recompute": config.model.recompute, "flight": flight,
+             "chunk": config.batch.logprob_chunk_tokens,
+             "moments": "moments" + (" and float32 weights" if config.model.dtype != "float32" else "")
+             + (", divided over data parallelism" if parallel.distributed_optimizer else "")}
+    rows = [f"per rank   {plan.dense_parameters:,} dense and {plan.expert_parameters:,} expert parameters"
+            f" (stage {plan.stage + 1} of {parallel.pp}, the fullest)",
+            f"           {plan.num_microbatches} micro-batches of at most {config.batch.tokens_per_microbatch:,} "
+            "tokens expected per step"]
+    for field, name, remark in KINDS:
+        size = getattr(plan, field)
+        if size:
+            rows.append(f"{name:<11}{size / GB:8.2f} GB  {remark.format(**fills)}")
+    verdict = "fits" if plan.total <= hardware.usable else "DOES NOT FIT"
+    return [*rows, f"{'peak':<11}{plan.total / GB:8.2f} GB  {verdict}: {hardware.usable / GB:g} GB usable "
+                   f"({hardware.reserve:.0%} kept back)"]
+
+
+def _proposals(config: Config, proposals: Sequence[Proposal], hardware: Hardware) -> list[str]:
+    fit = proposals[0].memory.total <= hardware.usable
+    title = "layouts that fit, by estimated time of a step" if fit else "no layout fits; the smallest"
+    rows = [f"{title} (estimates order layouts, they are not measurements)",
+            f"{'':<40}{'recompute':>10}{'peak GB':>9}{'m-batches':>10}{'bubble':>8}{'traffic':>9}{'step':>9}"]
+    return rows + [
+        f"{layout(each.parallel):<40}{each.recompute:>10}{each.memory.total / GB:>9.1f}"
+        f"{each.memory.num_microbatches:>10}{each.bubble:>8.0%}{each.traffic_seconds / each.seconds:>9.0%}"
+        f"{each.seconds:>7.1f} s" for each in proposals]
+
+
+def layout(parallel) -> str:
+    sizes = [("tp", parallel.tp), ("pp", parallel.pp), ("vpp", parallel.vpp or 1), ("cp", parallel.cp),
+             ("ep", parallel.ep), ("etp", parallel.etp)]
+    return " ".join([*(f"{name}={size}" for name, size in sizes if size > 1), f"dp={parallel.dp}"])
