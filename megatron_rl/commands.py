@@ -175,7 +175,7 @@ def quickstart(options) -> int:
 
 
 def plan(options) -> int:
-    from megatron_rl.plan import Hardware, plan_memory, propose
+    from megatron_rl.plan import Hardware, estimate, propose
     from megatron_rl.plan.report import GB, plan_text
 
     config = load(options.overrides)
@@ -183,8 +183,8 @@ def plan(options) -> int:
     check_layout(network, config.parallel)
     hardware = Hardware(gpu_memory=options.gpu_memory * GB)
     engine = round(config.rollout.engine.mem_fraction_static * hardware.gpu_memory) if options.colocated else 0
-    print(plan_text(network, config, plan_memory(network, config, engine_bytes=engine),
-                    propose(network, config, hardware, engine_bytes=engine), hardware))
+    given = estimate(network, config, hardware, engine_bytes=engine)
+    print(plan_text(network, config, given, propose(network, config, hardware, engine_bytes=engine), hardware))
     return 0
 
 

@@ -23,6 +23,7 @@ FLOORS = {
     "model": {"types", "config", "observe", "compat", "topology"},
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
     "sync": {"types", "config", "observe", "topology", "model", "rollout"},
+    "plan": {"types", "config", "batch", "model"},
     "loop": {"types", "config", "observe", "batch"},
     "doctor": {"observe"},
 }

@@ -18,6 +18,7 @@ def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, elemen
     """Of one whole layer, per token of this context-parallel rank."""
     tp, hidden = parallel.tp, model.hidden_size
     query, key_value = (heads * model.head_dim / tp for heads in (model.num_attention_heads, model.num_key_value_heads))
+    head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
     norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
     inputs = 2 * element * hidden / tp  # of the attention and of the MLP, after their norms
     attention = element * (
@@ -27,7 +28,7 @@ def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, elemen
         + 4 * model.head_dim  # cosines and sines, for queries and for keys
     ) + FP32 * model.num_attention_heads / tp  # log-sum-exp
     mlp = _mlp_bytes(model.intermediate_size / tp, element) if dense else _moe_bytes(model, parallel, element)
-    return norms + inputs + attention + mlp
+    return norms + head_norms + inputs + attention + mlp
 
 
 def _mlp_bytes(width: float, element: int) -> float:
@@ -46,15 +47,16 @@ def _moe_bytes(model: Network, parallel: ParallelConfig, element: int) -> float:
     return routed + router + _mlp_bytes(model.shared_intermediate_size / parallel.tp, element)
 
 
-def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, element: int,
-                recompute: bool) -> float:
-    """What stays of one micro-batch in one chunk between its forward and its backward pass, per token."""
-    hidden, tp = model.hidden_size, parallel.tp
-    each = [element * hidden / tp if recompute
-            else layer_bytes(model, parallel, dense=model.is_dense_layer(layer), element=element)
-            for layer in chunk.layers]
-    sent_on = 0 if chunk.last else element * hidden / tp
-    return sum(each) + sent_on + (head_bytes(model, parallel, element=element) if chunk.last else 0)
+def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, element: int, recompute: bool) -> float:
+    """What stays of one micro-batch in one chunk between its forward and its backward pass, per token.
+
+    Under recompute without the head, which is done before the first layer is recomputed (`recomputed_bytes`).
+    """
+    sent_on = 0 if chunk.last else element * model.hidden_size / parallel.tp
+    if recompute:
+        return len(chunk.layers) * element * model.hidden_size / parallel.tp + sent_on
+    return sent_on + (head_bytes(model, parallel, element=element) if chunk.last else 0) + sum(
+        layer_bytes(model, parallel, dense=model.is_dense_layer(layer), element=element) for layer in chunk.layers)
 
 
 def head_bytes(model: Network, parallel: ParallelConfig, *, element: int) -> float:
@@ -62,10 +64,11 @@ def head_bytes(model: Network, parallel: ParallelConfig, *, element: int) -> flo
     return 2 * FP32 * model.hidden_size / parallel.tp + element * model.hidden_size + INT64 + 2 * FP32
 
 
-def recomputed_bytes(model: Network, parallel: ParallelConfig, *, element: int) -> float:
-    """The one layer that is alive again while it is recomputed, per token: the largest there is."""
-    kinds = {model.is_dense_layer(layer) for layer in range(model.num_hidden_layers)}
-    return max(layer_bytes(model, parallel, dense=dense, element=element) for dense in kinds)
+def recomputed_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, element: int) -> float:
+    """What is alive beside the layers' inputs at most: one layer while it is recomputed, or the head before it."""
+    kinds = {model.is_dense_layer(layer) for layer in chunk.layers}
+    layer = max(layer_bytes(model, parallel, dense=dense, element=element) for dense in kinds)
+    return max(layer, head_bytes(model, parallel, element=element)) if chunk.last else layer
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> int:

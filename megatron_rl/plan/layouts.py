@@ -5,12 +5,14 @@ The estimate is arithmetic over the stated speeds, for ordering only; nothing of
     step = (compute + tensor + expert + context traffic) / (1 - bubble) + data traffic
 
 compute: model FLOPs (plus the forward pass again under recompute) at the stated rate; traffic: bytes that a rank
-sends, over the link that its group reaches across; bubble: (p - 1) / (v m + p - 1) for p stages, v chunks, m micro-batches.
+sends, over the link that its group reaches across; bubble: (p - 1) / (v m + p - 1) for p stages of v chunks and m
+micro-batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,10 +112,13 @@ def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes
 
 def train_flops_per_token(model: Network, config: Config) -> float:
     """Forward and backward, attention at half of rollout.max_context_tokens; plus a forward pass under recompute."""
-    _, active = count_parameters(model)
+    _, active = _count(model)
     matrices = 2 * (active - model.vocab_size * model.hidden_size)
     attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 2
     return (matrices + model.num_hidden_layers * attention) * (4 if config.model.recompute == "full" else 3)
+
+
+_count = functools.cache(count_parameters)
 
 
 def _data_seconds(model: Network, parallel: ParallelConfig, hardware: Hardware) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class MemoryPlan:
 def plan_memory(model: Network, config: Config, *, engine_bytes: int = 0) -> MemoryPlan:
     """The plan of the fullest stage for micro-batches at their cap, batch.tokens_per_microbatch."""
     count = expected_microbatches(config)
-    return max((_plan_stage(model, config, stage, count, engine_bytes) for stage in range(config.parallel.pp)),
+    return max((plan_stage(model, config, stage, count, engine_bytes) for stage in range(config.parallel.pp)),
                key=lambda plan: plan.total)
 
 
@@ -58,17 +59,22 @@ def expected_microbatches(config: Config) -> int:
     through the run's own planner (batch/schedule.py).
     """
     rollout, parallel = config.rollout, config.parallel
-    longest = rollout.max_response_tokens
-    prompt = (rollout.max_context_tokens - longest) // 2
-    responses = max(1, round(config.c3po.phi_global(parallel.dp) / parallel.dp / ((1 + longest) / 2)))
+    return _expected(config.c3po.phi_global(parallel.dp) / parallel.dp, rollout.max_response_tokens,
+                     (rollout.max_context_tokens - rollout.max_response_tokens) // 2,
+                     config.batch.tokens_per_microbatch, parallel.pp if parallel.vpp else 1)
+
+
+@functools.cache
+def _expected(phi: float, longest: int, prompt: int, tokens_per_microbatch: int, multiple_of: int) -> int:
+    responses = max(1, round(phi / ((1 + longest) / 2)))
     lengths = [prompt + math.ceil(longest * (index + 0.5) / responses) for index in range(responses)]
-    plan = plan_microbatches(lengths, dp_size=1, tokens_per_microbatch=config.batch.tokens_per_microbatch,
-                             multiple_of=parallel.pp if parallel.vpp else 1)
+    plan = plan_microbatches(lengths, dp_size=1, tokens_per_microbatch=tokens_per_microbatch,
+                             multiple_of=multiple_of)
     return len(plan[0])
 
 
-def _plan_stage(model: Network, config: Config, stage: int, num_microbatches: int,
-                engine_bytes: int) -> MemoryPlan:
+def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int, engine_bytes: int = 0) -> MemoryPlan:
+    """Of one rank of pipeline stage `stage`."""
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
     chunks = stage_chunks(model, parallel, stage)
     parameters = sum(chunk.num_parameters for chunk in chunks)
@@ -123,10 +129,10 @@ def activation_bytes(model: Network, config: Config, stage: int, num_microbatche
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
     recompute = config.model.recompute == "full"
     tokens = config.batch.tokens_per_microbatch / parallel.cp
-    held = [chunk_bytes(model, parallel, chunk, element=element, recompute=recompute)
-            for chunk in stage_chunks(model, parallel, stage)]
+    chunks = stage_chunks(model, parallel, stage)
+    held = [chunk_bytes(model, parallel, chunk, element=element, recompute=recompute) for chunk in chunks]
     passes = chunks_in_flight(parallel, stage, num_microbatches)
     per_token = sum(held[index // parallel.pp % len(held)] for index in range(passes))  # pp passes of each in turn
     if recompute:
-        per_token += recomputed_bytes(model, parallel, element=element)
+        per_token += max(recomputed_bytes(model, parallel, chunk, element=element) for chunk in chunks)
     return math.ceil(tokens * per_token)

@@ -1,11 +1,19 @@
-"""Elements of every parameter that one rank holds, by pipeline stage; checked against Megatron's own in tests/."""
+"""Elements of every parameter that one rank holds, by pipeline stage, from the slots that the converters use."""
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
+from math import prod
 
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.model.network import Network
+from megatron_rl.model.slots import network_slots
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(?:.*\.local_experts\.(\d+)\.)?")
+EMBEDDING, FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -30,36 +38,30 @@ def stage_chunks(model: Network, parallel: ParallelConfig, stage: int) -> list[C
     """The chunks of pipeline stage `stage`; stage s of p holds virtual stages s, s + p, s + 2p, ..."""
     virtual = parallel.pp * (parallel.vpp or 1)
     per_chunk = model.num_hidden_layers // virtual
-    return [_chunk(model, parallel, range(index * per_chunk, (index + 1) * per_chunk), first=index == 0,
-                   last=index == virtual - 1)
-            for index in range(stage, virtual, parallel.pp)]
+    tensors = _tensors(model, parallel.tp, parallel.ep, parallel.etp)
+    chunks = []
+    for index in range(stage, virtual, parallel.pp):
+        layers, first, last = range(index * per_chunk, (index + 1) * per_chunk), index == 0, index == virtual - 1
+        names = [*layers, *([EMBEDDING] if first else []), *([FINAL_NORM] if last else []),
+                 *([HEAD] if last and HEAD in tensors else [])]
+        if last and not first and model.tie_word_embeddings:
+            names.append(EMBEDDING)  # the last stage's own copy
+        dense = tuple(size for name in names for size in tensors[name][0])
+        chunks.append(Chunk(layers, first, last, dense, tuple(size for name in names for size in tensors[name][1])))
+    return chunks
 
 
-def _chunk(model: Network, parallel: ParallelConfig, layers: range, *, first: bool, last: bool) -> Chunk:
-    hidden = model.hidden_size
-    vocabulary = model.vocab_size // parallel.tp * hidden
-    dense = [vocabulary] if first else []
-    experts: list[int] = []
-    for layer in layers:
-        dense += _attention(model, parallel.tp)
-        if model.is_dense_layer(layer):
-            dense += _mlp(hidden, model.intermediate_size // parallel.tp)
-            continue
-        dense.append(model.num_experts * hidden)
-        if model.num_shared_experts:
-            dense += _mlp(hidden, model.shared_intermediate_size // parallel.tp)
-        experts += model.num_experts // parallel.ep * _mlp(hidden, model.moe_intermediate_size // parallel.etp)
-    dense += [hidden, vocabulary] if last else []
-    return Chunk(layers, first, last, tuple(dense), tuple(experts))
-
-
-def _attention(model: Network, tp: int) -> list[int]:
-    """Two norms, the fused query-key-value projection and the output projection."""
-    hidden, dim = model.hidden_size, model.head_dim
-    rows = (model.num_attention_heads + 2 * model.num_key_value_heads) * dim // tp
-    return [hidden, hidden, rows * hidden, hidden * model.num_attention_heads * dim // tp]
-
-
-def _mlp(hidden: int, width: int) -> list[int]:
-    """Gate and up projections fused, then the down projection."""
-    return [2 * width * hidden, hidden * width]
+@functools.cache
+def _tensors(model: Network, tp: int, ep: int, etp: int) -> dict[int | str, tuple[list[int], list[int]]]:
+    """Layer number, or name outside the layers -> elements on one rank of its (dense tensors, expert tensors)."""
+    found: dict[int | str, tuple[list[int], list[int]]] = {}
+    for name, slot in network_slots(model).items():
+        size = sum(prod(part) for part in slot.parts)
+        if slot.cut != "none":
+            size //= tp if slot.over == "tp" else etp
+        where = _LAYER.match(name)
+        expert = None if where is None else where.group(2)
+        if expert is not None and int(expert) >= model.num_experts // ep:
+            continue  # every rank has as many
+        found.setdefault(name if where is None else int(where.group(1)), ([], []))[expert is not None].append(size)
+    return found

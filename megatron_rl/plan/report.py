@@ -23,10 +23,11 @@ KINDS = (
 )
 
 
-def plan_text(model: Network, config: Config, plan: MemoryPlan, proposals: Sequence[Proposal],
+def plan_text(model: Network, config: Config, given: Proposal, proposals: Sequence[Proposal],
               hardware: Hardware) -> str:
-    return "\n".join([*_head(model, config, hardware), "", *_memory(config, plan, hardware), "",
-                      *_proposals(config, proposals, hardware)])
+    """given: the layout that was asked about; proposals: what to try instead."""
+    return "\n".join([*_head(model, config, hardware), "", *_memory(config, given.memory, hardware), "",
+                      *_proposals(given, proposals, hardware)])
 
 
 def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
@@ -60,15 +61,18 @@ def _memory(config: Config, plan: MemoryPlan, hardware: Hardware) -> list[str]:
                    f"({hardware.reserve:.0%} kept back)"]
 
 
-def _proposals(config: Config, proposals: Sequence[Proposal], hardware: Hardware) -> list[str]:
+def _proposals(given: Proposal, proposals: Sequence[Proposal], hardware: Hardware) -> list[str]:
     fit = proposals[0].memory.total <= hardware.usable
-    title = "layouts that fit, by estimated time of a step" if fit else "no layout fits; the smallest"
-    rows = [f"{title} (estimates order layouts, they are not measurements)",
-            f"{'':<40}{'recompute':>10}{'peak GB':>9}{'m-batches':>10}{'bubble':>8}{'traffic':>9}{'step':>9}"]
-    return rows + [
-        f"{layout(each.parallel):<40}{each.recompute:>10}{each.memory.total / GB:>9.1f}"
-        f"{each.memory.num_microbatches:>10}{each.bubble:>8.0%}{each.traffic_seconds / each.seconds:>9.0%}"
-        f"{each.seconds:>7.1f} s" for each in proposals]
+    title = "layouts that fit, fastest first" if fit else "no layout fits; the smallest first"
+    return [f"{title} (times order layouts; they are arithmetic over assumed speeds, not measured)",
+            f"{'':<34}{'recompute':>10}{'peak GB':>9}{'batches':>9}{'bubble':>8}{'traffic':>9}{'step':>9}",
+            *map(_row, proposals), "the one asked about", _row(given)]
+
+
+def _row(each: Proposal) -> str:
+    return (f"{layout(each.parallel):<34}{each.recompute:>10}{each.memory.total / GB:>9.1f}"
+            f"{each.memory.num_microbatches:>9}{each.bubble:>8.0%}{each.traffic_seconds / each.seconds:>9.0%}"
+            f"{each.seconds:>7.1f} s")
 
 
 def layout(parallel) -> str:

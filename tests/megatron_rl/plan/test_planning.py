@@ -1,0 +1,108 @@
+"""The plan's arithmetic by hand, and the documented examples; against real policies: tests/distributed/test_plan.py."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from megatron_rl.commands import network_of
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.model.slots import count_parameters
+from megatron_rl.plan import Hardware, plan_memory, propose, stage_chunks
+from megatron_rl.plan.activations import chunks_in_flight
+from megatron_rl.plan.memory import padded
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
+
+
+@pytest.fixture(scope="module")
+def ring_lite():
+    return load(["experiment=ring_lite_stage1", "parallel.world_size=8"])
+
+
+@pytest.fixture(scope="module")
+def ling_lite(ring_lite):
+    return network_of(ring_lite)
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, None), (4, None), (2, 7)])
+def test_stages_together_hold_every_parameter_once(ling_lite, pp, vpp):
+    parallel = ParallelConfig(world_size=pp, pp=pp, vpp=vpp)
+    held = sum(chunk.num_parameters for stage in range(pp) for chunk in stage_chunks(ling_lite, parallel, stage))
+    assert held == count_parameters(ling_lite)[0]
+
+
+def test_a_tied_head_is_held_again_by_the_last_stage(ling_lite):
+    tied = dataclasses.replace(ling_lite, model_type="qwen3_moe", qk_norm=True, num_shared_experts=0,
+                               tie_word_embeddings=True)
+    parallel = ParallelConfig(world_size=2, pp=2)
+    held = sum(chunk.num_parameters for stage in range(2) for chunk in stage_chunks(tied, parallel, stage))
+    assert held == count_parameters(tied)[0] + tied.vocab_size * tied.hidden_size
+
+
+def test_buffers_are_padded_as_the_distributed_optimiser_pads_them():
+    # 100 -> 128, 64 -> 64, 1 -> 64: 256; a multiple of lcm(6, 128) = 384
+    assert padded((100, 64, 1), 6) == 384
+    assert padded((100, 64, 1), 2) == 256
+
+
+def test_micro_batches_in_flight_by_hand():
+    # 1F1B on 4 stages: the first has sent out 4 before its first backward, the last 1; no more than there are
+    assert [chunks_in_flight(ParallelConfig(world_size=4, pp=4), stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert chunks_in_flight(ParallelConfig(world_size=4, pp=4), 0, 2) == 2
+    # interleaved, 2 chunks on 2 stages: (2 - 1) * 2 + (2 - 1) * 2 warm-up passes and one more
+    assert chunks_in_flight(ParallelConfig(world_size=2, pp=2, vpp=2), 0, 8) == 5
+
+
+def test_ling_lite_in_bfloat16_by_hand(ling_lite, ring_lite):
+    """One rank with everything: 16.8B parameters at 2 bytes, gradients at 4, moments and main weights at 12."""
+    total = count_parameters(ling_lite)[0]
+    alone = dataclasses.replace(ring_lite, parallel=ParallelConfig(distributed_optimizer=False))
+    plan = plan_memory(ling_lite, alone)
+    assert (plan.weights, plan.gradients, plan.optimizer, plan.reference) == (
+        2 * total, 4 * total, 12 * total, 2 * total)
+
+
+def test_recompute_keeps_less_and_longer_micro_batches_keep_more(ling_lite, ring_lite):
+    def activations(**changes):
+        return plan_memory(ling_lite, dataclasses.replace(ring_lite, **changes)).activations
+
+    whole = activations(model=dataclasses.replace(ring_lite.model, recompute="none"))
+    assert whole > 10 * activations()
+    doubled = dataclasses.replace(ring_lite.batch, tokens_per_microbatch=2 * ring_lite.batch.tokens_per_microbatch)
+    assert activations(batch=doubled) == pytest.approx(2 * activations(), rel=1e-6)
+
+
+def test_proposals_fit_are_ordered_and_train_the_same_phi(ling_lite, ring_lite):
+    hardware = Hardware()
+    proposals = propose(ling_lite, ring_lite, hardware)
+    assert all(each.memory.total <= hardware.usable for each in proposals)
+    assert [each.seconds for each in proposals] == sorted(each.seconds for each in proposals)
+    # phi is 8 x 204,800 tokens whatever the layout's dp, and micro-batches hold at most 24,576
+    for each in proposals:
+        assert each.memory.num_microbatches * each.parallel.dp * 24_576 >= 8 * 204_800
+
+
+def test_where_nothing_fits_the_smallest_are_shown(capsys):
+    assert main(["plan", "experiment=ring_lite_stage1", "parallel.world_size=8", "--gpu-memory", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown and "no layout fits" in shown
+
+
+def test_an_engine_on_the_same_gpus_takes_its_share(capsys):
+    """mem_fraction_static 0.85 of 80 GB."""
+    assert main(["plan", "experiment=ring_lite_stage1", "parallel.world_size=8", "--colocated"]) == 0
+    assert re.search(r"^engine +68\.00 GB", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+@pytest.mark.slow  # three searches
+def test_the_page_shows_what_the_command_prints(capsys):
+    blocks = re.findall(r"^```\n\$ megatron-rl (.*)\n([^`]*)^```", PAGE.read_text(), flags=re.MULTILINE)
+    assert len(blocks) == 3
+    for command, shown in blocks:
+        assert main(shlex.split(command)) == 0
+        assert capsys.readouterr().out == shown
