@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_rl.config.check import Sizes, check_rl, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
-from megatron_rl.launch.local import RunFailed, RunInterrupted, engine_for, run_ranks, terminable
+from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.checkpoint_files import preflight
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
@@ -87,7 +87,7 @@ def train_rl(config: Config) -> None:
     refuse_earlier_run(config)
     preflight(config.run, asdict(read_config(config.model.path)))
     check_data(config)
-    with terminable(), engine_errors(), engine_for(config, config.model.path, run_dir / "engine.log") as served:
+    with terminable(), engine_errors(), engines_for(config, config.model.path, run_dir / "engine.log") as served:
         run_ranks("rl", served)
     print_evaluations(run_dir)
     write_run_report([run_dir])
@@ -130,7 +130,7 @@ def evaluate(options) -> int:
     validate(config, start=True)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with terminable(), engine_errors(), engine_for(config, config.model.path, run_dir / "engine.log") as served:
+    with terminable(), engine_errors(), engines_for(config, config.model.path, run_dir / "engine.log") as served:
         values = recipe.run(served)
     print(json.dumps(values, indent=2))
     return 0

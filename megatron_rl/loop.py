@@ -86,12 +86,14 @@ def collect_budget(config: Config, rollouts: Rollouts, step: int,
     for round_ in range(algo.max_collect_rounds):
         with timers("generate"):
             groups += rollouts.collect(step, round_)
+        if not groups:
+            continue  # a budget of sampled tokens may end before the first group has finished
         batches = assemble(groups, algo, dp=dp, seed=config.run.seed, step=step,
                            max_response_tokens=config.rollout.max_response_tokens)
         full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
         if algo.objective == "grpo" or full or algo.underfull != "collect_more":
             return groups, batches
-    available = sum(batch.available_tokens for batch in batches)
+    available = sum(batch.available_tokens for batch in batches) if groups else 0
     raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds="
                      f"{algo.max_collect_rounds} rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise "
                      "rollout.prompts_per_step or c3po.max_collect_rounds, or lower c3po.phi")

@@ -1,7 +1,8 @@
 """From judged responses to packed micro-batches: assemble (which tokens), schedule (where), pack (the one shift)."""
 
-from megatron_rl.batch.assemble import StepBatch, assemble, step_budget
+from megatron_rl.batch.assemble import StepBatch, assemble
+from megatron_rl.batch.fill import BudgetFill, step_budget
 from megatron_rl.batch.pack import by_sample, lay_out, pack
 from megatron_rl.batch.schedule import plan_microbatches
 
-__all__ = ["StepBatch", "assemble", "by_sample", "lay_out", "pack", "plan_microbatches", "step_budget"]
+__all__ = ["BudgetFill", "StepBatch", "assemble", "by_sample", "lay_out", "pack", "plan_microbatches", "step_budget"]

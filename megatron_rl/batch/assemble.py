@@ -1,7 +1,7 @@
 """Whole groups in, the training samples of one optimiser step out: advantages first, then the budget cut.
 
-Order (spec Sec. 1, Fig. 3): scores -> advantages over all K responses of a group -> permutation of the step's
-responses -> cut at Phi tokens. The cut ends a response's loss mask and its sequence: under causal attention
+Order (spec Sec. 1, Fig. 3): scores -> advantages over all K responses of a group -> the step's responses in the
+order of c3po.order -> cut at Phi tokens. The cut ends a response's loss mask and its sequence: under causal attention
 what follows the last kept token changes nothing that carries loss.
 """
 
@@ -13,16 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from c3po import (
-    BudgetSelection,
-    group_advantages,
-    select_within_budget,
-    selection_order,
-    soft_overlong_penalty,
-    truncation_keep_mask,
-)
+from c3po import BudgetSelection, group_advantages, select_within_budget, selection_order
+from megatron_rl.batch.fill import BudgetFill
 from megatron_rl.config.schema import AlgoConfig
-from megatron_rl.types import Finish, RolloutGroup, TrainSample
+from megatron_rl.types import RolloutGroup, TrainSample
 
 
 @dataclass(frozen=True)
@@ -35,35 +29,23 @@ class StepBatch:
     available_tokens: int
 
 
-def step_budget(algo: AlgoConfig, dp: int) -> int:
-    """Response tokens that one rollout must supply: Phi for each of its optimiser steps."""
-    return algo.phi_global(dp) * algo.updates_per_rollout
-
-
 def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed: int, step: int,
              max_response_tokens: int) -> list[StepBatch]:
     """One StepBatch per optimiser step of this rollout; identical on every rank.
 
-    The responses, permuted by (seed, step), are dealt to the optimiser steps in turn, and each step cuts its own
-    share at Phi. `objective: grpo` keeps every token (Eq. 1). With dynamic_sampling a group of equal rewards, whose
-    advantages are all zero, offers no token to the budget (DAPO, arXiv 2503.14476, Eq. 11).
-    ValueError when underfull=error and Phi is not met.
+    The responses in the order of algo.order (a permutation by (seed, step), or as they come, for whole groups in an
+    order that was fixed before they were sampled) are dealt to the optimiser steps in turn, and each step cuts its
+    own share at Phi. `objective: grpo` keeps every token (Eq. 1). ValueError when underfull=error and Phi is not met.
     """
+    fill = BudgetFill(algo, dp, max_response_tokens)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    lengths_N = torch.tensor([rollout.response_tokens for rollout in rollouts])
-    truncated_N = torch.tensor([rollout.finish is Finish.LENGTH for rollout in rollouts])
-    rewards_PK = torch.tensor([[score.value for score in group.scores] for group in groups], dtype=torch.float32)
-    if algo.truncated == "overlong_penalty":
-        rewards_PK = rewards_PK + soft_overlong_penalty(
-            lengths_N, max_response_tokens=max_response_tokens,
-            buffer_tokens=algo.overlong_buffer_tokens).view_as(rewards_PK)
+    rewards_PK = torch.stack([fill.rewards(group.rollouts, group.scores) for group in groups])
     advantages_N = group_advantages(rewards_PK, scale=algo.advantage_scale).flatten()
-    usable_N = torch.where(truncation_keep_mask(truncated_N, algo.truncated), lengths_N, 0)
-    if algo.dynamic_sampling:
-        mixed_P = rewards_PK.amax(1) > rewards_PK.amin(1)
-        usable_N = torch.where(mixed_P.repeat_interleave(rewards_PK.shape[1]), usable_N, 0)
+    usable_N = torch.tensor([tokens for group in groups for tokens in fill.usable_tokens(
+        list(zip(group.rollouts, group.scores, strict=True)))])
 
-    order_N = selection_order(len(rollouts), seed=seed, step=step)
+    in_order = algo.order == "groups"
+    order_N = torch.arange(len(rollouts)) if in_order else selection_order(len(rollouts), seed=seed, step=step)
     phi = algo.phi_global(dp)
     batches = []
     for update in range(algo.updates_per_rollout):

@@ -35,9 +35,23 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
             "rollout.responses_per_prompt=1: a group-relative advantage needs at least 2 responses per prompt")
     if algo.objective == "c3po":
         _check_budget(config)
+    _check_collector(config)
     require(not (algo.mismatch != "none" and algo.objective == "c3po" and rollout.top_p < 1.0),
             "rollout.top_p < 1 changes the sampled distribution but not the reported log-probabilities, so "
             "c3po.mismatch cannot correct for it; use rollout.top_p=1.0")
+
+
+def _check_collector(config: Config) -> None:
+    algo, rollout = config.c3po, config.rollout
+    if rollout.collector == "budgeted":
+        require(algo.objective == "c3po", f"rollout.collector=budgeted generates what c3po.phi needs, which "
+                f"c3po.objective={algo.objective} does not have; use rollout.collector=sync")
+        require(algo.order == "groups", "rollout.collector=budgeted needs c3po.order=groups: the reward of every "
+                "response of a group is needed for its advantages, so whole groups must come first in the order")
+    stale = (rollout.collector == "async" and rollout.max_staleness > 0) or rollout.collector == "partial"
+    require(not (stale and algo.mismatch == "none"),
+            f"rollout.collector={rollout.collector} trains on tokens of older weights (rollout.max_staleness, "
+            "rollout.retention_steps), which c3po.mismatch must correct for: use c3po.mismatch=tis or icepop")
 
 
 def _check_budget(config: Config) -> None:

@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from c3po import C3POLossConfig
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.rules import require
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,8 @@ class ParallelConfig:
 class AlgoConfig:
     """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`.
 
+    order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
+    in which they were drawn (`groups`), so that what comes after the budget need not be generated.
     dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
     much more is generated to fill it.
     router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
@@ -125,6 +124,7 @@ class AlgoConfig:
     phi: int = 4096
     scope: Literal["global", "per_dp_rank"] = "global"
     cutoff: Literal["token", "response"] = "token"
+    order: Literal["responses", "groups"] = "responses"
     underfull: Literal["collect_more", "train_short", "error"] = "collect_more"
     max_collect_rounds: int = 8
     updates_per_rollout: int = 1
@@ -155,57 +155,6 @@ class AlgoConfig:
     def phi_global(self, dp: int) -> int:
         """Phi of one optimiser step over the whole cluster, in response tokens (spec note on Phi)."""
         return self.phi if self.scope == "global" else self.phi * dp
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """The SGLang server: given URLs are used as they are, otherwise one server is started here."""
-
-    urls: tuple[str, ...] = ()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] | None = None
-    port: int | None = None
-    max_running_requests: int = 256
-    max_total_tokens: int | None = 65536
-    mem_fraction_static: float = 0.5
-    start_timeout_s: float = 240.0
-    stop_timeout_s: float = 30.0
-    threads: int = 1
-    deterministic: bool = False
-    extra_args: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        require(0 < self.mem_fraction_static < 1,
-                f"rollout.engine.mem_fraction_static={self.mem_fraction_static} must lie between 0 and 1")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """What is sampled for one step, by which engine, and how weights reach it."""
-
-    prompts_per_step: int = 32
-    responses_per_prompt: int = 8
-    max_response_tokens: int = 80
-    max_context_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
-    concurrency: int = 256
-    request_timeout_s: float = 600.0
-    retries: int = 3
-    publish: Literal["tensor", "broadcast", "disk"] = "tensor"
-    verify_checksums: bool = True
-    bucket_bytes: int = 512 * 1024 * 1024
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self):
-        for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency"):
-            require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
-        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
-        require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
-        require(self.max_response_tokens < self.max_context_tokens,
-                f"rollout.max_response_tokens={self.max_response_tokens} leaves no room for a prompt in "
-                f"rollout.max_context_tokens={self.max_context_tokens}")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.serving import HeldOut, build_collector, engine_clients, load_tokenizer
+from megatron_rl.recipes.serving import HeldOut, Serving, load_tokenizer
 from megatron_rl.reward import RewardPool
 
 
 def run(config: Config) -> dict[str, float]:
     """Accuracy on `eval` of what the engines serve; values as HeldOut returns them."""
-    clients = engine_clients(config)
-    with RewardPool(config.reward) as rewards:
+    with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.warm_up()
-        tokenizer = load_tokenizer(config.model.path)
-        return HeldOut(config, build_collector(config, clients, tokenizer, rewards), tokenizer)(step=0)
+        return HeldOut(config, serving, load_tokenizer(config.model.path), rewards)(step=0)

@@ -15,16 +15,15 @@ import torch
 
 from megatron_rl.batch import StepBatch
 from megatron_rl.config.schema import Config
-from megatron_rl.data import PromptSampler
 from megatron_rl.model.config import DTYPES
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.routing import without_routed_experts
-from megatron_rl.recipes.serving import HeldOut, style
+from megatron_rl.recipes.serving import HeldOut, Serving, style
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.collectors import Collector, Ledger
 from megatron_rl.sync.publish import BroadcastPublisher, DiskPublisher, Publisher, PublishReport, TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
 from megatron_rl.topology import Topology
@@ -32,11 +31,11 @@ from megatron_rl.types import Finish, RolloutGroup, StepResult, SumCount
 
 
 class BroadcastRollouts:
-    """loop.Rollouts: rank 0 draws prompts and collects, everybody receives. collector None on other ranks."""
+    """loop.Rollouts: rank 0 collects, everybody receives. serving and collector are None on other ranks."""
 
-    def __init__(self, config: Config, topology: Topology, sampler: PromptSampler | None, collector: Collector | None):
-        self._config, self._topology = config, topology
-        self._sampler, self._collector = sampler, collector
+    def __init__(self, topology: Topology, serving: Serving | None, collector: Collector | None):
+        self._topology, self._serving, self._collector = topology, serving, collector
+        self._ledger, self._rounds = Ledger(), 0
 
     def collect(self, step: int, round_: int) -> list[RolloutGroup]:
         if not self._topology.is_main:
@@ -46,24 +45,34 @@ class BroadcastRollouts:
         return groups
 
     def _collect(self, step: int, round_: int) -> list[RolloutGroup]:
-        count = self._config.rollout.prompts_per_step
-        return self._collector.collect_blocking(self._sampler.next(count), step=step, first_index=round_ * count)
+        groups, ledger = self._serving.background.run(self._collector.collect(step, round_))
+        self._ledger, self._rounds = self._ledger.then(ledger) if round_ else ledger, round_ + 1
+        return groups
+
+    def metrics(self) -> dict[str, float]:
+        """The account of the step that was last collected; rank 0 only."""
+        ledger = self._ledger
+        return {"budget/collect_rounds": self._rounds,
+                "rollout/generated_tokens": ledger.generated_tokens, "rollout/dropped_tokens": ledger.dropped_tokens,
+                "rollout/dropped_responses": ledger.dropped_responses, "rollout/carried_tokens": ledger.carried_tokens,
+                "rollout/carried_responses": ledger.carried_responses, "rollout/retries": ledger.retries,
+                "rollout/engines_serving": self._serving.fleet.serving}
 
     def state_dict(self) -> dict[str, Any]:
         """What rank 0 needs to go on; may hold arrays (the checkpoint pickles it)."""
-        return {"prompts": self._sampler.state_dict()} if self._topology.is_main else {}
+        return self._collector.state_dict() if self._topology.is_main else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._topology.is_main:
-            self._sampler.load_state_dict(state["prompts"])
+            self._collector.load_state_dict(state)
 
 
 class PublishedWeights:
     """loop.Weights: all ranks stream their shards, rank 0 sends them on and has the engines prove what they hold."""
 
-    def __init__(self, exporter: Exporter, topology: Topology, *, publisher: Publisher | None,
+    def __init__(self, exporter: Exporter, topology: Topology, *, serving: Serving | None, publisher: Publisher | None,
                  expected: ExpectedChecksums | None, clients: Sequence[EngineClient]):
-        self._exporter, self._topology = exporter, topology
+        self._exporter, self._topology, self._serving = exporter, topology, serving
         self._publisher, self._expected, self._clients = publisher, expected, clients
         self.report: PublishReport | None = None
 
@@ -74,10 +83,13 @@ class PublishedWeights:
             for _ in tensors:
                 pass
         else:
+            urls = [client.base_url for client in self._clients]
             watched = tensors if self._expected is None else self._expected.watch(tensors)
+            self._serving.tell(self._serving.fleet.updating, version, urls)
             self.report = self._publisher.publish(watched, version)
             if self._expected is not None:
                 verify_engines(self._clients, self._expected)
+            self._serving.tell(self._serving.fleet.published, version, urls, {})
         self._topology.barrier()
 
 
@@ -104,10 +116,10 @@ class RunRecord:
     """loop.Record: metrics, evaluation and checkpoints. Metrics and evaluation act on rank 0 alone."""
 
     def __init__(self, config: Config, topology: Topology, *, raw_model_config: dict[str, Any], log: MetricsLog | None,
-                 held_out: HeldOut | None, weights: PublishedWeights, save: Callable[[int], None],
-                 poll_save: Callable[[], None]):
+                 held_out: HeldOut | None, rollouts: BroadcastRollouts, weights: PublishedWeights,
+                 save: Callable[[int], None], poll_save: Callable[[], None]):
         self._config, self._topology, self._raw_model_config = config, topology, raw_model_config
-        self._log, self._held_out, self._weights = log, held_out, weights
+        self._log, self._held_out, self._rollouts, self._weights = log, held_out, rollouts, weights
         self._save, self._poll_save = save, poll_save
 
     def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
@@ -116,11 +128,10 @@ class RunRecord:
         self._poll_save()
         if self._log is None:
             return
-        metrics = {**rollout_metrics(groups), **budget_metrics(batches), **update_metrics(results), **seconds,
+        metrics = {**rollout_metrics(groups, version=step), **self._rollouts.metrics(),
+                   **budget_metrics(groups, batches), **update_metrics(results), **seconds,
                    "sync/version": self._weights.report.version, "sync/bytes": self._weights.report.bytes}
-        rounds = len(groups) // self._config.rollout.prompts_per_step
-        metrics |= {"budget/collect_rounds": rounds,
-                    "tokens_per_s/rollout": metrics["rollout/generated_tokens"] / seconds["time/generate"],
+        metrics |= {"tokens_per_s/rollout": metrics["rollout/generated_tokens"] / seconds["time/generate"],
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
                     / (seconds["time/logprobs"] + seconds["time/train"])}
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
@@ -140,29 +151,32 @@ class RunRecord:
         return any(self._topology.gather_objects(stop.asked()))
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str, float]:
+    """version: of the policy that trains on them; staleness counts versions back from it."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [score for group in groups for score in group.scores]
     means = [float(np.mean([score.value for score in group.scores])) for group in groups]
     lengths = [rollout.response_tokens for rollout in rollouts]
     statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
+    ages = [(version - span.version, span.end - span.start) for rollout in rollouts for span in rollout.weight_versions]
     return {
         "reward/mean": float(np.mean([score.value for score in scores])),
         "reward/pass_rate": float(np.mean([mean > 0 for mean in means])),
         **{f"reward/status/{status}": count / len(scores) for status, count in sorted(statuses.items())},
-        "rollout/generated_tokens": sum(lengths),
         "rollout/response_tokens_mean": float(np.mean(lengths)),
+        "rollout/staleness_mean": sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
+        "rollout/staleness_max": max(age for age, _ in ages),
         "rollout/truncated_fraction": float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
         "rollout/groups_mixed_fraction": float(np.mean([0.0 < mean < 1.0 for mean in means])),
         **{f"style/{key}": value for key, value in style(groups).items()},
     }
 
 
-def budget_metrics(batches: Sequence[StepBatch]) -> dict[str, float]:
+def budget_metrics(groups: Sequence[RolloutGroup], batches: Sequence[StepBatch]) -> dict[str, float]:
     """Totals over the optimiser steps of one rollout; fill is selected / Phi."""
     selected = sum(batch.selection.selected_tokens for batch in batches)
     phi = sum(batch.selection.phi for batch in batches)
-    available = sum(batch.available_tokens for batch in batches)
+    available = sum(rollout.response_tokens for group in groups for rollout in group.rollouts)
     return {"budget/phi": phi, "budget/selected_tokens": selected, "budget/fill": selected / phi,
             "budget/dropped_tokens": available - selected}
 

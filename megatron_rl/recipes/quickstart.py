@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
-from megatron_rl.launch.local import engine_for, run_ranks
+from megatron_rl.launch.local import engines_for, run_ranks
 from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
 from megatron_rl.observe.report import LABELS, write_report
 from megatron_rl.recipes import evaluate
@@ -37,7 +37,7 @@ def run(overrides: Sequence[str], console: Console) -> Path:
                 f"run.seed={seed}"])
     console.print(f"[bold]1/4[/bold] a random Mixture-of-Experts model in {folder / 'init'}")
     make_random_model(folder / "init", seed)
-    with engine_for(rl, str(folder / "init"), folder / "engine.log") as served:
+    with engines_for(rl, str(folder / "init"), folder / "engine.log") as served:
         before_sft = evaluate.run(at(served, folder / "init"))
         console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, 2 ranks, EP 2)")
         run_ranks("sft", sft)

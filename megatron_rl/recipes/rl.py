@@ -21,7 +21,7 @@ from megatron_rl.recipes import stop
 from megatron_rl.recipes.learner import PolicyLearner
 from megatron_rl.recipes.parts import BroadcastRollouts, PublishedWeights, RunRecord, build_expected, build_publisher
 from megatron_rl.recipes.routing import engine_routing
-from megatron_rl.recipes.serving import HeldOut, build_collector, engine_clients, load_tokenizer, prompt_source
+from megatron_rl.recipes.serving import HeldOut, Serving, build_collector, engine_clients, load_tokenizer, prompt_source
 from megatron_rl.reward import RewardPool
 
 
@@ -63,11 +63,12 @@ def build_run(config: Config) -> Iterator[RunParts]:
     exporter = Exporter(learner.policy, here)
     with contextlib.ExitStack() as stack:
         main = MainRank(config, here, stack, log_until=log_until(config, state)) if here.is_main else None
-        rollouts = BroadcastRollouts(config, here, main.sampler if main else None, main.collector if main else None)
+        serving = main.serving if main else None
+        rollouts = BroadcastRollouts(here, serving, main.collector if main else None)
         if state is not None:
             learner.updates_done = state["updates_done"]
             rollouts.load_state_dict(state["rollouts"])
-        weights = PublishedWeights(exporter, here, publisher=main.publisher if main else None,
+        weights = PublishedWeights(exporter, here, serving=serving, publisher=main.publisher if main else None,
                                    expected=main.expected if main else None, clients=main.clients if main else ())
 
         def save(step: int) -> None:
@@ -75,7 +76,7 @@ def build_run(config: Config) -> Iterator[RunParts]:
 
         record = RunRecord(config, here, raw_model_config=read_raw_config(config.model.path),
                            log=main.log if main else None, held_out=main.held_out if main else None,
-                           weights=weights, save=save, poll_save=checkpoints.poll)
+                           rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
         yield RunParts(rollouts, learner, weights, record, first_step, exporter, checkpoints, here)
 
 
@@ -86,15 +87,17 @@ class MainRank:
                  log_until: int | None):
         tokenizer = load_tokenizer(config.model.path)
         source = prompt_source(config, config.data, tokenizer)
-        self.sampler = PromptSampler(source, config.run.seed, shuffle=config.data.shuffle)
         rewards = stack.enter_context(RewardPool(config.reward))
         rewards.check_domains(source.domains)
         rewards.warm_up()
+        self.serving = stack.enter_context(Serving(config))
+        self.collector = build_collector(
+            config, self.serving.responder(config, tokenizer, rewards, engine_routing(config)),
+            PromptSampler(source, config.run.seed, shuffle=config.data.shuffle))
         self.clients = engine_clients(config)
-        self.collector = build_collector(config, self.clients, tokenizer, rewards, engine_routing(config))
         self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
         self.expected = build_expected(config, read_raw_config(config.model.path))
-        self.held_out = HeldOut(config, self.collector, tokenizer)
+        self.held_out = HeldOut(config, self.serving, tokenizer, rewards)
         self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
                                                   resume_step=log_until))
 

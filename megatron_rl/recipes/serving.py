@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
+from megatron_rl.batch import BudgetFill
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data import PromptSource, build_source, is_direct_answer
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.reward import RewardPool
+from megatron_rl.rollout.background import EventLoopThread
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.collect import Collector, SamplingPlan
+from megatron_rl.rollout.collectors import (
+    AheadCollector,
+    BudgetedCollector,
+    Collector,
+    PartialCollector,
+    Prompts,
+    SyncCollector,
+)
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.responses import Responder, SamplingPlan
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.types import RolloutGroup
 
@@ -38,24 +51,71 @@ def heldout_data(config: Config) -> DataConfig:
 
 
 def engine_clients(config: Config) -> list[EngineClient]:
-    urls = config.rollout.engine.urls
-    if not urls:
+    """A client of each engine, for one event loop. ValueError when there is no engine, or no key where one is named."""
+    engine = config.rollout.engine
+    if not engine.urls:
         raise ValueError("rollout.engine.urls is empty: start through `megatron-rl rl`, which starts an engine, "
                          "or give the URLs of running SGLang servers")
-    return [EngineClient(url, timeout_s=config.rollout.request_timeout_s) for url in urls]
+    key = None if engine.api_key_env is None else os.environ.get(engine.api_key_env)
+    if engine.api_key_env is not None and not key:
+        raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set")
+    return [EngineClient(url, timeout_s=config.rollout.request_timeout_s, api_key=key) for url in engine.urls]
 
 
-def build_collector(config: Config, clients: list[EngineClient], tokenizer, rewards: RewardPool,
-                    routed_layers: RoutedLayers | None = None) -> Collector:
-    return Collector(clients, config.rollout, tokenizer, rewards, seed=config.run.seed,
-                     eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers)
+class Serving:
+    """The engines of a run, spoken to on an event loop in the background. `with Serving(config) as serving:`"""
+
+    def __init__(self, config: Config):
+        self.fleet = Fleet(engine_clients(config), config.rollout)
+        self.background = EventLoopThread()
+
+    def __enter__(self) -> Serving:
+        self.background.__enter__()
+        self.background.run(self.fleet.start())
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.background.run(self.fleet.close())
+        self.background.__exit__(*exc_info)
+
+    def tell(self, note: Callable[..., None], *args: Any) -> None:
+        """Calls a method of the fleet on its own event loop."""
+
+        async def call() -> None:
+            note(*args)
+
+        self.background.run(call())
+
+    def responder(self, config: Config, tokenizer, rewards: RewardPool,
+                  routed_layers: RoutedLayers | None = None) -> Responder:
+        return Responder(self.fleet, config.rollout, tokenizer, rewards, seed=config.run.seed,
+                         eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers)
+
+
+def build_collector(config: Config, responder: Responder, prompts: Prompts) -> Collector:
+    """The collector that rollout.collector names."""
+    rollout = config.rollout
+    fill = BudgetFill(config.c3po, config.parallel.dp, rollout.max_response_tokens)
+    shared = {"prompts_per_step": rollout.prompts_per_step}
+    if rollout.collector == "budgeted":
+        return BudgetedCollector(responder, prompts, fill, **shared, overprovision=rollout.overprovision,
+                                 seed=config.run.seed)
+    if rollout.collector == "partial":
+        return PartialCollector(responder, prompts, **shared, budget_tokens=rollout.budget_tokens or fill.tokens,
+                                slice_tokens=rollout.slice_tokens, retention_steps=rollout.retention_steps,
+                                concurrency=rollout.concurrency)
+    if rollout.collector == "async":
+        return AheadCollector(responder, prompts, **shared, max_staleness=rollout.max_staleness,
+                              last_step=config.run.steps - 1)
+    return SyncCollector(responder, prompts, **shared)
 
 
 class HeldOut:
     """Evaluates what the engines serve on a fixed set of problems; used by training, evaluate and the quick start."""
 
-    def __init__(self, config: Config, collector: Collector, tokenizer):
-        self._config, self._collector = config, collector
+    def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
+        self._config, self._serving = config, serving
+        self._responder = serving.responder(config, tokenizer, rewards)
         source = prompt_source(config, heldout_data(config), tokenizer)
         if len(source) < config.eval.problems:
             raise ValueError(f"eval.problems={config.eval.problems}, but the evaluation data has {len(source)}")
@@ -68,7 +128,7 @@ class HeldOut:
                             top_p=options.top_p, max_response_tokens=self._config.rollout.max_response_tokens,
                             stop=self._config.rollout.stop)
         started = time.perf_counter()
-        groups = self._collector.collect_blocking(self._prompts, step=step, tag="eval", plan=plan)
+        groups = self._serving.background.run(self._responder.groups(self._prompts, step=step, tag="eval", plan=plan))
         correct = [[score.value for score in group.scores] for group in groups]
         mean, low, high = bootstrap_interval(correct, options.bootstrap_resamples, options.seed)
         lengths = [rollout.response_tokens for group in groups for rollout in group.rollouts]

@@ -5,8 +5,10 @@ Weight versions are integers on our side and str(n) on the wire. No environment 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +26,10 @@ CONTROL_TIMEOUT_S = 5.0
 
 class EngineHTTPError(RuntimeError):
     """The engine refused a request or did not answer. The message names the endpoint and says why."""
+
+
+class EngineUnreachableError(EngineHTTPError):
+    """Nobody listens at the engine's address."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,12 @@ class EngineClient:
     after which another loop may use the client again. Every call raises EngineHTTPError.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float = 600.0, log_path: str | None = None):
+    def __init__(self, base_url: str, *, timeout_s: float = 600.0, log_path: str | None = None,
+                 api_key: str | None = None):
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
         self.log_path = log_path
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
@@ -150,9 +158,30 @@ class EngineClient:
             return False
         return True
 
-    async def weight_version(self) -> int:
-        info = await self._request("GET", "/model_info", None)
-        return int(info["weight_version"])
+    async def input_logprobs(self, input_ids: Sequence[int], *, rid: str, temperature: float) -> np.ndarray:
+        """Log-probability of each token but the first, given those before it, fp32 [L - 1]."""
+        answer = await self._post(
+            "/generate",
+            {
+                "rid": rid,
+                "input_ids": list(input_ids),
+                "sampling_params": {"temperature": temperature, "max_new_tokens": 1},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+        )
+        with _well_formed():
+            pairs = answer["meta_info"]["input_token_logprobs"][1:]
+            if [pair[1] for pair in pairs] != list(input_ids[1:]):
+                raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities of other tokens than asked")
+            return np.asarray([pair[0] for pair in pairs], dtype=np.float32)
+
+    async def weight_version(self, *, timeout_s: float | None = None) -> int | None:
+        """The version of the last publish that reached its end, or None when the engine's label is not a number."""
+        info = await self._request("GET", "/model_info", None, timeout_s=timeout_s)
+        with _well_formed():
+            label = info["weight_version"]
+            return int(label) if re.fullmatch(r"-?\d+", label) else None
 
     async def server_info(self) -> dict[str, Any]:
         return await self._request("GET", "/server_info", None)
@@ -252,6 +281,7 @@ class EngineClient:
     async def _request(self, method: str, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         where = f"{method} {self.base_url}{path}"
+        text = ""
         try:
             async with self._open_session().request(
                 method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
@@ -260,15 +290,19 @@ class EngineClient:
                 if response.status != 200:
                     raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
                 return json.loads(text) if response.content_type == "application/json" else text
+        except ValueError as error:  # not JSON, or not text
+            raise EngineHTTPError(f"{where}: {error}; it answered {text[:ERROR_TEXT_CHARACTERS]!r}") from error
         except TimeoutError as error:
             raise EngineHTTPError(f"{where}: no answer within {limit_s:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise EngineUnreachableError(f"{where}: {error}") from error
         except aiohttp.ClientError as error:
             raise EngineHTTPError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers)
         return self._session
 
 
@@ -276,7 +310,21 @@ def _version_to_wire(version: int | None) -> dict[str, str]:
     return {} if version is None else {"weight_version": str(version)}
 
 
+@contextlib.contextmanager
+def _well_formed() -> Iterator[None]:
+    """An answer that is not shaped as the API says becomes an EngineHTTPError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}") from error
+
+
 def _parse_generate(answer: Mapping[str, Any]) -> GenerateResult:
+    with _well_formed():
+        return _read_generate(answer)
+
+
+def _read_generate(answer: Mapping[str, Any]) -> GenerateResult:
     meta = answer["meta_info"]
     output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
     pairs = meta["output_token_logprobs"] if len(output_ids) else []

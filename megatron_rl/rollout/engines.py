@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import psutil
 import torch
 
 import megatron_rl
-from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 
 HOST = "127.0.0.1"
 LOG_LINES_SHOWN = 25
@@ -40,8 +41,8 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
     return device
 
 
-def choose_port(port: int | None) -> int:
-    """A free port, or `port` itself. Raises ValueError when `port` is taken."""
+def choose_port(port: int | None, taken: Sequence[int] = ()) -> int:
+    """A free port that is none of `taken`, or `port` itself. Raises ValueError when `port` is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -49,7 +50,8 @@ def choose_port(port: int | None) -> int:
         except OSError as error:
             raise ValueError(f"rollout.engine.port={port} is taken on {HOST}: choose another, or leave it unset "
                              "to have a free one found") from error
-        return probe.getsockname()[1]
+        found = probe.getsockname()[1]
+    return found if port or found not in taken else choose_port(None, taken)
 
 
 def engine_command(
@@ -138,11 +140,14 @@ class EngineProcess:
     def from_config(
         cls, rollout: RolloutConfig, model_path: str | Path, *, log_path: str | Path,
         model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
-        return_routed_experts: bool = False,
+        return_routed_experts: bool = False, taken_ports: Sequence[int] = (),
     ) -> EngineProcess:
-        """Not yet started. Raises ValueError when rollout.engine.port is taken."""
+        """Not yet started. taken_ports: of servers that have not been started yet either.
+
+        Raises ValueError when rollout.engine.port is taken.
+        """
         engine = rollout.engine
-        port = choose_port(engine.port)
+        port = choose_port(engine.port, taken_ports)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
                                    weight_version=weight_version, return_routed_experts=return_routed_experts)
         return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
@@ -183,14 +188,19 @@ class EngineProcess:
                 start_new_session=True,
             )
 
-    def wait_until_healthy(self) -> None:
-        """Blocks until /health answers 200. Raises EngineError if the server dies or start_timeout_s passes."""
+    def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
+        """Blocks until /health answers 200.
+
+        Raises EngineError if the server dies, start_timeout_s passes, or `give_up` is set meanwhile.
+        """
         assert self._process is not None, "start() comes first"
         deadline = time.monotonic() + self.start_timeout_s
         while not self._answers():
             code = self._process.poll()
             if code is not None:
                 raise EngineError(self._with_log(f"the engine on port {self.port} exited with code {code}"))
+            if give_up is not None and give_up.is_set():
+                raise EngineError(f"the engine on port {self.port} was stopped while it started")
             if time.monotonic() > deadline:
                 raise EngineError(self._with_log(
                     f"the engine on port {self.port} did not answer within "
@@ -204,13 +214,17 @@ class EngineProcess:
 
     def stop(self) -> None:
         """SIGTERM; after stop_timeout_s SIGKILL. Returns when no process of the group is left."""
+        if self.alive:
+            os.kill(self._process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self.stop_timeout_s)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group. Returns when none of it is left; start() may follow."""
         if self._process is None:
             return
         group = self._process.pid
-        if self.alive:
-            os.kill(group, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(self.stop_timeout_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
         self._process.wait(KILL_GRACE_S)

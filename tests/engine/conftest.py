@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.sync.publish import Publisher, TensorPublisher

@@ -102,7 +102,7 @@ def test_logged_and_documented_metrics_are_the_same(whole_run):
     families = ("time/", "reward/status/", "router/load_max_over_mean/layer_")  # one line for each family
     logged = {key for row in rows(whole_run) for key in row if "/" in key and not key.startswith(families)}
     assert logged - documented == set()
-    assert documented - logged <= {"style/reasoning_accuracy"}  # only where a response reasons
+    assert documented - logged <= {"style/reasoning_accuracy", "router/replay_differing"}  # only where there are any
 
 
 def test_trainer_and_engine_agree_after_every_publish(whole_run):
@@ -202,3 +202,34 @@ def test_a_missing_answer_column_is_named_with_file_and_line(model, tmp_path, en
                  f"data.path={problems}", f"rollout.engine.urls=[{engine_url}]")
     assert failed.returncode != 0
     assert f"{problems}:2" in failed.stderr
+
+
+COLLECTORS = {
+    "budgeted": ("c3po.order=groups",),
+    "partial": ("c3po.mismatch=tis", "rollout.slice_tokens=10", "rollout.prompts_per_step=3",
+                "c3po.max_collect_rounds=20"),
+    "async": ("c3po.mismatch=tis",),
+}
+
+
+@pytest.mark.parametrize("collector", COLLECTORS)
+def test_every_collector_fills_phi_and_accounts_for_every_token(collector, model, engine_url, tmp_path):
+    """Whatever a step carries in is what the step before carried out."""
+    done = run("parallel=dp2", f"rollout.collector={collector}", *COLLECTORS[collector], "eval.every_steps=0",
+               f"model.path={model}", f"run.dir={tmp_path}", f"rollout.engine.urls=[{engine_url}]")
+    assert done.returncode == 0, done.stderr
+    steps, carried = rows(tmp_path), 0
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        assert row["train/selected_tokens"] == PHI
+        assert carried + row["rollout/generated_tokens"] == (
+            PHI + row["budget/dropped_tokens"] + row["rollout/dropped_tokens"] + row["rollout/carried_tokens"])
+        carried = row["rollout/carried_tokens"]
+        assert row["rollout/staleness_max"] <= {"budgeted": 0, "partial": 4, "async": 1}[collector]
+    if collector == "partial":
+        assert carried > 0
+        assert max(row["rollout/staleness_max"] for row in steps) > 0
+    if collector == "async":
+        assert {row["rollout/staleness_max"] for row in steps[1:]} == {1}
+    else:
+        assert steps[0]["mismatch/max_abs"] < 1e-4

@@ -28,11 +28,11 @@ GROUPS = [group((r"\boxed{7}", 1.0, 2), (r" so 7\boxed{7}", 1.0, 6), (" so", -1.
 
 
 def test_rollout_metrics_by_hand():
-    metrics = rollout_metrics(GROUPS)
+    metrics = rollout_metrics(GROUPS, version=2)
     assert metrics["reward/mean"] == pytest.approx(2 / 6)
     assert metrics["reward/pass_rate"] == 0.5  # one of two prompts was solved at all
     assert metrics["rollout/groups_mixed_fraction"] == 0.5
-    assert metrics["rollout/generated_tokens"] == 26
+    assert metrics["rollout/staleness_mean"] == metrics["rollout/staleness_max"] == 2  # sampled by version 0
     assert metrics["rollout/truncated_fraction"] == pytest.approx(1 / 6)
     assert metrics["reward/status/correct"] == pytest.approx(2 / 6)
 
@@ -45,8 +45,8 @@ def test_style_is_told_apart_from_skill():
 def test_fill_is_selected_over_phi_over_all_updates():
     batches = [StepBatch((), BudgetSelection(torch.tensor([4, 6]), 10, 10), 2, 15),
                StepBatch((), BudgetSelection(torch.tensor([5]), 5, 10), 1, 5)]
-    metrics = budget_metrics(batches)
-    assert metrics == {"budget/phi": 20, "budget/selected_tokens": 15, "budget/fill": 0.75, "budget/dropped_tokens": 5}
+    metrics = budget_metrics(GROUPS, batches)  # of 26 response tokens
+    assert metrics == {"budget/phi": 20, "budget/selected_tokens": 15, "budget/fill": 0.75, "budget/dropped_tokens": 11}
 
 
 def test_updates_combine_by_tokens_and_not_by_step():

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
-from megatron_rl.rollout.collect import CollectError, Collector, Progress, SamplingPlan, sampling_seed
 from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.fleet import Fleet, FleetError
+from megatron_rl.rollout.responses import Responder, SamplingPlan, sampling_seed
 from megatron_rl.types import Finish, Prompt, Score
 from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
 from tests.reference_bailing import response_logprobs
@@ -48,12 +49,23 @@ def dead_client() -> EngineClient:
     return EngineClient(f"http://127.0.0.1:{choose_port(None)}", log_path="/logs/dead_engine.log")
 
 
-def make_collector(clients, tokenizer, config=ROLLOUT, on_progress=None) -> Collector:
-    return Collector(clients, config, tokenizer, LengthScorer(), seed=3, eos_token_id=0, on_progress=on_progress)
+def collect(clients, tokenizer, prompts, config=ROLLOUT, scorer=None, **how):
+    """One group per prompt, from a fleet that lives as long as this call."""
+
+    async def groups():
+        fleet = Fleet(clients, config)
+        await fleet.start()
+        try:
+            responder = Responder(fleet, config, tokenizer, scorer or LengthScorer(), seed=3, eos_token_id=0)
+            return await responder.groups(prompts, **{"step": 1, **how})
+        finally:
+            await fleet.close()
+
+    return asyncio.run(groups())
 
 
 def test_k_responses_per_prompt_as_the_engine_sampled_them(live_engine: LiveEngine, tokenizer):
-    groups = make_collector([live_engine.client], tokenizer).collect_blocking(make_prompts(), step=1)
+    groups = collect([live_engine.client], tokenizer, make_prompts())
     assert [group.prompt.id for group in groups] == ["p0", "p1", "p2", "p3"]
     for group in groups:
         prompt = group.prompt.token_ids
@@ -74,70 +86,65 @@ def test_k_responses_per_prompt_as_the_engine_sampled_them(live_engine: LiveEngi
 
 
 def test_samples_of_a_prompt_differ(live_engine: LiveEngine, tokenizer):
-    (group,) = make_collector([live_engine.client], tokenizer).collect_blocking(make_prompts(1), step=1)
+    (group,) = collect([live_engine.client], tokenizer, make_prompts(1))
     assert len({rollout.token_ids.tobytes() for rollout in group.rollouts}) > 1
 
 
 def test_evaluation_plan_replaces_count_length_and_temperature(live_engine: LiveEngine, tokenizer):
     plan = replace(SamplingPlan.from_config(ROLLOUT), samples_per_prompt=2, temperature=0.0, max_response_tokens=5)
-    collector = make_collector([live_engine.client], tokenizer)
-    groups = collector.collect_blocking(make_prompts(), step=0, tag="eval", plan=plan)
+    groups = collect([live_engine.client], tokenizer, make_prompts(), step=0, tag="eval", plan=plan)
     for group in groups:
         first, second = group.rollouts
         assert first.response_tokens <= 5
         assert first.token_ids.tolist() == second.token_ids.tolist()  # greedy
 
 
-def test_progress_counts_every_response_once(live_engine: LiveEngine, tokenizer):
-    seen: list[Progress] = []
-    collector = make_collector([live_engine.client], tokenizer, on_progress=seen.append)
-    groups = collector.collect_blocking(make_prompts(), step=1)
-    tokens = sum(rollout.response_tokens for group in groups for rollout in group.rollouts)
-    assert [progress.responses for progress in seen] == list(range(1, 13))
-    assert seen[-1] == Progress(responses=12, total_responses=12, tokens=tokens)
-
-
-def test_failed_request_is_retried_on_the_next_engine_and_counted_once(live_engine, tokenizer, dead_client):
-    collector = make_collector([dead_client, live_engine.client], tokenizer)
-    groups = collector.collect_blocking(make_prompts(), step=1)
+def test_failed_request_is_retried_on_another_engine_and_counted_once(live_engine, tokenizer, dead_client):
+    scorer = LengthScorer()
+    groups = collect([dead_client, live_engine.client], tokenizer, make_prompts(), scorer=scorer)
     assert [len(group.rollouts) for group in groups] == [3, 3, 3, 3]
-    judged = collector._scorer.judged
-    assert sorted(judged) == sorted(["p0", "p1", "p2", "p3"] * 3)
+    assert sorted(scorer.judged) == sorted(["p0", "p1", "p2", "p3"] * 3)
 
 
-def test_exhausted_retries_name_prompt_engine_and_log(tokenizer, dead_client):
-    collector = make_collector([dead_client], tokenizer)
-    with pytest.raises(CollectError, match=r"prompt 'p0', sample \d: no response after 2 attempts .*dead_engine.log"):
-        collector.collect_blocking(make_prompts(1), step=1)
+def too_long(prompt: Prompt) -> Prompt:
+    """For the engine, whose context is 512 tokens."""
+    return replace(prompt, token_ids=(5,) * 600)
 
 
-def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer, dead_client):
+def impatient(**changes):
+    return replace(ROLLOUT, engine=replace(ROLLOUT.engine, wait_timeout_s=0.5), **changes)
+
+
+def test_no_engine_left_names_request_engine_and_log(tokenizer, dead_client):
+    with pytest.raises(FleetError, match=r"request train-1-0-p0-\d-0: no engine served .*dead_engine.log"):
+        collect([dead_client], tokenizer, make_prompts(1), impatient())
+
+
+def test_exhausted_retries_say_what_the_engine_answered(live_engine, tokenizer):
+    with pytest.raises(FleetError, match=r"no response after 2 attempts .*HTTP 400"):
+        collect([live_engine.client], tokenizer, [too_long(make_prompts(1)[0])],
+                replace(ROLLOUT, max_context_tokens=2048))
+
+
+def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer):
     """flush_cache is refused while the engine has requests."""
-    config = replace(ROLLOUT, retries=1, max_response_tokens=500)
-    collector = make_collector([live_engine.client, dead_client, dead_client], tokenizer, config)
-    with pytest.raises(CollectError, match="prompt 'p1'"):
-        collector.collect_blocking(make_prompts(2), step=1)
+    first, second = make_prompts(2)
+    config = replace(ROLLOUT, max_context_tokens=2048, max_response_tokens=500)
+    with pytest.raises(FleetError, match="p1"):
+        collect([live_engine.client], tokenizer, [first, too_long(second)], config)
     for attempt in itertools.count():
         try:
             live_engine.call(live_engine.client.flush_cache())
             return
         except EngineHTTPError:
-            assert attempt < 10, "the engine still runs requests of a collect() that failed"
+            assert attempt < 10, "the engine still runs requests of a step that failed"
             time.sleep(0.1)
 
 
 def test_prompt_too_long_for_the_engine_is_named(live_engine: LiveEngine, tokenizer):
     prompt = Prompt(id="long", token_ids=(5,) * 500, text="", answer="", domain="math")
     with pytest.raises(ValueError, match="prompt 'long' has 500 tokens.*rollout.max_context_tokens=512"):
-        make_collector([live_engine.client], tokenizer).collect_blocking([prompt], step=1)
-
-
-def test_collect_runs_inside_an_event_loop_too(live_engine: LiveEngine, tokenizer):
-    async def collect():
-        async with live_engine.client:
-            return await make_collector([live_engine.client], tokenizer).collect(make_prompts(1), step=1)
-
-    assert len(asyncio.run(collect())) == 1
+        collect([live_engine.client], tokenizer, [prompt])
 
 
 def test_every_part_of_the_key_changes_the_seed():

@@ -1,0 +1,99 @@
+"""Section `rollout`: what is sampled, by which engines, and how weights reach them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rl.config.rules import require
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The SGLang servers: given URLs are used as they are, otherwise `count` servers are started here.
+
+    Servers started here listen on loopback, are watched, and are started again when they die or do not answer for
+    hang_timeout_s, max_restarts times each. A request waits up to wait_timeout_s for a server that holds the
+    current weights. api_key_env names the environment variable that holds the key of servers elsewhere; the key
+    itself is never written down.
+    """
+
+    urls: tuple[str, ...] = ()
+    count: int = 1
+    api_key_env: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    port: int | None = None
+    max_running_requests: int = 256
+    max_total_tokens: int | None = 65536
+    mem_fraction_static: float = 0.5
+    start_timeout_s: float = 240.0
+    stop_timeout_s: float = 30.0
+    health_interval_s: float = 2.0
+    hang_timeout_s: float = 30.0
+    wait_timeout_s: float = 600.0
+    max_restarts: int = 5
+    threads: int = 1
+    deterministic: bool = False
+    extra_args: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(0 < self.mem_fraction_static < 1,
+                f"rollout.engine.mem_fraction_static={self.mem_fraction_static} must lie between 0 and 1")
+        require(self.count >= 1, f"rollout.engine.count={self.count} must be at least 1")
+        require(self.port is None or self.count == 1,
+                f"rollout.engine.port={self.port} is one port for rollout.engine.count={self.count} servers: leave it "
+                "unset to have free ones found")
+        for name in ("health_interval_s", "hang_timeout_s", "wait_timeout_s"):
+            require(getattr(self, name) > 0, f"rollout.engine.{name}={getattr(self, name)} must be positive")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled for one step, by which engines, and how weights reach them.
+
+    collector: `sync` samples every response of the step's prompts; `budgeted` stops as soon as the groups first in
+    order fill c3po.phi (needs c3po.order=groups); `partial` samples budget_tokens per step (None: Phi of the step)
+    in slices of slice_tokens and carries unfinished responses on, for retention_steps at most; `async` samples up
+    to max_staleness steps ahead while the trainer trains.
+    overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
+    concurrency: requests in flight over all engines.
+    """
+
+    collector: Literal["sync", "budgeted", "partial", "async"] = "sync"
+    prompts_per_step: int = 32
+    responses_per_prompt: int = 8
+    max_response_tokens: int = 80
+    max_context_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    overprovision: float = 1.25
+    budget_tokens: int | None = None
+    slice_tokens: int = 256
+    retention_steps: int = 4
+    max_staleness: int = 1
+    concurrency: int = 256
+    request_timeout_s: float = 600.0
+    retries: int = 3
+    publish: Literal["tensor", "broadcast", "disk"] = "tensor"
+    verify_checksums: bool = True
+    bucket_bytes: int = 512 * 1024 * 1024
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self):
+        for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency", "slice_tokens",
+                     "retention_steps"):
+            require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
+        require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
+        require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
+        require(self.max_response_tokens < self.max_context_tokens,
+                f"rollout.max_response_tokens={self.max_response_tokens} leaves no room for a prompt in "
+                f"rollout.max_context_tokens={self.max_context_tokens}")
+        require(self.overprovision >= 1, f"rollout.overprovision={self.overprovision} must be at least 1")
+        require(self.budget_tokens is None or self.budget_tokens >= 1,
+                f"rollout.budget_tokens={self.budget_tokens} must be at least 1 token")
+        require(self.max_staleness >= 0, f"rollout.max_staleness={self.max_staleness} must not be negative")
+        require(not (self.collector == "partial" and self.stop),
+                "rollout.stop with rollout.collector=partial: a stop string that a slice cuts in two would not be "
+                "seen; end responses by the tokenizer's end-of-text token")

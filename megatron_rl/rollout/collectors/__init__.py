@@ -1,0 +1,10 @@
+"""Ways to come by a step's judged groups; the loop does not know which is in use."""
+
+from megatron_rl.rollout.collectors.ahead import AheadCollector
+from megatron_rl.rollout.collectors.base import BudgetFill, Collector, Ledger, Prompts
+from megatron_rl.rollout.collectors.budgeted import BudgetedCollector
+from megatron_rl.rollout.collectors.partial import PartialCollector
+from megatron_rl.rollout.collectors.synchronous import SyncCollector
+
+__all__ = ["AheadCollector", "BudgetFill", "BudgetedCollector", "Collector", "Ledger", "PartialCollector", "Prompts",
+           "SyncCollector"]

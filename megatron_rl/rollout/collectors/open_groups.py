@@ -1,0 +1,72 @@
+"""Groups that are under way across steps, and how they are kept in a checkpoint: plain values and numpy arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_rl.rollout.responses import Judged, Ticket
+from megatron_rl.rollout.transcript import Transcript
+from megatron_rl.types import Finish, Prompt, Score, VersionSpan
+
+
+@dataclasses.dataclass
+class OpenResponse:
+    """One response of an open group; judged once its transcript has finished."""
+
+    ticket: Ticket
+    transcript: Transcript = dataclasses.field(default_factory=Transcript)
+    judged: Judged | None = None
+
+
+@dataclasses.dataclass
+class OpenGroup:
+    """A prompt of which some response is unfinished. step: when its first request went out."""
+
+    prompt: Prompt
+    step: int
+    responses: list[OpenResponse]
+
+    @property
+    def tokens(self) -> int:
+        return sum(response.transcript.sampled_tokens for response in self.responses)
+
+    @property
+    def finished(self) -> bool:
+        return all(response.judged is not None for response in self.responses)
+
+
+def group_to_state(group: OpenGroup) -> dict[str, Any]:
+    prompt = {**dataclasses.asdict(group.prompt), "token_ids": list(group.prompt.token_ids)}
+    return {"prompt": prompt, "step": group.step,
+            "responses": [_response_to_state(response) for response in group.responses]}
+
+
+def group_from_state(state: dict[str, Any]) -> OpenGroup:
+    prompt = Prompt(**{**state["prompt"], "token_ids": tuple(state["prompt"]["token_ids"])})
+    return OpenGroup(prompt, state["step"], [_response_from_state(each, prompt) for each in state["responses"]])
+
+
+def _response_to_state(response: OpenResponse) -> dict[str, Any]:
+    transcript, judged = response.transcript, response.judged
+    return {
+        "ticket": [response.ticket.tag, response.ticket.step, response.ticket.index, response.ticket.sample],
+        "token_ids": transcript.token_ids,
+        "sampled": transcript.sampled,
+        "logprobs": transcript.logprobs,
+        "weight_versions": [[span.version, span.start, span.end] for span in transcript.weight_versions],
+        "routed_experts": transcript.routed_experts,
+        "finish": None if transcript.finish is None else transcript.finish.value,
+        "judged": None if judged is None else {"text": judged.text, "score": dataclasses.asdict(judged.score)},
+    }
+
+
+def _response_from_state(state: dict[str, Any], prompt: Prompt) -> OpenResponse:
+    transcript = Transcript(
+        state["token_ids"], state["sampled"], state["logprobs"],
+        tuple(VersionSpan(*span) for span in state["weight_versions"]),
+        None if state["finish"] is None else Finish(state["finish"]), state["routed_experts"])
+    judged = None
+    if state["judged"] is not None:
+        judged = Judged(transcript.rollout(prompt), state["judged"]["text"], Score(**state["judged"]["score"]))
+    return OpenResponse(Ticket(prompt, *state["ticket"]), transcript, judged)

@@ -1,0 +1,118 @@
+"""A budget of sampled tokens per step; what is not finished goes on in the next one (C3PO++)."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from typing import Any
+
+from megatron_rl.rollout.collectors.base import Ledger, Prompts, response_tokens
+from megatron_rl.rollout.collectors.open_groups import OpenGroup, OpenResponse, group_from_state, group_to_state
+from megatron_rl.rollout.responses import Responder, as_group, cancelled
+from megatron_rl.types import RolloutGroup
+
+
+class PartialCollector:
+    """C3PO++ (arXiv 2510.18855): each round samples budget_tokens tokens, to the token, and no straggler is waited for.
+
+    prompts_per_step groups are open at a time; a group that is finished is handed out and a new one opened, so that
+    engines stay busy. Responses are sampled in slices of at most slice_tokens: a slice is asked for with the prompt
+    and everything sampled so far as input, takes its tokens from the budget beforehand, and gives back what it did
+    not use. When the budget is spent, what is unfinished stays open with its tokens, log-probabilities and weight
+    versions, and goes on in the next round under the weights of that time. Slices bound what a dying engine can
+    lose; the price is a look-up of the prefix (in the engine's cache while the weights are the same) per slice.
+
+    What waits for what. The round ends when the slices under way have ended, so slice_tokens bounds its tail. A
+    group is handed out when all K responses are judged, because advantages need all K. A group that is still open
+    after retention_steps steps is dropped whole, and counted: that alone disfavours long responses. Whatever else
+    finishes is trained on in the step in which it finishes, or cut by the budget's own permutation. Which responses a
+    round reaches depends on how fast the engines are, so two runs with the same seed need not be the same.
+    """
+
+    def __init__(self, responder: Responder, prompts: Prompts, *, prompts_per_step: int, budget_tokens: int,
+                 slice_tokens: int, retention_steps: int, concurrency: int):
+        self._responder, self._prompts, self._most_open = responder, prompts, prompts_per_step
+        self._budget_tokens, self._slice_tokens = budget_tokens, slice_tokens
+        self._retention_steps, self._concurrency = retention_steps, concurrency
+        self._open: list[OpenGroup] = []
+        self._opened = 0
+
+    async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]:
+        before = dataclasses.replace(self._responder.tally)
+        carried_in = self._carried_tokens()
+        dropped = 0
+        if round_ == 0:
+            self._opened = 0
+            dropped = self._drop_old(step)
+        await self._spend(step)
+        finished = [group for group in self._open if group.finished]
+        self._open = [group for group in self._open if not group.finished]
+        groups = [as_group(group.prompt, [response.judged for response in group.responses]) for group in finished]
+        return groups, Ledger.balance(
+            self._responder.tally, before, returned=response_tokens(groups), carried_in=carried_in,
+            carried=self._carried_tokens(), dropped_responses=dropped,
+            carried_responses=sum(len(group.responses) for group in self._open))
+
+    def _carried_tokens(self) -> int:
+        return sum(group.tokens for group in self._open)
+
+    def _drop_old(self, step: int) -> int:
+        kept = [group for group in self._open if step - group.step <= self._retention_steps]
+        dropped = sum(len(group.responses) for group in self._open) - sum(len(group.responses) for group in kept)
+        self._open = kept
+        return dropped
+
+    async def _spend(self, step: int) -> None:
+        """Samples budget_tokens tokens: oldest responses first, each again behind the others after its slice."""
+        left = self._budget_tokens
+        waiting = deque(response for group in self._open for response in group.responses if response.judged is None)
+        running: dict[asyncio.Task, tuple[OpenResponse, int]] = {}
+        try:
+            while True:
+                while left and len(running) < self._concurrency and (waiting or self._may_open()):
+                    if not waiting:
+                        waiting.extend(self._open_group(step).responses)
+                    response = waiting.popleft()
+                    room = self._responder.plan.max_response_tokens - response.transcript.sampled_tokens
+                    asked = min(self._slice_tokens, room, left)
+                    left -= asked
+                    running[asyncio.create_task(self._slice(response, asked))] = (response, asked)
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in running if task in done]:  # in the order in which they were sent
+                    response, asked = running.pop(task)
+                    left += asked - task.result()
+                    if response.judged is None:
+                        waiting.append(response)
+        except BaseException:
+            await cancelled(running)
+            raise
+
+    def _may_open(self) -> bool:
+        return sum(not group.finished for group in self._open) < self._most_open
+
+    def _open_group(self, step: int) -> OpenGroup:
+        (prompt,) = self._prompts.next(1)
+        self._responder.check_length(prompt, self._responder.plan)
+        tickets = self._responder.tickets(prompt, step=step, index=self._opened)
+        self._opened += 1
+        self._open.append(OpenGroup(prompt, step, [OpenResponse(ticket) for ticket in tickets]))
+        return self._open[-1]
+
+    async def _slice(self, response: OpenResponse, max_tokens: int) -> int:
+        """Samples on; tokens sampled."""
+        had = response.transcript.sampled_tokens
+        response.transcript = await self._responder.sample(
+            response.ticket, self._responder.plan, response.transcript, max_tokens)
+        if response.transcript.finish is not None:
+            response.judged = await self._responder.judge(response.ticket.prompt, response.transcript)
+        return response.transcript.sampled_tokens - had
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompts": self._prompts.state_dict(), "open": [group_to_state(group) for group in self._open]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._prompts.load_state_dict(state["prompts"])
+        self._open = [group_from_state(group) for group in state["open"]]

@@ -1,0 +1,269 @@
+"""Requests spread over engines of which some may die, hang, or answer nonsense.
+
+An engine serves only while it answers and is known to hold the newest published weights: a publish that reached its
+end marks it (`published`), and it loses that mark when it stops answering or its own label says otherwise, as after
+a restart (engines are started with a negative label). Every response is checked against the versions that were
+current while it was sampled, so that nothing sampled from other weights gets through.
+
+A request that fails goes to another engine with the same seed and a new attempt in its id; one result is handed
+out per request, so a retry never counts twice. An engine that fails again and again rests for longer and longer and
+is then tried with one request at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.rollout.client import (
+    EngineClient,
+    EngineHTTPError,
+    EngineUnreachableError,
+    GenerateResult,
+    SamplingParams,
+)
+from megatron_rl.rollout.routed_experts import RoutedLayers
+from megatron_rl.types import Finish
+
+FIRST_REST_S = 0.25
+LONGEST_REST_S = 30.0
+QUARANTINE_FAILURES = 3
+PROBE_TIMEOUT_S = 10.0
+ABORT_GRACE_S = 5.0
+CHOICE_POLL_S = 0.05
+
+
+class FleetError(RuntimeError):
+    """A request could not be answered. Names the request, the last failure, and the state of every engine."""
+
+
+@dataclass
+class Tally:
+    """Tokens that engines delivered, whether they were of use or not, and requests that were sent again."""
+
+    delivered_tokens: int = 0
+    retries: int = 0
+
+
+@dataclass(eq=False)
+class Member:
+    """One engine as the fleet sees it. failures: in a row, since its last success."""
+
+    client: EngineClient
+    version: int | None = None
+    reachable: bool = True
+    updating: bool = False
+    updates: int = 0
+    in_flight: int = 0
+    failures: int = 0
+    failed_at: float = 0.0
+    resting_until: float = 0.0
+    unanswered_since: float | None = None
+    last_failure: str = ""
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def quarantined(self) -> bool:
+        return self.failures >= QUARANTINE_FAILURES
+
+    def describe(self, newest: int | None) -> str:
+        state = ("does not answer" if not self.reachable
+                 else f"holds version {self.version}, not {newest}" if self.version != newest
+                 else f"failed {self.failures} times in a row" if self.failures else "serves")
+        log = "" if self.client.log_path is None else f", log: {self.client.log_path}"
+        return f"{self.client.base_url} {state}{log}" + (f" ({self.last_failure})" if self.last_failure else "")
+
+
+class Fleet:
+    """All engines of one run. Lives on one event loop: start() begins the watch, close() ends it and the connections.
+
+    version None: nothing was published, and the engines are used as they are.
+    """
+
+    def __init__(self, clients: Sequence[EngineClient], config: RolloutConfig):
+        if not clients:
+            raise ValueError("rollout.engine.urls is empty: a fleet needs at least one engine")
+        self._members = tuple(Member(client) for client in clients)
+        self._config = config
+        self._version: int | None = None
+        self._upcoming: int | None = None
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._watch: asyncio.Task | None = None
+
+    async def start(self) -> None:
+        self._watch = asyncio.create_task(self._watch_members())
+
+    async def close(self) -> None:
+        self._watch.cancel()
+        await asyncio.gather(self._watch, *(member.client.close() for member in self._members), return_exceptions=True)
+
+    async def generate(self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams,
+                       tally: Tally, routed_layers: RoutedLayers | None = None) -> GenerateResult:
+        """The first attempt that ends by itself, on the serving engine with the fewest requests.
+
+        FleetError after 1 + rollout.retries failed attempts, or when no engine serves for wait_timeout_s.
+        Cancelling aborts the request at the engine; what it had sampled counts as delivered.
+        """
+        async with self._slots:
+            for attempt in range(1 + self._config.retries):
+                member = await self._choose(rid)
+                # SGLang aborts every id that starts with the one given: the full stop ends it
+                result = await self._attempt(member, input_ids, f"{rid}-{attempt}.", sampling, tally, routed_layers)
+                if result is not None:
+                    return result
+                tally.retries += 1
+        raise FleetError(f"request {rid}: no response after {1 + self._config.retries} attempts (rollout.retries="
+                         f"{self._config.retries}); {self.describe()}")
+
+    def describe(self) -> str:
+        return "; ".join(member.describe(self._version) for member in self._members)
+
+    @property
+    def serving(self) -> int:
+        """Engines that answer, hold the newest weights and are not in quarantine."""
+        return sum(member.reachable and member.version == self._version and not member.quarantined
+                   for member in self._members)
+
+    def behind(self) -> list[str]:
+        """URLs of engines that answer but do not hold the newest weights, and are not resting."""
+        if self._version is None:
+            return []
+        now = time.monotonic()
+        return [member.client.base_url for member in self._members
+                if member.reachable and not member.updating and member.version != self._version
+                and member.resting_until <= now]
+
+    def updating(self, version: int, urls: Sequence[str]) -> None:
+        """A publish of `version` to these engines begins: they are not judged until it ends."""
+        self._upcoming = version
+        for member in self._named(urls):
+            member.updating = True
+            member.updates += 1
+
+    def published(self, version: int, urls: Sequence[str], failures: dict[str, str]) -> None:
+        """A publish ended: `urls` hold `version` and have proven it; of the others it is not known what they hold."""
+        self._version = version
+        for member in self._named(urls):
+            member.version, member.reachable, member.failures, member.resting_until = version, True, 0, 0.0
+            member.updating, member.unanswered_since = False, None
+            if member.gone.is_set():
+                member.gone = asyncio.Event()
+        for url, why in failures.items():
+            (member,) = self._named([url])
+            member.updating, member.version = False, None
+            self._failed(member, why, began=time.monotonic())
+
+    def _named(self, urls: Sequence[str]) -> list[Member]:
+        return [member for member in self._members if member.client.base_url in urls]
+
+    async def _choose(self, rid: str) -> Member:
+        """The serving engine with the fewest requests; waits while there is none."""
+        deadline = time.monotonic() + self._config.engine.wait_timeout_s
+        while True:
+            now = time.monotonic()
+            ready = [member for member in self._members
+                     if member.reachable and member.version == self._version and member.resting_until <= now
+                     and not (member.quarantined and member.in_flight)]
+            if ready:
+                return min(ready, key=lambda member: member.in_flight)
+            if now > deadline:
+                raise FleetError(f"request {rid}: no engine served for rollout.engine.wait_timeout_s="
+                                 f"{self._config.engine.wait_timeout_s:g}; {self.describe()}")
+            await asyncio.sleep(CHOICE_POLL_S)
+
+    async def _attempt(self, member: Member, input_ids: Sequence[int], rid: str,
+                       sampling: SamplingParams, tally: Tally,
+                       routed_layers: RoutedLayers | None) -> GenerateResult | None:
+        """None when the engine failed, which is then noted on it."""
+        began, oldest = time.monotonic(), self._version
+        request = asyncio.create_task(member.client.generate(
+            input_ids, rid=rid, sampling=sampling, timeout_s=self._config.request_timeout_s,
+            routed_layers=routed_layers))
+        request.add_done_callback(lambda done: _count(done, tally))
+        gone = asyncio.create_task(member.gone.wait())
+        member.in_flight += 1
+        try:
+            await asyncio.wait({request, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not request.done():
+                raise EngineHTTPError(f"{member.client.base_url} stopped answering during request {rid}")
+            result = await request
+            self._check(result, rid, oldest)
+        except asyncio.CancelledError:
+            await self._abort(member, rid, request)
+            raise
+        except EngineHTTPError as error:
+            self._failed(member, str(error), began=began)
+            if isinstance(error, EngineUnreachableError):
+                self._lost(member)
+            elif member.reachable:
+                await self._abort(member, rid, request)
+            return None
+        finally:
+            member.in_flight -= 1
+            request.cancel()
+            gone.cancel()
+        member.failures, member.last_failure = 0, ""
+        return result
+
+    def _check(self, result: GenerateResult, rid: str, oldest: int | None) -> None:
+        """Raises EngineHTTPError for an abort that was not ours and for weights that were not current."""
+        if result.finish is Finish.ABORT:
+            raise EngineHTTPError(f"the engine aborted request {rid}: {dict(result.finish_detail)}")
+        versions = [span.version for span in result.weight_versions]
+        if oldest is not None and not all(oldest <= version <= self._upcoming for version in versions):
+            raise EngineHTTPError(f"request {rid} was sampled by weights {versions}; current were {oldest} to "
+                                  f"{self._upcoming}")
+
+    async def _abort(self, member: Member, rid: str, request: asyncio.Task) -> None:
+        """Spares the engine work that nobody waits for; waits for what it had sampled, which counts."""
+        with contextlib.suppress(EngineHTTPError):
+            await member.client.abort(rid)
+        await asyncio.wait({request}, timeout=ABORT_GRACE_S)
+
+    def _failed(self, member: Member, why: str, *, began: float) -> None:
+        """Requests that were under way together fail together: they count once."""
+        member.last_failure = why
+        if began < member.failed_at:
+            return
+        member.failures += 1
+        member.failed_at = time.monotonic()
+        member.resting_until = member.failed_at + min(FIRST_REST_S * 2 ** (member.failures - 1), LONGEST_REST_S)
+
+    def _lost(self, member: Member) -> None:
+        """Its requests go elsewhere at once."""
+        member.reachable = False
+        member.gone.set()
+
+    async def _watch_members(self) -> None:
+        while True:
+            await asyncio.gather(*(self._look_at(member) for member in self._members if not member.updating))
+            await asyncio.sleep(self._config.engine.health_interval_s)
+
+    async def _look_at(self, member: Member) -> None:
+        """Asks one engine for its label, which a server that is stopped or gone does not give."""
+        began, updates, hang_s = time.monotonic(), member.updates, self._config.engine.hang_timeout_s
+        try:
+            label = await member.client.weight_version(timeout_s=min(PROBE_TIMEOUT_S, hang_s))
+        except EngineHTTPError as error:
+            member.unanswered_since = member.unanswered_since or began
+            hangs = time.monotonic() - member.unanswered_since >= hang_s
+            if member.reachable and (hangs or isinstance(error, EngineUnreachableError)):
+                member.last_failure = str(error)
+                self._lost(member)
+            return
+        if updates != member.updates:
+            return
+        member.unanswered_since = None
+        if not member.reachable:
+            member.reachable, member.gone = True, asyncio.Event()
+        if self._version is not None and label != member.version:
+            member.version = None
+
+
+def _count(request: asyncio.Task, tally: Tally) -> None:
+    if not request.cancelled() and request.exception() is None:
+        tally.delivered_tokens += len(request.result().output_ids)

@@ -1,0 +1,175 @@
+"""One judged response, and groups of K of them: what every collector is made of.
+
+One request per response: it has its own seed and is judged while others still run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.rollout.client import SamplingParams
+from megatron_rl.rollout.fleet import Fleet, Tally
+from megatron_rl.rollout.routed_experts import RoutedLayers
+from megatron_rl.rollout.transcript import Transcript
+from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
+
+
+class Tokenizer(Protocol):
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class Scorer(Protocol):
+    async def score(self, prompt: Prompt, response_text: str) -> Score: ...
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How many responses each prompt gets and how they are sampled; evaluation uses another than training.
+
+    routed_layers: ask the engine for the experts that each token took.
+    """
+
+    samples_per_prompt: int
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+    stop: tuple[str, ...] = ()
+    routed_layers: RoutedLayers | None = None
+
+    @classmethod
+    def from_config(cls, config: RolloutConfig, routed_layers: RoutedLayers | None = None) -> SamplingPlan:
+        return cls(
+            samples_per_prompt=config.responses_per_prompt,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_response_tokens=config.max_response_tokens,
+            stop=config.stop,
+            routed_layers=routed_layers,
+        )
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One response to be had. Its request id and its seed follow from `tag`, `step`, `index` and `sample` alone.
+
+    index: the prompt's place in the step.
+    """
+
+    prompt: Prompt
+    tag: str
+    step: int
+    index: int
+    sample: int
+
+    @property
+    def rid(self) -> str:
+        return f"{self.tag}-{self.step}-{self.index}-{self.prompt.id}-{self.sample}"
+
+    def seed(self, run_seed: int) -> int:
+        return sampling_seed(run_seed, self.tag, self.step, self.index, self.sample)
+
+
+def sampling_seed(run_seed: int, tag: str, step: int, prompt_index: int, sample: int) -> int:
+    """A seed in [0, 2**63) that depends on every argument and on nothing else."""
+    key = f"{run_seed}/{tag}/{step}/{prompt_index}/{sample}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Judged:
+    rollout: Rollout
+    text: str
+    score: Score
+
+
+def as_group(prompt: Prompt, judged: Sequence[Judged]) -> RolloutGroup:
+    """judged: the K responses in sample order."""
+    return RolloutGroup(prompt=prompt, rollouts=tuple(each.rollout for each in judged),
+                        texts=tuple(each.text for each in judged), scores=tuple(each.score for each in judged))
+
+
+class Responder:
+    """Samples and judges. Safe to reuse for many steps; the engines' weights may change between calls."""
+
+    def __init__(self, fleet: Fleet, config: RolloutConfig, tokenizer: Tokenizer, scorer: Scorer, *, seed: int,
+                 eos_token_id: int, routed_layers: RoutedLayers | None = None):
+        self.fleet = fleet
+        self.tally = Tally()
+        self.plan = SamplingPlan.from_config(config, routed_layers)
+        self._config = config
+        self._tokenizer = tokenizer
+        self._scorer = scorer
+        self._seed = seed
+        self._eos_token_id = eos_token_id
+
+    async def groups(self, prompts: Sequence[Prompt], *, step: int, first_index: int = 0, tag: str = "train",
+                     plan: SamplingPlan | None = None) -> list[RolloutGroup]:
+        """One group per prompt, in the order of `prompts`. FleetError when a response cannot be had; then, as when
+        cancelled, every other request has been aborted."""
+        plan = plan or self.plan
+        for prompt in prompts:
+            self.check_length(prompt, plan)
+        tasks = [asyncio.create_task(self.group(prompt, tag=tag, step=step, index=first_index + offset, plan=plan))
+                 for offset, prompt in enumerate(prompts)]
+        return await all_or_none(tasks)
+
+    async def group(self, prompt: Prompt, *, tag: str, step: int, index: int, plan: SamplingPlan) -> RolloutGroup:
+        tickets = [Ticket(prompt, tag, step, index, sample) for sample in range(plan.samples_per_prompt)]
+        return as_group(prompt, await all_or_none(
+            [asyncio.create_task(self.respond(ticket, plan)) for ticket in tickets]))
+
+    def tickets(self, prompt: Prompt, *, step: int, index: int) -> list[Ticket]:
+        """The K responses of a training prompt."""
+        return [Ticket(prompt, "train", step, index, sample) for sample in range(self.plan.samples_per_prompt)]
+
+    async def respond(self, ticket: Ticket, plan: SamplingPlan) -> Judged:
+        """One whole response, judged."""
+        transcript = await self.sample(ticket, plan, Transcript(), plan.max_response_tokens)
+        return await self.judge(ticket.prompt, transcript)
+
+    async def sample(self, ticket: Ticket, plan: SamplingPlan, so_far: Transcript, max_tokens: int) -> Transcript:
+        """`so_far` and at most max_tokens more; finish stays None when that ended it before the plan's limit."""
+        assert so_far.finish is None and 0 < max_tokens <= plan.max_response_tokens - so_far.sampled_tokens
+        sampling = SamplingParams(
+            temperature=plan.temperature, max_new_tokens=max_tokens, top_p=plan.top_p, seed=ticket.seed(self._seed),
+            stop=plan.stop, stop_token_ids=(self._eos_token_id,))
+        result = await self.fleet.generate([*ticket.prompt.token_ids, *so_far.token_ids.tolist()],
+                                           rid=f"{ticket.rid}-{len(so_far.token_ids)}", sampling=sampling,
+                                           tally=self.tally, routed_layers=plan.routed_layers)
+        sampled = len(result.output_ids)
+        goes_on = (result.finish is Finish.LENGTH and sampled == max_tokens
+                   and so_far.sampled_tokens + sampled < plan.max_response_tokens)
+        finish = None if goes_on else result.finish
+        return so_far.extended(result, finish=finish)
+
+    async def judge(self, prompt: Prompt, transcript: Transcript) -> Judged:
+        text = self._tokenizer.decode(transcript.token_ids.tolist(), skip_special_tokens=True)
+        return Judged(transcript.rollout(prompt), text, await self._scorer.score(prompt, text))
+
+    def check_length(self, prompt: Prompt, plan: SamplingPlan) -> None:
+        limit = self._config.max_context_tokens
+        if len(prompt.token_ids) + plan.max_response_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, which with "
+                f"rollout.max_response_tokens={plan.max_response_tokens} exceeds rollout.max_context_tokens={limit}"
+            )
+
+
+async def all_or_none(tasks: Sequence[asyncio.Task]) -> list:
+    """All results, or the first failure once every other task has been cancelled and has cleaned up."""
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        await cancelled(tasks)
+        raise
+
+
+async def cancelled(tasks: Sequence[asyncio.Task]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
