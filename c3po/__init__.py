@@ -5,13 +5,18 @@ Imports torch and the standard library, nothing else. README.md maps each equati
 
 from c3po.advantage import group_advantages
 from c3po.budget import BudgetSelection, select_within_budget, selection_order
-from c3po.correction import icepop_weights, mismatch_diagnostics, tis_weights
+from c3po.correction import icepop_weights, kpop_weights, mismatch_diagnostics, tis_weights, weight_sums
 from c3po.diagnostics import Max, SumCount, masked_sum_count
-from c3po.loss import C3POLossConfig, c3po_loss, grpo_loss
+from c3po.loss import C3POLossConfig, c3po_loss, grpo_loss, policy_loss
+from c3po.normalisation import Normalisation, StepTotals
+from c3po.sequence_mask import geometric_mean_mask, token_veto_mask
+from c3po.sequences import packed_sequence_ids, padded_sequence_ids
 from c3po.truncation import soft_overlong_penalty, truncation_keep_mask
 
 __all__ = [
-    "BudgetSelection", "C3POLossConfig", "Max", "SumCount", "c3po_loss", "group_advantages", "grpo_loss",
-    "icepop_weights", "masked_sum_count", "mismatch_diagnostics", "select_within_budget", "selection_order",
-    "soft_overlong_penalty", "tis_weights", "truncation_keep_mask",
+    "BudgetSelection", "C3POLossConfig", "Max", "Normalisation", "StepTotals", "SumCount", "c3po_loss",
+    "geometric_mean_mask", "group_advantages", "grpo_loss", "icepop_weights", "kpop_weights", "masked_sum_count",
+    "mismatch_diagnostics", "packed_sequence_ids", "padded_sequence_ids", "policy_loss", "select_within_budget",
+    "selection_order", "soft_overlong_penalty", "tis_weights", "token_veto_mask", "truncation_keep_mask",
+    "weight_sums",
 ]

@@ -1,7 +1,8 @@
-"""The clipped surrogate with KL and entropy, per token, and the two ways to add it up: C3PO and GRPO.
+"""The loss of a slice of a step: surrogate, KL and entropy per token, summed over a denominator.
 
-Every per-token tensor has one shape, any shape: packed [T] or padded [B, L]. Arithmetic is float32
-(float64 in, float64 out). A masked value never reaches a nonlinearity, so inf or NaN there gives neither a
+policy_loss takes any surrogate (surrogate.py) with any denominator (normalisation.py); c3po_loss and grpo_loss are
+the two that Ring-lite names. Every per-token tensor has one shape, any shape: packed [T] or padded [B, L]. Arithmetic
+is float32 (float64 in, float64 out). A masked value never reaches a nonlinearity, so inf or NaN there gives neither a
 loss nor a gradient. There is no clamp on the log ratio: an overflow at a selected token stays visible.
 """
 
@@ -13,14 +14,19 @@ from typing import Literal
 import torch
 
 from c3po.diagnostics import SumCount, as_math_dtype, k3, masked_sum_count
+from c3po.surrogate import Surrogate, SurrogateTerms, cispo_terms, clipped_terms, sequence_log_ratio
 
-__all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss"]
+__all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss", "policy_loss"]
 
 
 @dataclass(frozen=True)
 class C3POLossConfig:
-    """Coefficients of the objective; defaults are the paper's (arXiv 2506.14731 Sec. 4.3.3)."""
+    """Surrogate and coefficients of the objective; defaults are the paper's (arXiv 2506.14731 Sec. 4.3.3).
 
+    The ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]; clip_eps_low=1 is no lower bound.
+    """
+
+    surrogate: Surrogate = "ppo"
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
     kl_coef: float = 1e-3
@@ -28,8 +34,10 @@ class C3POLossConfig:
     entropy_coef: float = 5e-4
 
     def __post_init__(self):
-        if not 0 <= self.clip_eps_low < 1:
-            raise ValueError(f"clip_eps_low={self.clip_eps_low} must lie in [0, 1)")
+        if self.surrogate not in ("ppo", "gspo", "cispo"):
+            raise ValueError(f"surrogate={self.surrogate!r} must be ppo, gspo or cispo")
+        if not 0 <= self.clip_eps_low <= 1:
+            raise ValueError(f"clip_eps_low={self.clip_eps_low} must lie in [0, 1]")
         if not 0 <= self.clip_eps_high < float("inf"):
             raise ValueError(f"clip_eps_high={self.clip_eps_high} must be finite and not negative")
         if not 0 <= self.kl_coef < float("inf"):
@@ -40,6 +48,40 @@ class C3POLossConfig:
             raise ValueError(f"entropy_coef={self.entropy_coef} must be finite and not negative")
 
 
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    denominator: float | torch.Tensor,
+    config: C3POLossConfig,
+    sequence_ids: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, SumCount]]:
+    """-sum over selected tokens of [w surrogate - kl_coef KL + entropy_coef H] / denominator.
+
+    logprobs: new, with gradient. entropy: exact softmax entropy in nats, with gradient. weights: mismatch
+    weights w of correction.py; detached here, and they multiply the policy-gradient term only, never KL or
+    entropy. loss_mask bool marks the selected tokens. denominator: of the whole step (StepTotals), so that slices
+    of a step add up to the step; one number, or one per token. sequence_ids (sequences.py): needed by
+    surrogate="gspo", whose slices must hold whole sequences. Returns the 0-dim loss and the sums that README.md lists.
+    ValueError: a denominator that is not positive, a shape that differs, a mask that is not bool, or a surrogate or
+    coefficient above 0 whose input (sequence_ids, ref_logprobs, entropy) is missing.
+    """
+    objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config, sequence_ids,
+                                       ref_logprobs, entropy, weights)
+    if not isinstance(denominator, torch.Tensor):
+        if not denominator > 0:
+            raise ValueError(f"denominator={denominator} must be positive")
+        return -objective.sum() / denominator, sums
+    _check_shape("denominator", denominator, logprobs)
+    divisors = torch.where(loss_mask, denominator.to(objective.dtype), torch.ones_like(objective))
+    return -(objective / divisors).sum(), sums
+
+
 def c3po_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -48,26 +90,21 @@ def c3po_loss(
     *,
     phi: int,
     config: C3POLossConfig,
+    sequence_ids: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, SumCount]]:
-    """The C3PO loss of a slice of a step: a sum over its selected tokens over the constant phi (Eq. 2, 6).
+    """The C3PO loss of a slice of a step: policy_loss over the constant phi (Eq. 2, 6).
 
     -(1/phi) sum [w min(r A, clip(r, 1-eps_low, 1+eps_high) A) - kl_coef KL + entropy_coef H], r = new/old.
 
-    logprobs: new, with gradient. entropy: exact softmax entropy in nats, with gradient. weights: mismatch
-    weights w of correction.py; detached here, and they multiply the policy-gradient term only, never KL or
-    entropy. loss_mask bool marks the selected tokens. phi: budget of the whole step, in response tokens, so
-    slices of a step add up to the step. Returns the 0-dim loss and the sums that README.md lists.
-    ValueError: phi < 1, a shape that differs, a mask that is not bool, or a coefficient above 0 whose
-    input (ref_logprobs, entropy) is missing.
+    phi: budget of the whole step, in response tokens. ValueError: as in policy_loss, and phi < 1.
     """
     if not phi >= 1:
         raise ValueError(f"phi={phi} must be at least 1 token")
-    objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config,
-                                       ref_logprobs, entropy, weights)
-    return -objective.sum() / phi, sums
+    return policy_loss(logprobs, old_logprobs, advantages, loss_mask, denominator=phi, config=config,
+                       sequence_ids=sequence_ids, ref_logprobs=ref_logprobs, entropy=entropy, weights=weights)
 
 
 def grpo_loss(
@@ -79,24 +116,23 @@ def grpo_loss(
     response_lengths: torch.Tensor,
     num_responses: int,
     config: C3POLossConfig,
+    sequence_ids: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, SumCount]]:
     """The GRPO loss of a slice of a step: mean over responses of the mean over their tokens (Eq. 1).
 
-    Like c3po_loss with 1/phi replaced by 1/(|y_i| num_responses) at each token of response i.
-    response_lengths: |y_i| > 0 of the token's own response, at each token; num_responses: of the whole
-    step, so slices of a step add up to the step. The sums are over tokens, unweighted, as in c3po_loss.
-    ValueError: as in c3po_loss, and num_responses < 1.
+    policy_loss over |y_i| num_responses at each token of response i. response_lengths: |y_i| > 0 of the token's own
+    response, at each token; num_responses: of the whole step. The sums are over tokens, unweighted, as in c3po_loss.
+    ValueError: as in policy_loss, and num_responses < 1.
     """
     if not num_responses >= 1:
         raise ValueError(f"num_responses={num_responses} must be at least 1")
     _check_shape("response_lengths", response_lengths, logprobs)
-    objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config,
-                                       ref_logprobs, entropy, weights)
-    lengths = torch.where(loss_mask, response_lengths.to(objective.dtype), torch.ones_like(objective))
-    return -(objective / lengths).sum() / num_responses, sums
+    return policy_loss(logprobs, old_logprobs, advantages, loss_mask, denominator=response_lengths * num_responses,
+                       config=config, sequence_ids=sequence_ids, ref_logprobs=ref_logprobs, entropy=entropy,
+                       weights=weights)
 
 
 def _token_objective(
@@ -105,6 +141,7 @@ def _token_objective(
     advantages: torch.Tensor,
     loss_mask: torch.Tensor,
     config: C3POLossConfig,
+    sequence_ids: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None,
     entropy: torch.Tensor | None,
     weights: torch.Tensor | None,
@@ -112,6 +149,8 @@ def _token_objective(
     """What each token adds to the objective (to be maximised), 0 outside the mask, and the detached sums."""
     if loss_mask.dtype != torch.bool:
         raise ValueError(f"loss_mask must be bool, not {loss_mask.dtype}")
+    if config.surrogate == "gspo" and sequence_ids is None:
+        raise ValueError("surrogate=gspo needs sequence_ids; pass packed_sequence_ids or padded_sequence_ids")
     if config.kl_coef > 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
     if config.entropy_coef > 0 and entropy is None:
@@ -122,12 +161,11 @@ def _token_objective(
         if tensor is not None:
             _check_shape(name, tensor, logprobs)
 
-    new = as_math_dtype(logprobs)
+    new = _masked(as_math_dtype(logprobs), loss_mask)
     log_ratio = _masked(new - as_math_dtype(old_logprobs).detach(), loss_mask)
     advantage = _masked(as_math_dtype(advantages).detach(), loss_mask)
-    ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - config.clip_eps_low, 1 + config.clip_eps_high)
-    policy = torch.minimum(ratio * advantage, clipped_ratio * advantage)
+    terms = _surrogate(config, new, log_ratio, advantage, loss_mask, sequence_ids)
+    policy = terms.objective
     if weights is not None:
         policy = policy * _masked(as_math_dtype(weights).detach(), loss_mask)
 
@@ -143,21 +181,27 @@ def _token_objective(
         entropy_sum = masked_sum_count(token_entropy, loss_mask)
         objective = objective + config.entropy_coef * token_entropy if config.entropy_coef > 0 else objective
 
-    with torch.no_grad():
-        below = (advantage < 0) & (ratio < 1 - config.clip_eps_low)
-        above = (advantage > 0) & (ratio > 1 + config.clip_eps_high)
-        selected_tokens = loss_mask.sum().double()
-        sums = {
-            "policy_loss": masked_sum_count(-policy, loss_mask),
-            "kl": kl_sum,
-            "entropy": entropy_sum,
-            "ratio": masked_sum_count(ratio, loss_mask),
-            "clip_low_fraction": masked_sum_count(below.double(), loss_mask),
-            "clip_high_fraction": masked_sum_count(above.double(), loss_mask),
-            "approx_kl": masked_sum_count(k3(log_ratio), loss_mask),
-            "selected_tokens": SumCount(selected_tokens, torch.ones_like(selected_tokens)),
-        }
-    return objective, sums
+    selected_tokens = loss_mask.sum().double()
+    return objective, {
+        "policy_loss": masked_sum_count(-policy, loss_mask),
+        "kl": kl_sum,
+        "entropy": entropy_sum,
+        "ratio": masked_sum_count(terms.ratio, loss_mask),
+        "clip_low_fraction": masked_sum_count(terms.clipped_low.double(), loss_mask),
+        "clip_high_fraction": masked_sum_count(terms.clipped_high.double(), loss_mask),
+        "approx_kl": masked_sum_count(k3(log_ratio.detach()), loss_mask),
+        "selected_tokens": SumCount(selected_tokens, torch.ones_like(selected_tokens)),
+    }
+
+
+def _surrogate(config: C3POLossConfig, new: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor,
+               loss_mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> SurrogateTerms:
+    bounds = {"eps_low": config.clip_eps_low, "eps_high": config.clip_eps_high}
+    if config.surrogate == "cispo":
+        return cispo_terms(new, log_ratio, advantage, **bounds)
+    if config.surrogate == "gspo":
+        log_ratio = sequence_log_ratio(log_ratio, loss_mask, sequence_ids)
+    return clipped_terms(log_ratio, advantage, **bounds)
 
 
 def _kl(ref_minus_new: torch.Tensor, estimator: str) -> torch.Tensor:

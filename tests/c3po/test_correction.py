@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from c3po import Max, SumCount, icepop_weights, masked_sum_count, mismatch_diagnostics, tis_weights
+from c3po import (
+    Max,
+    SumCount,
+    geometric_mean_mask,
+    icepop_weights,
+    kpop_weights,
+    masked_sum_count,
+    mismatch_diagnostics,
+    tis_weights,
+    token_veto_mask,
+)
 
 # old / rollout = 1/4, 1/2, 1, 3, 5, 6 and one masked place.
 RATIOS = torch.tensor([0.25, 0.5, 1.0, 3.0, 5.0, 6.0, 1.0], dtype=torch.float64)
@@ -53,7 +63,10 @@ def test_golden_mismatch():
 
 @pytest.mark.parametrize("masked", [math.inf, -math.inf, math.nan])
 def test_masked_values_do_not_matter(masked):
-    functions = [lambda *a: tis_weights(*a, cap=2.0), lambda *a: icepop_weights(*a, low=0.5, high=5.0)]
+    ids = torch.zeros(7, dtype=torch.int64)
+    functions = [lambda *a: tis_weights(*a, cap=2.0), lambda *a: icepop_weights(*a, low=0.5, high=5.0),
+                 lambda *a: kpop_weights(*a, max_kl=0.1), lambda *a: token_veto_mask(*a, ids, min_ratio=0.2),
+                 lambda *a: geometric_mean_mask(*a, ids, low=0.5, high=5.0)]
     for function in functions:
         weights, sums = function(*old_and_rollout(masked=masked), MASK)
         clean_weights, clean_sums = function(*old_and_rollout(), MASK)
@@ -69,6 +82,24 @@ def test_far_ratios_do_not_overflow():
     old, rollout, mask = torch.tensor([0.0, -200.0]), torch.tensor([-200.0, 0.0]), torch.ones(2, dtype=torch.bool)
     assert tis_weights(old, rollout, mask, cap=2.0)[0].tolist() == pytest.approx([2.0, 0.0])
     assert icepop_weights(old, rollout, mask, low=0.5, high=5.0)[0].tolist() == [0.0, 0.0]
+
+
+def test_kpop_of_certain_and_of_impossible_tokens():
+    # A float32 log-probability of exactly 0 means 1 - p < 2^-24: no gap to 1 - 1e-7, a gap to e^-1 and to e^-200,
+    # whichever side says so; nothing becomes NaN.
+    old = torch.tensor([0.0, 0.0, -1e-7, 0.0, -200.0, -200.0])
+    rollout = torch.tensor([0.0, -1e-7, 0.0, -1.0, 0.0, -200.0])
+    weights, sums = kpop_weights(old, rollout, torch.ones(6, dtype=torch.bool), max_kl=0.1)
+    assert weights.tolist() == pytest.approx([1, 1, 1, 0, 0, 1])
+    assert sums["kpop_fraction"].sum.item() == 2
+
+
+def test_long_sequences_are_judged_by_the_mean_and_not_by_the_product():
+    # 10,000 tokens of old/rollout = 1.01: the product is e^99, the geometric mean 1.01.
+    old, ids = torch.full((10_000,), math.log(1.01)), torch.zeros(10_000, dtype=torch.int64)
+    given = (old, torch.zeros(10_000), torch.ones(10_000, dtype=torch.bool), ids)
+    assert bool(geometric_mean_mask(*given, low=0.9, high=1.011)[0].all())
+    assert not bool(geometric_mean_mask(*given, low=0.9, high=1.009)[0].any())
 
 
 def test_weights_carry_no_gradient_and_are_float32_for_half_precision():

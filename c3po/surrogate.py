@@ -1,0 +1,63 @@
+"""What one token adds to the policy objective (to be maximised): PPO's clip, GSPO's and CISPO's.
+
+r = new / old at the token, s = the geometric mean of r over the selected tokens of its response, sg = stop-gradient,
+clip(x) to [1 - eps_low, 1 + eps_high]:
+
+| surrogate | term | its gradient |
+| --- | --- | --- |
+| ppo | min(r A, clip(r) A) | r A grad log new, 0 where the clip cuts |
+| gspo | the same with s = sg(s) new / sg(new) for r | s A grad log new, 0 for a whole response that the clip cuts |
+| cispo | sg(clip(r)) A log new | clip(r) A grad log new, at every token |
+
+GSPO is arXiv 2507.18071 in its token form (GSPO-token), which has the value and the gradient of the sequence form as
+long as a response has one advantage. CISPO is MiniMax-M1, arXiv 2506.13585.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from c3po.sequences import sequence_mean
+
+__all__ = ["Surrogate", "SurrogateTerms", "cispo_terms", "clipped_terms", "sequence_log_ratio"]
+
+Surrogate = Literal["ppo", "gspo", "cispo"]
+
+
+@dataclass(frozen=True)
+class SurrogateTerms:
+    """Per token: the objective with gradient, the ratio it used, and where the clip acted (bool), below and above."""
+
+    objective: torch.Tensor
+    ratio: torch.Tensor
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+
+
+def clipped_terms(log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float,
+                  eps_high: float) -> SurrogateTerms:
+    """min(r A, clip(r) A) for r = exp(log_ratio). Unequal bounds are DAPO's clip-higher (arXiv 2503.14476 Eq. 10)."""
+    ratio = log_ratio.exp()
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    return SurrogateTerms(objective, ratio, clipped_low=(advantages < 0) & (ratio < 1 - eps_low),
+                          clipped_high=(advantages > 0) & (ratio > 1 + eps_high))
+
+
+def sequence_log_ratio(log_ratio: torch.Tensor, loss_mask: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
+    """log s at each selected token, 0 elsewhere: its value is the sequence's, its gradient the token's own.
+
+    Of a response that the budget cut, s is the geometric mean over the kept tokens.
+    """
+    value = sequence_mean(log_ratio.detach(), loss_mask, sequence_ids)
+    return torch.where(loss_mask, value + (log_ratio - log_ratio.detach()), torch.zeros_like(log_ratio))
+
+
+def cispo_terms(logprobs: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float,
+                eps_high: float) -> SurrogateTerms:
+    """sg(clip(r)) A log new: the weight is clipped, the gradient of no token is dropped."""
+    ratio = log_ratio.detach().exp()
+    objective = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages * logprobs
+    return SurrogateTerms(objective, ratio, clipped_low=ratio < 1 - eps_low, clipped_high=ratio > 1 + eps_high)
