@@ -80,8 +80,12 @@ def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weight
 
 def collect_budget(config: Config, rollouts: Rollouts, step: int,
                    timers: Timers) -> tuple[list[RolloutGroup], list[StepBatch]]:
-    """Whole groups until every optimiser step of this rollout has its Phi tokens (c3po.underfull decides)."""
+    """Whole groups until this rollout has what its optimiser steps need (c3po.underfull decides).
+
+    With a budget that is Phi tokens for each step; without one, prompts_per_step groups that dynamic sampling keeps.
+    """
     algo, dp = config.c3po, config.parallel.dp
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     groups: list[RolloutGroup] = []
     for round_ in range(algo.max_collect_rounds):
         with timers("generate"):
@@ -90,9 +94,16 @@ def collect_budget(config: Config, rollouts: Rollouts, step: int,
             continue  # a budget of sampled tokens may end before the first group has finished
         batches = assemble(groups, algo, dp=dp, seed=config.run.seed, step=step,
                            max_response_tokens=config.rollout.max_response_tokens)
-        full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
-        if algo.objective == "grpo" or full or algo.underfull != "collect_more":
+        if algo.has_budget:
+            full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
+        else:
+            full = not algo.dynamic_sampling or sum(batch.num_responses for batch in batches) >= responses
+        if full or algo.underfull != "collect_more":
             return groups, batches
+    if groups and not algo.has_budget:
+        raise ValueError(f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses "
+                         f"in groups of mixed reward after c3po.max_collect_rounds={algo.max_collect_rounds} rounds; "
+                         "raise it, or set c3po.dynamic_sampling=false or c3po.underfull=train_short")
     available = sum(batch.available_tokens for batch in batches) if groups else 0
     raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds="
                      f"{algo.max_collect_rounds} rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise "

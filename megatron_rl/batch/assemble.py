@@ -21,7 +21,10 @@ from megatron_rl.types import RolloutGroup, TrainSample
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one optimiser step trains on. num_responses counts the responses that its budget drew from."""
+    """What one optimiser step trains on.
+
+    num_responses counts the responses that it drew from: its share of the rollout, less what dynamic sampling left out.
+    """
 
     samples: tuple[TrainSample, ...]
     selection: BudgetSelection
@@ -35,12 +38,14 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
 
     The responses in the order of algo.order (a permutation by (seed, step), or as they come, for whole groups in an
     order that was fixed before they were sampled) are dealt to the optimiser steps in turn, and each step cuts its
-    own share at Phi. `objective: grpo` keeps every token (Eq. 1). ValueError when underfull=error and Phi is not met.
+    own share at Phi. Objectives other than c3po keep every token. ValueError when underfull=error and Phi is not met.
     """
     fill = BudgetFill(algo, dp, max_response_tokens)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards_PK = torch.stack([fill.rewards(group.rollouts, group.scores) for group in groups])
     advantages_N = group_advantages(rewards_PK, scale=algo.advantage_scale).flatten()
+    drawn_N = torch.tensor([fill.is_drawn_from(rewards_K) for rewards_K in rewards_PK]).repeat_interleave(
+        rewards_PK.shape[1])
     usable_N = torch.tensor([tokens for group in groups for tokens in fill.usable_tokens(
         list(zip(group.rollouts, group.scores, strict=True)))])
 
@@ -51,19 +56,19 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
     for update in range(algo.updates_per_rollout):
         share = order_N[update::algo.updates_per_rollout]
         selection = _select(usable_N[share], algo, phi)
-        if algo.objective == "c3po" and algo.underfull == "error" and selection.selected_tokens < phi:
+        if algo.has_budget and algo.underfull == "error" and selection.selected_tokens < phi:
             raise ValueError(f"step {step}: {selection.selected_tokens} response tokens for c3po.phi={phi}; raise "
                              "rollout.prompts_per_step or set c3po.underfull=collect_more")
         kept = selection.kept_tokens_N.tolist()
         samples = tuple(_sample(int(index), rollouts[index], count, float(advantages_N[index]))
                         for index, count in zip(share.tolist(), kept, strict=True) if count)
-        batches.append(StepBatch(samples, selection, len(share), int(usable_N[share].sum())))
+        batches.append(StepBatch(samples, selection, int(drawn_N[share].sum()), int(usable_N[share].sum())))
     return batches
 
 
 def _select(lengths_N: torch.Tensor, algo: AlgoConfig, phi: int) -> BudgetSelection:
     """The budget cut of one optimiser step over its share of the responses, already in selection order."""
-    if algo.objective == "grpo":
+    if not algo.has_budget:
         return BudgetSelection(lengths_N, int(lengths_N.sum()), phi)
     return select_within_budget(lengths_N, torch.arange(len(lengths_N)), phi=phi, cutoff=algo.cutoff)
 

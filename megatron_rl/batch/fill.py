@@ -39,17 +39,20 @@ class BudgetFill:
             torch.tensor([rollout.response_tokens for rollout in rollouts]),
             max_response_tokens=self.max_response_tokens, buffer_tokens=self.algo.overlong_buffer_tokens)
 
+    def is_drawn_from(self, rewards_K: torch.Tensor) -> bool:
+        """False for a group that dynamic_sampling leaves out: its rewards are equal, so its advantages are all zero."""
+        return not self.algo.dynamic_sampling or bool(rewards_K.max() > rewards_K.min())
+
     def usable_tokens(self, judged: Sequence[tuple[Rollout, Score] | None]) -> list[int]:
         """Tokens that each response of a group offers, 0 while it is not judged (None).
 
-        With dynamic_sampling a group of equal rewards, whose advantages are all zero, offers none (DAPO, arXiv
-        2503.14476, Eq. 11), and none as long as it is not whole.
+        With dynamic_sampling a group of equal rewards offers none (DAPO, arXiv 2503.14476, Eq. 11), and none as
+        long as it is not whole.
         """
         if self.algo.dynamic_sampling:
             if None in judged:
                 return [0] * len(judged)
-            rewards_K = self.rewards(*zip(*judged, strict=True))
-            if rewards_K.max() == rewards_K.min():
+            if not self.is_drawn_from(self.rewards(*zip(*judged, strict=True))):
                 return [0] * len(judged)
         return [0 if each is None else self._usable(each[0]) for each in judged]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import Config, require
+from megatron_rl.config.rules import require
+from megatron_rl.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Sizes:
 def check_rl(config: Config, sizes: Sizes | None) -> None:
     """Raise ValueError naming the keys of the first rule that does not hold. sizes None: no checkpoint at hand."""
     algo, rollout, batch, parallel = config.c3po, config.rollout, config.batch, config.parallel
+    require(not (algo.needs_whole_sequences and parallel.cp > 1),
+            f"parallel.cp={parallel.cp} spreads a sequence over ranks, but c3po.loss.surrogate=gspo and "
+            "c3po.sequence_* need all its tokens on one; use parallel.cp=1, or a surrogate and a correction per token")
     require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
             f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
@@ -33,18 +37,18 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
                 f"max_position_embeddings={sizes.max_position_embeddings}")
     require(rollout.responses_per_prompt > 1,
             "rollout.responses_per_prompt=1: a group-relative advantage needs at least 2 responses per prompt")
-    if algo.objective == "c3po":
+    if algo.has_budget:
         _check_budget(config)
     _check_collector(config)
-    require(not (algo.mismatch != "none" and algo.objective == "c3po" and rollout.top_p < 1.0),
+    require(not (algo.corrects_mismatch and rollout.top_p < 1.0),
             "rollout.top_p < 1 changes the sampled distribution but not the reported log-probabilities, so "
-            "c3po.mismatch cannot correct for it; use rollout.top_p=1.0")
+            "c3po.mismatch and c3po.sequence_* cannot correct for it; use rollout.top_p=1.0")
 
 
 def _check_collector(config: Config) -> None:
     algo, rollout = config.c3po, config.rollout
     if rollout.collector == "budgeted":
-        require(algo.objective == "c3po", f"rollout.collector=budgeted generates what c3po.phi needs, which "
+        require(algo.has_budget, f"rollout.collector=budgeted generates what c3po.phi needs, which "
                 f"c3po.objective={algo.objective} does not have; use rollout.collector=sync")
         require(algo.order == "groups", "rollout.collector=budgeted needs c3po.order=groups: the reward of every "
                 "response of a group is needed for its advantages, so whole groups must come first in the order")
@@ -84,8 +88,10 @@ def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
         ("experts", f"ep {parallel.ep} x etp {parallel.etp} x pp {parallel.pp} x expert-dp {expert_dp}"),
         ("rollout", f"{rollout.prompts_per_step} prompts x {rollout.responses_per_prompt} = {responses} responses,"
                     f" up to {rollout.max_response_tokens} tokens after prompts of up to {prompt_room}"),
+        ("objective", f"{algo.objective}, surrogate {algo.loss.surrogate}, mismatch {algo.mismatch}"),
         ("Phi", f"{phi:,} response tokens per optimiser step over the cluster, {phi / dp:,.0f} per data-parallel rank"
-                f" (c3po.scope={algo.scope}, cutoff={algo.cutoff})"),
+                f" (c3po.scope={algo.scope}, cutoff={algo.cutoff})" if algo.has_budget else
+                f"none: every response token trains (c3po.objective={algo.objective})"),
         ("optimiser steps per rollout", str(algo.updates_per_rollout)),
         ("micro-batches", f"at least {least} per rank and step, of at most "
                           f"{config.batch.tokens_per_microbatch:,} tokens on a rank"),

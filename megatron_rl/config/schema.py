@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from c3po import C3POLossConfig
+from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.rules import require
 
@@ -106,55 +106,6 @@ class ParallelConfig:
     def token_multiple(self) -> int:
         """What a rank's positions of a micro-batch are padded to: two chunks a sequence under cp, tp shards."""
         return math.lcm(2 if self.cp > 1 else 1, self.tp if self.use_sequence_parallel else 1)
-
-
-@dataclass(frozen=True)
-class AlgoConfig:
-    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`.
-
-    order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
-    in which they were drawn (`groups`), so that what comes after the budget need not be generated.
-    dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
-    much more is generated to fill it.
-    router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
-    own of the pass before the first update, `none` each forward's own. It goes with every objective and mismatch.
-    """
-
-    objective: Literal["c3po", "grpo"] = "c3po"
-    phi: int = 4096
-    scope: Literal["global", "per_dp_rank"] = "global"
-    cutoff: Literal["token", "response"] = "token"
-    order: Literal["responses", "groups"] = "responses"
-    underfull: Literal["collect_more", "train_short", "error"] = "collect_more"
-    max_collect_rounds: int = 8
-    updates_per_rollout: int = 1
-    advantage_scale: Literal["std", "none"] = "std"
-    dynamic_sampling: bool = False
-    loss: C3POLossConfig = field(default_factory=C3POLossConfig)
-    balance_coef: float = 1e-5
-    z_loss_coef: float = 1e-7
-    truncated: Literal["train", "mask", "overlong_penalty"] = "train"
-    overlong_buffer_tokens: int = 0
-    mismatch: Literal["none", "tis", "icepop"] = "none"
-    tis_cap: float = 2.0
-    icepop_low: float = 0.5
-    icepop_high: float = 5.0
-    router_replay: Literal["none", "rollout", "trainer"] = "none"
-
-    def __post_init__(self):
-        require(self.phi >= 1, f"c3po.phi={self.phi} must be at least 1 token")
-        for name in ("updates_per_rollout", "max_collect_rounds"):
-            require(getattr(self, name) >= 1, f"c3po.{name}={getattr(self, name)} must be at least 1")
-        require(self.balance_coef >= 0, f"c3po.balance_coef={self.balance_coef} must not be negative")
-        require(self.z_loss_coef >= 0, f"c3po.z_loss_coef={self.z_loss_coef} must not be negative")
-        require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
-                "c3po.truncated=overlong_penalty needs c3po.overlong_buffer_tokens > 0")
-        require(0 < self.icepop_low < self.icepop_high,
-                f"c3po.icepop_low={self.icepop_low} must be positive and below c3po.icepop_high={self.icepop_high}")
-
-    def phi_global(self, dp: int) -> int:
-        """Phi of one optimiser step over the whole cluster, in response tokens (spec note on Phi)."""
-        return self.phi if self.scope == "global" else self.phi * dp
 
 
 @dataclass(frozen=True)

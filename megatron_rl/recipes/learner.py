@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from c3po import Max, c3po_loss, grpo_loss, icepop_weights, mismatch_diagnostics, tis_weights
+from c3po import StepTotals
 from megatron_rl.batch import StepBatch, pack, plan_microbatches
-from megatron_rl.config.schema import AlgoConfig, Config
+from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import load_hf
 from megatron_rl.model.network import Network
 from megatron_rl.observe.flops import attention_balance_tokens
 from megatron_rl.observe.timing import Timers
+from megatron_rl.recipes.objective import TokenObjective
 from megatron_rl.recipes.routing import share_routed_experts
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.optimizer import build_optimizer, learning_rate
 from megatron_rl.train_step.step import TrainStep
-from megatron_rl.types import PackedMicrobatch, StepResult, SumCount, TrainSample
+from megatron_rl.types import PackedMicrobatch, StepResult, TrainSample
 
 
 def build_trainable(config: Config, topology: Topology, *, temperature: float) -> tuple[Policy, object, TrainStep]:
@@ -88,39 +88,12 @@ class PolicyLearner:
     def _update(self, batch: StepBatch, microbatches: list[PackedMicrobatch], counts) -> StepResult:
         algo = self.config.c3po
         total = self.config.run.steps * algo.updates_per_rollout
+        totals = StepTotals(phi=batch.selection.phi, selected_tokens=batch.selection.selected_tokens,
+                            num_responses=batch.num_responses,
+                            max_response_tokens=self.config.rollout.max_response_tokens)
         result = self.step.update(
-            microbatches, TokenObjective(algo, phi=batch.selection.phi, num_responses=batch.num_responses),
+            microbatches, TokenObjective(algo, totals),
             lr=learning_rate(self.updates_done, total, self.config.optimizer),
             balance_coef=algo.balance_coef, z_loss_coef=algo.z_loss_coef, counts=counts)
         self.updates_done += 1
         return result
-
-
-@dataclass(frozen=True)
-class TokenObjective:
-    """TokenLoss of one optimiser step: C3PO (Eq. 2, 6) or GRPO (Eq. 1), with the mismatch weights of c3po.mismatch."""
-
-    algo: AlgoConfig
-    phi: int
-    num_responses: int
-
-    def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor,
-                 entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
-        algo, mask = self.algo, batch.loss_mask
-        weights, weight_sums = self._mismatch_weights(batch)
-        shared = {"config": algo.loss, "ref_logprobs": batch.ref_logprobs, "entropy": entropy_T, "weights": weights}
-        if algo.objective == "c3po":
-            loss, sums = c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, mask, phi=self.phi, **shared)
-        else:
-            loss, sums = grpo_loss(logprobs_T, batch.old_logprobs, batch.advantages, mask,
-                                   response_lengths=batch.response_lengths, num_responses=self.num_responses, **shared)
-        gap_sums, gap_maxima = mismatch_diagnostics(batch.old_logprobs, batch.rollout_logprobs, mask)
-        return loss, {**sums, **weight_sums, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
-
-    def _mismatch_weights(self, batch: PackedMicrobatch):
-        algo, given = self.algo, (batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask)
-        if algo.mismatch == "tis":
-            return tis_weights(*given, cap=algo.tis_cap)
-        if algo.mismatch == "icepop":
-            return icepop_weights(*given, low=algo.icepop_low, high=algo.icepop_high)
-        return None, {}

@@ -139,9 +139,10 @@ def test_cutoff_response_keeps_the_last_response_whole():
     assert batch.selection.phi == 6
 
 
-def test_grpo_keeps_every_token():
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "token_mean"])
+def test_without_a_budget_every_token_is_kept(objective):
     groups = random_groups(2)
-    [batch] = run(groups, AlgoConfig(objective="grpo", phi=3))
+    [batch] = run(groups, AlgoConfig(objective=objective, phi=3))
     assert batch.selection.selected_tokens == available(groups)
     assert sorted(sample.index for sample in batch.samples) == list(range(len(flat(groups))))
     for sample in batch.samples:
@@ -195,5 +196,6 @@ def test_dynamic_sampling_leaves_out_groups_of_equal_reward_before_the_cut(seed)
     [batch] = run(groups, AlgoConfig(phi=phi, dynamic_sampling=True), seed=seed)
     assert batch.available_tokens == phi + 1
     assert batch.selection.selected_tokens == phi
+    assert batch.num_responses == 12, "responses of equal groups are not drawn from"
     assert {sample.index // 4 for sample in batch.samples} == {1, 2, 4}
     assert all(sample.advantage != 0 for sample in batch.samples)

@@ -19,6 +19,9 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
     (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt=1"),
     (["c3po.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
     (["c3po.mismatch=icepop", "rollout.top_p=0.9"], r"rollout\.top_p"),
+    (["c3po.objective=grpo", "c3po.sequence_min_token_ratio=1e-4", "rollout.top_p=0.9"], r"rollout\.top_p"),
+    (["c3po.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
+    (["c3po.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
 ])
 def test_a_rule_names_its_keys(overrides, message):
     with pytest.raises(ValueError, match=message):
@@ -28,6 +31,12 @@ def test_a_rule_names_its_keys(overrides, message):
 def test_a_sequence_may_be_as_long_as_its_context_parallel_ranks_hold_together():
     check_rl(load(["experiment=quickstart", "parallel.world_size=2", "parallel.cp=2", "parallel.ep=1",
                    "batch.tokens_per_microbatch=64"]), SIZES)
+
+
+def test_without_a_budget_phi_is_not_checked():
+    config = load(["experiment=quickstart", "c3po.phi=1000000", "c3po.objective=token_mean"])
+    check_rl(config, SIZES)
+    assert dict(summary(config, SIZES))["Phi"].startswith("none")
 
 
 def test_phi_may_be_below_a_response_when_tokens_are_cut():

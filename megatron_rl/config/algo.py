@@ -1,0 +1,95 @@
+"""Section `c3po` of the configuration: the objective, the token budget, the losses and the corrections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from c3po import C3POLossConfig, Normalisation
+from megatron_rl.config.rules import require
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`.
+
+    objective: what the loss of a step is divided by, and with c3po alone also the cut at Phi; the others keep every
+    response token. grpo: each response's length and their number; dr_grpo: their number times
+    rollout.max_response_tokens (with advantage_scale=none); token_mean (DAPO): the step's tokens.
+    order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
+    in which they were drawn (`groups`), so that what comes after the budget need not be generated.
+    dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
+    much more is generated to fill it, or without a budget to have rollout.prompts_per_step groups of mixed reward.
+    mismatch: weight old / rollout of each token, capped at tis_cap, or 0 outside icepop_low..icepop_high, or 0 where
+    the binary KL exceeds kpop_max_kl (nats). sequence_ratio_low, _high (both or none): reject a sequence whose
+    geometric mean of old / rollout lies outside; sequence_min_token_ratio: or whose smallest lies below (e.g. 1e-4).
+    All of them act on the policy gradient only; each is independent of the objective and of c3po.loss.surrogate.
+    router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
+    own of the pass before the first update, `none` each forward's own. It goes with every objective and mismatch.
+    """
+
+    objective: Normalisation = "c3po"
+    phi: int = 4096
+    scope: Literal["global", "per_dp_rank"] = "global"
+    cutoff: Literal["token", "response"] = "token"
+    order: Literal["responses", "groups"] = "responses"
+    underfull: Literal["collect_more", "train_short", "error"] = "collect_more"
+    max_collect_rounds: int = 8
+    updates_per_rollout: int = 1
+    advantage_scale: Literal["std", "none"] = "std"
+    dynamic_sampling: bool = False
+    loss: C3POLossConfig = field(default_factory=C3POLossConfig)
+    balance_coef: float = 1e-5
+    z_loss_coef: float = 1e-7
+    truncated: Literal["train", "mask", "overlong_penalty"] = "train"
+    overlong_buffer_tokens: int = 0
+    mismatch: Literal["none", "tis", "icepop", "kpop"] = "none"
+    tis_cap: float = 2.0
+    icepop_low: float = 0.5
+    icepop_high: float = 5.0
+    kpop_max_kl: float = 0.1
+    sequence_ratio_low: float | None = None
+    sequence_ratio_high: float | None = None
+    sequence_min_token_ratio: float | None = None
+    router_replay: Literal["none", "rollout", "trainer"] = "none"
+
+    def __post_init__(self):
+        require(self.phi >= 1, f"c3po.phi={self.phi} must be at least 1 token")
+        for name in ("updates_per_rollout", "max_collect_rounds"):
+            require(getattr(self, name) >= 1, f"c3po.{name}={getattr(self, name)} must be at least 1")
+        require(self.balance_coef >= 0, f"c3po.balance_coef={self.balance_coef} must not be negative")
+        require(self.z_loss_coef >= 0, f"c3po.z_loss_coef={self.z_loss_coef} must not be negative")
+        require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
+                "c3po.truncated=overlong_penalty needs c3po.overlong_buffer_tokens > 0")
+        require(0 < self.icepop_low < self.icepop_high,
+                f"c3po.icepop_low={self.icepop_low} must be positive and below c3po.icepop_high={self.icepop_high}")
+        for name in ("tis_cap", "kpop_max_kl"):
+            require(getattr(self, name) > 0, f"c3po.{name}={getattr(self, name)} must be positive")
+        low, high, least = self.sequence_ratio_low, self.sequence_ratio_high, self.sequence_min_token_ratio
+        require((low is None) == (high is None),
+                f"c3po.sequence_ratio_low={low} and c3po.sequence_ratio_high={high}: set both or none")
+        require(low is None or 0 < low < high,
+                f"c3po.sequence_ratio_low={low} must be positive and below c3po.sequence_ratio_high={high}")
+        require(least is None or 0 < least < 1, f"c3po.sequence_min_token_ratio={least} must lie in (0, 1)")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a step is cut at Phi tokens."""
+        return self.objective == "c3po"
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        return self.mismatch != "none" or self.rejects_sequences
+
+    @property
+    def rejects_sequences(self) -> bool:
+        return self.sequence_ratio_low is not None or self.sequence_min_token_ratio is not None
+
+    @property
+    def needs_whole_sequences(self) -> bool:
+        """Whether the loss of a token depends on other tokens of its sequence."""
+        return self.loss.surrogate == "gspo" or self.rejects_sequences
+
+    def phi_global(self, dp: int) -> int:
+        """Phi of one optimiser step over the whole cluster, in response tokens (spec note on Phi)."""
+        return self.phi if self.scope == "global" else self.phi * dp

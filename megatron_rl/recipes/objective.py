@@ -1,0 +1,64 @@
+"""The token loss of one optimiser step: which of c3po's surrogates, normalisations and corrections, as configured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from c3po import (
+    Max,
+    StepTotals,
+    geometric_mean_mask,
+    icepop_weights,
+    kpop_weights,
+    mismatch_diagnostics,
+    packed_sequence_ids,
+    policy_loss,
+    tis_weights,
+    token_veto_mask,
+    weight_sums,
+)
+from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.types import PackedMicrobatch, SumCount
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """TokenLoss of one optimiser step: c3po.objective, c3po.loss and the weights against engine-trainer mismatch."""
+
+    algo: AlgoConfig
+    totals: StepTotals
+
+    def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor,
+                 entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
+        algo, mask = self.algo, batch.loss_mask
+        sequence_ids_T = packed_sequence_ids(batch.cu_seqlens) if algo.needs_whole_sequences else None
+        weights, corrected = self._mismatch_weights(batch, sequence_ids_T)
+        loss, sums = policy_loss(
+            logprobs_T, batch.old_logprobs, batch.advantages, mask, config=algo.loss,
+            denominator=self.totals.denominator(algo.objective, batch.response_lengths),
+            sequence_ids=sequence_ids_T, ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
+        gap_sums, gap_maxima = mismatch_diagnostics(batch.old_logprobs, batch.rollout_logprobs, mask)
+        return loss, {**sums, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
+
+    def _mismatch_weights(self, batch: PackedMicrobatch, sequence_ids_T: torch.Tensor | None):
+        """(the product of all weights that are switched on or None, their sums)."""
+        algo, given = self.algo, (batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask)
+        parts = []
+        if algo.mismatch == "tis":
+            parts.append(tis_weights(*given, cap=algo.tis_cap))
+        elif algo.mismatch == "icepop":
+            parts.append(icepop_weights(*given, low=algo.icepop_low, high=algo.icepop_high))
+        elif algo.mismatch == "kpop":
+            parts.append(kpop_weights(*given, max_kl=algo.kpop_max_kl))
+        if algo.sequence_ratio_low is not None:
+            parts.append(geometric_mean_mask(*given, sequence_ids_T, low=algo.sequence_ratio_low,
+                                             high=algo.sequence_ratio_high))
+        if algo.sequence_min_token_ratio is not None:
+            parts.append(token_veto_mask(*given, sequence_ids_T, min_ratio=algo.sequence_min_token_ratio))
+        if not parts:
+            return None, {}
+        weights = torch.stack([part for part, _ in parts]).prod(0)
+        sums = {key: value for _, part in parts for key, value in part.items()}
+        return weights, {**sums, **weight_sums(weights, batch.loss_mask)}

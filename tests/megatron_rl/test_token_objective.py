@@ -1,0 +1,121 @@
+"""What a configuration makes of the loss of a packed micro-batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from c3po import C3POLossConfig, StepTotals, c3po_loss, icepop_weights
+from megatron_rl.batch import pack
+from megatron_rl.config.load import CONF_DIR, load
+from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.recipes.objective import TokenObjective
+from megatron_rl.types import TrainSample
+
+TOTALS = StepTotals(phi=10, selected_tokens=7, num_responses=3, max_response_tokens=5)
+PLAIN = C3POLossConfig(kl_coef=0.0, entropy_coef=0.0)
+UNCLIPPED = replace(PLAIN, clip_eps_low=1.0, clip_eps_high=9.0)
+
+
+def microbatch():
+    """Three responses of 2, 3 (of 4) and 2 tokens after prompts of 1 and 2, and one token of alignment padding."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for index, (prompt, kept, whole, advantage) in enumerate([(2, 2, 2, 1.0), (1, 3, 4, -1.0), (2, 2, 2, 2.0)]):
+        length = prompt + kept
+        mask = np.arange(length) >= prompt
+        samples.append(TrainSample(index, rng.integers(0, 9, length), mask, np.where(mask, -2.0, 0.0), advantage,
+                                   whole))
+    batch = pack(samples, multiple_of=4)
+    assert not bool(batch.real[-1])
+    generator = torch.Generator().manual_seed(0)
+    batch.old_logprobs = batch.rollout_logprobs + 0.5 * torch.randn(batch.num_tokens, generator=generator)
+    batch.old_logprobs[~batch.loss_mask] = math.nan  # whatever the model says of prompts and padding
+    return batch, torch.nan_to_num(batch.old_logprobs) + 0.3 * torch.randn(batch.num_tokens, generator=generator)
+
+
+def evaluate(algo: AlgoConfig, totals: StepTotals = TOTALS):
+    batch, logprobs_T = microbatch()
+    logprobs_T.requires_grad_()
+    loss, report = TokenObjective(algo, totals)(batch, logprobs_T, torch.zeros_like(logprobs_T))
+    loss.backward()
+    return loss.detach(), report, logprobs_T.grad
+
+
+def test_the_default_is_c3po_over_phi():
+    batch, logprobs_T = microbatch()
+    expected, _ = c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, batch.loss_mask, phi=10, config=PLAIN)
+    torch.testing.assert_close(evaluate(AlgoConfig(loss=PLAIN))[0], expected)
+
+
+@pytest.mark.parametrize(("objective", "divisors"), [
+    ("c3po", (10, 10, 10)), ("grpo", (2 * 3, 4 * 3, 2 * 3)), ("dr_grpo", (15, 15, 15)), ("token_mean", (7, 7, 7))])
+def test_each_objective_divides_by_its_own(objective, divisors):
+    """|y_i| is 4 where 3 tokens of the response are left."""
+    batch, _ = microbatch()
+    gradient = evaluate(AlgoConfig(objective=objective, loss=PLAIN))[2]
+    undivided = evaluate(AlgoConfig(loss=PLAIN), replace(TOTALS, phi=1))[2]
+    per_token = torch.tensor(divisors).repeat_interleave(torch.tensor([2, 3, 2]))
+    torch.testing.assert_close(gradient[batch.loss_mask] * per_token, undivided[batch.loss_mask])
+    assert bool((gradient[~batch.loss_mask] == 0).all())
+
+
+def test_gspo_sees_the_packed_sequences():
+    """On each response one ratio: the gradient per token is the same within it (advantage and divisor are)."""
+    gradient = evaluate(AlgoConfig(loss=replace(UNCLIPPED, surrogate="gspo")))[2]
+    batch, _ = microbatch()
+    for tokens in gradient[batch.loss_mask].split([2, 3, 2]):
+        torch.testing.assert_close(tokens, tokens[:1].expand_as(tokens))
+        assert tokens[0] != 0
+
+
+def test_icepop_is_what_c3po_says():
+    batch, logprobs_T = microbatch()
+    weights, sums = icepop_weights(batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask, low=0.8, high=1.5)
+    expected, _ = c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, batch.loss_mask, phi=10, config=PLAIN,
+                            weights=weights)
+    loss, report, _ = evaluate(AlgoConfig(loss=PLAIN, mismatch="icepop", icepop_low=0.8, icepop_high=1.5))
+    torch.testing.assert_close(loss, expected)
+    assert report["mismatch_weight"].sum == sums["mismatch_weight"].sum > 0
+    assert 0 < report["icepop_low_fraction"].sum + report["icepop_high_fraction"].sum < 7
+
+
+def test_every_switch_is_independent_of_the_others():
+    """4 objectives x 3 surrogates x 4 corrections x 4 sequence rejections: weights scale the policy term, no more."""
+    # old / rollout: 0.86 0.34, 1.33 0.58 0.50, 1.52 0.70; geometric means 0.54, 0.73, 1.03
+    rejections = ({}, {"sequence_ratio_low": 0.5, "sequence_ratio_high": 1.02}, {"sequence_min_token_ratio": 0.4},
+                  {"sequence_ratio_low": 0.5, "sequence_ratio_high": 1.02, "sequence_min_token_ratio": 0.4})
+    kept = {}
+    for objective, surrogate in product(("c3po", "grpo", "dr_grpo", "token_mean"), ("ppo", "gspo", "cispo")):
+        plain = AlgoConfig(objective=objective, loss=replace(UNCLIPPED, surrogate=surrogate))
+        _, _, without = evaluate(plain)
+        for mismatch, (number, rejection) in product(("none", "tis", "icepop", "kpop"), enumerate(rejections)):
+            _, report, gradient = evaluate(replace(plain, mismatch=mismatch, tis_cap=1.1, icepop_low=0.8,
+                                                   icepop_high=1.5, kpop_max_kl=0.02, **rejection))
+            factor = torch.where(without != 0, gradient / without, torch.nan)
+            before = kept.setdefault((mismatch, number), factor)
+            both = ~(before.isnan() | factor.isnan())
+            torch.testing.assert_close(factor[both], before[both], rtol=1e-4, atol=1e-5)
+            assert ("mismatch_weight" in report) == (mismatch != "none" or bool(rejection))
+    assert len({tuple(factor.tolist()) for factor in kept.values()}) == 16, "no switch is without effect"
+
+
+def test_presets_are_the_papers():
+    presets = {path.stem: load([f"algo={path.stem}"]).c3po for path in (CONF_DIR / "algo").glob("*.yaml")}
+    chosen = {name: (algo.objective, algo.loss.surrogate, algo.advantage_scale, algo.loss.clip_eps_low,
+                     algo.loss.clip_eps_high, algo.loss.kl_coef, algo.dynamic_sampling)
+              for name, algo in presets.items()}
+    assert chosen == {
+        "c3po": ("c3po", "ppo", "std", 0.2, 0.2, 1e-3, False),
+        "grpo": ("grpo", "ppo", "std", 0.2, 0.2, 1e-3, False),
+        "dapo": ("token_mean", "ppo", "std", 0.2, 0.28, 0.0, True),
+        "dr_grpo": ("dr_grpo", "ppo", "none", 0.2, 0.2, 0.0, False),
+        "gspo": ("grpo", "gspo", "std", 3e-4, 4e-4, 0.0, False),
+        "cispo": ("token_mean", "cispo", "std", 1.0, 4.0, 0.0, False),
+    }
+    assert [name for name, algo in presets.items() if algo.has_budget] == ["c3po"]
