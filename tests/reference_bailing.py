@@ -1,11 +1,13 @@
-"""A plain-torch forward pass of BailingMoe for one sequence, written from the checkpoint's point of view.
+"""A plain-torch forward pass for one sequence, from the checkpoint's point of view: BailingMoe and its relatives.
 
-Independent of Megatron and SGLang; both are tested against it. L tokens, V vocabulary, H hidden, E experts.
+Llama, Qwen2, Qwen3 and Qwen3-MoE differ from it by names, by query and key norms and by having no experts. Independent
+of Megatron and SGLang; both are tested against it. L tokens, V vocabulary, H hidden, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,31 +50,43 @@ def bailing_forward(
             gates_Lk = gates_Lk / gates_Lk.sum(-1, keepdim=True)
         gates_LE = torch.zeros_like(probabilities_LE).scatter(1, experts_Lk, gates_Lk)
         out_LH = torch.zeros_like(x_LH)
-        for expert in range(config["num_experts"]):
+        for expert in range(num_experts):
             rows = (experts_Lk == expert).any(-1).nonzero().squeeze(-1)
             routed = mlp(x_LH[rows], f"{prefix}.experts.{expert}") * gates_LE[rows, expert, None]
             out_LH = out_LH.index_add(0, rows, routed)
-        if config["num_shared_experts"]:
+        if config.get("num_shared_experts"):
             out_LH = out_LH + mlp(x_LH, f"{prefix}.shared_experts")
         return out_LH, experts_Lk
 
-    x_LH = weight("model.word_embeddings.weight")[torch.as_tensor(list(token_ids))]
+    def attention(x_LH: torch.Tensor, prefix: str) -> torch.Tensor:
+        fused = ["query_key_value"] if is_bailing else [f"{part}_proj" for part in "qkv"]
+        qkv = torch.cat([linear(x_LH, f"{prefix}.{name}") for name in fused], dim=-1)
+        norms = [partial(rms_norm, name=name) for name in (f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight")
+                 if name in weights]
+        return linear(_attention(qkv, config, rotation, norms), f"{prefix}.{'dense' if is_bailing else 'o_proj'}")
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, weight(f"{name}.weight"), weight(f"{name}.bias") if f"{name}.bias" in weights else None)
+
+    is_bailing = config["model_type"] == "bailing_moe"
+    num_experts = config.get("num_experts", config.get("num_local_experts", 0))  # transformers 5 writes the second
+    embedding = f"model.{'word_embeddings' if is_bailing else 'embed_tokens'}.weight"
+    x_LH = weight(embedding)[torch.as_tensor(list(token_ids))]
     rotation = _rope_tables(config, len(x_LH), dtype)
     routes = []
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x_LH, f"{prefix}.input_layernorm.weight")
-        qkv = F.linear(normed, weight(f"{prefix}.attention.query_key_value.weight"))
-        x_LH = x_LH + F.linear(_attention(qkv, config, rotation), weight(f"{prefix}.attention.dense.weight"))
+        x_LH = x_LH + attention(normed, f"{prefix}.{'attention' if is_bailing else 'self_attn'}")
         normed = rms_norm(x_LH, f"{prefix}.post_attention_layernorm.weight")
-        if layer < config["first_k_dense_replace"]:
+        if num_experts == 0 or layer < config.get("first_k_dense_replace", 0):
             x_LH = x_LH + mlp(normed, f"{prefix}.mlp")
             continue
         out_LH, experts_Lk = moe(normed, f"{prefix}.mlp")
         x_LH = x_LH + out_LH
         routes.append(experts_Lk)
-    head = weight("model.word_embeddings.weight" if config["tie_word_embeddings"] else "lm_head.weight")
-    if config["norm_head"]:
+    head = weight(embedding if config["tie_word_embeddings"] else "lm_head.weight")
+    if config.get("norm_head"):
         head = head / (head.norm(dim=0, keepdim=True).detach() + NORM_HEAD_EPS)
     return F.linear(rms_norm(x_LH, "model.norm.weight"), head), routes
 
@@ -91,19 +105,25 @@ def response_logprobs(
 
 def _rope_tables(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     head_dim = _head_dim(config)
-    inverse = 1.0 / config["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=dtype), inverse)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factor = {"default": 1.0, "linear": rope.get("factor")}[rope.get("rope_type", rope.get("type", "default"))]
+    theta = rope.get("rope_theta") or config["rope_theta"]
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=dtype) / factor, inverse)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
 
 def _attention(
-    qkv: torch.Tensor, config: Mapping[str, Any], rotation: tuple[torch.Tensor, torch.Tensor]
+    qkv: torch.Tensor, config: Mapping[str, Any], rotation: tuple[torch.Tensor, torch.Tensor],
+    norms: Sequence[Callable[[torch.Tensor], torch.Tensor]],
 ) -> torch.Tensor:
-    """Causal attention on rows laid out [all Q heads][all K heads][all V heads]."""
+    """Causal attention on rows laid out [all Q heads][all K heads][all V heads]; norms: of q and k, or none."""
     heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], _head_dim(config)
     length = len(qkv)
     q, k, v = qkv.view(length, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    if norms:
+        q, k = norms[0](q), norms[1](k)
     cos, sin = rotation
 
     def rotate(x: torch.Tensor) -> torch.Tensor:

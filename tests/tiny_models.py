@@ -1,4 +1,4 @@
-"""A tiny random BailingMoe as a Hugging Face folder: config, configuration file, weights, tokenizer.
+"""Tiny random models as Hugging Face folders: config, configuration file, weights, tokenizer.
 
 Used by the engine tests and the model tests. The tokenizer has one token per character.
 """
@@ -55,6 +55,12 @@ TINY_CONFIG = {
     "first_k_dense_replace": 0,
     "torch_dtype": "float32",
 }
+SHARED_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "max_position_embeddings", "bos_token_id",
+    "eos_token_id", "pad_token_id",
+)
+MOE_KEYS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
 def tiny_bailing_weights(config: dict, *, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -82,6 +88,8 @@ def tiny_bailing_weights(config: dict, *, seed: int = 0) -> dict[str, torch.Tens
         prefix = f"model.layers.{layer}"
         add(f"{prefix}.input_layernorm.weight", hidden, mean=1.0)
         add(f"{prefix}.attention.query_key_value.weight", (heads + 2 * kv_heads) * head_dim, hidden)
+        if config["use_qkv_bias"]:
+            add(f"{prefix}.attention.query_key_value.bias", (heads + 2 * kv_heads) * head_dim)
         add(f"{prefix}.attention.dense.weight", hidden, heads * head_dim)
         add(f"{prefix}.post_attention_layernorm.weight", hidden, mean=1.0)
         if layer < config["first_k_dense_replace"]:
@@ -125,3 +133,22 @@ def write_tiny_bailing(path: str | Path, *, seed: int = 0, norm_head: bool = Fal
     save_file(tiny_bailing_weights(config, seed=seed), folder / "model.safetensors", metadata={"format": "pt"})
     write_tiny_tokenizer(folder, config["vocab_size"])
     return folder
+
+
+def write_tiny_dense_or_moe(path: str | Path, model_type: str, *, seed: int = 0, **overrides: object) -> Path:
+    """A tiny random model of a model_type that transformers knows (llama, qwen2, qwen3, qwen3_moe), as it saves it.
+
+    Weights are normal with deviation initializer_range, norms and biases included (norms around 1).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shared = {key: TINY_CONFIG[key] for key in SHARED_KEYS}
+    keys = {**shared, **(MOE_KEYS if model_type == "qwen3_moe" else {}), **overrides}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, model.config.initializer_range)
+    model.save_pretrained(path)
+    write_tiny_tokenizer(Path(path), model.config.vocab_size)
+    return Path(path)

@@ -7,6 +7,7 @@ with the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_rl.batch import StepBatch
 from megatron_rl.config.schema import Config
 from megatron_rl.model.config import DTYPES
 from megatron_rl.model.convert import Exporter
+from megatron_rl.model.network import Network
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes import stop
@@ -104,21 +106,21 @@ def build_publisher(config: Config, clients: Sequence[EngineClient], device: tor
     return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)
 
 
-def build_expected(config: Config, raw_model_config: dict[str, Any]) -> ExpectedChecksums | None:
+def build_expected(config: Config, network: Network) -> ExpectedChecksums | None:
     """What verifies a publish, or None (rollout.verify_checksums=false)."""
     if not config.rollout.verify_checksums:
         return None
     dtype = config.rollout.engine.dtype or config.model.dtype
-    return ExpectedChecksums(raw_model_config, engine_dtype=DTYPES[dtype])
+    return ExpectedChecksums(asdict(network), engine_dtype=DTYPES[dtype])
 
 
 class RunRecord:
     """loop.Record: metrics, evaluation and checkpoints. Metrics and evaluation act on rank 0 alone."""
 
-    def __init__(self, config: Config, topology: Topology, *, raw_model_config: dict[str, Any], log: MetricsLog | None,
+    def __init__(self, config: Config, topology: Topology, *, network: Network, log: MetricsLog | None,
                  held_out: HeldOut | None, rollouts: BroadcastRollouts, weights: PublishedWeights,
                  save: Callable[[int], None], poll_save: Callable[[], None]):
-        self._config, self._topology, self._raw_model_config = config, topology, raw_model_config
+        self._config, self._topology, self._sizes = config, topology, asdict(network)
         self._log, self._held_out, self._rollouts, self._weights = log, held_out, rollouts, weights
         self._save, self._poll_save = save, poll_save
 
@@ -135,7 +137,7 @@ class RunRecord:
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
                     / (seconds["time/logprobs"] + seconds["time/train"])}
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
-        flops = train_flops(self._raw_model_config, lengths)
+        flops = train_flops(self._sizes, lengths)
         metrics["flops/model_tflops_per_s"] = flops / seconds["time/train"] / 1e12
         self._log.log(step + 1, metrics)
 

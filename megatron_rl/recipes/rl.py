@@ -13,6 +13,7 @@ from megatron_rl import loop, topology
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.data import PromptSampler
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
@@ -74,7 +75,7 @@ def build_run(config: Config) -> Iterator[RunParts]:
         def save(step: int) -> None:
             checkpoints.save(step, {"updates_done": learner.updates_done}, rollouts.state_dict())
 
-        record = RunRecord(config, here, raw_model_config=read_raw_config(config.model.path),
+        record = RunRecord(config, here, network=learner.policy.config,
                            log=main.log if main else None, held_out=main.held_out if main else None,
                            rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
         yield RunParts(rollouts, learner, weights, record, first_step, exporter, checkpoints, here)
@@ -96,7 +97,7 @@ class MainRank:
             PromptSampler(source, config.run.seed, shuffle=config.data.shuffle))
         self.clients = engine_clients(config)
         self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
-        self.expected = build_expected(config, read_raw_config(config.model.path))
+        self.expected = build_expected(config, read_config(config.model.path))
         self.held_out = HeldOut(config, self.serving, tokenizer, rewards)
         self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
                                                   resume_step=log_until))

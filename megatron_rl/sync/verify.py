@@ -2,9 +2,9 @@
 
 SGLang 0.5.23 hashes each parameter it holds: the first 8 bytes of SHA-256 over its raw bytes on CPU
 (sglang/srt/utils/weight_checker.py, sglang/srt/managers/mm_utils.py: tensor_hash). Its parameters are not the
-checkpoint's: gate and up projections are fused, experts stacked, vocabularies and MLP widths padded with
-zeros, a NormHead normalised (sglang/srt/models/bailing_moe.py: load_weights). ENGINE_LAYOUT says how; the
-digests follow while the tensors stream past, without keeping them.
+checkpoint's: query, key and value, gate and up projections are fused, experts stacked, vocabularies and MLP
+widths padded with zeros, a NormHead normalised (sglang/srt/models/bailing_moe.py: load_weights).
+ENGINE_LAYOUT says how; the digests follow while the tensors stream past, without keeping them.
 
 Not reproduced: tensor-parallel engines (each rank hashes its shard) and CUDA engines (another hash function);
 both raise ValueError.
@@ -28,9 +28,10 @@ WIDTH_MULTIPLE = 32  # sglang/srt/configs/update_config.py: adjust_config_with_u
 NORM_HEAD_EPS = 1e-7  # sglang/srt/models/bailing_moe.py: load_weights
 NAMES_SHOWN = 8
 
-# Checkpoint name -> engine parameter, (parts per expert or MLP, which of them this is), the dimension that
+# Checkpoint name -> engine parameter, (parts per expert, MLP or attention, which of them this is), the dimension that
 # holds the MLP's width. Whatever matches no row keeps its name and is whole.
 _ANY_MLP = r"(?P<mlp>.*\.mlp(\.shared_experts)?)"
+_ATTENTION = r"(?P<attention>.*\.self_attn)"
 _EXPERT = r"(?P<mlp>.*\.mlp\.experts)\.(?P<expert>\d+)"
 ENGINE_LAYOUT = (
     (_EXPERT + r"\.gate_proj\.weight", "{mlp}.w13_weight", (2, 0), 0),
@@ -39,6 +40,8 @@ ENGINE_LAYOUT = (
     (_ANY_MLP + r"\.gate_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 0), 0),
     (_ANY_MLP + r"\.up_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 1), 0),
     (_ANY_MLP + r"\.down_proj\.weight", "{mlp}.down_proj.weight", (1, 0), 1),
+    *((_ATTENTION + rf"\.{part}_proj\.(?P<kind>weight|bias)", "{attention}.qkv_proj.{kind}", (3, place), None)
+      for place, part in enumerate("qkv")),
 )
 
 
@@ -66,7 +69,7 @@ class _Parameter:
 class ExpectedChecksums:
     """The digests an engine must report for the tensors that were last watched.
 
-    config: the checkpoint's config.json. engine_dtype: what the engine converts weights to.
+    config: the fields of model.network.Network. engine_dtype: what the engine converts weights to.
     """
 
     def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype):
@@ -94,7 +97,7 @@ class ExpectedChecksums:
             return
         if name == "lm_head.weight" and self._config.get("norm_head"):
             tensor = torch.nn.functional.normalize(tensor, dim=0, p=2, eps=NORM_HEAD_EPS)
-        if name in ("lm_head.weight", "model.word_embeddings.weight"):
+        if name in ("lm_head.weight", "model.word_embeddings.weight", "model.embed_tokens.weight"):
             tensor = _zero_padded(tensor, 0, _round_up(tensor.shape[0], VOCABULARY_MULTIPLE))
         parameter, place, places, width_dim = self._locate(name)
         if width_dim is not None:
