@@ -135,7 +135,7 @@ def write_tiny_bailing(path: str | Path, *, seed: int = 0, norm_head: bool = Fal
     return folder
 
 
-def write_tiny_dense_or_moe(path: str | Path, model_type: str, *, seed: int = 0, **overrides: object) -> Path:
+def write_tiny_known(path: str | Path, model_type: str, *, seed: int = 0, **overrides: object) -> Path:
     """A tiny random model of a model_type that transformers knows (llama, qwen2, qwen3, qwen3_moe), as it saves it.
 
     Weights are normal with deviation initializer_range, norms and biases included (norms around 1).

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tests.distributed.cases as cases
+from tests.distributed.networks import NETWORKS, WrittenNetwork
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,24 +31,42 @@ class Layouts:
     configs: dict[bool, dict]
     reference: Reference
     _results: dict[str, dict] = field(default_factory=dict)
+    _networks: dict[str, WrittenNetwork] = field(default_factory=dict)
+    _network_results: dict[str, dict] = field(default_factory=dict)
 
     def __getitem__(self, layout: str) -> dict:
         if layout not in self._results:
-            self._run(cases.LAYOUTS[layout]["world_size"])
+            self._run("step", layout, self._results, "{}.pt")
         return self._results[layout]
 
-    def _run(self, world_size: int) -> None:
+    def networks(self, layout: str) -> dict[str, dict]:
+        """What the layout made of each of NETWORKS that it can hold."""
+        if layout not in self._network_results:
+            for name in NETWORKS:
+                self.network(name)
+            self._run("networks", layout, self._network_results, "{}.networks.pt")
+        return self._network_results[layout]
+
+    def network(self, name: str) -> WrittenNetwork:
+        """One of NETWORKS, written under `folder` when it is first asked for."""
+        if name not in self._networks:
+            self._networks[name] = WrittenNetwork(self.folder, name)
+        return self._networks[name]
+
+    def _run(self, what: str, layout: str, results: dict[str, dict], file: str) -> None:
+        """Run `what` in all layouts of the given one's world size, in one start of the worker."""
+        world_size = cases.LAYOUTS[layout]["world_size"]
         names = [name for name, sizes in cases.LAYOUTS.items() if sizes["world_size"] == world_size]
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
                        "CUDA_VISIBLE_DEVICES": ""}  # the ranks are forked, and this is about arithmetic over gloo
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker", str(self.folder), str(world_size),
-             *names],
+            [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker", what, str(self.folder),
+             str(world_size), *names],
             cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
         if done.returncode:
             pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)
         for name in names:
-            self._results[name] = torch.load(self.folder / f"{name}.pt")
+            results[name] = torch.load(self.folder / file.format(name))
 
 
 @pytest.fixture(scope="session")

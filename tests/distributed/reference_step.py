@@ -86,7 +86,7 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
     loss = -(surrogate - cases.LOSS.kl_coef * kl + cases.LOSS.entropy_coef * entropy) / cases.PHI
 
     balance, z_loss = router_losses([torch.cat(layer) for layer in zip(*router, strict=True)], config)
-    moe_layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    moe_layers = max(1, len(router[0]))
     count = sum(int(mask[1:].sum()) for mask in step.loss_mask)
     report = {"train/loss": loss, "train/kl": kl / count, "train/entropy": entropy / count,
               "train/policy_loss": -surrogate / count, "train/selected_tokens": torch.tensor(float(count)),

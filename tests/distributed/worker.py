@@ -1,8 +1,8 @@
 """The processes behind the layout tests: runs the step of cases.py in many layouts and saves what came out.
 
-`python -m tests.distributed.worker FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports, so that
-a group of layouts pays for them once (hide the GPUs: a forked process cannot use CUDA). FOLDER holds step.pt and the
-checkpoints; rank 0 writes LAYOUT.pt there.
+`python -m tests.distributed.worker step|networks FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports,
+so that a group of layouts pays for them once (hide the GPUs: a forked process cannot use CUDA). FOLDER holds step.pt
+and the checkpoints; rank 0 writes LAYOUT.pt there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from megatron_rl.train_step.loss_scaling import LossScaling
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
+from tests.distributed.networks import CHECKPOINT, networks_in
 
 
 def microbatches_of(step: cases.Step, here: topology.Topology, count: int) -> list:
@@ -57,10 +59,10 @@ class Runner:
     """The policy of one layout, freshly loaded, and what can be asked of it."""
 
     def __init__(self, folder: Path, layout: str, *, distributed_optimizer: bool, overlap: bool = False,
-                 recompute: str = "none"):
+                 recompute: str = "none", checkpoint: str = "norm_head_True"):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
-        checkpoint = folder / "norm_head_True"
+        checkpoint = folder / checkpoint
         self.here = topology.start(parallel, seed=0)
         self.policy = build_policy(read_config(checkpoint), ModelConfig(path=str(checkpoint), recompute=recompute),
                                    parallel, with_gradients=True)
@@ -182,20 +184,39 @@ def run_layout(folder: Path, layout: str) -> None:
         torch.save(result, folder / f"{layout}.pt")
 
 
-def run_rank(rank: int, folder: Path, world_size: int, port: int, layouts: list[str]) -> None:
+def run_networks(folder: Path, layout: str) -> None:
+    """The networks of networks.py in one layout: what came back of the checkpoint, log-probabilities, gradients and a
+    step; rank 0 saves them as LAYOUT.networks.pt."""
+    results = {}
+    for name in networks_in(layout):
+        runner = Runner(folder / name, layout, distributed_optimizer=False, checkpoint=CHECKPOINT)
+        results[name] = {"loaded": {key: cases.sha256(tensor) for key, tensor in runner.exporter()},
+                         "logprobs": runner.logprobs(norm_head=runner.policy.config.norm_head),
+                         "gradients": runner.gradients(cases.UPDATE_MICROBATCHES),
+                         "updated": runner.update(cases.UPDATE_MICROBATCHES)}
+        topology.stop(keep_processes=True)
+    if runner.here.is_main:
+        torch.save(results, folder / f"{layout}.networks.pt")
+
+
+def run_rank(rank: int, run: Callable[[Path, str], None], folder: Path, world_size: int, port: int,
+             layouts: list[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     for layout in layouts:
-        run_layout(folder, layout)
+        run(folder, layout)
     topology.stop()
 
 
-def main(folder: str, world_size: str, *layouts: str) -> None:
+RUNS = {"step": run_layout, "networks": run_networks}
+
+
+def main(run: str, folder: str, world_size: str, *layouts: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.start_processes(
-        run_rank, args=(Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
+        run_rank, args=(RUNS[run], Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
         start_method="fork")
 
 
