@@ -43,9 +43,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (default 80)")
             command.add_argument("--colocated", action="store_true",
                                  help="the engine takes rollout.engine.mem_fraction_static of the same GPUs")
-    convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense Llama, fetch SmolLM2, round trip")
+    convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense model, fetch SmolLM2, round trip")
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
-    upcycle = kinds.add_parser("upcycle", help="dense Llama folder -> BailingMoe folder with equal logits")
+    upcycle = kinds.add_parser("upcycle", help="dense Llama or Qwen2 folder -> BailingMoe folder with equal logits")
     upcycle.add_argument("source")
     upcycle.add_argument("target")
     upcycle.add_argument("--experts", type=int, default=8)

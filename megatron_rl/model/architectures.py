@@ -143,8 +143,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
     architecture = architecture_of(raw, where)
     for key, value in architecture.only.items():
         _require_only(where, key, raw.get(key), value)
-    rope = {key: value for name in _ROPE_KEYS for key, value in (raw.get(name) or {}).items()}
-    values = {**raw, **{key: rope[key] for key in ("rope_theta",) if key in rope}}
+    rope = _rope(raw)
+    values = {**raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     found = {"model_type": raw["model_type"], "rope_factor": _rope_factor(rope, where)}
     missing = []
     for item in fields(Network):
@@ -175,19 +175,28 @@ def _require_only(where: str, key: str, found: Any, accepted: Any) -> None:
         raise ValueError(f"{where}: {key}={json.dumps(found)} is not supported; only {json.dumps(accepted)} is")
 
 
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that config.json says of the rotation, its kind as rope_type ("default" without scaling)."""
+    found = {"rope_type": "default"}
+    for name in _ROPE_KEYS:
+        given = raw.get(name) or {}
+        found |= ({"rope_type": given["type"]} if "type" in given else {}) | given
+    return found
+
+
 def _rope_factor(rope: Mapping[str, Any], where: str) -> float:
     """What positions are divided by: 1 without scaling, the factor of linear scaling. ValueError for other kinds."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope["rope_type"]
     _require_only(where, "partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
     if kind == "default":
         return 1.0
     if kind == "dynamic":
         raise ValueError(
-            f"{where}: rope_scaling={dict(rope)} is not supported: transformers recomputes the base as a sequence "
+            f"{where}: rope_scaling={rope} is not supported: transformers recomputes the base as a sequence "
             "grows, SGLang takes one base for all lengths, so engine and trainer would disagree. Up to "
             "max_position_embeddings the network is the one with rope_scaling null")
     if kind != "linear":
-        raise ValueError(f"{where}: rope_scaling={dict(rope)} is not supported; only null and linear are")
+        raise ValueError(f"{where}: rope_scaling={rope} is not supported; only null and linear are")
     factor = rope.get("factor")
     if not isinstance(factor, float) or factor < 1.0:
         raise ValueError(f"{where}: rope_scaling.factor={factor!r} must be a float of at least 1.0 (the engine takes "

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain
@@ -302,11 +302,14 @@ class HFReader:
         return self._where[name].get_tensor(name)
 
 
-def check_checkpoint(config: Network, reader: HFReader) -> None:
-    """Raise ValueError listing the names and shapes in which the folder departs from its config.json."""
+def check_checkpoint(config: Network, reader: HFReader, superfluous: Set[str] = frozenset()) -> None:
+    """Raise ValueError listing the names and shapes in which the folder departs from its config.json.
+
+    superfluous: names that may be there and are not read.
+    """
     expected = expected_shapes(config)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
-    problems += [f"unexpected {name}" for name in sorted(reader.names - set(expected))]
+    problems += [f"unexpected {name}" for name in sorted(reader.names - set(expected) - superfluous)]
     problems += [f"{name} has shape {list(reader.shape(name))}, config.json says {list(shape)}"
                  for name, shape in expected.items() if name in reader.names and reader.shape(name) != shape]
     if problems:

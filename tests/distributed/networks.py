@@ -33,6 +33,7 @@ NETWORKS: dict[str, dict] = {
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 CHECKPOINT = "checkpoint"
+SERVED = ("ling", "qwen3_moe")  # by a real engine, in tests/engine/test_networks.py
 
 
 def networks_in(layout: str) -> list[str]:

@@ -1,12 +1,13 @@
 """The processes behind the layout tests: runs the step of cases.py in many layouts and saves what came out.
 
-`python -m tests.distributed.worker step|networks FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports,
+`python -m tests.distributed.worker RUN FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports,
 so that a group of layouts pays for them once (hide the GPUs: a forked process cannot use CUDA). FOLDER holds step.pt
 and the checkpoints; rank 0 writes LAYOUT.pt there.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -25,11 +26,12 @@ from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConf
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
+from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.train_step.loss_scaling import LossScaling
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
-from tests.distributed.networks import CHECKPOINT, networks_in
+from tests.distributed.networks import CHECKPOINT, SERVED, networks_in
 
 
 def microbatches_of(step: cases.Step, here: topology.Topology, count: int) -> list:
@@ -59,10 +61,11 @@ class Runner:
     """The policy of one layout, freshly loaded, and what can be asked of it."""
 
     def __init__(self, folder: Path, layout: str, *, distributed_optimizer: bool, overlap: bool = False,
-                 recompute: str = "none", checkpoint: str = "norm_head_True"):
+                 recompute: str = "none", checkpoint: str = "norm_head_True", temperature: float = cases.TEMPERATURE):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
         checkpoint = folder / checkpoint
+        self.temperature = temperature
         self.here = topology.start(parallel, seed=0)
         self.policy = build_policy(read_config(checkpoint), ModelConfig(path=str(checkpoint), recompute=recompute),
                                    parallel, with_gradients=True)
@@ -73,7 +76,7 @@ class Runner:
         self.step: cases.Step = torch.load(folder / "step.pt", weights_only=False)
 
     def _train_step(self, policy, optimizer) -> TrainStep:
-        return TrainStep(policy, optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
+        return TrainStep(policy, optimizer, self.here, temperature=self.temperature, chunk_tokens=16)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.exporter()}
@@ -208,7 +211,24 @@ def run_rank(rank: int, run: Callable[[Path, str], None], folder: Path, world_si
     topology.stop()
 
 
-RUNS = {"step": run_layout, "networks": run_networks}
+def run_exports(folder: Path, layout: str) -> None:
+    """What an engine is to serve: SERVED exported from the layout to folder/NAME/export, and their log-probabilities
+    at temperature 1 in LAYOUT.exports.pt."""
+    logprobs = {}
+    for name in SERVED:
+        runner = Runner(folder / name, layout, distributed_optimizer=False, checkpoint=CHECKPOINT, temperature=1.0)
+        logprobs[name] = runner.logprobs(norm_head=runner.policy.config.norm_head)
+        tensors = runner.weights()
+        if runner.here.is_main:
+            source = folder / name / CHECKPOINT
+            write_hf_folder(folder / name / "export", json.loads((source / "config.json").read_text()), tensors.items(),
+                            tokenizer_from=source)
+        topology.stop(keep_processes=True)
+    if runner.here.is_main:
+        torch.save(logprobs, folder / f"{layout}.exports.pt")
+
+
+RUNS = {"step": run_layout, "networks": run_networks, "exports": run_exports}
 
 
 def main(run: str, folder: str, world_size: str, *layouts: str) -> None:

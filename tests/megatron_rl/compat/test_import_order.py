@@ -15,7 +15,7 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_pure_modules_leave_torch_alone():
-    done = python("import sys, torch, megatron_rl.model.hf_folder, megatron_rl.model.bailing, megatron_rl.batch\n"
+    done = python("import sys, torch, megatron_rl.model.hf_folder, megatron_rl.model.slots, megatron_rl.batch\n"
                   f"assert not {PATCHED}\n"
                   "assert 'megatron.core' not in sys.modules")
     assert done.returncode == 0, done.stderr

@@ -48,13 +48,43 @@ def test_missing_keys_are_named_together():
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("model_type", "gpt2", "model_type='gpt2' is not supported; only bailing_moe, llama"),
-    ("rope_scaling", {"type": "yarn"}, "rope_scaling=.*yarn.* is not supported"),
+    ("rope_scaling", {"type": "yarn"}, "rope_scaling=.*yarn.* is not supported; only null and linear are"),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "rope_scaling=.*dynamic.* engine and trainer would disagree"),
+    ("rope_scaling", {"type": "linear", "factor": 2}, "rope_scaling.factor=2 must be a float"),
+    ("rope_scaling", {"type": "linear"}, "rope_scaling.factor=None must be a float"),
+    ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not"),
+    ("use_qk_norm", True, "use_qk_norm=true is not supported"),
     ("hidden_act", "gelu", 'hidden_act="gelu" is not supported; only "silu" is'),
     ("use_bias", True, "use_bias=true is not supported"),
 ])
 def test_what_the_network_cannot_do_is_refused(key, value, message):
     with pytest.raises(ValueError, match=f"config.json: {message}"):
         parsed(**{key: value})
+
+
+def test_tied_embeddings_exclude_a_norm_head():
+    assert parsed(tie_word_embeddings=True).tie_word_embeddings
+    with pytest.raises(ValueError, match="config.json: tie_word_embeddings=true with norm_head=true"):
+        parsed(tie_word_embeddings=True, norm_head=True)
+
+
+@pytest.mark.parametrize(("keys", "theta", "factor"), [
+    ({}, 600000.0, 1.0),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 600000.0, 4.0),
+    ({"rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}}, 5e3, 2.0),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}}, 5e3, 1.0),
+])
+def test_rope_is_read_as_old_and_new_transformers_write_it(keys, theta, factor):
+    network = parsed(**keys)
+    assert (network.rope_theta, network.rope_factor) == (theta, factor)
+
+
+def test_dense_networks_have_no_experts_to_spread():
+    dense = parse_config({**TINY_CONFIG, "model_type": "qwen3"}, "config.json")
+    assert (dense.num_experts, dense.num_moe_layers, dense.qk_norm, dense.qkv_bias) == (0, 0, True, False)
+    check_layout(dense, ParallelConfig(world_size=2, tp=2))
+    with pytest.raises(ValueError, match="parallel.ep=2 splits experts, but this qwen3 network has none"):
+        check_layout(dense, ParallelConfig(world_size=2, ep=2))
 
 
 def test_folder_without_config_is_named(tmp_path):

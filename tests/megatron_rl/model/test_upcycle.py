@@ -1,4 +1,4 @@
-"""An upcycled Llama is the same function at step 0, its experts ready to move; what cannot be held is refused."""
+"""An upcycled Llama or Qwen2 is the same function at step 0, its experts ready to move; the rest is refused."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.slots import expected_shapes
-from megatron_rl.model.upcycle import upcycle_llama
+from megatron_rl.model.upcycle import upcycle
 from tests.reference_bailing import bailing_forward, bailing_logits
-from tests.tiny_models import write_tiny_tokenizer
+from tests.tiny_models import write_tiny_known, write_tiny_tokenizer
 
 TOKENS = [5, 90, 17, 17, 3, 42, 60, 1, 0, 33, 71, 8]
 
@@ -37,6 +37,14 @@ def write_tiny_llama(folder: Path, *, tied: bool = True, seed: int = 0, **overri
     return model
 
 
+def write_tiny_qwen2(folder: Path, *, tied: bool) -> Qwen2ForCausalLM:
+    """As write_tiny_known makes it, with biases of query, key and value that matter."""
+    write_tiny_known(folder, "qwen2", tie_word_embeddings=tied, initializer_range=0.3)
+    model = Qwen2ForCausalLM(Qwen2Config(**json.loads((folder / "config.json").read_text()))).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)  # a tied head is not in the file
+    return model
+
+
 def edit_config(folder: Path, **keys) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
@@ -47,11 +55,17 @@ def load(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_the_dense_model(tmp_path, tied):
-    llama = write_tiny_llama(tmp_path / "dense", tied=tied)
-    config, weights = load(upcycle_llama(tmp_path / "dense", tmp_path / "moe"))
+@pytest.mark.parametrize("kind", ["llama", "llama-linear_rope", "qwen2"])
+def test_logits_equal_the_dense_model(tmp_path, kind, tied):
+    if kind == "qwen2":
+        dense = write_tiny_qwen2(tmp_path / "dense", tied=tied)
+    else:
+        rope = {"rope_type": "linear", "factor": 4.0} if "linear" in kind else {"rope_type": "default"}
+        dense = write_tiny_llama(tmp_path / "dense", tied=tied, rope_parameters={**rope, "rope_theta": 500.0})
+    config, weights = load(upcycle(tmp_path / "dense", tmp_path / "moe"))
+    assert config["use_qkv_bias"] == (kind == "qwen2")
     with torch.no_grad():
-        expected = llama(torch.tensor([TOKENS])).logits[0]
+        expected = dense(torch.tensor([TOKENS])).logits[0]
         found = bailing_logits(weights, config, TOKENS)
     assert expected.std() > 0.3  # the comparison says something
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -60,12 +74,12 @@ def test_logits_equal_the_dense_model(tmp_path, tied):
 def test_old_style_rope_theta_is_carried(tmp_path):
     write_tiny_llama(tmp_path / "dense")
     edit_config(tmp_path / "dense", rope_parameters=None, rope_theta=500.0)
-    assert read_config(upcycle_llama(tmp_path / "dense", tmp_path / "moe")).rope_theta == 500.0
+    assert read_config(upcycle(tmp_path / "dense", tmp_path / "moe")).rope_theta == 500.0
 
 
 def test_tensors_are_those_of_the_config(tmp_path):
     write_tiny_llama(tmp_path / "dense")
-    folder = upcycle_llama(tmp_path / "dense", tmp_path / "moe", num_experts=6, experts_per_token=3,
+    folder = upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=6, experts_per_token=3,
                            moe_intermediate_size=16)
     config, weights = read_config(folder), load_file(folder / "model.safetensors")
     assert (config.num_experts, config.num_experts_per_tok, config.num_shared_experts) == (6, 3, 2)
@@ -74,8 +88,8 @@ def test_tensors_are_those_of_the_config(tmp_path):
 
 def test_bfloat16_target_is_the_cast_float32_target(tmp_path):
     write_tiny_llama(tmp_path / "dense")
-    _, full = load(upcycle_llama(tmp_path / "dense", tmp_path / "full"))
-    config, half = load(upcycle_llama(tmp_path / "dense", tmp_path / "half", dtype="bfloat16"))
+    _, full = load(upcycle(tmp_path / "dense", tmp_path / "full"))
+    config, half = load(upcycle(tmp_path / "dense", tmp_path / "half", dtype="bfloat16"))
     assert config["torch_dtype"] == "bfloat16"
     assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
 
@@ -83,7 +97,7 @@ def test_bfloat16_target_is_the_cast_float32_target(tmp_path):
 def test_every_routed_expert_can_learn_and_no_two_are_alike(tmp_path):
     """Gradients reach the zero down_proj; num_shared_experts=1, where only the noise tells experts apart."""
     write_tiny_llama(tmp_path / "dense")
-    folder = upcycle_llama(tmp_path / "dense", tmp_path / "moe", num_experts=4, moe_intermediate_size=32)
+    folder = upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, moe_intermediate_size=32)
     config, weights = load(folder)
     weights = {name: tensor.requires_grad_() for name, tensor in weights.items()}
     tokens = list(range(48))
@@ -101,7 +115,7 @@ def test_every_routed_expert_can_learn_and_no_two_are_alike(tmp_path):
 def test_experts_of_one_round_share_no_neuron(tmp_path):
     """FFN 32 in experts of 8: four experts are a partition of the dense neurons when there is no noise."""
     write_tiny_llama(tmp_path / "dense")
-    _, weights = load(upcycle_llama(tmp_path / "dense", tmp_path / "moe", num_experts=4, expert_noise=0.0))
+    _, weights = load(upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, expert_noise=0.0))
     rows = torch.cat([weights[f"model.layers.1.mlp.experts.{e}.gate_proj.weight"] for e in range(4)])
     dense = weights["model.layers.1.mlp.shared_experts.gate_proj.weight"]
     assert torch.equal(rows[rows[:, 0].argsort()], dense[dense[:, 0].argsort()])
@@ -109,7 +123,7 @@ def test_experts_of_one_round_share_no_neuron(tmp_path):
 
 def test_seed_decides_every_random_number(tmp_path):
     write_tiny_llama(tmp_path / "dense")
-    first, again, other = (load(upcycle_llama(tmp_path / "dense", tmp_path / name, seed=seed))[1]
+    first, again, other = (load(upcycle(tmp_path / "dense", tmp_path / name, seed=seed))[1]
                            for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert all(torch.equal(first[name], again[name]) for name in first)
     for part in ("gate", "experts.0.up_proj"):
@@ -118,26 +132,28 @@ def test_seed_decides_every_random_number(tmp_path):
 
 def test_tokenizer_files_are_copied(tmp_path):
     write_tiny_llama(tmp_path / "dense")
-    upcycle_llama(tmp_path / "dense", tmp_path / "moe")
+    upcycle(tmp_path / "dense", tmp_path / "moe")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "moe" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"attention_bias": True}, "attention_bias=True"),
-    ({"mlp_bias": True}, "mlp_bias=True"),
-    ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
-    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope_parameters="),
+    ({"attention_bias": True}, "attention_bias=true"),
+    ({"mlp_bias": True}, "mlp_bias=true"),
+    ({"hidden_act": "gelu"}, 'hidden_act="gelu"'),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.*yarn"),
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope_scaling=.*llama3"),
     ({"eos_token_id": [0, 1]}, r"eos_token_id=\[0, 1\]"),
-    ({"model_type": "qwen3"}, "model_type='qwen3'"),
+    ({"model_type": "qwen3"}, "model_type='qwen3' cannot be upcycled: a bailing_moe has no norms of queries and keys"),
+    ({"model_type": "bailing_moe", "num_experts": 2, "num_experts_per_tok": 1, "num_shared_experts": 1,
+      "moe_intermediate_size": 8, "norm_topk_prob": True}, "cannot be upcycled: it has experts already"),
     ({"vocab_size": None}, "missing vocab_size"),
 ])
 def test_unsupported_source_is_named(tmp_path, keys, message):
     write_tiny_llama(tmp_path / "dense")
     edit_config(tmp_path / "dense", **keys)
     with pytest.raises(ValueError, match=message):
-        upcycle_llama(tmp_path / "dense", tmp_path / "moe")
+        upcycle(tmp_path / "dense", tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
 
 
@@ -147,12 +163,12 @@ def test_unsupported_tensor_is_named(tmp_path, extra):
     file = tmp_path / "dense" / "model.safetensors"
     save_file({**load_file(file), extra: torch.zeros(32)}, file)
     with pytest.raises(ValueError, match=extra):
-        upcycle_llama(tmp_path / "dense", tmp_path / "moe")
+        upcycle(tmp_path / "dense", tmp_path / "moe")
 
 
 def test_width_must_divide_the_ffn(tmp_path):
     write_tiny_llama(tmp_path / "dense")
     with pytest.raises(ValueError, match="moe_intermediate_size=12 does not divide intermediate_size=32"):
-        upcycle_llama(tmp_path / "dense", tmp_path / "moe", moe_intermediate_size=12)
+        upcycle(tmp_path / "dense", tmp_path / "moe", moe_intermediate_size=12)
     with pytest.raises(ValueError, match="same folder"):
-        upcycle_llama(tmp_path / "dense", tmp_path / "dense")
+        upcycle(tmp_path / "dense", tmp_path / "dense")
