@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=... and VARIANT=cpu|gpu are read by the set-up; ARGS=... goes to pytest.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-kills lint clean
+.PHONY: help setup quickstart test test-fast test-kills bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -23,6 +23,9 @@ test-fast: setup  ## the tests that start neither an engine nor several ranks
 
 test-kills: setup  ## kill -9 in every phase, 21 times, each time resumed: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills
+
+bench: setup  ## run every benchmark, print ours, anchor, ratio, limit (ARGS=--quick smoke, ARGS=--stored last results)
+	@$(VENV)/python -m benchmarks $(ARGS)
 
 lint: setup  ## ruff over the whole tree, and a syntax check of the shell scripts
 	@$(VENV)/ruff check .
