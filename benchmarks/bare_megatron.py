@@ -23,7 +23,7 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     from megatron_rl.batch import assemble
     from megatron_rl.config.schema import ParallelConfig
     from megatron_rl.model.routing_replay import RoutedSequences
-    from megatron_rl.recipes.learner import PolicyLearner, TokenObjective, packed_microbatches
+    from megatron_rl.recipes.learner import PolicyLearner
 
     responses, typical, longest, repeats = (8, 24, 96, 2) if quick else (32, 100, 1024, repeats)
     model = workload.TINY_MOE if quick else workload.SMALL_MOE
@@ -38,14 +38,10 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     groups = workload.rollout_groups(lengths, responses_per_prompt=8, vocab=model["vocab_size"],
                                      prompt_tokens=(16, 64), seed=0)
     (batch,) = assemble(groups, config.c3po, dp=1, seed=0, step=0, max_response_tokens=longest)
-    microbatches = packed_microbatches(batch.samples, config, here, learner.policy.config)
-    logprobs, counts = learner.step.count_routing(microbatches)
-    for microbatch, old in zip(microbatches, logprobs, strict=True):
-        microbatch.old_logprobs = old
-    objective = TokenObjective(config.c3po, phi=phi, num_responses=responses)
+    microbatches, counts = learner._prepare(batch)  # learn() is _prepare, then _update, which is what is timed
 
     def ours() -> None:
-        learner.step.update(microbatches, objective, lr=1e-5, balance_coef=1e-5, z_loss_coef=0.0, counts=counts)
+        learner._update(batch, microbatches, counts)
 
     chunks, optimizer, schedule = learner.policy.chunks, learner.optimizer, get_forward_backward_func()
 
