@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_rl.config.load import load
+from megatron_rl.config.load import build
 from megatron_rl.loop import collect_budget
 from megatron_rl.observe.timing import Timers
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
@@ -20,26 +20,38 @@ class TwoGroupsARound:
                              (Score(1.0, "correct"), Score(low, "wrong"))) for low in (0.0, 1.0)]
 
 
-def rounds(*overrides: str) -> tuple[int, int]:
+def rounds(**algo) -> tuple[int, int]:
     """(rounds collected, tokens selected) with 2 prompts a step."""
-    config = load(["rollout.prompts_per_step=2", "rollout.responses_per_prompt=2", *overrides])
+    config = build({"c3po": algo, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
     groups, [batch] = collect_budget(config, TwoGroupsARound(), 0, Timers())
     return len(groups) // 2, batch.selection.selected_tokens
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    (["c3po.phi=20"], (1, 20)),
-    (["c3po.phi=21"], (2, 21)),
-    (["c3po.phi=20", "c3po.dynamic_sampling=true"], (2, 20)),  # 10 tokens a round are of mixed reward
-    (["c3po.objective=token_mean"], (1, 20)),
-    (["c3po.objective=token_mean", "c3po.dynamic_sampling=true"], (2, 20)),  # 2 mixed groups, as many as prompts
-    (["c3po.objective=token_mean", "c3po.dynamic_sampling=true", "c3po.underfull=train_short"], (1, 10)),
+@pytest.mark.parametrize(("algo", "expected"), [
+    ({"phi": 20}, (1, 20)),
+    ({"phi": 21}, (2, 21)),
+    ({"phi": 20, "dynamic_sampling": True}, (2, 20)),  # 10 tokens a round are of mixed reward
+    ({"objective": "token_mean"}, (1, 20)),
+    ({"objective": "token_mean", "dynamic_sampling": True}, (2, 20)),  # 2 mixed groups, as many as prompts
+    ({"objective": "token_mean", "dynamic_sampling": True, "underfull": "train_short"}, (1, 10)),
 ])
-def test_rounds(overrides, expected):
-    assert rounds(*overrides) == expected
+def test_rounds(algo, expected):
+    assert rounds(**algo) == expected
 
 
 def test_too_few_mixed_groups_are_named():
     with pytest.raises(ValueError, match=r"only 2 of 4 responses in groups of mixed reward after "
                                          r"c3po\.max_collect_rounds=1 rounds"):
-        rounds("c3po.objective=grpo", "c3po.dynamic_sampling=true", "c3po.max_collect_rounds=1")
+        rounds(objective="grpo", dynamic_sampling=True, max_collect_rounds=1)
+
+
+class OneGroupARound(TwoGroupsARound):
+    """A collector that carries unfinished responses on hands out fewer groups than prompts."""
+
+    def collect(self, step: int, round_: int) -> list[RolloutGroup]:
+        return super().collect(step, round_)[:1]
+
+
+def test_without_budget_and_dynamic_sampling_one_round_is_enough():
+    config = build({"c3po": {"objective": "grpo"}, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
+    assert len(collect_budget(config, OneGroupARound(), 0, Timers())[0]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from c3po import C3POLossConfig, StepTotals, c3po_loss, icepop_weights
+from c3po import C3POLossConfig, StepTotals, c3po_loss, icepop_weights, kpop_weights
 from megatron_rl.batch import pack
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.recipes.objective import TokenObjective
+from megatron_rl.train_step.step import _name
 from megatron_rl.types import TrainSample
 
 TOTALS = StepTotals(phi=10, selected_tokens=7, num_responses=3, max_response_tokens=5)
@@ -86,23 +88,35 @@ def test_icepop_is_what_c3po_says():
 
 
 def test_every_switch_is_independent_of_the_others():
-    """4 objectives x 3 surrogates x 4 corrections x 4 sequence rejections: weights scale the policy term, no more."""
-    # old / rollout: 0.86 0.34, 1.33 0.58 0.50, 1.52 0.70; geometric means 0.54, 0.73, 1.03
-    rejections = ({}, {"sequence_ratio_low": 0.5, "sequence_ratio_high": 1.02}, {"sequence_min_token_ratio": 0.4},
-                  {"sequence_ratio_low": 0.5, "sequence_ratio_high": 1.02, "sequence_min_token_ratio": 0.4})
-    kept = {}
+    """4 objectives x 3 surrogates x 4 corrections x 4 rejections: gradient times product of weights."""
+    batch, _ = microbatch()
+    old, rollout, selected = batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask
+    k = (old - rollout)[selected].exp()  # 0.86 0.34, 1.33 0.58 0.50, 1.52 0.70; geometric means 0.54, 0.73, 1.03
+    corrections = {"none": torch.ones(7), "tis": k.clamp(max=1.1),
+                   "icepop": torch.where((k >= 0.8) & (k <= 1.5), k, 0.0),
+                   "kpop": kpop_weights(old, rollout, selected, max_kl=0.02)[0][selected]}
+    mean, veto = {"sequence_ratio_low": 0.5, "sequence_ratio_high": 1.02}, {"sequence_min_token_ratio": 0.4}
+    rejections = [({}, [1, 1, 1, 1, 1, 1, 1]), (mean, [1, 1, 1, 1, 1, 0, 0]), (veto, [0, 0, 1, 1, 1, 1, 1]),
+                  ({**mean, **veto}, [0, 0, 1, 1, 1, 0, 0])]
     for objective, surrogate in product(("c3po", "grpo", "dr_grpo", "token_mean"), ("ppo", "gspo", "cispo")):
-        plain = AlgoConfig(objective=objective, loss=replace(UNCLIPPED, surrogate=surrogate))
+        plain = AlgoConfig(objective=objective, loss=replace(UNCLIPPED, surrogate=surrogate), tis_cap=1.1,
+                           icepop_low=0.8, icepop_high=1.5, kpop_max_kl=0.02)
         _, _, without = evaluate(plain)
-        for mismatch, (number, rejection) in product(("none", "tis", "icepop", "kpop"), enumerate(rejections)):
-            _, report, gradient = evaluate(replace(plain, mismatch=mismatch, tis_cap=1.1, icepop_low=0.8,
-                                                   icepop_high=1.5, kpop_max_kl=0.02, **rejection))
-            factor = torch.where(without != 0, gradient / without, torch.nan)
-            before = kept.setdefault((mismatch, number), factor)
-            both = ~(before.isnan() | factor.isnan())
-            torch.testing.assert_close(factor[both], before[both], rtol=1e-4, atol=1e-5)
+        for (mismatch, weights), (rejection, keep) in product(corrections.items(), rejections):
+            _, report, gradient = evaluate(replace(plain, mismatch=mismatch, **rejection))
+            expected = without[selected] * weights * torch.tensor(keep)
+            torch.testing.assert_close(gradient[selected], expected, rtol=1e-5, atol=1e-6)
             assert ("mismatch_weight" in report) == (mismatch != "none" or bool(rejection))
-    assert len({tuple(factor.tolist()) for factor in kept.values()}) == 16, "no switch is without effect"
+
+
+def test_what_the_corrections_report_is_documented():
+    reported = set()
+    for mismatch in ("tis", "icepop", "kpop"):
+        reported |= evaluate(AlgoConfig(loss=PLAIN, mismatch=mismatch, sequence_ratio_low=0.5, sequence_ratio_high=2.0,
+                                        sequence_min_token_ratio=0.1))[1].keys()
+    page = (CONF_DIR.parent / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)` \|", page.split("## Only with a correction")[1], flags=re.MULTILINE))
+    assert {_name(key) for key in reported - evaluate(AlgoConfig(loss=PLAIN))[1].keys()} == documented
 
 
 def test_presets_are_the_papers():
