@@ -16,6 +16,8 @@ examples:
   megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution run.dir=runs/mine
   megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf
   megatron-rl report runs/quickstart/rl
+  megatron-rl config diff runs/quickstart/rl 'experiment=quickstart'
+  megatron-rl slurm experiment=ring_lite_stage1 slurm.partition=gpu slurm.nodes=32 slurm.gpus_per_node=8 --dry-run
 keys: docs/configuration.md; groups (experiment=, parallel=, algo=): the folders under conf/
 """
 
@@ -54,6 +56,19 @@ def parser() -> argparse.ArgumentParser:
     smollm2.add_argument("target")
     roundtrip = kinds.add_parser("roundtrip", help="HF -> Megatron -> HF, sha256 compared: model.path=... parallel=...")
     roundtrip.add_argument("overrides", nargs="*", metavar="key=value")
+    config = commands.add_parser("config", help="what a configuration resolves to, and where two differ")
+    views = config.add_subparsers(dest="view", required=True, metavar="VIEW")
+    show = views.add_parser("show", help="every key with its value, as YAML")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    diff = views.add_parser("diff", help="the keys in which two configurations differ",
+                            description="LEFT and RIGHT: a run's folder, a config.json, or overrides in quotes.")
+    diff.add_argument("left", metavar="LEFT")
+    diff.add_argument("right", metavar="RIGHT", nargs="?", default="defaults", help="default: the schema's defaults")
+    slurm = commands.add_parser("slurm", help="submit an RL run to Slurm: trainers and engines in one job",
+                                description="Submits `megatron-rl rl` with the same overrides; section slurm of the "
+                                "configuration describes the job. Before its time limit it saves and is requeued.")
+    slurm.add_argument("overrides", nargs="*", metavar="key=value")
+    slurm.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
     report = commands.add_parser("report", help="one HTML file with the plots of one or more runs")
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", default=None, help="file to write (default: report.html in the first run)")

@@ -93,6 +93,36 @@ def train_rl(config: Config) -> None:
     write_run_report([run_dir])
 
 
+def config(options) -> int:
+    from megatron_rl.config.show import as_yaml, differences, named
+
+    if options.view == "show":
+        print(as_yaml(load(options.overrides)), end="")
+        return 0
+    left, right = named(options.left), named(options.right)
+    table = Table("key", options.left, options.right)
+    for key, *values in differences(left, right):
+        table.add_row(key, *(json.dumps(value) for value in values))
+    Console().print(table)
+    return 0
+
+
+def slurm(options) -> int:
+    from megatron_rl.launch.slurm import job_folder, submit
+
+    config = load(options.overrides)
+    sizes = validate(config, start=not options.dry_run)
+    if options.dry_run:
+        print(submit(config, dry_run=True))
+        return 0
+    print_summary(config, sizes)
+    refuse_earlier_run(config)
+    check_data(config)
+    job = submit(config, dry_run=False)
+    Console().print(f"job {job}; its logs: {job_folder(config)}; stop it with scancel {job}")
+    return 0
+
+
 def check_data(config: Config) -> None:
     """Read prompts, templates and reward routes before anything is started. ValueError as the parts raise it."""
     from megatron_rl.recipes.serving import heldout_data, load_tokenizer, prompt_source
@@ -228,4 +258,4 @@ def engine_errors() -> Iterator[None]:
 
 
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "quickstart": quickstart,
-            "report": report, "doctor": doctor}
+            "report": report, "config": config, "slurm": slurm, "doctor": doctor}

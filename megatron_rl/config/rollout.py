@@ -12,7 +12,8 @@ from megatron_rl.config.rules import require
 class EngineConfig:
     """The SGLang servers: given URLs are used as they are, otherwise `count` servers are started here.
 
-    Servers started here listen on loopback, are watched, and are started again when they die or do not answer for
+    Servers started here listen on `host` (another than loopback only inside a private network: no key is asked for),
+    are watched, and are started again when they die or do not answer for
     hang_timeout_s, max_restarts times each. A request waits up to wait_timeout_s for a server that holds the
     current weights. api_key_env names the environment variable that holds the key of servers elsewhere; the key
     itself is never written down.
@@ -20,6 +21,7 @@ class EngineConfig:
 
     urls: tuple[str, ...] = ()
     count: int = 1
+    host: str = "127.0.0.1"
     api_key_env: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -265,6 +265,43 @@ class ObserveConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """The job that `megatron-rl slurm` submits: `nodes` run trainer ranks, `engine_nodes` more run engines.
+
+    engine_nodes 0: the engines (rollout.engine.count of them) share the trainers' nodes.
+    time_limit: Slurm's format. signal_lead_s before that limit, and on preemption, the run is told to save and is
+    requeued. max_restarts bounds the new starts after a fault of a node, which is excluded from then on.
+    container: pyxis (srun --container-image) or apptainer around every rank and engine; container_image its image.
+    setup: shell lines of the batch script before anything else (module load, exports). extra: more #SBATCH lines.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_limit: str = "24:00:00"
+    nodes: int = 1
+    engine_nodes: int = 0
+    gpus_per_node: int = 0
+    cpus_per_task: int = 1
+    signal_lead_s: int = 300
+    max_restarts: int = 5
+    exclude: str | None = None
+    container: Literal["none", "pyxis", "apptainer"] = "none"
+    container_image: str | None = None
+    container_mounts: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("nodes", "cpus_per_task"):
+            require(getattr(self, name) >= 1, f"slurm.{name}={getattr(self, name)} must be at least 1")
+        for name in ("engine_nodes", "gpus_per_node", "signal_lead_s", "max_restarts"):
+            require(getattr(self, name) >= 0, f"slurm.{name}={getattr(self, name)} must not be negative")
+        require(self.container == "none" or self.container_image is not None,
+                f"slurm.container={self.container} needs slurm.container_image")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, whole and validated. Sections are the keys of conf/config.yaml."""
 
@@ -280,3 +317,4 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

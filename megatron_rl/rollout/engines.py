@@ -21,7 +21,6 @@ import torch
 import megatron_rl
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 
-HOST = "127.0.0.1"
 LOG_LINES_SHOWN = 25
 POLL_S = 0.25
 KILL_GRACE_S = 10.0
@@ -41,17 +40,17 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
     return device
 
 
-def choose_port(port: int | None, taken: Sequence[int] = ()) -> int:
-    """A free port that is none of `taken`, or `port` itself. Raises ValueError when `port` is taken."""
+def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1") -> int:
+    """A free port of `host` that is none of `taken`, or `port` itself. Raises ValueError when `port` is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port or 0))
+            probe.bind((host, port or 0))
         except OSError as error:
-            raise ValueError(f"rollout.engine.port={port} is taken on {HOST}: choose another, or leave it unset "
+            raise ValueError(f"rollout.engine.port={port} is taken on {host}: choose another, or leave it unset "
                              "to have a free one found") from error
         found = probe.getsockname()[1]
-    return found if port or found not in taken else choose_port(None, taken)
+    return found if port or found not in taken else choose_port(None, taken, host)
 
 
 def engine_command(
@@ -72,7 +71,7 @@ def engine_command(
     alone = engine.deterministic and device == "cpu"
     flags = {
         "--model-path": str(model_path),
-        "--host": HOST,
+        "--host": engine.host,
         "--port": port,
         "--device": device,
         "--dtype": engine.dtype or model_dtype,
@@ -126,11 +125,11 @@ class EngineProcess:
 
     def __init__(
         self, argv: Sequence[str], env: dict[str, str], *, port: int, log_path: str | Path,
-        start_timeout_s: float = 240.0, stop_timeout_s: float = 30.0,
+        start_timeout_s: float = 240.0, stop_timeout_s: float = 30.0, host: str = "127.0.0.1",
     ):
         self.argv = tuple(argv)
         self.env = dict(env)
-        self.port = port
+        self.host, self.port = host, port
         self.log_path = Path(log_path)
         self.start_timeout_s = start_timeout_s
         self.stop_timeout_s = stop_timeout_s
@@ -147,11 +146,11 @@ class EngineProcess:
         Raises ValueError when rollout.engine.port is taken.
         """
         engine = rollout.engine
-        port = choose_port(engine.port, taken_ports)
+        port = choose_port(engine.port, taken_ports, engine.host)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
                                    weight_version=weight_version, return_routed_experts=return_routed_experts)
         return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
-                   stop_timeout_s=engine.stop_timeout_s)
+                   stop_timeout_s=engine.stop_timeout_s, host=engine.host)
 
     def __enter__(self) -> EngineProcess:
         self.start()
@@ -167,7 +166,7 @@ class EngineProcess:
 
     @property
     def base_url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
@@ -241,7 +240,7 @@ class EngineProcess:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     def _answers(self) -> bool:
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=5.0)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=5.0)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200

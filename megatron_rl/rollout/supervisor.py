@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_rl.config.rollout import EngineConfig
-from megatron_rl.rollout.engines import HOST, EngineError, EngineProcess
+from megatron_rl.rollout.engines import EngineError, EngineProcess
 
 NOTHING_PUBLISHED = -1
 PROBE_TIMEOUT_S = 10.0
@@ -106,7 +106,7 @@ class _Keeper(threading.Thread):
     def _answers(self) -> bool:
         """/model_info comes from the HTTP process itself, also while generation is paused (/health does not)."""
         connection = http.client.HTTPConnection(
-            HOST, self.process.port, timeout=min(PROBE_TIMEOUT_S, self._config.hang_timeout_s))
+            self.process.host, self.process.port, timeout=min(PROBE_TIMEOUT_S, self._config.hang_timeout_s))
         try:
             connection.request("GET", "/model_info")
             connection.getresponse()

@@ -1,0 +1,201 @@
+"""The batch script's body: engines up, ranks up, and what to do when they end: `... slurm_job LAUNCH.json`.
+
+ - The time limit nears, or the job is preempted: Slurm signals us (--signal=B:USR1) or the ranks (SIGTERM); the ranks
+   save after their step and leave with STOPPED, and the job goes back into the queue.
+ - A node fails: the run goes on as a new job that excludes it, at most slurm.max_restarts times.
+ - A job that is not the run's first start goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rl.config.load import from_json, to_dict
+from megatron_rl.config.schema import Config
+from megatron_rl.recipes.stop import STOPPED
+
+POLL_S = 0.5
+HARDWARE = re.compile(
+    r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus|"
+    r"NCCL.*unhandled system error|node failure", re.IGNORECASE)
+"""In a rank's log: the machine's fault, not the program's."""
+RESTARTS, EXCLUDED = "MEGATRON_RL_RESTARTS", "MEGATRON_RL_EXCLUDED_NODES"
+"""Environment of a job that replaces one whose node failed."""
+TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? ")
+
+
+class Job:
+    """One run of the job; a requeue makes a new one."""
+
+    def __init__(self, launch: Path):
+        self.folder = launch.parent
+        self.config = from_json(launch)
+        self.id = os.environ["SLURM_JOB_ID"]
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + int(os.environ.get(RESTARTS, "0"))
+        hosts = output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()
+        slurm = self.config.slurm
+        self.trainer_hosts = hosts[:slurm.nodes]
+        self.engine_hosts = hosts[slurm.nodes:] or self.trainer_hosts
+        self.engines: list[subprocess.Popen] = []
+        self.read_to = {path: path.stat().st_size for path in self.rank_logs()}  # logs of earlier starts end here
+
+    def run(self) -> int:
+        """Exit code of the job; 0 also when it has been requeued."""
+        signal.signal(signal.SIGUSR1, lambda *_: self.ask_ranks_to_stop())
+        say(f"job {self.id}, start {self.restarts + 1}, trainers on {','.join(self.trainer_hosts)}, "
+            f"engines on {','.join(self.engine_hosts)}")
+        try:
+            urls = self.start_engines()
+            code = self.run_ranks(urls)
+        finally:
+            for engine in self.engines:
+                engine.terminate()
+        return self.after(code)
+
+    def start_engines(self) -> tuple[str, ...]:
+        """URLs of the engines, once all answer. A given rollout.engine.urls is used as it is."""
+        if self.config.rollout.engine.urls:
+            return self.config.rollout.engine.urls
+        ready = [self.folder / f"engine-{index}.url" for index in range(self.config.rollout.engine.count)]
+        for index, path in enumerate(ready):
+            path.unlink(missing_ok=True)
+            host = self.engine_hosts[index % len(self.engine_hosts)]
+            self.engines.append(self.step(
+                f"engine-{index}", ["--nodes=1", "--ntasks=1", f"--nodelist={host}"],
+                [sys.executable, "-m", "megatron_rl.launch.slurm_step", "engine", str(self.folder / "launch.json"),
+                 str(index), host if len(set(self.engine_hosts + self.trainer_hosts)) > 1 else "127.0.0.1"]))
+        while not all(path.exists() for path in ready):
+            for index, engine in enumerate(self.engines):
+                if engine.poll() is not None:
+                    raise SystemExit(f"engine {index} ended with exit code {engine.returncode} before it answered; see "
+                                     f"{self.folder}/engine-{index}.log")
+            time.sleep(POLL_S)
+        return tuple(path.read_text() for path in ready)
+
+    def run_ranks(self, urls: tuple[str, ...]) -> int:
+        """Exit code of srun over all ranks."""
+        path = self.folder / "ranks.json"
+        path.write_text(json.dumps(to_dict(with_engines(self.config, urls, resume=self.restarts > 0)), indent=2))
+        world, nodes = self.config.parallel.world_size, len(self.trainer_hosts)
+        environment = {"MASTER_ADDR": self.trainer_hosts[0] if nodes > 1 else "127.0.0.1",
+                       "MASTER_PORT": str(20000 + int(self.id) % 20000)}
+        ranks = self.step(
+            "rank", [f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}",
+                     f"--nodelist={','.join(self.trainer_hosts)}", "--kill-on-bad-exit=1"],
+            [sys.executable, "-m", "megatron_rl.launch.slurm_step", "rank", str(path)], environment)
+        return wait(ranks)
+
+    def step(self, name: str, placing: Sequence[str], command: Sequence[str],
+             environment: dict[str, str] | None = None) -> subprocess.Popen:
+        """One `srun`; its output is one log per task. --overlap: engines and ranks may share a node."""
+        log = self.folder / (f"{name}-%t.log" if name == "rank" else f"{name}.log")
+        inside, options = contained(self.config, command)
+        srun = ["srun", "--overlap", f"--job-name={name}", f"--output={log}", "--open-mode=append", *placing, *options]
+        with open(self.folder / f"{name}.srun.log", "ab") as errors:
+            return subprocess.Popen([*srun, *inside], env=os.environ | (environment or {}), stderr=errors,
+                                    stdin=subprocess.DEVNULL)
+
+    def ask_ranks_to_stop(self) -> None:
+        """SIGUSR1 to the step, not to srun, which would kill its tasks."""
+        say("asked to stop: the ranks save after this step")
+        for line in output(["squeue", "--steps", "--noheader", "--format=%i %j", f"--jobs={self.id}"]).splitlines():
+            step, name = line.split()
+            if name == "rank":
+                subprocess.run(["scancel", "--signal=USR1", step], check=False)
+
+    def after(self, code: int) -> int:
+        if code == 0:
+            say("done")
+            return 0
+        if code == STOPPED:
+            say("saved; back into the queue")
+            return requeue(self.id)
+        if self.preempted():
+            say("preempted; back into the queue")
+            return requeue(self.id)
+        bad = sorted(self.failed_nodes())
+        if bad and self.restarts < self.config.slurm.max_restarts:
+            return self.resubmit_without(bad)
+        say(f"the ranks ended with exit code {code}; see {self.folder}/rank-*.log")
+        return code
+
+    def resubmit_without(self, bad: Sequence[str]) -> int:
+        """A new job for the rest of the run: Slurm lets a job's excluded nodes be changed only while it waits."""
+        known = os.environ.get(EXCLUDED) or self.config.slurm.exclude
+        excluded = ",".join([known, *bad] if known else bad)
+        job = output(["sbatch", "--parsable", f"--exclude={excluded}", str(self.folder / "job.sh")],
+                     {EXCLUDED: excluded, RESTARTS: str(self.restarts + 1)}).strip()
+        say(f"{','.join(bad)} failed: excluded; goes on as job {job}")
+        return 0
+
+    def failed_nodes(self) -> set[str]:
+        """Nodes whose ranks ended with a fault of the machine in their log."""
+        text = {path: path.read_bytes()[self.read_to.get(path, 0):].decode(errors="replace")
+                for path in self.rank_logs()}
+        nodes = set(TASK_FAILED.findall(text.get(self.folder / "rank.srun.log", ""))) & set(self.trainer_hosts)
+        return nodes if any(HARDWARE.search(part) for part in text.values()) else set()
+
+    def rank_logs(self) -> list[Path]:
+        return sorted(self.folder.glob("rank*.log"))
+
+    def preempted(self) -> bool:
+        """Whether Slurm is taking our nodes away. It requeues a job that it kills, not one that ends by itself."""
+        about = output(["scontrol", "show", "job", self.id])
+        found = re.search(r"PreemptTime=(\S+)", about)
+        return found is not None and found.group(1) not in ("None", "N/A", "Unknown")
+
+
+def with_engines(config: Config, urls: tuple[str, ...], *, resume: bool) -> Config:
+    engine = dataclasses.replace(config.rollout.engine, urls=urls)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine),
+                               run=dataclasses.replace(config.run, resume=config.run.resume or resume))
+
+
+def contained(config: Config, command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the command as srun gets it, more options of srun) for slurm.container."""
+    slurm = config.slurm
+    if slurm.container == "pyxis":
+        mounts = [f"--container-mounts={','.join(slurm.container_mounts)}"] if slurm.container_mounts else []
+        return list(command), [f"--container-image={slurm.container_image}", *mounts]
+    if slurm.container == "apptainer":
+        binds = [f"--bind={mount}" for mount in slurm.container_mounts]
+        gpus = ["--nv"] if slurm.gpus_per_node else []
+        return ["apptainer", "exec", *gpus, *binds, str(slurm.container_image), *command], []
+    return list(command), []
+
+
+def requeue(job: str) -> int:
+    return subprocess.run(["scontrol", "requeue", job], check=False).returncode
+
+
+def wait(process: subprocess.Popen) -> int:
+    """Exit code; signals that we handle meanwhile do not end the wait."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL_S)
+
+
+def output(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def say(text: str) -> None:
+    print(f"megatron-rl: {time.strftime('%F %T')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(Job(Path(sys.argv[1])).run())

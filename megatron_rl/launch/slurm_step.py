@@ -1,0 +1,43 @@
+"""What srun starts: `... slurm_step rank CONFIG.json` on every task, `... slurm_step engine CONFIG.json INDEX HOST`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from megatron_rl.config.load import from_json
+from megatron_rl.launch.local import engines_for
+
+
+def rank(config_path: str) -> None:
+    """One rank of the RL recipe, with Slurm's numbers under the names that torch.distributed reads."""
+    from megatron_rl.recipes import rl, stop
+
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+                   "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+    stop.listen((signal.SIGUSR1, signal.SIGTERM))  # SIGTERM: preempted
+    rl.run(from_json(config_path))
+
+
+def engine(config_path: str, index: str, host: str) -> None:
+    """One server until SIGTERM, started again when it fails; its URL goes into engine-INDEX.url when it answers."""
+    config = from_json(config_path)
+    options = dataclasses.replace(config.rollout.engine, count=1, host=host, port=None)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=options))
+    folder = Path(config_path).parent
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    with engines_for(config, config.model.path, folder / f"engine-{index}.server.log") as served:
+        url = folder / f"engine-{index}.url"
+        url.with_suffix(".partial").write_text(served.rollout.engine.urls[0])
+        url.with_suffix(".partial").replace(url)
+        over.wait()
+
+
+if __name__ == "__main__":
+    {"rank": rank, "engine": engine}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,129 @@
+"""Jobs on a real Slurm of one node: they end, are preempted, stopped and cancelled, and nothing is lost.
+
+Runs as root where Debian's Slurm is installed (cluster.sh says which packages); elsewhere it skips.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.launch.local import rank_environment
+from megatron_rl.recipes.quickstart import make_random_model
+from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = Path("/tmp/megatron_rl_slurm")
+STEPS = 6
+
+pytestmark = [
+    pytest.mark.slow, pytest.mark.timeout(600),
+    pytest.mark.skipif(shutil.which("slurmctld") is None or shutil.which("munged") is None or os.getuid() != 0,
+                       reason="needs root and Slurm: apt-get install slurm-wlm slurmctld slurmd slurm-client munge"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    environment = rank_environment() | {"SLURM_CONF": str(STATE / "slurm.conf"), "MEGATRON_RL_SLURM": str(STATE)}
+    script = str(Path(__file__).with_name("cluster.sh"))
+    subprocess.run(["bash", script, "up"], check=True, env=environment)
+    yield environment
+    subprocess.run(["scancel", "--user=root"], check=True, env=environment)
+    subprocess.run(["bash", script, "down"], check=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "init"
+    make_random_model(folder, seed=0)
+    return folder
+
+
+def slurm(environment: dict[str, str], *command: str) -> str:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def small(model: Path, run_dir: Path, *more: str) -> list[str]:
+    return [*SMALL, f"run.steps={STEPS}", f"model.path={model}", f"run.dir={run_dir}", "slurm.partition=low",
+            "slurm.time_limit=20:00", *more]
+
+
+def submit(environment, model: Path, run_dir: Path, *more: str) -> str:
+    text = slurm(environment, sys.executable, "-m", "megatron_rl.cli", "slurm", *small(model, run_dir, *more))
+    return re.search(r"job (\d+);", text).group(1)
+
+
+def wait_until(true, what: str, timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
+        time.sleep(0.3)
+
+
+def running_in(run_dir: Path) -> list[str]:
+    """Command lines of processes that belong to the run."""
+    lines = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if str(run_dir) in line and process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+            lines.append(line)
+    return lines
+
+
+def job_log(run_dir: Path, job: str) -> str:
+    path = run_dir / "slurm" / f"job-{job}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through(cluster, model, tmp_path):
+    through, taken = tmp_path / "through", tmp_path / "taken"
+    whole = subprocess.run([sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through)], cwd=ROOT,
+                           env=cluster, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+
+    job = submit(cluster, model, taken)
+    wait_until(lambda: len(rows(taken)) >= 1, "the first step")
+    slurm(cluster, "sbatch", "--partition=high", "--ntasks=8", f"--output={tmp_path}/high.log", "--wrap=sleep 1")
+    wait_until(lambda: "start 2" in job_log(taken, job), "the start after preemption")
+    done = max(int(path.name[5:]) for path in (taken / "checkpoints").glob("step_????????"))
+    wait_until(lambda: len(rows(taken)) > done, "a step of the second start")
+    slurm(cluster, "scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    wait_until(lambda: "start 3" in job_log(taken, job), "the start after the signal")
+    wait_until(lambda: job_log(taken, job).endswith("done\n"), "the end")
+
+    assert "saved; back into the queue" in job_log(taken, job)
+    assert [timeless(row) for row in rows(taken)] == [timeless(row) for row in rows(through)]
+    assert weights_digest(taken) == weights_digest(through)
+    wait_until(lambda: not running_in(taken), "the job's processes to go", 30)
+
+
+def test_cancel_leaves_no_process(cluster, model, tmp_path):
+    job = submit(cluster, model, tmp_path / "run", "rollout.engine.count=2")
+    wait_until(lambda: rows(tmp_path / "run"), "the first step")
+    assert running_in(tmp_path / "run")
+    slurm(cluster, "scancel", job)
+    wait_until(lambda: not running_in(tmp_path / "run"), "the job's processes to go", 60)
+
+
+def test_a_node_with_a_hardware_fault_is_excluded(cluster, model, tmp_path):
+    broken = Path(__file__).with_name("broken_node")
+    job = submit(cluster, model, tmp_path, "rollout.engine.urls=[http://127.0.0.1:9]",
+                 f"slurm.setup=['export PYTHONPATH={broken}:$PYTHONPATH']")
+    wait_until(lambda: "failed: excluded" in job_log(tmp_path, job), "the fault to be noticed")
+    successor = re.search(r"excluded; goes on as job (\d+)", job_log(tmp_path, job)).group(1)
+    about = slurm(cluster, "scontrol", "show", "job", successor)
+    assert f"ExcNodeList={socket.gethostname().split('.')[0]}" in about
+    assert "JobState=PENDING" in about
+    slurm(cluster, "scancel", successor)
