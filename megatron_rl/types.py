@@ -124,7 +124,8 @@ class PackedMicrobatch:
     positions laid end to end, -1 on padding (batch/pack.py); advantages, rollout_logprobs, response_lengths
     fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None, filled by the no-gradient passes. Every per-token array
     describes labels[t], but for routed_experts uint8 [T, M, k] | None, the experts that position t takes in each MoE
-    layer: those of the rollout, or recorded by a no-gradient pass, which fills this rank's layers and rows.
+    layer: those of the rollout, or recorded by a no-gradient pass, which fills this rank's layers and rows (int16
+    where there are more than 256 experts).
     sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
     """
 

@@ -18,17 +18,17 @@ NORM_HEAD_EPS = 1e-7
 
 def bailing_logits(
     weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], token_ids: Sequence[int], *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, experts: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Logits [L, V] in `dtype`, differentiable in `weights`. weights: checkpoint names -> tensors."""
-    return bailing_forward(weights, config, token_ids, dtype=dtype)[0]
+    return bailing_forward(weights, config, token_ids, dtype=dtype, experts=experts)[0]
 
 
 def bailing_forward(
     weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], token_ids: Sequence[int], *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, experts: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(logits [L, V], experts chosen in each MoE layer, int64 [L, top-k], best first)."""
+    """(logits [L, V], experts chosen in each MoE layer, int64 [L, top-k], best first, or `experts` when given)."""
 
     def weight(name: str) -> torch.Tensor:
         return weights[name].to(dtype)
@@ -45,7 +45,8 @@ def bailing_forward(
         logits_LE = F.linear(x_LH, weight(f"{prefix}.gate.weight"))
         probabilities_LE = F.softmax(logits_LE, dim=-1)
         top_k = config["num_experts_per_tok"]
-        gates_Lk, experts_Lk = probabilities_LE.topk(top_k, dim=-1)
+        experts_Lk = probabilities_LE.topk(top_k, dim=-1).indices if experts is None else experts[len(routes)]
+        gates_Lk = probabilities_LE.gather(1, experts_Lk)
         if config["norm_topk_prob"] and top_k > 1:
             gates_Lk = gates_Lk / gates_Lk.sum(-1, keepdim=True)
         gates_LE = torch.zeros_like(probabilities_LE).scatter(1, experts_Lk, gates_Lk)

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 class MicrobatchRouting:
     """The experts of one micro-batch during one pass, and how often each layer asked for them.
 
-    experts: uint8 [T, M, k], written where `recording`, read elsewhere; real: bool [T], False on padding;
+    experts: uint8 or int16 [T, M, k], written where `recording`, read elsewhere; real: bool [T], False on padding;
     rows: this rank's slice of T. differing, choices: how many of the real tokens' replayed choices the live router
     would not have made, of how many, counted when a layer asks first (fp32 []).
     """

@@ -173,9 +173,10 @@ class TrainStep:
 
     def _recording(self, microbatches: Sequence[PackedMicrobatch]) -> Routing:
         network = self.policy.config
+        dtype = torch.uint8 if network.num_experts <= 256 else torch.int16
         for batch in microbatches:
             batch.routed_experts = torch.zeros(batch.num_tokens, network.num_moe_layers, network.num_experts_per_tok,
-                                               dtype=torch.uint8, device=self.topology.device)
+                                               dtype=dtype, device=self.topology.device)
         return [MicrobatchRouting(batch.routed_experts, batch.real, self._rows(batch), recording=True)
                 for batch in microbatches]
 

@@ -78,13 +78,17 @@ def microbatch_counts(layout: str) -> tuple[int, ...]:
 
 @dataclass
 class Step:
-    """One step's data. sequences: token ids int64 [L]; every list has one entry per sequence, arrays are [L]."""
+    """One step's data. sequences: token ids int64 [L]; every list has one entry per sequence, arrays are [L].
+
+    routed_experts: int64 [L-1, M, top-k] of each sequence to replay, or None to let the routers choose.
+    """
 
     token_ids: list[np.ndarray] = field(default_factory=list)
     loss_mask: list[np.ndarray] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     old_logprobs: list[np.ndarray] = field(default_factory=list)
     ref_logprobs: list[np.ndarray] = field(default_factory=list)
+    routed_experts: list[np.ndarray] | None = None
 
     @property
     def lengths(self) -> list[int]:

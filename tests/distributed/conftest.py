@@ -57,18 +57,17 @@ class Layouts:
         """Run `what` in all layouts of the given one's world size, in one start of the worker."""
         world_size = cases.LAYOUTS[layout]["world_size"]
         names = [name for name, sizes in cases.LAYOUTS.items() if sizes["world_size"] == world_size]
-        run_worker(what, self.folder, world_size, names)
+        run_worker(("tests.distributed.worker", what), self.folder, world_size, names)
         for name in names:
             results[name] = torch.load(self.folder / file.format(name))
 
 
-def run_worker(what: str, folder: Path, world_size: int, layouts: list[str]) -> None:
-    """One start of the worker; a failure of its fails the test with its last words."""
+def run_worker(worker: tuple[str, ...], folder: Path, world_size: int, layouts: list[str]) -> None:
+    """One start of a worker, a module and its first arguments; a failure of its fails the test with its last words."""
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
                    "CUDA_VISIBLE_DEVICES": ""}  # the ranks are forked, and this is about arithmetic over gloo
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.distributed.worker", what, str(folder), str(world_size),
-         *layouts],
+        [sys.executable, "-W", "ignore", "-m", *worker, str(folder), str(world_size), *layouts],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)

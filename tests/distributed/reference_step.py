@@ -47,10 +47,11 @@ class RouterLogits(TorchFunctionMode):
         return out
 
 
-def token_outputs(weights: Weights, config: Config, tokens: np.ndarray):
+def token_outputs(weights: Weights, config: Config, tokens: np.ndarray, experts: np.ndarray | None = None):
     """(log-probability of each next token [L-1], exact entropy [L-1], router logits by MoE layer [L-1, E])."""
     with RouterLogits(weights) as router:
-        logits = bailing_logits(weights, config, tokens[:-1].tolist(), dtype=torch.float64)
+        logits = bailing_logits(weights, config, tokens[:-1].tolist(), dtype=torch.float64,
+                                experts=None if experts is None else torch.from_numpy(experts).unbind(1))
     logprobs_LV = torch.log_softmax(logits / cases.TEMPERATURE, -1)
     chosen_L = logprobs_LV.gather(1, torch.from_numpy(tokens[1:, None]))[:, 0]
     return chosen_L, -(logprobs_LV.exp() * logprobs_LV).sum(-1), router.logits
@@ -59,20 +60,24 @@ def token_outputs(weights: Weights, config: Config, tokens: np.ndarray):
 def fill_logprobs(step: cases.Step, weights: Weights, config: Config, seed: int = 11) -> None:
     """Old and reference log-probabilities near the policy's own, so that some ratios are clipped and some are not."""
     rng = np.random.default_rng(seed)
-    for tokens in step.token_ids:
+    for tokens, experts in zip(step.token_ids, experts_of(step), strict=True):
         with torch.no_grad():
-            own = token_outputs(weights, config, tokens)[0].numpy()
+            own = token_outputs(weights, config, tokens, experts)[0].numpy()
         for store, deviation in ((step.old_logprobs, 0.25), (step.ref_logprobs, 0.5)):
             noisy = own + rng.normal(0.0, deviation, len(own))
             store.append(np.concatenate([[0.0], noisy]).astype(np.float32))
+
+
+def experts_of(step: cases.Step) -> list[np.ndarray | None]:
+    return [None] * len(step.token_ids) if step.routed_experts is None else step.routed_experts
 
 
 def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch.Tensor, dict[str, float]]:
     """The whole step's loss (spec Eq. 2, 5, 6) and what it is made of."""
     surrogate, kl, entropy = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     router: list[list[torch.Tensor]] = []
-    for index, tokens in enumerate(step.token_ids):
-        new, token_entropy, layers = token_outputs(weights, config, tokens)
+    for index, (tokens, experts) in enumerate(zip(step.token_ids, experts_of(step), strict=True)):
+        new, token_entropy, layers = token_outputs(weights, config, tokens, experts)
         router.append(layers)
         mask = torch.from_numpy(step.loss_mask[index][1:])
         old = torch.from_numpy(step.old_logprobs[index][1:]).double()
@@ -85,7 +90,8 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
         entropy = entropy + token_entropy[mask].sum()
     loss = -(surrogate - cases.LOSS.kl_coef * kl + cases.LOSS.entropy_coef * entropy) / cases.PHI
 
-    balance, z_loss = router_losses([torch.cat(layer) for layer in zip(*router, strict=True)], config)
+    replayed = None if step.routed_experts is None else torch.from_numpy(np.concatenate(step.routed_experts))
+    balance, z_loss = router_losses([torch.cat(layer) for layer in zip(*router, strict=True)], config, replayed)
     moe_layers = max(1, len(router[0]))
     count = sum(int(mask[1:].sum()) for mask in step.loss_mask)
     report = {"train/loss": loss, "train/kl": kl / count, "train/entropy": entropy / count,
@@ -95,13 +101,18 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
     return loss + cases.BALANCE_COEF * balance + cases.Z_LOSS_COEF * z_loss, report
 
 
-def router_losses(logits_by_layer: list[torch.Tensor], config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """(balance, z) summed over layers, each a mean over all tokens of the step (the formulas of model/router.py)."""
+def router_losses(logits_by_layer: list[torch.Tensor], config: Config,
+                  replayed: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(balance, z) summed over layers, each a mean over all tokens of the step (the formulas of model/router.py).
+
+    replayed: the experts that the tokens take, int64 [T, M, top-k], where they are not the best by the logits.
+    """
     balance = z_loss = torch.zeros((), dtype=torch.float64)
-    for logits_TE in logits_by_layer:
+    for layer, logits_TE in enumerate(logits_by_layer):
         tokens, experts = logits_TE.shape
-        chosen_Tk = logits_TE.topk(config["num_experts_per_tok"], -1).indices
-        fraction_E = F.one_hot(chosen_Tk, experts).double().sum((0, 1)) / (tokens * config["num_experts_per_tok"])
+        top_k = config["num_experts_per_tok"]
+        chosen_Tk = logits_TE.topk(top_k, -1).indices if replayed is None else replayed[:, layer]
+        fraction_E = F.one_hot(chosen_Tk, experts).double().sum((0, 1)) / (tokens * top_k)
         balance = balance + experts * (fraction_E * logits_TE.softmax(-1).sum(0)).sum() / tokens
         z_loss = z_loss + logits_TE.logsumexp(-1).square().sum() / tokens
     return balance, z_loss

@@ -37,14 +37,16 @@ from tests.distributed.networks import CHECKPOINT, SERVED, networks_in
 def microbatches_of(step: cases.Step, here: topology.Topology, count: int) -> list:
     """This rank's packed micro-batches, with the step's old and reference log-probabilities laid along."""
     samples = [TrainSample(index, step.token_ids[index], step.loss_mask[index], step.old_logprobs[index],
-                           step.advantages[index], int(step.loss_mask[index].sum()))
+                           step.advantages[index], int(step.loss_mask[index].sum()),
+                           None if step.routed_experts is None else step.routed_experts[index])
                for index in range(len(step.token_ids))]
     plan = plan_microbatches(step.lengths, dp_size=here.dp_size, tokens_per_microbatch=cases.TOKEN_CAP,
                              min_microbatches=count)
     packed = []
     for members in plan[here.dp_rank]:
         batch = pack([samples[index] for index in members], multiple_of=cases.PACK_MULTIPLE,
-                     cp_size=here.cp_size, cp_rank=here.cp_rank)
+                     cp_size=here.cp_size, cp_rank=here.cp_rank,
+                     experts_shape=None if step.routed_experts is None else step.routed_experts[0].shape[1:])
         for name in ("old_logprobs", "ref_logprobs"):
             arrays = [getattr(step, name)[index][1:] for index in members]
             setattr(batch, name, lay_out(batch.source, arrays, dtype=np.float32))
@@ -83,7 +85,9 @@ class Runner:
 
     def gradients(self, count: int, mutation: str = "none") -> dict[str, torch.Tensor]:
         """The step's gradients under their Hugging Face names, on rank 0: main_grad exported as if it were weights."""
-        batches, counts = self._counted(count, mutation)
+        return self.gradients_of(*self._counted(count, mutation))
+
+    def gradients_of(self, batches: list, counts: dict[int, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
                                  z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
         parameters = [p for gpt in self.policy.gpt_models for p in gpt.parameters()]
@@ -231,14 +235,15 @@ def run_exports(folder: Path, layout: str) -> None:
 RUNS = {"step": run_layout, "networks": run_networks, "exports": run_exports}
 
 
-def main(run: str, folder: str, world_size: str, *layouts: str) -> None:
+def main(run: Callable[[Path, str], None], folder: str, world_size: str, *layouts: str) -> None:
+    """`run` in each layout on world_size forked ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.start_processes(
-        run_rank, args=(RUNS[run], Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
+        run_rank, args=(run, Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
         start_method="fork")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(RUNS[sys.argv[1]], *sys.argv[2:])

@@ -101,5 +101,5 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def live_engine(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
     log_path = tmp_path_factory.mktemp("engine") / "engine.log"
-    with EngineProcess.from_config(ROLLOUT, model_folder, log_path=log_path) as process:
+    with EngineProcess.from_config(ROLLOUT, model_folder, log_path=log_path, return_routed_experts=True) as process:
         yield LiveEngine(process, model_folder)

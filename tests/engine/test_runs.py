@@ -43,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 def engine_url(model, tmp_path_factory):
     config = load([*SMALL, f"model.path={model}"])
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with EngineProcess.from_config(config.rollout, model, log_path=log) as engine:
+    with EngineProcess.from_config(config.rollout, model, log_path=log, return_routed_experts=True) as engine:
         yield engine.base_url
 
 
@@ -234,3 +234,24 @@ def test_every_collector_fills_phi_and_accounts_for_every_token(collector, model
         assert {row["rollout/staleness_max"] for row in steps[1:]} == {1}
     else:
         assert steps[0]["mismatch/max_abs"] < 1e-4
+
+
+def test_experts_of_continued_responses_are_replayed_in_a_run(model, engine_url, tmp_path):
+    """In fp32 engine and trainer choose alike, until a response goes on under newer weights."""
+    done = run("parallel=pp2", "c3po.router_replay=rollout", "rollout.collector=partial", *COLLECTORS["partial"][1:],
+               "c3po.mismatch=icepop", "eval.every_steps=0", f"model.path={model}", f"run.dir={tmp_path}",
+               f"rollout.engine.urls=[{engine_url}]")
+    assert done.returncode == 0, done.stderr
+    first, *later = rows(tmp_path)
+    assert first["router/replay_differing"] == 0 and first["mismatch/max_abs"] < 1e-4
+    assert len(later) == 3 and all(row["train/selected_tokens"] == PHI for row in later)
+    assert all(row["router/replay_differing"] < 0.2 for row in later)
+
+
+def test_the_second_update_of_a_rollout_replays_the_experts_of_the_pass_before_the_first(model, engine_url, tmp_path):
+    done = run("parallel=ep2", "c3po.router_replay=trainer", "c3po.updates_per_rollout=2", "c3po.phi=75",
+               "optimizer.lr=0.01", "run.steps=1", "eval.every_steps=0", f"model.path={model}", f"run.dir={tmp_path}",
+               f"rollout.engine.urls=[{engine_url}]")
+    assert done.returncode == 0, done.stderr
+    [row] = rows(tmp_path)
+    assert 0 < row["router/replay_differing"] < 0.5
