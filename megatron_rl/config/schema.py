@@ -43,7 +43,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Hugging Face folder of a `bailing_moe` checkpoint, and how the trainer holds it.
+    """A Hugging Face folder (docs/models.md lists the kinds of model), and how the trainer holds it.
 
     reference_path: the frozen policy of the KL term (Eq. 2); None means the starting weights.
     architecture: a config.json to check sizes against where the checkpoint is not at hand (`--check`), or the

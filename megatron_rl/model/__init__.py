@@ -1,1 +1,1 @@
-"""The policy: a bailing_moe checkpoint as Megatron's GPTModel, and back."""
+"""The policy: a Hugging Face checkpoint as Megatron's GPTModel, and back."""

@@ -46,7 +46,7 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
 
 def _experts(model: Network, parallel: ParallelConfig) -> dict[str, Any]:
     if model.num_experts == 0:
-        return {}
+        return {"moe_token_dispatcher_type": "alltoall"}  # the default refuses sequences of varying lengths
     return {
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_tok,
         "moe_ffn_hidden_size": model.moe_intermediate_size,
