@@ -145,7 +145,7 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         tensor_model_parallel_size=config.tp, pipeline_model_parallel_size=config.pp,
         virtual_pipeline_model_parallel_size=config.vpp, context_parallel_size=config.cp,
         expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.etp,
-        create_gloo_process_groups=True)  # Checkpoints gathers optimiser state over gloo, in host memory
+        create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(
         rank=dist.get_rank(), world_size=world_size,

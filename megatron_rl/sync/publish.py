@@ -34,6 +34,7 @@ from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 
 NamedTensor = tuple[str, torch.Tensor]
 POLL_S = 0.001
+NO_UPDATE_IS_OPEN = "no weight-update session is open"  # end_weight_update of SGLang's weight_updater.py
 # SGLang's FlattenedTensorBucket on the wire (sglang/srt/weight_sync/tensor_bucket.py). Importing it takes
 # 7 s, and its unpickler accepts plain namespaces.
 FLATTENED_BUCKET = "flattened_bucket"
@@ -161,6 +162,8 @@ class _EnginePublisher:
         """Before the engines are paused."""
 
     async def _begin(self, what: str) -> None:
+        if self._version is None:
+            await asyncio.gather(*(_end_abandoned_update(client) for client in self._clients))
         await self._on_all(f"{what}: begin", lambda client: client.begin_weight_update())
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
@@ -312,6 +315,15 @@ class DiskPublisher(_EnginePublisher):
         for other in self._folder.glob("version_*"):
             if other != finished:
                 shutil.rmtree(other)
+
+
+async def _end_abandoned_update(client: EngineClient) -> None:
+    """End the update that a trainer, killed while it published, has left open in an engine that lives on."""
+    try:
+        await client.end_weight_update()
+    except EngineHTTPError as error:
+        if NO_UPDATE_IS_OPEN not in str(error):
+            raise
 
 
 def _bucket_metadata(bucket: Bucket) -> list[SimpleNamespace]:

@@ -20,7 +20,7 @@ def build_optimizer(policy: Policy, options: OptimizerConfig, parallel: Parallel
         adam_beta2=options.beta2, adam_eps=options.eps, clip_grad=options.clip_grad, bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.distributed_optimizer)
-    optimizer = get_megatron_optimizer(config, policy.chunks, use_gloo_process_groups=True)
+    optimizer = get_megatron_optimizer(config, policy.chunks, use_gloo_process_groups=False)
     for group in optimizer.param_groups:
         # only Megatron's OptimizerParamScheduler.step, which we do not use, spares vectors (wd_mult 0) from the decay
         group["weight_decay"] = options.weight_decay * group["wd_mult"]

@@ -39,6 +39,8 @@ class Killer:
         kill = self._kill
         if (phase, self._step, self._rank) == (kill.phase, kill.step, kill.rank):
             self._kill = Kill()
+            if kill.delay_s == 0.0:
+                self._die(kill)
             threading.Timer(kill.delay_s, self._die, [kill]).start()
         return time.perf_counter()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.schema import Config
-from megatron_rl.launch.local import free_port, rank_environment
+from megatron_rl.launch import local
 from megatron_rl.model.checkpoint_files import read_manifest, saved_steps, step_name
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.engines import EngineProcess
@@ -30,11 +30,13 @@ PHASES = ("rollout", "reward", "logprobs", "forward_backward", "optimiser", "pub
 STEPS, SAVE_EVERY = 8, 2
 SETTINGS = [
     "experiment=quickstart", f"run.steps={STEPS}", f"run.save_every_steps={SAVE_EVERY}", "run.keep_checkpoints=99",
-    "eval.every_steps=4", "eval.problems=4", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4",
-    "rollout.max_response_tokens=24", "rollout.max_context_tokens=64", "c3po.phi=150", "c3po.updates_per_rollout=1",
+    "eval.every_steps=4", "eval.problems=2", "rollout.prompts_per_step=2", "rollout.responses_per_prompt=4",
+    "rollout.max_response_tokens=12", "rollout.max_context_tokens=64", "c3po.phi=40", "c3po.updates_per_rollout=2",
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
+    "rollout.engine.start_timeout_s=900",
 ]
 TIMEOUT_S = 400.0
+LOG = "ranks.log"
 WORKING_FILES = ("random.pt",)  # Python's own generator is drawn from by libraries, as often as they retry
 
 
@@ -49,19 +51,24 @@ class Kill:
     everything: bool = False
 
 
-def run_ranks(config: Config, kill: Kill) -> subprocess.CompletedProcess:
-    """torchrun the configuration until it ends or `kill` ends it."""
+def run_ranks(config: Config, kill: Kill) -> int:
+    """torchrun the configuration until it ends or `kill` ends it; the exit code. Output goes to <run.dir>/ranks.log."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     config_path, kill_path = run_dir / "ranks.json", run_dir / "kill.json"
     config_path.write_text(json.dumps(to_dict(config)))
     kill_path.write_text(json.dumps(dataclasses.asdict(kill)))
     (run_dir / "killed.json").unlink(missing_ok=True)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={config.parallel.world_size}",
-         "--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "tests.engine.killed_rank", str(config_path),
-         str(kill_path)],
-        cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
+               f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
+               f"--master-port={local.free_port()}", "-m", "tests.engine.killed_rank", str(config_path), str(kill_path)]
+    with (run_dir / LOG).open("wb") as log:  # no pipe: torch_shm_manager outlives the ranks and would hold it open
+        return subprocess.run(command, cwd=ROOT, env=local.rank_environment(), stdout=log, stderr=log,
+                              timeout=TIMEOUT_S, check=False).returncode
+
+
+def last_words(config: Config) -> str:
+    return local.last_words(Path(config.run.dir) / LOG, 0)
 
 
 def with_run(config: Config, **run) -> Config:
@@ -129,18 +136,17 @@ def chain(config: Config, engine: Engine, phases: Sequence[str], seconds: Mappin
             step = first + SAVE_EVERY - 1
         kill = Kill(phase, step, rank=0 if phase == "reward" else rng.randrange(2),
                     delay_s=rng.random() * rng.choice(seconds[phase]), everything=rng.random() < 0.5)
-        ended = run_ranks(with_url(with_run(config, resume=True), engine.url()), kill)
+        run_ranks(with_url(with_run(config, resume=True), engine.url()), kill)
         struck = was_killed(config)
         if struck is None:
-            raise RuntimeError(f"{kill} did not strike:\n{ended.stderr[-3000:]}")
+            raise RuntimeError(f"{kill} did not strike:\n{last_words(config)}")
         first = max(saved_steps(Path(config.run.dir) / "checkpoints"), default=0)
         whom = "torchrun and all ranks" if kill.everything else f"rank {kill.rank}"
         where = "+".join(struck["inside"]) or "just after"
         rows.append([phase, f"step {step}, {kill.delay_s * 1000:.0f} ms in ({where}), {whom}",
                      f"step {first}" if first else "the start"])
-    ended = run_ranks(with_url(with_run(config, resume=True), engine.url()), Kill())
-    if ended.returncode:
-        raise RuntimeError(f"the resumed run failed:\n{ended.stderr[-3000:]}")
+    if run_ranks(with_url(with_run(config, resume=True), engine.url()), Kill()):
+        raise RuntimeError(f"the resumed run failed:\n{last_words(config)}")
     return rows
 
 
@@ -153,18 +159,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chains", type=int, default=3, help=f"runs, each killed {len(PHASES)} times")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the runs go, and stay (default: a temporary folder)")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     failed = False
     with tempfile.TemporaryDirectory(prefix="kills_") as scratch:
-        folder = Path(scratch)
+        folder = options.folder or Path(scratch)
         make_random_model(folder / "init", seed=0)
         config = load([*SETTINGS, f"model.path={folder / 'init'}", f"run.dir={folder / 'alone'}"])
         engine = Engine(config, folder)
         try:
-            alone = run_ranks(with_url(config, engine.url()), Kill())
-            if alone.returncode:
-                raise RuntimeError(alone.stderr[-3000:])
+            if run_ranks(with_url(config, engine.url()), Kill()):
+                raise RuntimeError(f"the run left alone failed:\n{last_words(config)}")
             seconds = json.loads((folder / "alone" / "phases.json").read_text())
             print(f"{'phase':18}{'kill':70}{'resumed from':14}equal", flush=True)
             for number in range(options.chains):

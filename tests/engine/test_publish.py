@@ -47,6 +47,13 @@ def test_engine_serves_the_published_weights(live_engine: LiveEngine, publisher:
         assert live_engine.call(live_engine.client.weight_version()) == live_engine.version
 
 
+def test_an_update_that_a_killed_trainer_left_open_is_ended_first(live_engine: LiveEngine):
+    live_engine.call(live_engine.client.pause_generation("retract"))
+    live_engine.call(live_engine.client.begin_weight_update())
+    live_engine.publish(live_engine.new_weights())  # by a publisher that knows nothing of it
+    assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
+
+
 def test_report_counts_what_travelled(live_engine: LiveEngine, publisher: Publisher):
     weights = live_engine.weights
     report = publisher.publish(weights.items(), live_engine.version + 1)
