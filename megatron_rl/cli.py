@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
                                 "configuration describes the job. Before its time limit it saves and is requeued.")
     slurm.add_argument("overrides", nargs="*", metavar="key=value")
     slurm.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    replay = commands.add_parser("replay-step", help="run a dumped optimiser step again and show where it stops being "
+                                 "finite (<run.dir>/dumps/step_...)")
+    replay.add_argument("folder", metavar="DUMP")
     report = commands.add_parser("report", help="one HTML file with the plots of one or more runs")
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", default=None, help="file to write (default: report.html in the first run)")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -218,6 +220,31 @@ def plan(options) -> int:
     return 0
 
 
+def replay_step(options) -> int:
+    """0 when the replayed loss and gradient norm are those of the run, bit for bit; 1 otherwise."""
+    from megatron_rl.config.load import build
+    from megatron_rl.observe import dump
+    from megatron_rl.recipes.replay import RESULT
+
+    folder = Path(options.folder)
+    record = dump.read_record(folder)
+    config = build(record.config)
+    run_ranks("replay", dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dir=str(folder)),
+        model=dataclasses.replace(config.model, path=str(folder / dump.WEIGHTS))))
+    replayed = json.loads((folder / RESULT).read_text())
+    same = True
+    print(f"optimiser step {record.step}, {'skipped' if record.skipped else 'taken'} by the run")
+    for name in ("loss", "grad_norm"):
+        before, now = getattr(record, name), replayed[name]
+        equal = before == now or (math.isnan(before) and math.isnan(now))
+        same = same and equal
+        print(f"{name:<10} run {before!r}  replay {now!r}  {'equal' if equal else 'DIFFERENT'}")
+    print("\n".join(["not finite, first of each kind in the order of computing:", *replayed["first"]]
+                    if replayed["first"] else ["every value is finite"]))
+    return 0 if same else 1
+
+
 def report(options) -> int:
     runs = [Path(run) for run in options.runs]
     write_run_report(runs, Path(options.out) if options.out else None)
@@ -257,5 +284,5 @@ def engine_errors() -> Iterator[None]:
         raise RunFailed(str(error)) from error
 
 
-COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "quickstart": quickstart,
-            "report": report, "config": config, "slurm": slurm, "doctor": doctor}
+COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "replay-step": replay_step,
+            "quickstart": quickstart, "report": report, "config": config, "slurm": slurm, "doctor": doctor}

@@ -10,7 +10,7 @@ import sys
 
 from megatron_rl.rollout.die_with_parent import die_with_parent
 
-RECIPES = ("rl", "sft", "convert")
+RECIPES = ("rl", "sft", "convert", "replay")
 
 
 def main() -> None:
@@ -21,10 +21,10 @@ def main() -> None:
     if os.getppid() == 1:
         sys.exit("the launcher is gone")
     from megatron_rl.config.load import from_json
-    from megatron_rl.recipes import convert, rl, sft, stop
+    from megatron_rl.recipes import convert, replay, rl, sft, stop
 
     stop.listen()
-    {"rl": rl, "sft": sft, "convert": convert}[recipe].run(from_json(config_path))
+    {"rl": rl, "sft": sft, "convert": convert, "replay": replay}[recipe].run(from_json(config_path))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ class RunConfig:
 
     resume: go on from the newest checkpoint. resume_from: from the one of this name (step_00000020); newer ones are
     set aside under other names. async_save: write checkpoints in the background, for a copy of the state in memory.
+    max_skipped_in_a_row: a step whose loss or gradient is NaN or infinite changes nothing; more of them than this in
+    a row end the run. keep_dumps: so many of them are kept in <dir>/dumps for `megatron-rl replay-step`, with the
+    weights; 0 writes none. dump_steps: optimiser steps (from 1) that are dumped in any case.
     """
 
     name: str = "rl"
@@ -33,11 +36,16 @@ class RunConfig:
     resume_from: str | None = None
     async_save: bool = False
     export_hf: bool = True
+    max_skipped_in_a_row: int = 3
+    keep_dumps: int = 2
+    dump_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         require(self.steps >= 1, f"run.steps={self.steps} must be at least 1")
         require(self.save_every_steps >= 1, f"run.save_every_steps={self.save_every_steps} must be at least 1")
         require(self.keep_checkpoints >= 1, f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        for name in ("max_skipped_in_a_row", "keep_dumps"):
+            require(getattr(self, name) >= 0, f"run.{name}={getattr(self, name)} must not be negative")
         require(self.resume_from is None or self.resume, f"run.resume_from={self.resume_from} needs run.resume=true")
 
 

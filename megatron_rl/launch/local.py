@@ -90,7 +90,7 @@ def run_ranks(recipe: str, config: Config) -> None:
 
 def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
     """Show progress from the metrics that rank 0 writes, until the ranks end."""
-    if recipe == "convert":
+    if recipe in ("convert", "replay"):
         ranks.wait()
         return
     total = config.run.steps if recipe == "rl" else config.sft.total_steps

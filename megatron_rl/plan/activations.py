@@ -21,9 +21,10 @@ def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, elemen
     head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
     norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
     inputs = 2 * element * hidden / tp  # of the attention and of the MLP, after their norms
+    # the fused projection, which holds the values, and the rotated keys; or those of all context-parallel ranks
+    keys = query + 2 * key_value + key_value if parallel.cp == 1 else 2 * key_value * parallel.cp
     attention = element * (
-        query + 2 * key_value  # the fused projection, which holds the values
-        + query + key_value  # queries and keys after the rotation
+        keys + query  # and the rotated queries
         + query + query  # the output, of each sequence and of all together
         + 4 * model.head_dim  # cosines and sines, for queries and for keys
     ) + FP32 * model.num_attention_heads / tp  # log-sum-exp

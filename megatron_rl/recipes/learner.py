@@ -12,10 +12,12 @@ from megatron_rl.batch import StepBatch, pack, plan_microbatches
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
-from megatron_rl.model.convert import load_hf
+from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.model.network import Network
+from megatron_rl.observe.dump import StepInputs
 from megatron_rl.observe.flops import attention_balance_tokens
 from megatron_rl.observe.timing import Timers
+from megatron_rl.recipes.guarded import GuardedStep
 from megatron_rl.recipes.objective import TokenObjective
 from megatron_rl.recipes.routing import share_routed_experts
 from megatron_rl.topology import Topology
@@ -58,11 +60,19 @@ class PolicyLearner:
         self.config, self.topology = config, topology
         self.policy, self.optimizer, self.step = build_trainable(
             config, topology, temperature=config.rollout.temperature)
+        self.exporter = Exporter(self.policy, topology)
+        self._guarded = GuardedStep(config, topology, self.step, self.exporter, temperature=config.rollout.temperature)
         self._reference: Policy | None = None
         if config.c3po.loss.kl_coef > 0:
             self._reference = build_policy(self.policy.config, config.model, config.parallel, with_gradients=False)
             load_hf(self._reference, topology, config.model.reference_path or config.model.path)
         self.updates_done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates_done": self.updates_done, "skipped_in_a_row": self._guarded.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates_done, self._guarded.in_a_row = state["updates_done"], state["skipped_in_a_row"]
 
     def learn(self, batches: Sequence[StepBatch], timers: Timers) -> list[StepResult]:
         """Old (and reference) log-probabilities of all batches first, then their optimiser steps in order."""
@@ -91,9 +101,7 @@ class PolicyLearner:
         totals = StepTotals(phi=batch.selection.phi, selected_tokens=batch.selection.selected_tokens,
                             num_responses=batch.num_responses,
                             max_response_tokens=self.config.rollout.max_response_tokens)
-        result = self.step.update(
-            microbatches, TokenObjective(algo, totals),
-            lr=learning_rate(self.updates_done, total, self.config.optimizer),
-            balance_coef=algo.balance_coef, z_loss_coef=algo.z_loss_coef, counts=counts)
+        lr = learning_rate(self.updates_done, total, self.config.optimizer)
         self.updates_done += 1
-        return result
+        return self._guarded.update(self.updates_done, StepInputs(
+            microbatches, TokenObjective(algo, totals), counts, algo.balance_coef, algo.z_loss_coef), lr=lr)

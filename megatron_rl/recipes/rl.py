@@ -61,24 +61,24 @@ def build_run(config: Config) -> Iterator[RunParts]:
     checkpoints = Checkpoints(config.run, learner.policy, learner.optimizer, here)
     state = checkpoints.restore()
     first_step = 0 if state is None else state["step"]
-    exporter = Exporter(learner.policy, here)
     with contextlib.ExitStack() as stack:
         main = MainRank(config, here, stack, log_until=log_until(config, state)) if here.is_main else None
         serving = main.serving if main else None
         rollouts = BroadcastRollouts(here, serving, main.collector if main else None)
         if state is not None:
-            learner.updates_done = state["updates_done"]
+            learner.load_state_dict(state)
             rollouts.load_state_dict(state["rollouts"])
-        weights = PublishedWeights(exporter, here, serving=serving, publisher=main.publisher if main else None,
+        weights = PublishedWeights(learner.exporter, here, serving=serving,
+                                   publisher=main.publisher if main else None,
                                    expected=main.expected if main else None, clients=main.clients if main else ())
 
         def save(step: int) -> None:
-            checkpoints.save(step, {"updates_done": learner.updates_done}, rollouts.state_dict())
+            checkpoints.save(step, learner.state_dict(), rollouts.state_dict())
 
         record = RunRecord(config, here, network=learner.policy.config,
                            log=main.log if main else None, held_out=main.held_out if main else None,
                            rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
-        yield RunParts(rollouts, learner, weights, record, first_step, exporter, checkpoints, here)
+        yield RunParts(rollouts, learner, weights, record, first_step, learner.exporter, checkpoints, here)
 
 
 class MainRank:

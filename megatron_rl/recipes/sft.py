@@ -17,6 +17,8 @@ from megatron_rl.data import PromptSource
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, reduce_metrics
+from megatron_rl.observe.dump import StepInputs
+from megatron_rl.recipes.guarded import GuardedStep
 from megatron_rl.recipes.learner import build_trainable, packed_microbatches
 from megatron_rl.recipes.rl import export, log_until
 from megatron_rl.recipes.serving import load_tokenizer, prompt_source
@@ -30,6 +32,8 @@ def run(config: Config) -> None:
     policy, optimizer, step = build_trainable(config, here, temperature=1.0)
     checkpoints = Checkpoints(config.run, policy, optimizer, here)
     state = checkpoints.restore()
+    exporter = Exporter(policy, here)
+    guarded = GuardedStep(config, here, step, exporter, temperature=1.0)
     source = prompt_source(config, config.data, load_tokenizer(config.model.path))
     options = config.sft
     if len(source) < options.examples:
@@ -48,11 +52,11 @@ def run(config: Config) -> None:
                 chosen = order[index * options.batch_size:(index + 1) * options.batch_size]
                 samples = [sft_sample(source, int(i)) for i in chosen]
                 microbatches = packed_microbatches(samples, config, here, policy.config)
-                result = step.update(
-                    microbatches, TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples)),
-                    lr=learning_rate(done, options.schedule_steps, config.optimizer), balance_coef=options.balance_coef,
-                    z_loss_coef=options.z_loss_coef, counts=None)
+                objective = TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples))
+                lr = learning_rate(done, options.schedule_steps, config.optimizer)
                 done += 1
+                result = guarded.update(done, StepInputs(microbatches, objective, None, options.balance_coef,
+                                                         options.z_loss_coef), lr=lr)
                 checkpoints.poll()
                 if log is not None:
                     tokens = sum(len(sample.token_ids) for sample in samples)
@@ -61,7 +65,7 @@ def run(config: Config) -> None:
             checkpoints.save(done, {"epoch": epoch + 1})
         checkpoints.finish()
         if config.run.export_hf:
-            export(config, Exporter(policy, here), here, Path(config.run.dir) / "hf")
+            export(config, exporter, here, Path(config.run.dir) / "hf")
     topology.stop()
 
 

@@ -17,7 +17,7 @@ import torch
 from megatron_rl import topology
 from megatron_rl.batch import pack
 from megatron_rl.config.load import build
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import load_hf
@@ -37,6 +37,7 @@ CASES: dict[str, dict] = {
     "tp2": {"parallel": {"tp": 2}},
     "tp2_etp2": {"parallel": {"tp": 2, "etp": 2}},
     "tp2_pp2_ep2": {"parallel": {"tp": 2, "pp": 2, "ep": 2}},
+    "cp2_ep2": {"parallel": {"cp": 2, "ep": 2}},
     "pp4": {"parallel": {"pp": 4}},
     "pp2_vpp2": {"parallel": {"pp": 2, "vpp": 2}},
     "pp2_recompute": {"parallel": {"pp": 2, "ep": 2}, "model": {"recompute": "full"}},
@@ -84,14 +85,15 @@ class _Held:
         self._live.add(self.tensor.untyped_storage(), -1)
 
 
-def microbatches() -> list:
-    """MICROBATCHES times one of three ragged sequences and TOKENS tokens: equal loads, so that ranks add up to the
-    plan's even ones."""
+def microbatches(parallel: ParallelConfig, here: topology.Topology) -> list:
+    """MICROBATCHES times one of three ragged sequences and TOKENS tokens over the context-parallel ranks: equal loads,
+    so that ranks add up to the plan's even ones."""
     rng = np.random.default_rng(0)
     lengths = (TOKENS // 2, TOKENS // 3, TOKENS - TOKENS // 2 - TOKENS // 3)
     samples = [TrainSample(i, rng.integers(0, MODEL["vocab_size"], n + 1).astype(np.int32), np.arange(n + 1) > 4,
                            np.zeros(n + 1, np.float32), 1.0, n) for i, n in enumerate(lengths)]
-    return [pack(samples, multiple_of=1)] * MICROBATCHES
+    return [pack(samples, multiple_of=parallel.token_multiple, cp_size=here.cp_size,
+                 cp_rank=here.cp_rank)] * MICROBATCHES
 
 
 def mean_logprob(batch, logprobs_T, entropy_T):
@@ -108,7 +110,8 @@ def measure(folder: Path, case: str) -> dict:
     named = [item for gpt in policy.gpt_models for item in gpt.named_parameters()]
     live = LiveSaved([parameter for _, parameter in named])
     with live.hooks():
-        step.update(microbatches(), mean_logprob, lr=1e-3, balance_coef=0.01, z_loss_coef=0.01, counts=None)
+        step.update(microbatches(config.parallel, here), mean_logprob, lr=1e-3, balance_coef=0.01, z_loss_coef=0.01,
+                    counts=None)
     buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     found = {
         "stage": here.pp_rank,

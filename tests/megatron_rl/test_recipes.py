@@ -56,3 +56,8 @@ def test_updates_combine_by_tokens_and_not_by_step():
                                                            "train/grad_norm": 3.0})
     assert update_metrics([first, second]) == {"train/kl": 1.0, "train/selected_tokens": 3.0, "mismatch/max_abs": 0.5,
                                                "train/grad_norm": 2.0}
+
+
+def test_skipped_steps_are_counted_over_the_updates_of_a_rollout():
+    results = [StepResult({}, {"train/skipped_steps": skipped}, skipped=bool(skipped)) for skipped in (1.0, 0.0, 1.0)]
+    assert update_metrics(results) == {"train/skipped_steps": 2.0}
