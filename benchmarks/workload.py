@@ -23,12 +23,13 @@ from megatron_rl.config.schema import (
 from megatron_rl.model.hf_folder import random_weights, write_hf_folder
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
-# A Qwen3-MoE, because transformers, TRL and this project all load it from the same folder.
+# A Qwen3-MoE, because transformers, TRL and this project all load it from the same folder. The output head has a tenth
+# of the linear FLOPs, as in Ling-lite.
 SMALL_MOE: dict[str, Any] = {
-    "model_type": "qwen3_moe", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
+    "model_type": "qwen3_moe", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_act": "silu",
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096, "num_experts": 8,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True, "tie_word_embeddings": False,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True, "tie_word_embeddings": False,
     "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "initializer_range": 0.02,
     "router_aux_loss_coef": 0.0, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None, "torch_dtype": "float32",
 }
