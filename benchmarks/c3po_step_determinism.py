@@ -2,8 +2,9 @@
 
 The same rollouts, lengths lognormal with a heavy tail, are cut for C3PO at Phi and taken whole for GRPO. Phi is the
 least that any step of the run has, so that both objectives see the same rollouts and no step is under-full. What
-C3PO leaves to vary: the prompts of the responses it takes, and attention, which costs more for longer responses; both
-show in the FLOPs.
+C3PO leaves to vary: the prompts of the responses it takes (the row of all tokens), and attention, which costs more for
+longer responses (the row of FLOPs). The longest response, 1,024 tokens, is 0.4 of the length at which attention costs
+this model as much as everything else; for Ling-lite at the report's 24,576 tokens that is 0.6.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
     from megatron_rl.observe.timing import Timers
     from megatron_rl.recipes.learner import PolicyLearner
 
-    steps, responses, typical, longest = (3, 16, 24, 96) if quick else (steps, 32, 200, 2048)
+    steps, responses, typical, longest = (3, 16, 24, 96) if quick else (steps, 32, 200, 1024)
     model = workload.TINY_MOE if quick else workload.SMALL_MOE
     groups = []
     for step in range(steps):
@@ -37,7 +38,7 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
     available = [sum(rollout.response_tokens for group in each for rollout in group.rollouts) for each in groups]
     phi = min(available)
     here = topology.start(ParallelConfig(), seed=0)
-    seconds, tokens, flops = ({"c3po": [], "grpo": []} for _ in range(3))
+    seconds, tokens, positions, flops = ({"c3po": [], "grpo": []} for _ in range(4))
     with tempfile.TemporaryDirectory() as folder:
         path = workload.write_model(Path(folder) / "model", model)
         config = json.loads((path / "config.json").read_text()) | {"num_shared_experts": 0}
@@ -54,20 +55,25 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
             for name, (batch,) in batches.items():
                 seconds[name].append(min(timed[name]))
                 tokens[name].append(batch.selection.selected_tokens)
-                flops[name].append(train_flops(config, [len(sample.token_ids) - 1 for sample in batch.samples]))
+                lengths = [len(sample.token_ids) - 1 for sample in batch.samples]
+                positions[name].append(sum(lengths))
+                flops[name].append(train_flops(config, lengths))
     topology.stop()
     rate = {name: np.array(tokens[name]) / np.array(seconds[name]) for name in seconds}
     steady = {name: float(np.percentile(rate[name], 5) / np.median(rate[name])) for name in rate}
     rows = [
         Row("determinism: training tokens per step, CV (C3PO)", variation(tokens["c3po"]), None, "", 0.0),
         Row("determinism: training tokens per step, CV (GRPO)", variation(tokens["grpo"])),
+        Row("determinism: all tokens, prompts too, CV against GRPO's", variation(positions["c3po"]),
+            variation(positions["grpo"])),
         Row("determinism: FLOPs per step, CV against GRPO's", variation(flops["c3po"]), variation(flops["grpo"]), ""),
         Row("determinism: seconds per step, CV against GRPO's", variation(seconds["c3po"]), variation(seconds["grpo"]),
             "", None if quick else 0.2),
         Row("determinism: tokens/s, 5th percentile over median", steady["c3po"], steady["grpo"], ""),
     ]
-    details = {"phi": phi, "steps": steps, "responses_per_step": responses, "tokens": tokens, "flops": flops,
-               "seconds": seconds, "median_seconds": {name: median(values) for name, values in seconds.items()}}
+    details = {"phi": phi, "steps": steps, "responses_per_step": responses, "tokens": tokens, "positions": positions,
+               "flops": flops, "seconds": seconds,
+               "median_seconds": {name: median(values) for name, values in seconds.items()}}
     return rows, details
 
 
