@@ -90,7 +90,8 @@ def engine_command(
     if return_routed_experts:
         switches.append("--enable-return-routed-experts")
     if alone:
-        flags["--chunked-prefill-size"] = -1
+        # Whole prompts. -1 means that too, but RoutedExpertsCapturer (sglang 0.5.23) takes it for a buffer's length.
+        flags["--chunked-prefill-size"] = rollout.max_context_tokens
         switches.append("--disable-radix-cache")
     if device == "cpu":
         flags |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
