@@ -7,11 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from megatron_rl.batch.schedule import plan_microbatches
 from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.network import Network
 from megatron_rl.plan.activations import chunk_bytes, chunks_in_flight, recomputed_bytes
 from megatron_rl.plan.parameters import Chunk, stage_chunks
+from rl_kernels.linear_logprob.chunked import block_columns
 
 FP32 = 4
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -81,10 +84,12 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
     weights, gradients, optimizer = state_bytes(chunks, parallel, element)
     logits = 0
     if chunks[-1].last:
-        # linear_logprob: two float32 buffers of a chunk's logits and, below float32, two in that type; then the
+        # linear_logprob: two float32 buffers of a block of logits and, below float32, two in that type; then the
         # weight's gradient, in float32 and as it is handed on
-        rows, narrow = model.vocab_size // parallel.tp, 0 if element == FP32 else element
-        logits = rows * (config.batch.logprob_chunk_tokens * 2 * (FP32 + narrow) + model.hidden_size * (FP32 + narrow))
+        rows, chunk = model.vocab_size // parallel.tp, config.batch.logprob_chunk_tokens
+        wide = FP32 + (0 if element == FP32 else element)
+        columns = min(rows, block_columns(chunk, torch.device("cuda")))
+        logits = 2 * chunk * columns * wide + rows * model.hidden_size * wide
     return MemoryPlan(
         stage=stage, dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
         expert_parameters=sum(sum(chunk.experts) for chunk in chunks), num_microbatches=num_microbatches,
