@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,7 @@ def chain(config: Config, engine: Engine, phases: Sequence[str], seconds: Mappin
         if phase == "save":  # the step after which the next checkpoint is written
             step = first + SAVE_EVERY - 1
         kill = Kill(phase, step, rank=0 if phase == "reward" else rng.randrange(2),
-                    delay_s=rng.random() * rng.choice(seconds[phase]), everything=rng.random() < 0.5)
+                    delay_s=rng.random() * statistics.median(seconds[phase]), everything=rng.random() < 0.5)
         run_ranks(with_url(with_run(config, resume=True), engine.url()), kill)
         struck = was_killed(config)
         if struck is None:
@@ -174,7 +175,7 @@ def main() -> int:
             seconds = json.loads((folder / "alone" / "phases.json").read_text())
             print(f"{'phase':18}{'kill':70}{'resumed from':14}equal", flush=True)
             for number in range(options.chains):
-                in_background = number % 2 == 1
+                in_background = number % 2 == 0
                 killed = with_run(config, dir=str(folder / f"chain{number}"), async_save=in_background)
                 rows = chain(killed, engine, rng.sample(PHASES, len(PHASES)), seconds, rng)
                 differing = differences(folder / "alone", folder / f"chain{number}")

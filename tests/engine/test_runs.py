@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment
+from megatron_rl.model.checkpoint_files import saved_steps
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.engines import EngineProcess
+from tests.engine.kills import Kill, differences, last_words, run_ranks, was_killed
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +158,30 @@ def test_a_run_killed_in_the_middle_ends_as_if_nothing_had_happened(whole_run, m
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert [timeless(row) for row in rows(run_dir, name)] == [timeless(row) for row in rows(whole_run, name)]
     assert weights_digest(run_dir) == weights_digest(whole_run)
+
+
+def test_killed_while_saving_and_while_training_it_ends_the_same(whole_run, model, engine_url, tmp_path):
+    """With background saves; all phases, many times: make test-kills."""
+    run_dir = tmp_path / "killed"
+    config = load([*SMALL, f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]",
+                   "run.resume=true", "run.async_save=true"])
+    for kill, whole in ((Kill("save", step=1, rank=1), set()), (Kill("optimiser", step=3, everything=True), {2})):
+        run_ranks(config, kill)
+        struck = was_killed(config)
+        assert struck is not None and kill.phase in struck["inside"], last_words(config)
+        assert set(saved_steps(run_dir / "checkpoints")) <= whole
+    assert run_ranks(config, Kill()) == 0, last_words(config)
+    assert differences(whole_run, run_dir) == []
+
+
+def test_a_damaged_checkpoint_is_named_before_anything_starts(whole_run, model, engine_url, tmp_path):
+    run_dir = tmp_path / "damaged"
+    shutil.copytree(whole_run, run_dir)
+    damaged = run_dir / "checkpoints" / "step_00000004" / "rank_00001.safetensors"
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    again = run(f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]", "resume=true")
+    assert again.returncode == 2
+    assert str(damaged) in again.stderr and "resume=true run.resume_from=step_00000002" in again.stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused(whole_run, model, engine_url):
