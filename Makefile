@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=... and VARIANT=cpu|gpu are read by the set-up; ARGS=... goes to pytest.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-kills bench lint clean
+.PHONY: help setup quickstart test test-fast test-layouts test-kills bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -20,6 +20,9 @@ test: setup  ## all tests (starts real engines and several ranks)
 
 test-fast: setup  ## the tests that start neither an engine nor several ranks
 	@$(VENV)/python -m pytest -m "not slow" $(ARGS)
+
+test-layouts: setup  ## one step in every parallel layout against a float64 reference, as a table
+	@$(VENV)/python -m pytest tests/distributed/test_gradients.py tests/distributed/test_convert.py $(ARGS)
 
 test-kills: setup  ## kill -9 in every phase, 21 times, each time resumed: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills

@@ -3,6 +3,9 @@
 from megatron_rl.batch.assemble import StepBatch, assemble
 from megatron_rl.batch.fill import BudgetFill, step_budget
 from megatron_rl.batch.pack import by_sample, lay_out, pack
-from megatron_rl.batch.schedule import plan_microbatches
+from megatron_rl.batch.schedule import common_tokens, plan_microbatches
 
-__all__ = ["BudgetFill", "StepBatch", "assemble", "by_sample", "lay_out", "pack", "plan_microbatches", "step_budget"]
+__all__ = [
+    "BudgetFill", "StepBatch", "assemble", "by_sample", "common_tokens", "lay_out", "pack", "plan_microbatches",
+    "step_budget",
+]

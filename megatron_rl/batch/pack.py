@@ -31,20 +31,29 @@ def microbatch_multiple(cp_size: int, multiple_of: int) -> int:
     return math.lcm(sequence_multiple(cp_size), cp_size * multiple_of)
 
 
-def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, cp_rank: int = 0,
+def packed_tokens(lengths: Sequence[int], *, multiple_of: int, cp_size: int = 1) -> int:
+    """T of a micro-batch of sequences of `lengths` positions, on each context-parallel rank."""
+    unit = microbatch_multiple(cp_size, multiple_of)
+    return max(unit, _ceil(sum(_ceil(length, sequence_multiple(cp_size)) for length in lengths), unit)) // cp_size
+
+
+def _ceil(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple
+
+
+def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, cp_rank: int = 0, min_tokens: int = 0,
          device: torch.device | str = "cpu", experts_shape: tuple[int, int] | None = None) -> PackedMicrobatch:
     """This context-parallel rank's PackedMicrobatch of `samples` (none: padding alone), T a multiple of multiple_of.
 
-    experts_shape: (MoE layers M, experts per token k), when the samples' routed_experts are to be replayed; padding
-    takes the experts 0 .. k-1. Those describe the token that is read, so they are not shifted.
+    min_tokens: a least T, where ranks must agree on one, the packed_tokens of another micro-batch. experts_shape: (MoE
+    layers M, experts per token k), when the samples' routed_experts are to be replayed; padding takes the experts
+    0 .. k-1. Those describe the token that is read, so they are not shifted.
     """
     lengths = [len(sample.token_ids) - 1 for sample in samples]
-    each = sequence_multiple(cp_size)
-    spans = [math.ceil(length / each) * each for length in lengths]
-    unit = microbatch_multiple(cp_size, multiple_of)
-    padding = -sum(spans) % unit or (0 if spans else unit)
-    if padding:
-        spans.append(padding)
+    spans = [_ceil(length, sequence_multiple(cp_size)) for length in lengths]
+    tokens = max(min_tokens, packed_tokens(lengths, multiple_of=multiple_of, cp_size=cp_size))
+    if tokens * cp_size > sum(spans):
+        spans.append(tokens * cp_size - sum(spans))
     positions = [_positions(span, cp_size, cp_rank) for span in spans]
     starts = np.cumsum([0, *lengths])  # of each sequence among the real positions; the last is that of padding
     source = torch.from_numpy(np.concatenate([

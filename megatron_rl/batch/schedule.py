@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from megatron_rl.batch.pack import microbatch_multiple, sequence_multiple
+from megatron_rl.batch.pack import microbatch_multiple, packed_tokens, sequence_multiple
 
 
 def plan_microbatches(lengths: Sequence[int], *, dp_size: int, tokens_per_microbatch: int, cp_size: int = 1,
@@ -44,6 +44,13 @@ def plan_microbatches(lengths: Sequence[int], *, dp_size: int, tokens_per_microb
         if bins is not None:
             return _deal(bins, costs, dp_size, per_rank)
         per_rank += 1
+
+
+def common_tokens(plan: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], *, multiple_of: int,
+                  cp_size: int) -> list[int]:
+    """T of each micro-batch where all ranks need the same one at a time, as the all-gather token dispatcher does."""
+    return [max(packed_tokens([lengths[i] for i in members], multiple_of=multiple_of, cp_size=cp_size)
+                for members in row) for row in zip(*plan, strict=True)]
 
 
 def _fill(order, lengths, costs, num_bins: int, cap: int) -> list[list[int]] | None:

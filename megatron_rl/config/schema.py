@@ -72,7 +72,8 @@ class ParallelConfig:
     sequence_parallel None means: on when tp > 1 (Megatron refuses MoE under TP without it). cp cuts every sequence
     over that many ranks; each holds the keys and values of the whole micro-batch while a layer computes. overlap:
     gradients are reduced while the backward pass goes on. token_dispatcher: how tokens reach their experts' ranks;
-    allgather sends every token to all of them, which suits an ep not above the experts that a token chooses.
+    allgather sends every token to all of them, which suits an ep not above the experts that a token chooses,
+    and pads the ranks' micro-batches to one length.
     """
 
     world_size: int = 1
@@ -99,6 +100,9 @@ class ParallelConfig:
         require(not (self.tp > 1 and self.sequence_parallel is False),
                 f"parallel.sequence_parallel=false with parallel.tp={self.tp}: "
                 "Megatron trains MoE under tensor parallelism with sequence parallelism only; leave it unset")
+        require(self.token_dispatcher == "alltoall" or self.pp == 1,
+                f"parallel.token_dispatcher=allgather with parallel.pp={self.pp}: Megatron sends micro-batches of "
+                "varying length between stages with alltoall only")
         require(self.vpp is None or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp > 1")
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from c3po import StepTotals
-from megatron_rl.batch import StepBatch, pack, plan_microbatches
+from megatron_rl.batch import StepBatch, common_tokens, pack, plan_microbatches
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
@@ -43,14 +43,17 @@ def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology
                         experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
     """This rank's micro-batches of `samples`; every rank gets equally many. experts_shape as in pack()."""
     parallel, cp_size = config.parallel, topology.cp_size
+    lengths = [len(sample.token_ids) - 1 for sample in samples]
     plan = plan_microbatches(
-        [len(sample.token_ids) - 1 for sample in samples], dp_size=topology.dp_size, cp_size=cp_size,
+        lengths, dp_size=topology.dp_size, cp_size=cp_size,
         tokens_per_microbatch=config.batch.tokens_per_microbatch, align=parallel.token_multiple,
         multiple_of=parallel.pp if parallel.vpp else 1,
         attention_tokens=attention_balance_tokens(dataclasses.asdict(network)))
-    return [pack([samples[i] for i in members], multiple_of=parallel.token_multiple, cp_size=cp_size,
-                 cp_rank=topology.cp_rank, device=topology.device, experts_shape=experts_shape)
-            for members in plan[topology.dp_rank]]
+    align = {"multiple_of": parallel.token_multiple, "cp_size": cp_size}
+    least = common_tokens(plan, lengths, **align) if parallel.token_dispatcher == "allgather" else [0] * len(plan[0])
+    return [pack([samples[i] for i in members], **align, cp_rank=topology.cp_rank, min_tokens=tokens,
+                 device=topology.device, experts_shape=experts_shape)
+            for members, tokens in zip(plan[topology.dp_rank], least, strict=True)]
 
 
 class PolicyLearner:

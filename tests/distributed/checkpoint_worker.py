@@ -45,10 +45,11 @@ class Trainer:
         self.checkpoints = Checkpoints(run, self.policy, self.optimizer, self.here)
         self.exporter = Exporter(self.policy, self.here)
         self._step = TrainStep(self.policy, self.optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
+        self._layout = case.layout
         self._data: cases.Step = torch.load(data / "step.pt", weights_only=False)
 
     def update(self) -> None:
-        batches = microbatches_of(self._data, self.here, 2)
+        batches = microbatches_of(self._data, self.here, self._layout, 2)
         _, counts = self._step.count_routing(batches)
         self._step.update(batches, token_loss, lr=cases.LEARNING_RATE, balance_coef=cases.BALANCE_COEF,
                           z_loss_coef=cases.Z_LOSS_COEF, counts=counts)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 import tests.distributed.cases as cases
 from tests.distributed.networks import NETWORKS, WrittenNetwork
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
+from tests.distributed.table import RED, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 240
+TIMEOUT_S = 280
 
 
 @dataclass
@@ -30,14 +31,15 @@ class Layouts:
     start: dict[str, torch.Tensor]
     configs: dict[bool, dict]
     reference: Reference
-    _results: dict[str, dict] = field(default_factory=dict)
+    results: dict[str, dict] = field(default_factory=dict)
     _networks: dict[str, WrittenNetwork] = field(default_factory=dict)
     _network_results: dict[str, dict] = field(default_factory=dict)
+    _failed: dict[tuple[str, int], str] = field(default_factory=dict)  # so that a failure is waited for once
 
     def __getitem__(self, layout: str) -> dict:
-        if layout not in self._results:
-            self._run("step", layout, self._results, "{}.pt")
-        return self._results[layout]
+        if layout not in self.results:
+            self._run("step", layout, self.results, "{}.pt")
+        return self.results[layout]
 
     def networks(self, layout: str) -> dict[str, dict]:
         """What the layout made of each of NETWORKS that it can hold."""
@@ -57,7 +59,13 @@ class Layouts:
         """Run `what` in all layouts of the given one's world size, in one start of the worker."""
         world_size = cases.LAYOUTS[layout]["world_size"]
         names = [name for name, sizes in cases.LAYOUTS.items() if sizes["world_size"] == world_size]
-        run_worker(("tests.distributed.worker", what), self.folder, world_size, names)
+        if (what, world_size) in self._failed:
+            pytest.fail(self._failed[what, world_size], pytrace=False)
+        try:
+            run_worker(("tests.distributed.worker", what), self.folder, world_size, names)
+        except pytest.fail.Exception as failure:
+            self._failed[what, world_size] = str(failure)
+            raise
         for name in names:
             results[name] = torch.load(self.folder / file.format(name))
 
@@ -73,8 +81,20 @@ def run_worker(worker: tuple[str, ...], folder: Path, world_size: int, layouts: 
         pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)
 
 
+_TABLE = pytest.StashKey[Layouts]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """After the tests: the errors of all layouts that were run."""
+    layouts = config.stash.get(_TABLE, None)
+    if layouts is not None and layouts.results:
+        terminalreporter.section("layouts against the float64 reference")
+        for line in table(layouts.results, layouts.reference):
+            terminalreporter.write_line(line, red=RED in line)
+
+
 @pytest.fixture(scope="session")
-def layouts(tmp_path_factory) -> Layouts:
+def layouts(tmp_path_factory, pytestconfig) -> Layouts:
     folder = tmp_path_factory.mktemp("layouts")
     models = cases.write_models(folder)
     configs = {norm_head: json.loads((path / "config.json").read_text()) for norm_head, path in models.items()}
@@ -82,4 +102,6 @@ def layouts(tmp_path_factory) -> Layouts:
     step = cases.draw_sequences()
     fill_logprobs(step, {name: tensor.double() for name, tensor in start.items()}, configs[True])
     torch.save(step, folder / "step.pt")
-    return Layouts(folder, step, start, configs, reference_step(step, start, configs[True]))
+    found = Layouts(folder, step, start, configs, reference_step(step, start, configs[True]))
+    pytestconfig.stash[_TABLE] = found
+    return found

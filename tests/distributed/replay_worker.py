@@ -36,7 +36,7 @@ def recorded(runner: Runner, batches: list) -> list[torch.Tensor]:
 
 def record_and_replay(runner: Runner, folder: Path) -> dict:
     """Experts recorded under the first weights, the gradient when they are replayed under later ones."""
-    batches = microbatches_of(runner.step, runner.here, cases.UPDATE_MICROBATCHES)
+    batches = microbatches_of(runner.step, runner.here, runner.layout, cases.UPDATE_MICROBATCHES)
     _, counts = runner.train_step.count_routing(batches, record=True)
     experts = recorded(runner, batches)
     load_hf(runner.policy, runner.here, folder / "later")
@@ -92,7 +92,7 @@ def refused(runner: Runner, name: str) -> bool:
     """Whether some rank's check of its records fails under this fault; it comes after all communication."""
     failed = False
     with fault(name):
-        batches = microbatches_of(runner.step, runner.here, max(COUNTS))
+        batches = microbatches_of(runner.step, runner.here, runner.layout, max(COUNTS))
         try:
             runner.train_step.backward(batches, token_loss, balance_coef=0.0, z_loss_coef=0.0, counts=None)
         except AssertionError as error:
@@ -100,11 +100,11 @@ def refused(runner: Runner, name: str) -> bool:
     return any(runner.here.gather_objects(failed))
 
 
-def run_layout(folder: Path, layout: str) -> None:
+def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     given = torch.load(folder / "given.pt", weights_only=False)
     result: dict = {"given": {}, "recorded": {}}
     for recompute in ("none", "full"):
-        runner = Runner(folder, layout, distributed_optimizer=False, recompute=recompute)
+        runner = Runner(folder, layout, here, distributed_optimizer=False, recompute=recompute)
         result["recorded"][recompute] = record_and_replay(runner, folder)
         runner.step = given
         result["given"][recompute] = {count: runner.gradients(count) for count in COUNTS}
@@ -112,8 +112,7 @@ def run_layout(folder: Path, layout: str) -> None:
             result["shared"] = shared(runner, given)
             result["report"] = runner.update(cases.UPDATE_MICROBATCHES)["sums"]
             result["refused"] = {name: refused(runner, name) for name in ("none", "skipped", "stale")}
-        topology.stop(keep_processes=True)
-    if runner.here.is_main:
+    if here.is_main:
         torch.save(result, folder / f"{layout}.pt")
 
 

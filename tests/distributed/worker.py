@@ -21,32 +21,38 @@ import torch
 import tests.distributed.cases as cases
 from c3po import c3po_loss
 from megatron_rl import topology
-from megatron_rl.batch import by_sample, lay_out, pack, plan_microbatches
+from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.model.hf_folder import write_hf_folder
-from megatron_rl.train_step.loss_scaling import LossScaling
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
+from tests.distributed.mutations import BREAK
 from tests.distributed.networks import CHECKPOINT, SERVED, networks_in
 
+Run = Callable[[Path, str, topology.Topology], None]
 
-def microbatches_of(step: cases.Step, here: topology.Topology, count: int) -> list:
+
+def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, count: int) -> list:
     """This rank's packed micro-batches, with the step's old and reference log-probabilities laid along."""
     samples = [TrainSample(index, step.token_ids[index], step.loss_mask[index], step.old_logprobs[index],
                            step.advantages[index], int(step.loss_mask[index].sum()),
                            None if step.routed_experts is None else step.routed_experts[index])
                for index in range(len(step.token_ids))]
-    plan = plan_microbatches(step.lengths, dp_size=here.dp_size, tokens_per_microbatch=cases.TOKEN_CAP,
-                             min_microbatches=count)
+    plan = plan_microbatches(
+        step.lengths, dp_size=here.dp_size, tokens_per_microbatch=cases.TOKEN_CAP, cp_size=here.cp_size,
+        align=cases.PACK_MULTIPLE, min_microbatches=count, multiple_of=cases.microbatch_multiple(layout))
+    align = {"multiple_of": cases.PACK_MULTIPLE, "cp_size": here.cp_size}
+    equal = "token_dispatcher" in cases.LAYOUTS[layout]
+    least = common_tokens(plan, step.lengths, **align) if equal else [0] * len(plan[0])
     packed = []
-    for members in plan[here.dp_rank]:
-        batch = pack([samples[index] for index in members], multiple_of=cases.PACK_MULTIPLE,
-                     cp_size=here.cp_size, cp_rank=here.cp_rank,
-                     experts_shape=None if step.routed_experts is None else step.routed_experts[0].shape[1:])
+    shape = None if step.routed_experts is None else step.routed_experts[0].shape[1:]
+    for members, tokens in zip(plan[here.dp_rank], least, strict=True):
+        batch = pack([samples[index] for index in members], **align, cp_rank=here.cp_rank, min_tokens=tokens,
+                     experts_shape=shape)
         for name in ("old_logprobs", "ref_logprobs"):
             arrays = [getattr(step, name)[index][1:] for index in members]
             setattr(batch, name, lay_out(batch.source, arrays, dtype=np.float32))
@@ -62,13 +68,13 @@ def token_loss(batch, logprobs_T, entropy_T):
 class Runner:
     """The policy of one layout, freshly loaded, and what can be asked of it."""
 
-    def __init__(self, folder: Path, layout: str, *, distributed_optimizer: bool, overlap: bool = False,
-                 recompute: str = "none", checkpoint: str = "norm_head_True", temperature: float = cases.TEMPERATURE):
+    def __init__(self, folder: Path, layout: str, here: topology.Topology, *, distributed_optimizer: bool,
+                 overlap: bool = False, recompute: str = "none", checkpoint: str = "norm_head_True",
+                 temperature: float = cases.TEMPERATURE):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
         checkpoint = folder / checkpoint
-        self.temperature = temperature
-        self.here = topology.start(parallel, seed=0)
+        self.here, self.layout, self.temperature = here, layout, temperature
         self.policy = build_policy(read_config(checkpoint), ModelConfig(path=str(checkpoint), recompute=recompute),
                                    parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
@@ -83,9 +89,10 @@ class Runner:
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.exporter()}
 
-    def gradients(self, count: int, mutation: str = "none") -> dict[str, torch.Tensor]:
+    def gradients(self, count: int, *, counting_pass: bool = True) -> dict[str, torch.Tensor]:
         """The step's gradients under their Hugging Face names, on rank 0: main_grad exported as if it were weights."""
-        return self.gradients_of(*self._counted(count, mutation))
+        batches, counts = self._counted(count)
+        return self.gradients_of(batches, counts if counting_pass else None)
 
     def gradients_of(self, batches: list, counts: dict[int, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
@@ -101,7 +108,7 @@ class Runner:
 
     def update(self, count: int) -> dict:
         """Weights after one optimiser step, the step's report, and the names whose replicas differ between ranks."""
-        batches, counts = self._counted(count, "none")
+        batches, counts = self._counted(count)
         result = self.train_step.update(batches, token_loss, lr=cases.LEARNING_RATE, balance_coef=cases.BALANCE_COEF,
                                         z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
         return {"weights": self.weights(), "gauges": dict(result.gauges), "differing_replicas": self._replicas(),
@@ -110,7 +117,7 @@ class Runner:
     def logprobs(self, *, norm_head: bool) -> dict[int, torch.Tensor]:
         """fp32 [L-1] of every sequence by its index: what the context-parallel ranks of the last stage hold, added."""
         policy = replace(self.policy, config=replace(self.policy.config, norm_head=norm_head))
-        batches = microbatches_of(self.step, self.here, 2)
+        batches = microbatches_of(self.step, self.here, self.layout, 2)
         found = {}
         outputs = self._train_step(policy, None).logprobs(batches)
         for batch, logprobs_T in zip(batches if outputs else [], outputs, strict=True):
@@ -121,13 +128,10 @@ class Runner:
                 whole[index] = whole[index] + value if index in whole else value
         return whole
 
-    def _counted(self, count: int, mutation: str):
-        batches = microbatches_of(self.step, self.here, count)
-        if mutation == "padding_is_real":
-            for batch in batches:
-                batch.real[:] = True
+    def _counted(self, count: int):
+        batches = microbatches_of(self.step, self.here, self.layout, count)
         _, counts = self.train_step.count_routing(batches)
-        return batches, None if mutation == "load_of_each_microbatch" else counts
+        return batches, counts
 
     def _replicas(self) -> list[str]:
         """Names of parameters whose copies on different ranks are not equal bit for bit."""
@@ -142,100 +146,73 @@ class Runner:
         return sorted(key[0] for key, digests in seen.items() if len(digests) > 1)
 
 
-def mutate(mutation: str, runner: Runner) -> None:
-    """Break one factor of the step, for the tests that must then see a difference."""
-    outputs = LossScaling.megatron_outputs
-
-    if mutation == "loss_without_microbatches":
-        LossScaling.megatron_outputs = lambda s, loss, m: outputs(replace(s, num_microbatches=1), loss, m)
-    elif mutation == "loss_without_dp":
-        LossScaling.megatron_outputs = lambda s, loss, m: outputs(replace(s, dp_cp_size=1), loss, m)
-    elif mutation == "router_scale_without_microbatches":
-        LossScaling.router_scale = property(lambda s: s.dp_cp_size / s.cp_size)
-    elif mutation == "router_scale_without_dp":
-        LossScaling.router_scale = property(lambda s: s.num_microbatches / s.cp_size)
-    elif mutation == "norm_gradient_of_own_tokens":
-        for gpt in runner.policy.gpt_models:
-            for name, parameter in gpt.named_parameters():
-                if "layernorm" in name:
-                    parameter.sequence_parallel = False
-    elif mutation not in ("padding_is_real", "load_of_each_microbatch"):
-        raise ValueError(f"unknown mutation {mutation!r}")
-
-
-def run_layout(folder: Path, layout: str) -> None:
+def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     """All cases of one layout; rank 0 saves them as LAYOUT.pt."""
     result: dict = {"gradients": {}, "mutated": {}, "updated": {}}
-    runner = Runner(folder, layout, distributed_optimizer=False)
+    runner = Runner(folder, layout, here, distributed_optimizer=False)
     result["loaded"] = {name: cases.sha256(tensor) for name, tensor in runner.exporter()}
     result["logprobs"] = {norm_head: runner.logprobs(norm_head=norm_head) for norm_head in (True, False)}
-    for count in cases.microbatch_counts(layout):
+    for count in cases.MICROBATCHES:
         result["gradients"][count] = runner.gradients(count)
     result["after_gradients"] = {name: cases.sha256(tensor) for name, tensor in runner.exporter()}
     result["updated"]["plain"] = runner.update(cases.UPDATE_MICROBATCHES)
     load_hf(runner.policy, runner.here, folder / "norm_head_True")
-    if 1 in cases.microbatch_counts(layout):
-        result["without_counting_pass"] = runner.gradients(1, "load_of_each_microbatch")
+    if cases.microbatch_multiple(layout) == 1:
+        result["without_counting_pass"] = runner.gradients(1, counting_pass=False)
     for mutation in cases.mutations(layout):
-        original = LossScaling.megatron_outputs, LossScaling.router_scale
-        mutate(mutation, runner)
-        result["mutated"][mutation] = runner.gradients(cases.UPDATE_MICROBATCHES, mutation)
-        LossScaling.megatron_outputs, LossScaling.router_scale = original
-    topology.stop(keep_processes=True)
-
+        with BREAK[mutation](runner):
+            result["mutated"][mutation] = runner.gradients(cases.UPDATE_MICROBATCHES)
     for variant, options in cases.VARIANTS.items():
-        runner = Runner(folder, layout, **options)
-        result["updated"][variant] = runner.update(cases.UPDATE_MICROBATCHES)
-        topology.stop(keep_processes=True)
-    if runner.here.is_main:
+        result["updated"][variant] = Runner(folder, layout, here, **options).update(cases.UPDATE_MICROBATCHES)
+    if here.is_main:
         torch.save(result, folder / f"{layout}.pt")
 
 
-def run_networks(folder: Path, layout: str) -> None:
+def run_networks(folder: Path, layout: str, here: topology.Topology) -> None:
     """The networks of networks.py in one layout: what came back of the checkpoint, log-probabilities, gradients and a
     step; rank 0 saves them as LAYOUT.networks.pt."""
     results = {}
     for name in networks_in(layout):
-        runner = Runner(folder / name, layout, distributed_optimizer=False, checkpoint=CHECKPOINT)
+        runner = Runner(folder / name, layout, here, distributed_optimizer=False, checkpoint=CHECKPOINT)
         results[name] = {"loaded": {key: cases.sha256(tensor) for key, tensor in runner.exporter()},
                          "logprobs": runner.logprobs(norm_head=runner.policy.config.norm_head),
                          "gradients": runner.gradients(cases.UPDATE_MICROBATCHES),
                          "updated": runner.update(cases.UPDATE_MICROBATCHES)}
-        topology.stop(keep_processes=True)
-    if runner.here.is_main:
+    if here.is_main:
         torch.save(results, folder / f"{layout}.networks.pt")
 
 
-def run_rank(rank: int, run: Callable[[Path, str], None], folder: Path, world_size: int, port: int,
-             layouts: list[str]) -> None:
+def run_rank(rank: int, run: Run, folder: Path, world_size: int, port: int, layouts: list[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     for layout in layouts:
-        run(folder, layout)
+        here = topology.start(ParallelConfig(**cases.LAYOUTS[layout]), seed=0)
+        run(folder, layout, here)
+        topology.stop(keep_processes=True)
     topology.stop()
 
 
-def run_exports(folder: Path, layout: str) -> None:
+def run_exports(folder: Path, layout: str, here: topology.Topology) -> None:
     """What an engine is to serve: SERVED exported from the layout to folder/NAME/export, and their log-probabilities
     at temperature 1 in LAYOUT.exports.pt."""
     logprobs = {}
     for name in SERVED:
-        runner = Runner(folder / name, layout, distributed_optimizer=False, checkpoint=CHECKPOINT, temperature=1.0)
+        runner = Runner(folder / name, layout, here, distributed_optimizer=False, checkpoint=CHECKPOINT,
+                        temperature=1.0)
         logprobs[name] = runner.logprobs(norm_head=runner.policy.config.norm_head)
         tensors = runner.weights()
-        if runner.here.is_main:
+        if here.is_main:
             source = folder / name / CHECKPOINT
-            write_hf_folder(folder / name / "export", json.loads((source / "config.json").read_text()), tensors.items(),
-                            tokenizer_from=source)
-        topology.stop(keep_processes=True)
-    if runner.here.is_main:
+            write_hf_folder(folder / name / "export", json.loads((source / "config.json").read_text()),
+                            tensors.items(), tokenizer_from=source)
+    if here.is_main:
         torch.save(logprobs, folder / f"{layout}.exports.pt")
 
 
 RUNS = {"step": run_layout, "networks": run_networks, "exports": run_exports}
 
 
-def main(run: Callable[[Path, str], None], folder: str, world_size: str, *layouts: str) -> None:
+def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:
     """`run` in each layout on world_size forked ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

