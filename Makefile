@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=... and VARIANT=cpu|gpu are read by the set-up; ARGS=... goes to pytest.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-layouts test-kills bench lint clean
+.PHONY: help setup quickstart test test-fast test-layouts test-kills test-faults bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -26,6 +26,9 @@ test-layouts: setup  ## one step in every parallel layout against a float64 refe
 
 test-kills: setup  ## kill -9 in every phase, 21 times, each time resumed: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills
+
+test-faults: setup  ## two engines, six kinds of faults at ten moments each: a table of recovery times (minutes)
+	@FAULT_SEEDS=10 $(VENV)/python -m pytest -s tests/engine/test_faults.py
 
 bench: setup  ## run every benchmark, print ours, anchor, ratio, limit (ARGS=--quick smoke, ARGS=--stored last results)
 	@$(VENV)/python -m benchmarks $(ARGS)

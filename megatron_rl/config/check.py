@@ -53,9 +53,9 @@ def _check_collector(config: Config) -> None:
         require(algo.order == "groups", "rollout.collector=budgeted needs c3po.order=groups: the reward of every "
                 "response of a group is needed for its advantages, so whole groups must come first in the order")
     stale = (rollout.collector == "async" and rollout.max_staleness > 0) or rollout.collector == "partial"
-    require(not (stale and algo.mismatch == "none"),
+    require(not stale or algo.corrects_mismatch,
             f"rollout.collector={rollout.collector} trains on tokens of older weights (rollout.max_staleness, "
-            "rollout.retention_steps), which c3po.mismatch must correct for: use c3po.mismatch=tis or icepop")
+            "rollout.retention_steps), which must be corrected for: set c3po.mismatch, for example to icepop")
 
 
 def _check_budget(config: Config) -> None:

@@ -58,8 +58,12 @@ class RolloutConfig:
     order fill c3po.phi (needs c3po.order=groups); `partial` samples budget_tokens per step (None: Phi of the step)
     in slices of slice_tokens and carries unfinished responses on, for retention_steps at most; `async` samples up
     to max_staleness steps ahead while the trainer trains.
+    environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most
+    max_turns - 1 times per response; all turns and answers together have max_response_tokens.
     overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
     concurrency: requests in flight over all engines.
+    probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
+    trainer's after a publish before the engine is left out; None only logs the difference (sync/probe_max_abs).
     """
 
     collector: Literal["sync", "budgeted", "partial", "async"] = "sync"
@@ -70,6 +74,9 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    environment: str | None = None
+    max_turns: int = 8
+    environment_timeout_s: float = 10.0
     overprovision: float = 1.25
     budget_tokens: int | None = None
     slice_tokens: int = 256
@@ -80,12 +87,13 @@ class RolloutConfig:
     retries: int = 3
     publish: Literal["tensor", "broadcast", "disk"] = "tensor"
     verify_checksums: bool = True
+    probe_tolerance: float | None = None
     bucket_bytes: int = 512 * 1024 * 1024
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
         for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency", "slice_tokens",
-                     "retention_steps"):
+                     "retention_steps", "max_turns"):
             require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
@@ -96,6 +104,11 @@ class RolloutConfig:
         require(self.budget_tokens is None or self.budget_tokens >= 1,
                 f"rollout.budget_tokens={self.budget_tokens} must be at least 1 token")
         require(self.max_staleness >= 0, f"rollout.max_staleness={self.max_staleness} must not be negative")
+        require(self.environment_timeout_s > 0,
+                f"rollout.environment_timeout_s={self.environment_timeout_s} must be positive")
+        require(not (self.collector == "partial" and self.environment),
+                f"rollout.environment={self.environment} with rollout.collector=partial: turns are not carried from "
+                "step to step; use another collector")
         require(not (self.collector == "partial" and self.stop),
                 "rollout.stop with rollout.collector=partial: a stop string that a slice cuts in two would not be "
                 "seen; end responses by the tokenizer's end-of-text token")

@@ -269,11 +269,18 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    """Where metrics go besides metrics.jsonl, which is always written."""
+    """Where metrics go besides metrics.jsonl, which is always written.
+
+    mismatch_alarm: mean difference of engine and trainer log-probabilities, in nats, above which a step warns.
+    """
 
     wandb: Literal["offline", "online", "off"] = "offline"
     project: str = "megatron_rl"
     progress: bool = True
+    mismatch_alarm: float = 0.05
+
+    def __post_init__(self):
+        require(self.mismatch_alarm > 0, f"observe.mismatch_alarm={self.mismatch_alarm} must be positive")
 
 
 @dataclass(frozen=True)

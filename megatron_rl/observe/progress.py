@@ -40,6 +40,7 @@ class RunProgress:
         self._started = time.monotonic()
         self._printed: float | None = None
         self._bar: Progress | None = None
+        self._warned = False
 
     def __enter__(self) -> RunProgress:
         self._started = time.monotonic()
@@ -53,7 +54,11 @@ class RunProgress:
         return self
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows that `step` steps are done."""
+        """Shows that `step` steps are done, and warns once when mismatch/alarm is set."""
+        if metrics.get("mismatch/alarm") and not self._warned:
+            self._warned = True
+            self.console.print(Text(f"step {step}: engine and trainer disagree on log-probabilities "
+                                    "(mismatch/mean_abs); trainer.log says more", style="red"), soft_wrap=True)
         self._values.update({name: metrics[name] for name, _, _ in SHOWN if name in metrics})
         if not self.enabled:
             return

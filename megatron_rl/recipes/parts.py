@@ -7,49 +7,64 @@ with the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_rl.batch import StepBatch
 from megatron_rl.config.schema import Config
-from megatron_rl.model.config import DTYPES
-from megatron_rl.model.convert import Exporter
 from megatron_rl.model.network import Network
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
+from megatron_rl.observe.alarm import mismatch_alarm
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.routing import without_routed_experts
 from megatron_rl.recipes.serving import HeldOut, Serving, style
-from megatron_rl.rollout.client import EngineClient
+from megatron_rl.recipes.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Collector, Ledger
-from megatron_rl.sync.publish import BroadcastPublisher, DiskPublisher, Publisher, PublishReport, TensorPublisher
-from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
 from megatron_rl.topology import Topology
 from megatron_rl.types import Finish, RolloutGroup, StepResult, SumCount
 
+CATCH_UP_POLL_S = 0.1
+
 
 class BroadcastRollouts:
-    """loop.Rollouts: rank 0 collects, everybody receives. serving and collector are None on other ranks."""
+    """loop.Rollouts: rank 0 collects, everybody receives. serving and collector are None on other ranks.
 
-    def __init__(self, topology: Topology, serving: Serving | None, collector: Collector | None):
-        self._topology, self._serving, self._collector = topology, serving, collector
+    An engine that comes back meanwhile gets the current weights from all ranks, which would otherwise only wait.
+    """
+
+    def __init__(self, topology: Topology, weights: PublishedWeights, serving: Serving | None,
+                 collector: Collector | None):
+        self._topology, self._weights, self._serving, self._collector = topology, weights, serving, collector
         self._ledger, self._rounds = Ledger(), 0
 
     def collect(self, step: int, round_: int) -> list[RolloutGroup]:
-        if not self._topology.is_main:
-            return self._topology.broadcast_object(None)
-        groups = self._collect(step, round_)
-        self._topology.broadcast_object(without_routed_experts(groups))
-        return groups
-
-    def _collect(self, step: int, round_: int) -> list[RolloutGroup]:
-        groups, ledger = self._serving.background.run(self._collector.collect(step, round_))
+        collecting = None
+        if self._topology.is_main:
+            collecting = self._serving.background.submit(self._collector.collect(step, round_))
+        while (shared := self._topology.broadcast_object(self._next(collecting))) is None:
+            self._weights.catch_up()
+        if collecting is None:
+            return shared
+        groups, ledger = collecting.result()
         self._ledger, self._rounds = self._ledger.then(ledger) if round_ else ledger, round_ + 1
         return groups
+
+    def _next(self, collecting: Future | None) -> list[RolloutGroup] | None:
+        """On rank 0, what all ranks do next: go on with these groups, or (None) let an engine catch up."""
+        if collecting is None:
+            return None
+        try:
+            while not wait([collecting], timeout=CATCH_UP_POLL_S).done:
+                if self._serving.fleet.behind():
+                    return None
+        except BaseException:
+            collecting.cancel()
+            raise
+        return without_routed_experts(collecting.result()[0])
 
     def metrics(self) -> dict[str, float]:
         """The account of the step that was last collected; rank 0 only."""
@@ -69,51 +84,6 @@ class BroadcastRollouts:
             self._collector.load_state_dict(state)
 
 
-class PublishedWeights:
-    """loop.Weights: all ranks stream their shards, rank 0 sends them on and has the engines prove what they hold."""
-
-    def __init__(self, exporter: Exporter, topology: Topology, *, serving: Serving | None, publisher: Publisher | None,
-                 expected: ExpectedChecksums | None, clients: Sequence[EngineClient]):
-        self._exporter, self._topology, self._serving = exporter, topology, serving
-        self._publisher, self._expected, self._clients = publisher, expected, clients
-        self.report: PublishReport | None = None
-
-    def publish(self, version: int) -> None:
-        """Raises WeightMismatchError when an engine's checksums are not those of the tensors that were sent."""
-        tensors = self._exporter()
-        if self._publisher is None:
-            for _ in tensors:
-                pass
-        else:
-            urls = [client.base_url for client in self._clients]
-            watched = tensors if self._expected is None else self._expected.watch(tensors)
-            self._serving.tell(self._serving.fleet.updating, version, urls)
-            self.report = self._publisher.publish(watched, version)
-            if self._expected is not None:
-                verify_engines(self._clients, self._expected)
-            self._serving.tell(self._serving.fleet.published, version, urls, {})
-        self._topology.barrier()
-
-
-def build_publisher(config: Config, clients: Sequence[EngineClient], device: torch.device) -> Publisher:
-    """The transport that rollout.publish names."""
-    shared = {"bucket_bytes": config.rollout.bucket_bytes}
-    if config.rollout.publish == "tensor":
-        return TensorPublisher(clients, **shared)
-    if config.rollout.publish == "broadcast":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        return BroadcastPublisher(clients, **shared, backend=backend, device=device)
-    return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)
-
-
-def build_expected(config: Config, network: Network) -> ExpectedChecksums | None:
-    """What verifies a publish, or None (rollout.verify_checksums=false)."""
-    if not config.rollout.verify_checksums:
-        return None
-    dtype = config.rollout.engine.dtype or config.model.dtype
-    return ExpectedChecksums(asdict(network), engine_dtype=DTYPES[dtype])
-
-
 class RunRecord:
     """loop.Record: metrics, evaluation and checkpoints. Metrics and evaluation act on rank 0 alone."""
 
@@ -131,14 +101,14 @@ class RunRecord:
         if self._log is None:
             return
         metrics = {**rollout_metrics(groups, version=step), **self._rollouts.metrics(),
-                   **budget_metrics(groups, batches), **update_metrics(results), **seconds,
-                   "sync/version": self._weights.report.version, "sync/bytes": self._weights.report.bytes}
+                   **budget_metrics(groups, batches), **update_metrics(results), **self._weights.metrics(), **seconds}
         metrics |= {"tokens_per_s/rollout": metrics["rollout/generated_tokens"] / seconds["time/generate"],
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
                     / (seconds["time/logprobs"] + seconds["time/train"])}
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
         flops = train_flops(self._sizes, lengths)
         metrics["flops/model_tflops_per_s"] = flops / seconds["time/train"] / 1e12
+        metrics |= mismatch_alarm(step + 1, metrics, self._config.observe.mismatch_alarm)
         self._log.log(step + 1, metrics)
 
     def evaluate(self, step: int, label: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_rl import loop, topology
@@ -20,9 +20,11 @@ from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.learner import PolicyLearner
-from megatron_rl.recipes.parts import BroadcastRollouts, PublishedWeights, RunRecord, build_expected, build_publisher
+from megatron_rl.recipes.parts import BroadcastRollouts, RunRecord
+from megatron_rl.recipes.probe import Probe
 from megatron_rl.recipes.routing import engine_routing
 from megatron_rl.recipes.serving import HeldOut, Serving, build_collector, engine_clients, load_tokenizer, prompt_source
+from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
 from megatron_rl.reward import RewardPool
 
 
@@ -64,13 +66,12 @@ def build_run(config: Config) -> Iterator[RunParts]:
     with contextlib.ExitStack() as stack:
         main = MainRank(config, here, stack, log_until=log_until(config, state)) if here.is_main else None
         serving = main.serving if main else None
-        rollouts = BroadcastRollouts(here, serving, main.collector if main else None)
+        probe = Probe(learner, config, here)
+        weights = PublishedWeights(learner.exporter, here, probe, main.channel(probe) if main else None)
+        rollouts = BroadcastRollouts(here, weights, serving, main.collector if main else None)
         if state is not None:
             learner.load_state_dict(state)
             rollouts.load_state_dict(state["rollouts"])
-        weights = PublishedWeights(learner.exporter, here, serving=serving,
-                                   publisher=main.publisher if main else None,
-                                   expected=main.expected if main else None, clients=main.clients if main else ())
 
         def save(step: int) -> None:
             checkpoints.save(step, learner.state_dict(), rollouts.state_dict())
@@ -97,10 +98,14 @@ class MainRank:
             PromptSampler(source, config.run.seed, shuffle=config.data.shuffle))
         self.clients = engine_clients(config)
         self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
-        self.expected = build_expected(config, read_config(config.model.path))
         self.held_out = HeldOut(config, self.serving, tokenizer, rewards)
         self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
                                                   resume_step=log_until))
+        self._config = config
+
+    def channel(self, probe: Probe) -> Channel:
+        return Channel(self._config, asdict(read_config(self._config.model.path)), self.serving, self.clients,
+                       self.publisher, probe.token_ids)
 
 
 def log_until(config: Config, state: dict | None) -> int | None:

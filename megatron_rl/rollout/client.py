@@ -158,14 +158,14 @@ class EngineClient:
             return False
         return True
 
-    async def input_logprobs(self, input_ids: Sequence[int], *, rid: str, temperature: float) -> np.ndarray:
-        """Log-probability of each token but the first, given those before it, fp32 [L - 1]."""
+    async def input_logprobs(self, input_ids: Sequence[int], *, rid: str) -> np.ndarray:
+        """Log-probability of each token but the first, given those before it, fp32 [L - 1], at temperature 1."""
         answer = await self._post(
             "/generate",
             {
                 "rid": rid,
                 "input_ids": list(input_ids),
-                "sampling_params": {"temperature": temperature, "max_new_tokens": 1},
+                "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
                 "return_logprob": True,
                 "logprob_start_len": 0,
             },

@@ -128,6 +128,9 @@ class Fleet:
         return sum(member.reachable and member.version == self._version and not member.quarantined
                    for member in self._members)
 
+    def answering(self) -> list[str]:
+        return [member.client.base_url for member in self._members if member.reachable]
+
     def behind(self) -> list[str]:
         """URLs of engines that answer but do not hold the newest weights, and are not resting."""
         if self._version is None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import SamplingParams
+from megatron_rl.rollout.environment import answer, load_environment
 from megatron_rl.rollout.fleet import Fleet, Tally
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.transcript import Transcript
@@ -21,6 +22,8 @@ from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
 class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 class Scorer(Protocol):
@@ -106,6 +109,7 @@ class Responder:
         self._scorer = scorer
         self._seed = seed
         self._eos_token_id = eos_token_id
+        self._environment = load_environment(config.environment)
 
     async def groups(self, prompts: Sequence[Prompt], *, step: int, first_index: int = 0, tag: str = "train",
                      plan: SamplingPlan | None = None) -> list[RolloutGroup]:
@@ -128,22 +132,43 @@ class Responder:
         return [Ticket(prompt, "train", step, index, sample) for sample in range(self.plan.samples_per_prompt)]
 
     async def respond(self, ticket: Ticket, plan: SamplingPlan) -> Judged:
-        """One whole response, judged."""
-        transcript = await self.sample(ticket, plan, Transcript(), plan.max_response_tokens)
+        """One whole response, judged; with an environment, all turns until it or a limit ends them."""
+        transcript, turns = Transcript(), []
+        while transcript.finish is None:
+            begin = len(transcript.token_ids)
+            transcript = await self.sample(ticket, plan, transcript, plan.max_response_tokens - begin)
+            assert transcript.finish is not None
+            if self._environment is not None and transcript.finish is Finish.STOP:
+                turns.append(self._tokenizer.decode(transcript.token_ids[begin:].tolist(), skip_special_tokens=True))
+                transcript = await self._next_turn(ticket.prompt, plan, transcript, turns)
         return await self.judge(ticket.prompt, transcript)
+
+    async def _next_turn(self, prompt: Prompt, plan: SamplingPlan, transcript: Transcript,
+                         turns: Sequence[str]) -> Transcript:
+        """With the environment's answer, open again; finished when there is none or no room for it."""
+        if len(turns) >= self._config.max_turns:
+            return transcript
+        text = await answer(self._environment, prompt, turns, timeout_s=self._config.environment_timeout_s)
+        if text is None:
+            return transcript
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if len(transcript.token_ids) + len(token_ids) >= plan.max_response_tokens:
+            return replace(transcript, finish=Finish.LENGTH)
+        return replace(transcript.given(token_ids), finish=None)
 
     async def sample(self, ticket: Ticket, plan: SamplingPlan, so_far: Transcript, max_tokens: int) -> Transcript:
         """`so_far` and at most max_tokens more; finish stays None when that ended it before the plan's limit."""
-        assert so_far.finish is None and 0 < max_tokens <= plan.max_response_tokens - so_far.sampled_tokens
+        begin = len(so_far.token_ids)
+        assert so_far.finish is None and 0 < max_tokens <= plan.max_response_tokens - begin
         sampling = SamplingParams(
             temperature=plan.temperature, max_new_tokens=max_tokens, top_p=plan.top_p, seed=ticket.seed(self._seed),
             stop=plan.stop, stop_token_ids=(self._eos_token_id,))
         result = await self.fleet.generate([*ticket.prompt.token_ids, *so_far.token_ids.tolist()],
-                                           rid=f"{ticket.rid}-{len(so_far.token_ids)}", sampling=sampling,
+                                           rid=f"{ticket.rid}-{begin}", sampling=sampling,
                                            tally=self.tally, routed_layers=plan.routed_layers)
         sampled = len(result.output_ids)
         goes_on = (result.finish is Finish.LENGTH and sampled == max_tokens
-                   and so_far.sampled_tokens + sampled < plan.max_response_tokens)
+                   and begin + sampled < plan.max_response_tokens)
         finish = None if goes_on else result.finish
         return so_far.extended(result, finish=finish)
 

@@ -64,18 +64,18 @@ class _Keeper(threading.Thread):
         self.process, self._config = process, config
         self.stopping = threading.Event()
         self.restarts = 0
-        self._started = threading.Event()
+        self._ready = threading.Event()
         self._failure: BaseException | None = None
 
     def wait_until_ready(self) -> None:
-        self._started.wait()
+        self._ready.wait()
         if self._failure is not None:
             raise self._failure
 
     def run(self) -> None:
         try:
             self._start()
-            self._started.set()
+            self._ready.set()
             while not self.stopping.wait(self._config.health_interval_s):
                 why = self._what_is_wrong()
                 if why is not None and not self._restart(why):
@@ -84,7 +84,7 @@ class _Keeper(threading.Thread):
             self._failure = error
         finally:
             self.process.stop()
-            self._started.set()
+            self._ready.set()
 
     def _start(self) -> None:
         self.process.start()

@@ -2,8 +2,9 @@
 
 Runs on trainer rank 0 and knows nothing of Megatron: it takes (checkpoint name, tensor) pairs as they come
 and holds one bucket at a time. Every publisher pauses the engines (running requests go back to the queue and
-recompute their key-value cache), updates, flushes the prefix cache, and resumes. After a failure the engines
-stay paused with unknown weights, and PublishError says where it stopped.
+recompute their key-value cache), updates, flushes the prefix cache, has each engine checked, and resumes those
+that passed. An engine that fails stays paused with unknown weights; the others go on without it, and the report
+names it. The next publish to it starts over, wherever it had stopped.
 Written for SGLang 0.5.23 (sglang/srt/managers/scheduler_components/weight_updater.py).
 """
 
@@ -17,12 +18,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,79 +31,46 @@ import torch.multiprocessing
 from safetensors.torch import save_file
 
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata, make_buckets
+from megatron_rl.sync.verify import WeightMismatchError
 
-NamedTensor = tuple[str, torch.Tensor]
 POLL_S = 0.001
-NO_UPDATE_IS_OPEN = "no weight-update session is open"  # end_weight_update of SGLang's weight_updater.py
-# SGLang's FlattenedTensorBucket on the wire (sglang/srt/weight_sync/tensor_bucket.py). Importing it takes
-# 7 s, and its unpickler accepts plain namespaces.
-FLATTENED_BUCKET = "flattened_bucket"
+Check = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
 class PublishError(RuntimeError):
-    """A publish failed half-way: names version, bucket and engine. The engines stay paused."""
+    """A publish failed at every engine: names version, bucket and engine. They stay paused."""
 
 
 @dataclass(frozen=True)
 class PublishReport:
+    """failures: engine -> why it did not get the weights."""
+
     version: int
     tensors: int
     bytes: int
     buckets: int
     seconds: float
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 class Publisher(Protocol):
-    def publish(self, named_tensors: Iterable[NamedTensor], version: int) -> PublishReport:
-        """Makes the engines serve these weights as `version`, which must grow (ValueError otherwise)."""
+    def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
+                check: Check | None = None) -> PublishReport:
+        """Makes the engines serve these weights as `version`, which must grow (ValueError otherwise).
+
+        only: URLs of the engines that get them; with it, the version that was published last may be sent again.
+        check: called for each engine once all tensors have arrived, before it resumes; raises PublishError or
+        WeightMismatchError when something is wrong with it. PublishError, or what the last check raised, when no
+        engine is left.
+        """
         ...
 
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Some consecutive tensors of the model. `last` marks the end of the model."""
-
-    index: int
-    tensors: tuple[NamedTensor, ...]
-    last: bool
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for _, tensor in self.tensors)
-
-    def flatten(self) -> torch.Tensor:
-        """All tensors end to end, uint8 [num_bytes], on their device."""
-        return torch.cat([tensor.detach().contiguous().flatten().view(torch.uint8) for _, tensor in self.tensors])
-
-    def describe(self) -> str:
-        return (f"bucket {self.index} ({self.tensors[0][0]} ... {self.tensors[-1][0]}, "
-                f"{len(self.tensors)} tensors, {self.num_bytes} bytes)")
-
-
-def make_buckets(named_tensors: Iterable[NamedTensor], bucket_bytes: int) -> Iterator[Bucket]:
-    """Buckets of at most bucket_bytes, in order; a larger tensor travels alone.
-
-    A tensor that would start at an address its dtype does not divide opens a new bucket.
-    """
-    held: list[NamedTensor] = []
-    held_bytes = 0
-    index = 0
-    for name, tensor in named_tensors:
-        unaligned = held_bytes % tensor.element_size() != 0
-        if held and (unaligned or held_bytes + tensor.nbytes > bucket_bytes):
-            yield Bucket(index, tuple(held), last=False)
-            index, held, held_bytes = index + 1, [], 0
-        held.append((name, tensor))
-        held_bytes += tensor.nbytes
-    if not held:
-        raise ValueError("nothing to publish: the export gave no tensors")
-    yield Bucket(index, tuple(held), last=True)
-
-
 class _EnginePublisher:
-    """What all publishers share: versions, pausing and resuming, and the report."""
+    """What all publishers share: versions, pausing and resuming, engines that drop out, and the report."""
 
     def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int):
         if not clients:
@@ -111,14 +78,19 @@ class _EnginePublisher:
         self._clients = tuple(clients)
         self._bucket_bytes = bucket_bytes
         self._version: int | None = None
+        self._active: list[EngineClient] = []
+        self._failures: dict[str, str] = {}
 
-    def publish(self, named_tensors: Iterable[NamedTensor], version: int) -> PublishReport:
-        if self._version is not None and version <= self._version:
+    def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
+                check: Check | None = None) -> PublishReport:
+        if self._version is not None and (version < self._version or (version == self._version and only is None)):
             raise ValueError(f"weight version {version} does not follow {self._version}: versions must grow")
         start = time.perf_counter()
-        tensors, num_bytes, buckets = self._run(self._publish(named_tensors, version))
+        self._active = [client for client in self._clients if only is None or client.base_url in only]
+        self._failures = {}
+        tensors, num_bytes, buckets = self._run(self._publish(named_tensors, version, check))
         self._version = version
-        return PublishReport(version, tensors, num_bytes, buckets, time.perf_counter() - start)
+        return PublishReport(version, tensors, num_bytes, buckets, time.perf_counter() - start, dict(self._failures))
 
     def close(self) -> None:
         """Nothing is held between publishes, unless a subclass says so."""
@@ -132,19 +104,27 @@ class _EnginePublisher:
 
         return asyncio.run(run_and_close())
 
-    async def _on_all(self, where: str, call: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
-        """One call to every engine at once; waits for all answers, then raises the first failure."""
-        answers = await asyncio.gather(*(call(client) for client in self._clients), return_exceptions=True)
-        for client, answer in zip(self._clients, answers, strict=True):
-            if isinstance(answer, EngineHTTPError):
+    async def _on_all(self, where: str, call: Check) -> None:
+        """One call to every engine that is still in; waits for all answers. Raises when none is left."""
+        clients = tuple(self._active)
+        answers = await asyncio.gather(*(call(client) for client in clients), return_exceptions=True)
+        for client, answer in zip(clients, answers, strict=True):
+            if isinstance(answer, EngineHTTPError | PublishError | WeightMismatchError):
                 log = "" if client.log_path is None else f"; log: {client.log_path}"
-                raise PublishError(f"{where}: {answer}{log}; the engines stay paused") from answer
-            if isinstance(answer, BaseException):
+                self._failures[client.base_url] = f"{where}: {answer}{log}; the engine stays paused"
+                self._active.remove(client)
+                failure = answer
+            elif isinstance(answer, BaseException):
                 raise answer
+        if not self._active:
+            if isinstance(failure, WeightMismatchError):
+                raise failure
+            raise PublishError("; ".join(self._failures.values())) from failure
 
-    async def _publish(self, named_tensors: Iterable[NamedTensor], version: int) -> tuple[int, int, int]:
+    async def _publish(self, named_tensors: Iterable[NamedTensor], version: int,
+                       check: Check | None) -> tuple[int, int, int]:
         what = f"publishing version {version}"
-        await self._prepare()
+        await self._prepare(what)
         await self._on_all(f"{what}: pause", lambda client: client.pause_generation("retract"))
         await self._begin(what)
         tensors = num_bytes = buckets = 0
@@ -155,16 +135,16 @@ class _EnginePublisher:
             buckets += 1
         await self._finish(version, what)
         await self._on_all(f"{what}: flush", lambda client: client.flush_cache())
+        if check is not None:
+            await self._on_all(f"{what}: check", check)
         await self._on_all(f"{what}: continue", lambda client: client.continue_generation())
         return tensors, num_bytes, buckets
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, what: str) -> None:
         """Before the engines are paused."""
 
     async def _begin(self, what: str) -> None:
-        if self._version is None:
-            await asyncio.gather(*(_end_abandoned_update(client) for client in self._clients))
-        await self._on_all(f"{what}: begin", lambda client: client.begin_weight_update())
+        await self._on_all(f"{what}: begin", _begin_afresh)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
         """Loads one bucket into every engine; the last one carries the version."""
@@ -174,6 +154,15 @@ class _EnginePublisher:
         await self._on_all(f"{what}: end", lambda client: client.end_weight_update())
 
 
+async def _begin_afresh(client: EngineClient) -> None:
+    """An update that was begun and never ended, by us or by a trainer that died, is ended first."""
+    try:
+        await client.begin_weight_update()
+    except EngineHTTPError:
+        await client.end_weight_update()
+        await client.begin_weight_update()
+
+
 class TensorPublisher(_EnginePublisher):
     """Buckets in shared memory of this machine; only their address travels over HTTP."""
 
@@ -181,14 +170,15 @@ class TensorPublisher(_EnginePublisher):
         super().__init__(clients, bucket_bytes=bucket_bytes)
         self._tp_sizes: dict[EngineClient, int] = {}
 
-    async def _prepare(self) -> None:
-        for client in self._clients:
-            if client not in self._tp_sizes:
-                self._tp_sizes[client] = (await client.server_info())["tp_size"]
+    async def _prepare(self, what: str) -> None:
+        async def ask(client: EngineClient) -> None:
+            self._tp_sizes[client] = (await client.server_info())["tp_size"]
+
+        await self._on_all(f"{what}: server_info", ask)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
         flat = bucket.flatten().cpu()
-        metadata = _bucket_metadata(bucket)
+        metadata = bucket_metadata(bucket)
 
         async def send(client: EngineClient) -> None:
             # One pickle per receiving rank: each counts as one reader of the shared memory.
@@ -201,9 +191,10 @@ class TensorPublisher(_EnginePublisher):
 
 
 class BroadcastPublisher(_EnginePublisher):
-    """Buckets broadcast from this process to every engine rank, over gloo or NCCL.
+    """Buckets broadcast from this process to every engine rank, over gloo or NCCL. Tensors are moved to `device`.
 
-    The process group is made on the first publish and ended by close(). Tensors are moved to `device`.
+    The process group lasts from publish to publish while the same engines are reached, and is ended by close().
+    When an engine drops out in the middle of a broadcast the group is lost, and with it the publish to all of them.
     """
 
     _group_numbers = itertools.count()
@@ -218,30 +209,53 @@ class BroadcastPublisher(_EnginePublisher):
         self._master_address = master_address
         self._timeout_s = timeout_s
         self._group: dist.ProcessGroup | None = None
-        self._group_name = f"megatron_rl_{os.getpid()}_{next(self._group_numbers)}"
+        self._group_name = ""
+        self._members: list[EngineClient] = []
 
-    async def _prepare(self) -> None:
-        if self._group is not None:
+    def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
+                check: Check | None = None) -> PublishReport:
+        try:
+            report = super().publish(named_tensors, version, only=only, check=check)
+        except BaseException:
+            self._drop_group()  # some rank may still wait in it
+            raise
+        if report.failures:
+            self._drop_group()
+        return report
+
+    async def _prepare(self, what: str) -> None:
+        if self._group is not None and self._members == self._active:
             return
-        infos = await asyncio.gather(*(client.server_info() for client in self._clients))
-        sizes = [info["tp_size"] for info in infos]
-        world_size = 1 + sum(sizes)
+        if self._group is not None:
+            await self._leave()
+        sizes: dict[EngineClient, int] = {}
+
+        async def ask(client: EngineClient) -> None:
+            sizes[client] = (await client.server_info())["tp_size"]
+
+        await self._on_all(f"{what}: server_info", ask)
+        world_size = 1 + sum(sizes[client] for client in self._active)
+        offsets = dict(zip(self._active, itertools.accumulate(
+            [1, *(sizes[client] for client in self._active)]), strict=False))
+        self._group_name = f"megatron_rl_{os.getpid()}_{next(self._group_numbers)}"
         # Not torch.distributed.rendezvous: under torchrun it would look for torchrun's own store.
         store = dist.TCPStore(self._master_address, 0, world_size, is_master=True, wait_for_workers=False,
                               timeout=timedelta(seconds=self._timeout_s))
-        joins = [
-            asyncio.create_task(client.init_weights_update_group(
-                master_address=self._master_address, master_port=store.port, rank_offset=1 + sum(sizes[:place]),
-                world_size=world_size, group_name=self._group_name, backend=self._backend))
-            for place, client in enumerate(self._clients)
-        ]
+
+        async def join(client: EngineClient) -> None:
+            await client.init_weights_update_group(
+                master_address=self._master_address, master_port=store.port, rank_offset=offsets[client],
+                world_size=world_size, group_name=self._group_name, backend=self._backend)
+
+        joins = asyncio.create_task(self._on_all_or_none(f"{what}: joining the group", join))
         self._group = await asyncio.to_thread(
             _join_group, self._backend, store, world_size, self._group_name, timedelta(seconds=self._timeout_s))
-        await asyncio.gather(*joins)
+        await joins
+        self._members = list(self._active)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
         flat = bucket.flatten().to(self._device)
-        metadata = _bucket_metadata(bucket)
+        metadata = bucket_metadata(bucket)
 
         async def receive(client: EngineClient) -> None:
             await client.update_weights_from_distributed(
@@ -251,22 +265,47 @@ class BroadcastPublisher(_EnginePublisher):
                 group_name=self._group_name, load_format=FLATTENED_BUCKET, flush_cache=False,
                 version=version if bucket.last else None)
 
-        receivers = asyncio.create_task(self._on_all(where, receive))
+        receivers = asyncio.create_task(self._on_all_or_none(where, receive))
         work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
         # An engine that refuses never joins the broadcast: watch both.
         while not (work.is_completed() or receivers.done()):
             await asyncio.sleep(POLL_S)
         await receivers
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:  # an engine's end of the connection is gone
+            raise PublishError(f"{where}: {error}; the engines stay paused") from error
+
+    async def _on_all_or_none(self, where: str, call: Check) -> None:
+        """As _on_all, but the first failure ends it for all: the others may wait for the one that failed."""
+        tasks = {asyncio.create_task(call(client)): client for client in self._active}
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for task in done:
+            if task.exception() is not None:
+                client, error = tasks[task], task.exception()
+                if not isinstance(error, EngineHTTPError):
+                    raise error
+                log = "" if client.log_path is None else f"; log: {client.log_path}"
+                raise PublishError(f"{where}: {error}{log}; the engines stay paused") from error
+
+    async def _leave(self) -> None:
+        """Ends the group here and in the engines that still answer."""
+        await asyncio.gather(*(client.destroy_weights_update_group(self._group_name) for client in self._members),
+                             return_exceptions=True)
+        self._drop_group()
+
+    def _drop_group(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._group, self._members = None, []
 
     def close(self) -> None:
-        """Ends the group here and in the engines, so that its memory is free."""
-        if self._group is None:
-            return
-        self._run(self._on_all(
-            "closing the group", lambda client: client.destroy_weights_update_group(self._group_name)))
-        dist.destroy_process_group(self._group)
-        self._group = None
+        """Ends the group, so that its memory is free."""
+        if self._group is not None:
+            self._run(self._leave())
 
 
 class DiskPublisher(_EnginePublisher):
@@ -315,24 +354,6 @@ class DiskPublisher(_EnginePublisher):
         for other in self._folder.glob("version_*"):
             if other != finished:
                 shutil.rmtree(other)
-
-
-async def _end_abandoned_update(client: EngineClient) -> None:
-    """End the update that a trainer, killed while it published, has left open in an engine that lives on."""
-    try:
-        await client.end_weight_update()
-    except EngineHTTPError as error:
-        if NO_UPDATE_IS_OPEN not in str(error):
-            raise
-
-
-def _bucket_metadata(bucket: Bucket) -> list[SimpleNamespace]:
-    metadata, offset = [], 0
-    for name, tensor in bucket.tensors:
-        metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset,
-                                        end_idx=offset + tensor.nbytes, numel=tensor.nbytes))
-        offset += tensor.nbytes
-    return metadata
 
 
 def _share(payload: object) -> str:

@@ -152,22 +152,27 @@ def compare_checksums(expected: Mapping[str, str], reported: Mapping[str, str], 
         raise WeightMismatchError(f"engine {engine} does not serve the published weights; " + "; ".join(found))
 
 
+async def verify_engine(client: EngineClient, digests: Mapping[str, str]) -> None:
+    """Asks one engine for its checksums. Raises WeightMismatchError, or ValueError for an engine not covered."""
+    info, ranks = await asyncio.gather(client.server_info(), client.checksums())
+    if len(ranks) != 1 or info["device"] != "cpu":
+        raise ValueError(
+            f"engine {client.base_url} runs on {info['device']} with {len(ranks)} tensor-parallel ranks: its "
+            "checksums cannot be predicted (only one CPU rank can); set rollout.verify_checksums=false")
+    compare_checksums(digests, ranks[0], client.base_url)
+
+
 def verify_engines(clients: Sequence[EngineClient], expected: ExpectedChecksums) -> None:
-    """Asks every engine for its checksums. Raises WeightMismatchError, or ValueError for engines not covered."""
+    """verify_engine for all, for callers without an event loop."""
     digests = expected.digests()
 
-    async def verify(client: EngineClient) -> None:
+    async def verify_and_close(client: EngineClient) -> None:
         try:
-            info, ranks = await asyncio.gather(client.server_info(), client.checksums())
+            await verify_engine(client, digests)
         finally:
             await client.close()
-        if len(ranks) != 1 or info["device"] != "cpu":
-            raise ValueError(
-                f"engine {client.base_url} runs on {info['device']} with {len(ranks)} tensor-parallel ranks: its "
-                "checksums cannot be predicted (only one CPU rank can); set rollout.verify_checksums=false")
-        compare_checksums(digests, ranks[0], client.base_url)
 
     async def verify_all() -> None:
-        await asyncio.gather(*(verify(client) for client in clients))
+        await asyncio.gather(*(verify_and_close(client) for client in clients))
 
     asyncio.run(verify_all())

@@ -19,7 +19,8 @@ from pathlib import Path
 from megatron_rl.config.load import from_json
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.recipes import rl
-from megatron_rl.recipes.parts import BroadcastRollouts, PublishedWeights
+from megatron_rl.recipes.parts import BroadcastRollouts
+from megatron_rl.recipes.weights import PublishedWeights
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.die_with_parent import die_with_parent
 from megatron_rl.train_step.step import TrainStep

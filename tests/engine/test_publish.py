@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_rl.rollout.client import EngineHTTPError, SamplingParams
+from megatron_rl.rollout.client import EngineClient, EngineHTTPError, SamplingParams
+from megatron_rl.rollout.engines import choose_port
+from megatron_rl.sync.buckets import make_buckets
 from megatron_rl.sync.publish import (
     BroadcastPublisher,
     DiskPublisher,
     Publisher,
     PublishError,
     TensorPublisher,
-    make_buckets,
 )
-from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engines
+from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engine, verify_engines
 from tests.engine.conftest import PROMPTS, LiveEngine
+from tests.reference_bailing import response_logprobs
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
 SMALL_BUCKET = 100_000
@@ -136,9 +140,63 @@ def test_failed_publish_names_the_bucket_and_leaves_the_engine_paused(live_engin
     with pytest.raises(EngineHTTPError, match="no answer within 0.5 s"):
         live_engine.call(try_to_generate())
     publisher.close()
-    live_engine.call(live_engine.client.end_weight_update())
-    live_engine.publish(live_engine.weights)
+    live_engine.publish(live_engine.weights)  # ends the update that was left open
     assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
+
+
+def test_a_publish_broken_off_anywhere_is_made_good_by_the_next(live_engine: LiveEngine, publisher: Publisher):
+    """At ten random tensors; then checksums are equal, and log-probabilities are those of the new weights."""
+    chance = np.random.default_rng(0)
+    probe = list(range(10, 40))
+    for _ in range(10):
+        new = live_engine.new_weights()
+        broken_at = int(chance.integers(1, len(new)))
+
+        def until_it_breaks(new=new, broken_at=broken_at):
+            yield from itertools.islice(new.items(), broken_at)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            publisher.publish(until_it_breaks(), live_engine.version + 1)
+        live_engine.publish(new, publisher)
+        found = live_engine.call(live_engine.client.input_logprobs(probe, rid="probe."))
+        expected = response_logprobs(new, live_engine.config, probe[:1], probe[1:]).numpy()
+        assert np.abs(found - expected).max() < 1e-4
+
+
+def test_an_engine_that_fails_is_named_and_the_others_get_the_weights(live_engine: LiveEngine, tmp_path: Path):
+    nobody = EngineClient(f"http://127.0.0.1:{choose_port(None)}")
+    clients = [nobody, live_engine.client]
+    for publisher in (TensorPublisher(clients, bucket_bytes=SMALL_BUCKET),
+                      DiskPublisher(clients, bucket_bytes=SMALL_BUCKET, folder=tmp_path / "weights",
+                                    config_folder=live_engine.folder)):
+        new = live_engine.new_weights()
+        report = publisher.publish(live_engine.expected.watch(new.items()), live_engine.version + 1)
+        live_engine.weights, live_engine.version = new, live_engine.version + 1
+        assert list(report.failures) == [nobody.base_url]
+        verify_engines([live_engine.client], live_engine.expected)
+        assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
+
+
+def test_an_engine_that_fails_its_check_stays_paused(live_engine: LiveEngine):
+    """A tensor that is tampered with on the way: what arrives is not what was sent."""
+    def tampered(tensors):
+        for name, tensor in tensors:
+            yield name, tensor + 1e-3 if name == "model.norm.weight" else tensor
+
+    async def check(client: EngineClient) -> None:
+        await verify_engine(client, live_engine.expected.digests())
+
+    async def try_to_generate():
+        return await live_engine.client.generate((5, 6), rid="paused.", sampling=SAMPLING, timeout_s=0.5)
+
+    publisher = TensorPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET)
+    watched = live_engine.expected.watch(live_engine.weights.items())
+    with pytest.raises(WeightMismatchError, match="1 parameters differ: model.norm.weight"):
+        publisher.publish(tampered(watched), live_engine.version + 1, check=check)
+    with pytest.raises(EngineHTTPError, match="no answer within 0.5 s"):
+        live_engine.call(try_to_generate())
+    live_engine.publish(live_engine.weights)
 
 
 def test_buckets_keep_order_respect_the_limit_and_align_dtypes():

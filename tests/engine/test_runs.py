@@ -131,13 +131,14 @@ def test_another_layout_runs_the_same_step(layout, whole_run, model, engine_url,
 
 def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
     config = load([*SMALL, "parallel=single", "run.steps=3", f"run.dir={tmp_path}", f"model.path={model}",
-                   f"rollout.engine.urls=[{engine_url}]"])
+                   "observe.mismatch_alarm=1e-5", f"rollout.engine.urls=[{engine_url}]"])
     path = tmp_path / "config_in.json"
     path.write_text(json.dumps(to_dict(config)))
     subprocess.run([sys.executable, "-m", "tests.engine.skip_one_publish", str(path)], cwd=ROOT,
                    env=rank_environment(), check=True, timeout=120)
     mismatch = [row["mismatch/max_abs"] for row in rows(tmp_path)]
     assert max(mismatch[:2]) < 1e-4 < 1e-3 < mismatch[2], mismatch
+    assert [row["mismatch/alarm"] for row in rows(tmp_path)] == [0, 0, 1]
 
 
 def test_a_run_killed_in_the_middle_ends_as_if_nothing_had_happened(whole_run, model, engine_url, tmp_path):

@@ -20,6 +20,10 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
     (["c3po.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
     (["c3po.mismatch=icepop", "rollout.top_p=0.9"], r"rollout\.top_p"),
     (["c3po.objective=grpo", "c3po.sequence_min_token_ratio=1e-4", "rollout.top_p=0.9"], r"rollout\.top_p"),
+    (["rollout.collector=budgeted"], r"rollout\.collector=budgeted needs c3po\.order=groups"),
+    (["rollout.collector=budgeted", "c3po.order=groups", "c3po.objective=grpo"], r"budgeted .*c3po\.objective=grpo"),
+    (["rollout.collector=async"], r"rollout\.collector=async .*set c3po\.mismatch"),
+    (["rollout.collector=partial"], r"rollout\.collector=partial .*set c3po\.mismatch"),
     (["c3po.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
     (["c3po.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
 ])
@@ -37,6 +41,10 @@ def test_without_a_budget_phi_is_not_checked():
     config = load(["experiment=quickstart", "c3po.phi=1000000", "c3po.objective=token_mean"])
     check_rl(config, SIZES)
     assert dict(summary(config, SIZES))["Phi"].startswith("none")
+
+
+def test_async_without_staleness_needs_no_correction():
+    check_rl(load(["experiment=quickstart", "rollout.collector=async", "rollout.max_staleness=0"]), SIZES)
 
 
 def test_phi_may_be_below_a_response_when_tokens_are_cut():

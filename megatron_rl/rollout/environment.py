@@ -1,0 +1,45 @@
+"""What answers a model in the middle of its response: a tool, a game, a user.
+
+An environment is a function of (prompt, turns so far) that a user writes and names by its dotted path in
+rollout.environment. The engine stops at rollout.stop or an end-of-text token; the function reads what was written
+and returns the text that comes next, or None to end the episode. That text is tokenised once, by itself, and
+appended to the sampled tokens; it is context and never trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Callable, Sequence
+
+from megatron_rl.types import Prompt
+
+Environment = Callable[[Prompt, Sequence[str]], str | None]
+"""(prompt, the model's turns so far, the last one last) -> what the model reads next, or None: the episode is over."""
+
+
+class EnvironmentFailed(RuntimeError):
+    """The user's function took too long; names the prompt. What it raises itself is passed on and ends the run."""
+
+
+def load_environment(path: str | None) -> Environment | None:
+    """The function at `package.module.function`. ValueError naming rollout.environment when it is not there."""
+    if path is None:
+        return None
+    module, _, name = path.rpartition(".")
+    try:
+        found = importlib.import_module(module).__dict__[name]
+    except (ImportError, KeyError, ValueError) as error:
+        raise ValueError(f"rollout.environment={path}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"rollout.environment={path} is not a function")
+    return found
+
+
+async def answer(environment: Environment, prompt: Prompt, turns: Sequence[str], *, timeout_s: float) -> str | None:
+    """The environment's next text, from a thread of its own."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(environment, prompt, tuple(turns)), timeout_s)
+    except TimeoutError as error:
+        raise EnvironmentFailed(f"rollout.environment did not answer prompt {prompt.id!r} within "
+                                f"rollout.environment_timeout_s={timeout_s:g}") from error

@@ -1,0 +1,192 @@
+"""Two engines, one of which fails in the middle of a step: the run ends as if nothing had happened.
+
+FAULT_SEEDS says how often each fault is tried, at how many different moments (`make test-faults`: 10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.config.schema import Config, ModelConfig, RunConfig
+from megatron_rl.recipes.parts import BroadcastRollouts
+from megatron_rl.recipes.serving import Serving, build_collector, engine_clients
+from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
+from megatron_rl.types import Prompt, Score
+from tests.engine.faulty_proxy import FaultyProxy
+from tests.reference_bailing import response_logprobs
+from tests.tiny_models import tiny_bailing_weights, write_tiny_bailing
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SEEDS = range(int(os.environ.get("FAULT_SEEDS", "1")))
+STEPS, PROMPTS, SAMPLES = 3, 4, 2
+PROBE = tuple(range(20, 60))
+ENGINE = EngineConfig(count=2, max_running_requests=8, max_total_tokens=4096, deterministic=True, health_interval_s=0.5,
+                      hang_timeout_s=8.0, start_timeout_s=600.0, max_restarts=1000, wait_timeout_s=900.0)
+ROLLOUT = RolloutConfig(prompts_per_step=PROMPTS, responses_per_prompt=SAMPLES, max_response_tokens=24,
+                        max_context_tokens=128, concurrency=16, request_timeout_s=120.0, probe_tolerance=1e-4,
+                        engine=ENGINE)
+HTTP_FAULTS = ("error", "garbage", "cut", "full")
+
+
+class Engines:
+    """Two supervised servers; `spoiled` is a way to the second through a proxy."""
+
+    def __init__(self, folder: Path, processes: list[EngineProcess], proxy: FaultyProxy):
+        self.folder, self.processes, self.proxy = folder, processes, proxy
+        self.direct = tuple(process.base_url for process in processes)
+        self.spoiled = (self.direct[0], proxy.url)
+        self.config = json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> Iterator[Engines]:
+    folder = write_tiny_bailing(tmp_path_factory.mktemp("model") / "tiny", norm_head=True)
+    logs = tmp_path_factory.mktemp("logs")
+    processes: list[EngineProcess] = []
+    for number in range(2):
+        processes.append(EngineProcess.from_config(
+            ROLLOUT, folder, log_path=logs / f"engine-{number}.log", weight_version=NOTHING_PUBLISHED,
+            taken_ports=[process.port for process in processes]))
+    with Supervisor(processes, ENGINE), FaultyProxy(processes[1].base_url) as proxy:
+        yield Engines(folder, processes, proxy)
+
+
+class Prompts:
+    """Prompts 0, 1, 2, ..., each of another length."""
+
+    def __init__(self):
+        self._at = 0
+
+    def next(self, n: int) -> list[Prompt]:
+        self._at += n
+        return [Prompt(f"p{i}", tuple(range(5, 8 + i % 5)), "", "", "math") for i in range(self._at - n, self._at)]
+
+
+class Judge:
+    """Scores by length, and does something when the given number of responses has been judged."""
+
+    def __init__(self, at: int, act: Callable[[], None]):
+        self._left, self._act = at, act
+        self.judged: list[str] = []
+
+    async def score(self, prompt: Prompt, response_text: str) -> Score:
+        self.judged.append(prompt.id)
+        self._left -= 1
+        if self._left == 0:
+            self._act()
+        return Score(float(len(response_text)), "correct")
+
+
+class Outcome(SimpleNamespace):
+    """state: digest of everything that was collected; judged: prompt ids; recovery_s: until both engines served."""
+
+
+def run(engines: Engines, urls: tuple[str, str], *, at: int = 10**9,
+        fault: Callable[[], None] = lambda: None) -> Outcome:
+    """STEPS steps of publish and collect, as the recipe does them, with new weights at every step."""
+    config = Config(run=RunConfig(seed=5), model=ModelConfig(path=str(engines.folder)),
+                    rollout=replace(ROLLOUT, engine=replace(ENGINE, urls=urls)))
+    alone = SimpleNamespace(is_main=True, broadcast_object=lambda value: value)
+    struck: list[float] = []
+
+    def strike() -> None:
+        struck.append(time.monotonic())
+        fault()
+
+    judge, digest, weights = Judge(at, strike), hashlib.sha256(), {}
+    with ExitStack() as stack:
+        serving = stack.enter_context(Serving(config))
+        clients = engine_clients(config)
+        publisher = build_publisher(config, clients, torch.device("cpu"))
+        published = PublishedWeights(
+            lambda: iter(weights.items()), alone,
+            lambda: response_logprobs(weights, engines.config, PROBE[:1], list(PROBE[1:])).numpy(),
+            Channel(config, engines.config, serving, clients, publisher, PROBE))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(engines.folder)
+        collector = build_collector(config, serving.responder(config, tokenizer, judge), Prompts())
+        rollouts = BroadcastRollouts(alone, published, serving, collector)
+        seen = []
+        for step in range(STEPS):
+            weights.update(tiny_bailing_weights(engines.config, seed=100 + step))
+            published.publish(step)
+            for group in rollouts.collect(step, 0):
+                for sample, rollout in enumerate(group.rollouts):
+                    seen.append((group.prompt.id, sample))
+                    digest.update(rollout.token_ids.tobytes() + rollout.rollout_logprobs.tobytes())
+                    assert {span.version for span in rollout.weight_versions} == {step}
+        while serving.fleet.serving < 2:
+            if serving.fleet.behind():
+                published.catch_up()
+            time.sleep(0.1)
+        recovery_s = time.monotonic() - struck[0] if struck else 0.0
+        for client in clients:
+            found = serving.background.run(probe(client.base_url))
+            expected = response_logprobs(weights, engines.config, PROBE[:1], list(PROBE[1:])).numpy()
+            assert np.abs(found - expected).max() < 1e-4
+    return Outcome(state=digest.hexdigest(), seen=seen, judged=judge.judged, recovery_s=recovery_s)
+
+
+async def probe(url: str) -> np.ndarray:
+    async with EngineClient(url, timeout_s=60.0) as client:
+        return await client.input_logprobs(PROBE, rid="probe.")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engines) -> Outcome:
+    outcome = run(engines, engines.direct)
+    assert outcome.seen == [(f"p{i}", sample) for i in range(STEPS * PROMPTS) for sample in range(SAMPLES)]
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[tuple[str, int, float, float]]]:
+    rows: list[tuple[str, int, float, float]] = []
+    yield rows
+    print("\n| fault | seed | struck after | both engines serve again after |\n| --- | --- | --- | --- |")
+    for fault, seed, at, seconds in rows:
+        print(f"| {fault} | {seed} | {at} responses | {seconds:.1f} s |")
+
+
+def strike(engines: Engines, fault: str) -> Callable[[], None]:
+    """What does it to the second engine."""
+    victim = engines.processes[1]
+    return {
+        "kill": lambda: os.kill(victim.pid, signal.SIGKILL),
+        "stop": lambda: os.killpg(victim.pid, signal.SIGSTOP),
+    }.get(fault, lambda: engines.proxy.arm(fault, 3))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", [*HTTP_FAULTS, "stop", "kill"])
+def test_a_run_survives(fault, seed, engines, undisturbed, table):
+    """Every (prompt, sample) once, judged once, sampled by the weights of its step; the same tokens and numbers."""
+    at = random.Random(f"{fault}{seed}").randrange(1, (STEPS - 1) * PROMPTS * SAMPLES)
+    before = engines.proxy.spoiled
+    urls = engines.spoiled if fault in HTTP_FAULTS else engines.direct
+    outcome = run(engines, urls, at=at, fault=strike(engines, fault))
+    assert outcome.seen == undisturbed.seen
+    assert sorted(outcome.judged) == sorted(prompt for prompt, _ in undisturbed.seen)
+    assert outcome.state == undisturbed.state
+    if fault in HTTP_FAULTS:
+        assert engines.proxy.spoiled > before
+    table.append((fault, seed, at, outcome.recovery_s))

@@ -1,0 +1,112 @@
+"""Turns: what the environment says is context, what the model says is trained on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from examples.calculator_tool.calculator import evaluate, step
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.rollout.client import GenerateResult, SamplingParams
+from megatron_rl.rollout.environment import EnvironmentFailed, load_environment
+from megatron_rl.rollout.fleet import Tally
+from megatron_rl.rollout.responses import Responder
+from megatron_rl.types import Finish, Prompt, Score, VersionSpan
+
+PROMPT = Prompt("p", tuple(map(ord, "Q")), "Q", "", "math")
+CONFIG = RolloutConfig(prompts_per_step=1, responses_per_prompt=2, max_response_tokens=40, max_context_tokens=64,
+                       environment="examples.calculator_tool.calculator.step", max_turns=3)
+
+
+class Characters:
+    def decode(self, token_ids, *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(map(ord, text))
+
+
+class Speaker:
+    """A fleet whose model says the given turns, one per request, and keeps what it was asked to continue."""
+
+    def __init__(self, *turns: str):
+        self._turns = list(turns)
+        self.inputs: list[str] = []
+
+    async def generate(self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams, tally: Tally,
+                       routed_layers: None = None) -> GenerateResult:
+        self.inputs.append("".join(map(chr, input_ids)))
+        said = np.array([ord(c) for c in self._turns.pop(0)][: sampling.max_new_tokens], np.int32)
+        finish = Finish.LENGTH if len(said) == sampling.max_new_tokens else Finish.STOP
+        return GenerateResult(said, np.full(len(said), -1.0, np.float32), finish, {}, (VersionSpan(3, 0, len(said)),),
+                              0, 0)
+
+
+class Judge:
+    async def score(self, prompt: Prompt, response_text: str) -> Score:
+        return Score(0.0, "wrong")
+
+
+def respond(speaker: Speaker, config: RolloutConfig = CONFIG):
+    responder = Responder(speaker, config, Characters(), Judge(), seed=0, eos_token_id=0)
+    return asyncio.run(responder.respond(responder.tickets(PROMPT, step=0, index=0)[0], responder.plan))
+
+
+def test_tool_tokens_are_context_and_never_trained_on():
+    speaker = Speaker("<calc>2*3</calc>", "so 6")
+    rollout = respond(speaker).rollout
+    assert speaker.inputs == ["Q", "Q<calc>2*3</calc>=6\n"]
+    assert "".join(map(chr, rollout.token_ids)) == "Q<calc>2*3</calc>=6\nso 6"
+    said = [False] + [True] * 16 + [False] * 3 + [True] * 4
+    assert rollout.trainable.tolist() == said
+    assert rollout.rollout_logprobs.tolist() == [-1.0 if each else 0.0 for each in said]
+    assert rollout.weight_versions == (VersionSpan(3, 0, 16), VersionSpan(3, 19, 23))
+    assert rollout.finish is Finish.STOP and rollout.response_tokens == 20
+
+
+def test_the_last_turn_allowed_is_not_answered():
+    speaker = Speaker(*["<calc>1</calc>"] * 5)
+    respond(speaker, replace(CONFIG, max_turns=2))
+    assert len(speaker.inputs) == 2
+
+
+@pytest.mark.parametrize("turns, length", [
+    (("<calc>1+1</calc>", "x" * 30), 40),  # 16 said, 3 answered, room for 21 more
+    (("x" * 21 + "<calc>11+1</calc>", "y"), 38),  # 38 said: the answer of 4 leaves no room to go on
+])
+def test_turns_and_answers_share_one_limit(turns, length):
+    rollout = respond(Speaker(*turns)).rollout
+    assert len(rollout.token_ids) - 1 == length
+    assert rollout.finish is Finish.LENGTH
+
+
+def test_a_slow_environment_is_named(monkeypatch):
+    monkeypatch.setattr("examples.calculator_tool.calculator.step", lambda prompt, turns: time.sleep(0.3))
+    responder = Responder(Speaker("a"), replace(CONFIG, environment_timeout_s=0.05), Characters(), Judge(), seed=0,
+                          eos_token_id=0)
+    with pytest.raises(EnvironmentFailed, match="prompt 'p' within rollout.environment_timeout_s=0.05"):
+        asyncio.run(responder.respond(responder.tickets(PROMPT, step=0, index=0)[0], responder.plan))
+
+
+@pytest.mark.parametrize("path", ["nowhere.step", "examples.calculator_tool.calculator.nothing", "step"])
+def test_an_environment_that_is_not_there_is_named(path):
+    with pytest.raises(ValueError, match=f"rollout.environment={path}"):
+        load_environment(path)
+
+
+@pytest.mark.parametrize("call, result", [
+    ("12*(3+4)", "=84\n"), ("-2/8", "=-0.25\n"), ("1/0", "=error\n"), ("2**9", "=error\n"), ("1+", "=error\n")])
+def test_the_calculator_answers_calls(call, result):
+    assert step(PROMPT, ["earlier", f"text <calc>{call}</calc>"]) == result
+
+
+def test_the_calculator_answers_nothing_else():
+    assert step(PROMPT, ["no call"]) is None
+    assert step(PROMPT, ["<calc>__import__('os')</calc>"]) is None
+    with pytest.raises(KeyError):
+        evaluate("abs(1)")

@@ -1,0 +1,189 @@
+"""Which engine a request goes to, and which answers are let through; over HTTP, with servers that answer as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.rollout.client import EngineClient, SamplingParams
+from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
+CONFIG = RolloutConfig(concurrency=8, retries=3, request_timeout_s=5.0, engine=EngineConfig(
+    health_interval_s=0.05, hang_timeout_s=0.5, wait_timeout_s=1.0))
+
+
+class Engine:
+    """A server that labels itself `label` and answers with weights `version`; behave replaces its answers."""
+
+    def __init__(self, version: int = 0, behave: Callable[[], Awaitable[web.Response | None]] | None = None):
+        self.label, self.version, self._behave = version, version, behave
+        self.seen: list[str] = []
+        self.url = f"http://127.0.0.1:{choose_port(None)}"
+
+    @asynccontextmanager
+    async def serving(self):
+        app = web.Application()
+        app.router.add_get("/model_info", self._info)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": str(self.label)})
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.seen.append(body["rid"])
+        if self._behave is not None and (answer := await self._behave()) is not None:
+            return answer
+        return web.json_response({"output_ids": [1, 2], "meta_info": {
+            "id": body["rid"], "output_token_logprobs": [[-1.0, 1, None], [-1.0, 2, None]], "cached_tokens": 0,
+            "weight_versions": [{"version": str(self.version), "start": 0, "end": 2}], "num_retractions": 0,
+            "finish_reason": {"type": "stop"}}})
+
+
+def with_fleet(engines: list[Engine], use, config: RolloutConfig = CONFIG):
+    async def run():
+        async with AsyncExitStack() as stack:
+            for engine in engines:
+                await stack.enter_async_context(engine.serving())
+            fleet = Fleet([EngineClient(engine.url) for engine in engines], config)
+            await fleet.start()
+            try:
+                return await use(fleet)
+            finally:
+                await fleet.close()
+
+    return asyncio.run(run())
+
+
+async def ask(fleet: Fleet, rid: str, tally: Tally | None = None):
+    return await fleet.generate([5], rid=rid, sampling=SAMPLING, tally=tally or Tally())
+
+
+def publish(fleet: Fleet, version: int, *engines: Engine, failed: tuple[Engine, ...] = ()) -> None:
+    fleet.updating(version, [engine.url for engine in (*engines, *failed)])
+    fleet.published(version, [engine.url for engine in engines], {engine.url: "refused" for engine in failed})
+
+
+def test_requests_go_to_the_engine_with_the_fewest():
+    async def slow() -> None:
+        await asyncio.sleep(0.1)
+
+    first, second = Engine(behave=slow), Engine(behave=slow)
+
+    async def use(fleet: Fleet) -> None:
+        await asyncio.gather(*(ask(fleet, f"r{i}") for i in range(8)))
+
+    with_fleet([first, second], use)
+    assert len(first.seen) == len(second.seen) == 4
+
+
+def test_an_engine_that_missed_a_publish_serves_nothing_until_it_has_caught_up():
+    current, stale = Engine(7), Engine(7)
+
+    async def use(fleet: Fleet) -> None:
+        publish(fleet, 7, current, failed=(stale,))
+        await asyncio.gather(*(ask(fleet, f"r{i}") for i in range(4)))
+        assert stale.seen == [] and fleet.serving == 1
+        await asyncio.sleep(0.4)  # it rests after its failure
+        assert fleet.behind() == [stale.url]
+        publish(fleet, 7, stale)
+        assert fleet.behind() == [] and fleet.serving == 2
+        await asyncio.gather(*(ask(fleet, f"s{i}") for i in range(4)))
+        assert stale.seen
+
+    with_fleet([current, stale], use)
+
+
+def test_an_engine_that_was_restarted_is_noticed_by_its_label_and_its_answers_are_thrown_away():
+    steady, restarted = Engine(3), Engine(3)
+
+    async def use(fleet: Fleet) -> None:
+        publish(fleet, 3, steady, restarted)
+        restarted.version = -1  # before the watch has seen its label
+        tally = Tally()
+        results = await asyncio.gather(*(ask(fleet, f"r{i}", tally) for i in range(4)))
+        assert {span.version for result in results for span in result.weight_versions} == {3}
+        assert tally.retries >= 1 and tally.delivered_tokens == 2 * (4 + tally.retries)
+        restarted.label = -1
+        await asyncio.sleep(0.5)
+        assert fleet.behind() == [restarted.url]
+
+    with_fleet([steady, restarted], use)
+
+
+def test_a_request_may_see_the_publish_that_happens_meanwhile():
+    async def slow() -> None:
+        await asyncio.sleep(0.2)
+
+    engine = Engine(1, behave=slow)
+
+    async def use(fleet: Fleet) -> None:
+        publish(fleet, 1, engine)
+        request = asyncio.create_task(ask(fleet, "r"))
+        await asyncio.sleep(0.05)
+        engine.version = engine.label = 2
+        publish(fleet, 2, engine)
+        assert (await request).weight_versions[0].version == 2
+
+    with_fleet([engine], use)
+
+
+def test_an_engine_that_keeps_failing_gets_one_request_at_a_time_until_it_succeeds():
+    good, busy, most = Engine(), [0], [0]
+
+    async def fail() -> web.Response:
+        busy[0] += 1
+        most.append(busy[0])
+        await asyncio.sleep(0.02)
+        busy[0] -= 1
+        return web.json_response({"error": "broken"}, status=500)
+
+    bad = Engine(behave=fail)
+
+    async def use(fleet: Fleet) -> None:
+        for round_ in range(12):
+            most.clear()
+            await asyncio.gather(*(ask(fleet, f"r{round_}-{i}") for i in range(6)))
+            await asyncio.sleep(0.1)
+        assert fleet.serving == 1
+        assert not most or max(most) == 1
+
+    with_fleet([good, bad], use)
+
+
+def test_no_answer_after_all_attempts_says_what_each_engine_did():
+    async def fail() -> web.Response:
+        return web.Response(text="{", content_type="application/json")
+
+    with pytest.raises(FleetError, match=r"request r: no response after 2 attempts \(rollout.retries=1\).*it answered"):
+        with_fleet([Engine(behave=fail)], lambda fleet: ask(fleet, "r"),
+                   RolloutConfig(retries=1, engine=CONFIG.engine))
+
+
+def test_an_id_is_no_prefix_of_another():
+    """SGLang aborts every request whose id starts with the one given."""
+    engine = Engine()
+
+    async def use(fleet: Fleet) -> None:
+        await asyncio.gather(ask(fleet, "train-1-1"), ask(fleet, "train-1-11"), ask(fleet, "train-1-1-0"))
+
+    with_fleet([engine], use)
+    assert not any(a != b and b.startswith(a) for a in engine.seen for b in engine.seen)

@@ -1,0 +1,76 @@
+"""A local server that dies or hangs is started again; at the end none is left. With a server of a few lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, group_members
+from megatron_rl.rollout.supervisor import Supervisor
+
+pytestmark = pytest.mark.slow
+
+CONFIG = EngineConfig(health_interval_s=0.1, hang_timeout_s=2.0, max_restarts=2)
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def server(tmp_path, code: str = SERVER) -> EngineProcess:
+    port = choose_port(None)
+    return EngineProcess([sys.executable, "-c", code, str(port)], dict(os.environ), port=port,
+                         log_path=tmp_path / f"{port}.log", start_timeout_s=60.0, stop_timeout_s=5.0)
+
+
+def wait_for_another_pid(process: EngineProcess, supervisor: Supervisor, restarts: int) -> None:
+    deadline = time.monotonic() + 60.0
+    while supervisor.restarts < restarts or not process.alive or not process._answers():
+        assert time.monotonic() < deadline, "not started again"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_it_is_started_again_and_the_other_is_left_alone(blow, tmp_path):
+    victim, other = server(tmp_path), server(tmp_path)
+    with Supervisor([victim, other], CONFIG) as supervisor:
+        first, unharmed = victim.pid, other.pid
+        os.killpg(first, blow)
+        wait_for_another_pid(victim, supervisor, 1)
+        assert victim.pid != first and other.pid == unharmed
+        assert group_members(first) == []
+        groups = [victim.pid, other.pid]
+    assert [group_members(group) for group in groups] == [[], []]
+
+
+def test_it_is_given_up_after_max_restarts(tmp_path, caplog):
+    once = tmp_path / "started"
+    process = server(tmp_path, f"""
+import os, sys
+if os.path.exists({str(once)!r}): sys.exit(3)
+open({str(once)!r}, "w").close()
+{SERVER}""")
+    with caplog.at_level(logging.ERROR), Supervisor([process], CONFIG) as supervisor:
+        os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60.0
+        while "given up" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert supervisor.restarts == 2
+
+
+def test_one_that_cannot_be_started_stops_the_others(tmp_path):
+    good = server(tmp_path)
+    with pytest.raises(EngineError, match="exited with code 3"), Supervisor(
+            [good, server(tmp_path, "import sys; sys.exit(3)")], CONFIG):
+        pass
+    assert good.pid is None
