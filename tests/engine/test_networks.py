@@ -25,7 +25,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     for name in SERVED:
         WrittenNetwork(folder, name)
-    run_worker("exports", folder, cases.LAYOUTS[LAYOUT]["world_size"], [LAYOUT])
+    run_worker(("tests.distributed.worker", "exports"), folder, cases.LAYOUTS[LAYOUT]["world_size"], [LAYOUT])
     return folder
 
 
