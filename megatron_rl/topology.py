@@ -88,6 +88,7 @@ class Topology:
 
     def broadcast_array(self, array: np.ndarray) -> None:
         """In-place broadcast from rank 0, of as many bytes as the array has (over gloo)."""
+        assert array.flags.c_contiguous, "gloo sends bytes in the order of memory"
         if self.world_size > 1:
             dist.broadcast(torch.from_numpy(array), src=0, group=self.control_group)
 

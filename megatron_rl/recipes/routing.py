@@ -38,7 +38,7 @@ def share_routed_experts(batch: StepBatch, topology: Topology, shape: tuple[int,
     """`batch` with the routed_experts of rank 0's samples, [positions, *shape], on every rank."""
     lengths = [len(sample.token_ids) - 1 for sample in batch.samples]
     if topology.is_main:
-        experts = np.concatenate([sample.routed_experts for sample in batch.samples])
+        experts = np.ascontiguousarray(np.concatenate([sample.routed_experts for sample in batch.samples]))
     else:
         experts = np.empty((sum(lengths), *shape), dtype=np.uint8)
     topology.broadcast_array(experts)

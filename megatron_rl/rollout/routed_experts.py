@@ -39,4 +39,4 @@ class RoutedLayers:
         if not ((ordered >= 0) & (ordered < self.num_experts)).all() or (ordered[..., 1:] == ordered[..., :-1]).any():
             raise ValueError(f"routed_experts is not {self.top_k} different experts of {self.num_experts} in every MoE "
                              "layer")
-        return experts.astype(np.uint8)
+        return np.ascontiguousarray(experts, dtype=np.uint8)

@@ -21,6 +21,7 @@ def encode(experts) -> str:
 def test_only_moe_layers_are_kept_in_one_byte_each():
     decoded = LAYERS.decode(encode(REPORTED), num_tokens=3)
     assert decoded.dtype == np.uint8
+    assert decoded.flags.c_contiguous, "it is broadcast as bytes"
     assert decoded.tolist() == [[[255, 1], [2, 3]], [[4, 5], [7, 6]]]
 
 
