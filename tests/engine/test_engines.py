@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rl.config.schema import EngineConfig
+from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
 from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, engine_command, group_members
 from tests.engine.conftest import PROMPTS, ROLLOUT
