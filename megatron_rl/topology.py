@@ -21,6 +21,10 @@ from megatron_rl.config.schema import ParallelConfig
 megatron_cpu.patch_megatron()
 
 
+WHILE_RANK_0_COLLECTS = datetime.timedelta(days=7)
+"""How long other ranks wait for what rank 0 samples, judges or evaluates; that a rank died is its launcher's to see."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Where this process stands. dp_* count ranks that see different sequences; expert_* those of the experts."""
@@ -48,20 +52,12 @@ class Topology:
         return self.rank == 0
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
     @property
     def tp_group(self):
         return parallel_state.get_tensor_model_parallel_group()
-
-    @property
-    def pp_group(self):
-        return parallel_state.get_pipeline_model_parallel_group()
 
     @property
     def dp_cp_group(self):
@@ -72,11 +68,6 @@ class Topology:
     def tp_dp_cp_group(self):
         """Ranks over which a layer's tokens are spread: tensor (sequence), data and context parallel."""
         return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-
-    @property
-    def last_stage_rank(self) -> int:
-        """The global rank of this rank's last pipeline stage."""
-        return parallel_state.get_pipeline_model_parallel_last_rank()
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """`value` of rank `source`, on every rank (pickled over gloo)."""
@@ -108,16 +99,6 @@ class Topology:
         """In-place sum over data- and context-parallel ranks."""
         if self.dp_size * self.cp_size > 1:
             dist.all_reduce(tensor, group=self.dp_cp_group)
-
-    def from_last_stage(self, tensor: torch.Tensor) -> None:
-        """In-place broadcast from the last pipeline stage to the others of this pipeline."""
-        if self.pp_size > 1:
-            dist.broadcast(tensor, src=self.last_stage_rank, group=self.pp_group)
-
-    def sum_over_stages(self, tensor: torch.Tensor) -> None:
-        """In-place sum over the pipeline's stages (each contributes its own layers)."""
-        if self.pp_size > 1:
-            dist.all_reduce(tensor, group=self.pp_group)
 
 
 def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> Topology:
@@ -157,7 +138,7 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         ep_rank=parallel_state.get_expert_model_parallel_rank(), ep_size=config.ep,
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(), etp_size=config.etp,
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
-        device=device, control_group=dist.new_group(backend="gloo"))
+        device=device, control_group=dist.new_group(backend="gloo", timeout=WHILE_RANK_0_COLLECTS))
 
 
 def stop(*, keep_processes: bool = False) -> None:

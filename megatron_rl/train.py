@@ -20,10 +20,12 @@ def main() -> None:
     die_with_parent()  # no rank outlives its torchrun, whatever ends it
     if os.getppid() == 1:
         sys.exit("the launcher is gone")
-    from megatron_rl.config.load import from_json
-    from megatron_rl.recipes import convert, replay, rl, sft, stop
+    from megatron_rl.recipes import stop
 
-    stop.listen()
+    stop.listen()  # before the slow imports: the signal may come at any time
+    from megatron_rl.config.load import from_json
+    from megatron_rl.recipes import convert, replay, rl, sft
+
     {"rl": rl, "sft": sft, "convert": convert, "replay": replay}[recipe].run(from_json(config_path))
 
 

@@ -46,6 +46,8 @@ class EngineConfig:
         require(self.port is None or self.count == 1,
                 f"rollout.engine.port={self.port} is one port for rollout.engine.count={self.count} servers: leave it "
                 "unset to have free ones found")
+        require(len(set(self.urls)) == len(self.urls), "rollout.engine.urls names an engine twice")
+        require(self.max_restarts >= 0, f"rollout.engine.max_restarts={self.max_restarts} must not be negative")
         for name in ("health_interval_s", "hang_timeout_s", "wait_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.engine.{name}={getattr(self, name)} must be positive")
 
@@ -103,6 +105,11 @@ class RolloutConfig:
         require(self.overprovision >= 1, f"rollout.overprovision={self.overprovision} must be at least 1")
         require(self.budget_tokens is None or self.budget_tokens >= 1,
                 f"rollout.budget_tokens={self.budget_tokens} must be at least 1 token")
+        for name in ("request_timeout_s", "bucket_bytes"):
+            require(getattr(self, name) > 0, f"rollout.{name}={getattr(self, name)} must be positive")
+        require(self.retries >= 0, f"rollout.retries={self.retries} must not be negative")
+        require(self.probe_tolerance is None or self.probe_tolerance > 0,
+                f"rollout.probe_tolerance={self.probe_tolerance} must be positive")
         require(self.max_staleness >= 0, f"rollout.max_staleness={self.max_staleness} must not be negative")
         require(self.environment_timeout_s > 0,
                 f"rollout.environment_timeout_s={self.environment_timeout_s} must be positive")

@@ -26,13 +26,12 @@ from megatron_rl.config.schema import Config
 from megatron_rl.recipes.stop import STOPPED
 
 POLL_S = 0.5
-HARDWARE = re.compile(
-    r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus|"
-    r"NCCL.*unhandled system error|node failure", re.IGNORECASE)
+HARDWARE = re.compile(r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus",
+                      re.IGNORECASE)
 """In a rank's log: the machine's fault, not the program's."""
-RESTARTS, EXCLUDED = "MEGATRON_RL_RESTARTS", "MEGATRON_RL_EXCLUDED_NODES"
+RANK_LOG = re.compile(r"rank-(\d+)\.log")
+FAULTS, EXCLUDED = "MEGATRON_RL_FAULTS", "MEGATRON_RL_EXCLUDED_NODES"
 """Environment of a job that replaces one whose node failed."""
-TASK_FAILED = re.compile(r"srun: error: (\S+): tasks? ")
 
 
 class Job:
@@ -42,7 +41,9 @@ class Job:
         self.folder = launch.parent
         self.config = from_json(launch)
         self.id = os.environ["SLURM_JOB_ID"]
-        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + int(os.environ.get(RESTARTS, "0"))
+        self.faults = int(os.environ.get(FAULTS, "0"))
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + self.faults
+        self.stop_asked = False
         hosts = output(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()
         slurm = self.config.slurm
         self.trainer_hosts = hosts[:slurm.nodes]
@@ -84,7 +85,9 @@ class Job:
         return tuple(path.read_text() for path in ready)
 
     def run_ranks(self, urls: tuple[str, ...]) -> int:
-        """Exit code of srun over all ranks."""
+        """Exit code of srun over all ranks; STOPPED when a signal came before they started."""
+        if self.stop_asked:
+            return STOPPED
         path = self.folder / "ranks.json"
         path.write_text(json.dumps(to_dict(with_engines(self.config, urls, resume=self.restarts > 0)), indent=2))
         world, nodes = self.config.parallel.world_size, len(self.trainer_hosts)
@@ -101,7 +104,9 @@ class Job:
         """One `srun`; its output is one log per task. --overlap: engines and ranks may share a node."""
         log = self.folder / (f"{name}-%t.log" if name == "rank" else f"{name}.log")
         inside, options = contained(self.config, command)
-        srun = ["srun", "--overlap", f"--job-name={name}", f"--output={log}", "--open-mode=append", *placing, *options]
+        cpus = f"--cpus-per-task={self.config.slurm.cpus_per_task}"  # srun does not take it over from sbatch
+        srun = ["srun", "--overlap", cpus, f"--job-name={name}",
+                f"--output={log}", "--open-mode=append", *placing, *options]
         with open(self.folder / f"{name}.srun.log", "ab") as errors:
             return subprocess.Popen([*srun, *inside], env=os.environ | (environment or {}), stderr=errors,
                                     stdin=subprocess.DEVNULL)
@@ -109,7 +114,12 @@ class Job:
     def ask_ranks_to_stop(self) -> None:
         """SIGUSR1 to the step, not to srun, which would kill its tasks."""
         say("asked to stop: the ranks save after this step")
-        for line in output(["squeue", "--steps", "--noheader", "--format=%i %j", f"--jobs={self.id}"]).splitlines():
+        self.stop_asked = True
+        steps = subprocess.run(["squeue", "--steps", "--noheader", "--format=%i %j", f"--jobs={self.id}"],
+                               capture_output=True, text=True)
+        if steps.returncode:
+            say(f"the signal could not be passed on: {steps.stderr.strip()}")
+        for line in steps.stdout.splitlines():
             step, name = line.split()
             if name == "rank":
                 subprocess.run(["scancel", "--signal=USR1", step], check=False)
@@ -125,7 +135,7 @@ class Job:
             say("preempted; back into the queue")
             return requeue(self.id)
         bad = sorted(self.failed_nodes())
-        if bad and self.restarts < self.config.slurm.max_restarts:
+        if bad and self.faults < self.config.slurm.max_restarts:
             return self.resubmit_without(bad)
         say(f"the ranks ended with exit code {code}; see {self.folder}/rank-*.log")
         return code
@@ -135,7 +145,7 @@ class Job:
         known = os.environ.get(EXCLUDED) or self.config.slurm.exclude
         excluded = ",".join([known, *bad] if known else bad)
         job = output(["sbatch", "--parsable", f"--exclude={excluded}", str(self.folder / "job.sh")],
-                     {EXCLUDED: excluded, RESTARTS: str(self.restarts + 1)}).strip()
+                     {EXCLUDED: excluded, FAULTS: str(self.faults + 1), "SLURM_RESTART_COUNT": "0"}).strip()
         say(f"{','.join(bad)} failed: excluded; goes on as job {job}")
         return 0
 
@@ -143,8 +153,9 @@ class Job:
         """Nodes whose ranks ended with a fault of the machine in their log."""
         text = {path: path.read_bytes()[self.read_to.get(path, 0):].decode(errors="replace")
                 for path in self.rank_logs()}
-        nodes = set(TASK_FAILED.findall(text.get(self.folder / "rank.srun.log", ""))) & set(self.trainer_hosts)
-        return nodes if any(HARDWARE.search(part) for part in text.values()) else set()
+        per_node = self.config.parallel.world_size // len(self.trainer_hosts)
+        return {self.trainer_hosts[int(found.group(1)) // per_node] for path, part in text.items()
+                if (found := RANK_LOG.fullmatch(path.name)) and HARDWARE.search(part)}
 
     def rank_logs(self) -> list[Path]:
         return sorted(self.folder.glob("rank*.log"))

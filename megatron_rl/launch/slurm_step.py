@@ -15,11 +15,13 @@ from megatron_rl.launch.local import engines_for
 
 def rank(config_path: str) -> None:
     """One rank of the RL recipe, with Slurm's numbers under the names that torch.distributed reads."""
-    from megatron_rl.recipes import rl, stop
+    from megatron_rl.recipes import stop
+
+    stop.listen((signal.SIGUSR1, signal.SIGTERM))  # SIGTERM: preempted. Before the slow imports: it may come any time
+    from megatron_rl.recipes import rl
 
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"],
                    "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
-    stop.listen((signal.SIGUSR1, signal.SIGTERM))  # SIGTERM: preempted
     rl.run(from_json(config_path))
 
 

@@ -68,7 +68,7 @@ def step_count(optimizer) -> int:
         if _counts_per_parameter(inner):
             counts |= {int(state["step"]) for state in inner.state.values() if "step" in state}
         else:
-            counts |= {int(group["step"]) for group in inner.param_groups if "step" in group}
+            counts |= {int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group}
     assert len(counts) <= 1, f"Adam's step counters differ: {counts}"
     return counts.pop() if counts else 0
 

@@ -182,13 +182,13 @@ def commit(partial: Path, final: Path, manifest: Mapping[str, Any], *, keep: int
         old = final.parent / step_name(step)
         dropped = old.with_suffix(".dropped")  # half a folder must never bear the name of a whole one
         os.rename(old, dropped)
-        shutil.rmtree(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)  # what stays, the next clean() takes
 
 
 def clean(folder: Path) -> None:
     """Remove what a killed save left behind."""
     for path in (*folder.glob("step_*.partial"), *folder.glob("step_*.dropped")):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=path.suffix == ".dropped")
 
 
 def set_aside(checkpoint: Path) -> None:

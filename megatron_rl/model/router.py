@@ -33,7 +33,7 @@ class RouterLosses:
     """What every router of one model shares during a step; set by train_step, read in forward.
 
     load_fractions: layer number (from 1) -> fp32 [E], summing to 1; empty: this micro-batch's own.
-    counts, prob_sums: layer number -> fp32 [E], filled while `counting`. entropy_sums: layer number -> fp32 [].
+    counts: layer number -> fp32 [E], filled while `counting`. entropy_sums: layer number -> fp32 [].
     """
 
     balance_coef: float = 0.0

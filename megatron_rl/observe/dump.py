@@ -64,7 +64,10 @@ def start(folder: Path, step: int) -> Path:
 
 
 def write_rank(partial: Path, rank: int, inputs: StepInputs) -> None:
-    torch.save(inputs, partial / _rank_file(rank))
+    with open(partial / _rank_file(rank), "wb") as file:
+        torch.save(inputs, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def finish(partial: Path, record: StepRecord, *, keep: int) -> Path:
@@ -76,7 +79,8 @@ def finish(partial: Path, record: StepRecord, *, keep: int) -> Path:
     final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    whole = sorted(path for path in final.parent.iterdir() if _NAME.match(path.name))
+    whole = sorted((path for path in final.parent.iterdir() if _NAME.match(path.name)),
+                   key=lambda path: path.stat().st_mtime)
     for path in whole[:-keep]:
         shutil.rmtree(path)
     return final

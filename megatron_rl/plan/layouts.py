@@ -76,8 +76,7 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
     for tp, pp, cp, ep in itertools.product(powers, pipelines, powers, experts):
         for etp, vpp in itertools.product(sorted({1, tp}), (None, 2, 4)):
             try:
-                parallel = ParallelConfig(world_size=world, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp,
-                                          overlap=config.parallel.overlap)
+                parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
                 check_layout(model, parallel)
             except ValueError:
                 continue
@@ -90,7 +89,7 @@ def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes
     parallel, recompute = config.parallel, config.model.recompute == "full"
     memory = plan_memory(model, config, engine_bytes=engine_bytes)
     # every rank works at the pace of full micro-batches
-    tokens = memory.num_microbatches * config.batch.tokens_per_microbatch / parallel.cp
+    tokens = memory.num_microbatches * config.batch.tokens_per_microbatch
     compute = tokens / (parallel.tp * parallel.pp) * train_flops_per_token(model, config) / hardware.flops
     passes = 3 if recompute else 2  # of a layer: forward, backward, and the forward again
     layers = model.num_hidden_layers / parallel.pp

@@ -64,14 +64,14 @@ def expected_microbatches(config: Config) -> int:
     rollout, parallel = config.rollout, config.parallel
     return _expected(config.c3po.phi_global(parallel.dp) / parallel.dp, rollout.max_response_tokens,
                      (rollout.max_context_tokens - rollout.max_response_tokens) // 2,
-                     config.batch.tokens_per_microbatch, parallel.pp if parallel.vpp else 1)
+                     config.batch.tokens_per_microbatch, parallel.cp, parallel.pp if parallel.vpp else 1)
 
 
 @functools.cache
-def _expected(phi: float, longest: int, prompt: int, tokens_per_microbatch: int, multiple_of: int) -> int:
+def _expected(phi: float, longest: int, prompt: int, tokens_per_microbatch: int, cp: int, multiple_of: int) -> int:
     responses = max(1, round(phi / ((1 + longest) / 2)))
     lengths = [prompt + math.ceil(longest * (index + 0.5) / responses) for index in range(responses)]
-    plan = plan_microbatches(lengths, dp_size=1, tokens_per_microbatch=tokens_per_microbatch,
+    plan = plan_microbatches(lengths, dp_size=1, cp_size=cp, tokens_per_microbatch=tokens_per_microbatch,
                              multiple_of=multiple_of)
     return len(plan[0])
 
@@ -133,7 +133,7 @@ def activation_bytes(model: Network, config: Config, stage: int, num_microbatche
     """At the fullest moment of the schedule, every micro-batch being at its cap."""
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
     recompute = config.model.recompute == "full"
-    tokens = config.batch.tokens_per_microbatch / parallel.cp
+    tokens = config.batch.tokens_per_microbatch
     chunks = stage_chunks(model, parallel, stage)
     held = [chunk_bytes(model, parallel, chunk, element=element, recompute=recompute) for chunk in chunks]
     passes = chunks_in_flight(parallel, stage, num_microbatches)

@@ -36,6 +36,8 @@ def without_routed_experts(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]
 
 def share_routed_experts(batch: StepBatch, topology: Topology, shape: tuple[int, int]) -> StepBatch:
     """`batch` with the routed_experts of rank 0's samples, [positions, *shape], on every rank."""
+    if not batch.samples:
+        return batch
     lengths = [len(sample.token_ids) - 1 for sample in batch.samples]
     if topology.is_main:
         experts = np.ascontiguousarray(np.concatenate([sample.routed_experts for sample in batch.samples]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,10 @@ class Channel:
         """Whether some engine has `version` now. Raises what went wrong when none has and this is the last attempt."""
         fleet = self._serving.fleet
         urls = self._answering() if only is None else list(only)
+        if not urls:  # gone again since they were seen to be behind
+            for _ in tensors:
+                pass
+            return False
         self._serving.tell(fleet.updating, version, urls)
         failures, failure = dict.fromkeys(urls, "the publish was broken off"), None
         try:
@@ -159,5 +164,6 @@ def build_publisher(config: Config, clients: Sequence[EngineClient], device: tor
         return TensorPublisher(clients, **shared)
     if config.rollout.publish == "broadcast":
         backend = "nccl" if device.type == "cuda" else "gloo"
-        return BroadcastPublisher(clients, **shared, backend=backend, device=device)
+        return BroadcastPublisher(clients, **shared, backend=backend, device=device,
+                                  master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"))
     return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)

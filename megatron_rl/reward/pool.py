@@ -213,6 +213,7 @@ def _preload(modules: Iterable[str]) -> list[str]:
 def _initialise_worker(warm_ups: tuple[Callable[[], None], ...]) -> None:
     """SIGTERM kills at once (pebble's handler waits for the interpreter, which a huge integer power holds)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks the run to stop (recipes/stop.py), not a judgement
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -80,11 +81,15 @@ class _Keeper(threading.Thread):
                 why = self._what_is_wrong()
                 if why is not None and not self._restart(why):
                     return
-        except EngineError as error:
+        except (EngineError, OSError, subprocess.TimeoutExpired) as error:
             self._failure = error
+            if self._ready.is_set():
+                _LOG.error("the engine on port %d is not watched any more: %s", self.process.port, error)
         finally:
-            self.process.stop()
-            self._ready.set()
+            try:
+                self.process.stop()
+            finally:
+                self._ready.set()
 
     def _start(self) -> None:
         self.process.start()

@@ -74,9 +74,13 @@ def run_worker(worker: tuple[str, ...], folder: Path, world_size: int, layouts: 
     """One start of a worker, a module and its first arguments; a failure of its fails the test with its last words."""
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}",
                    "CUDA_VISIBLE_DEVICES": ""}  # the ranks are forked, and this is about arithmetic over gloo
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", *worker, str(folder), str(world_size), *layouts],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", *worker, str(folder), str(world_size), *layouts],
+            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"the worker of {world_size} processes took more than {TIMEOUT_S} s:\n{str(late.stderr)[-2000:]}",
+                    pytrace=False)
     if done.returncode:
         pytest.fail(f"the worker of {world_size} processes failed:\n{done.stderr[-4000:]}", pytrace=False)
 

@@ -14,7 +14,7 @@ import torch
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES
 from tests.distributed.conftest import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TIMEOUT_S = 400
 KINDS = ("model", "weight", "exp_avg", "exp_avg_sq")
 pairs = pytest.mark.parametrize(("source", "target"), [(source, target.name) for source, target in PAIRS])

@@ -82,7 +82,7 @@ case ${1:-up} in
     up)
         mkdir -p "$STATE/ctld" "$STATE/d"
         start_munge
-        [ -s "$SLURM_CONF" ] || write_config
+        scontrol ping >/dev/null 2>&1 || write_config
         scontrol ping 2>/dev/null | grep -q 'is UP' || slurmctld
         wait_for sh -c "scontrol ping | grep -q 'is UP'"
         if ! [ -s "$STATE/slurmd.pid" ] || ! kill -0 "$(cat "$STATE/slurmd.pid")" 2>/dev/null; then slurmd -N "$HOST"; fi

@@ -23,10 +23,10 @@ from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/tmp/megatron_rl_slurm")
-STEPS = 6
+STEPS = 14
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.timeout(600),
+    pytest.mark.slow, pytest.mark.timeout(1200),
     pytest.mark.skipif(shutil.which("slurmctld") is None or shutil.which("munged") is None or os.getuid() != 0,
                        reason="needs root and Slurm: apt-get install slurm-wlm slurmctld slurmd slurm-client munge"),
 ]
@@ -97,8 +97,9 @@ def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through
     wait_until(lambda: len(rows(taken)) >= 1, "the first step")
     slurm(cluster, "sbatch", "--partition=high", "--ntasks=8", f"--output={tmp_path}/high.log", "--wrap=sleep 1")
     wait_until(lambda: "start 2" in job_log(taken, job), "the start after preemption")
-    done = max(int(path.name[5:]) for path in (taken / "checkpoints").glob("step_????????"))
-    wait_until(lambda: len(rows(taken)) > done, "a step of the second start")
+    written = (taken / "metrics.jsonl").stat().st_mtime_ns
+    wait_until(lambda: (taken / "metrics.jsonl").stat().st_mtime_ns > written and len(rows(taken)) >= 2,
+               "a step of the second start")
     slurm(cluster, "scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_until(lambda: "start 3" in job_log(taken, job), "the start after the signal")
     wait_until(lambda: job_log(taken, job).endswith("done\n"), "the end")
@@ -115,6 +116,8 @@ def test_cancel_leaves_no_process(cluster, model, tmp_path):
     assert running_in(tmp_path / "run")
     slurm(cluster, "scancel", job)
     wait_until(lambda: not running_in(tmp_path / "run"), "the job's processes to go", 60)
+    assert "JobState=CANCELLED" in slurm(cluster, "scontrol", "show", "job", job)
+    assert "back into the queue" not in job_log(tmp_path / "run", job)
 
 
 def test_a_node_with_a_hardware_fault_is_excluded(cluster, model, tmp_path):

@@ -82,9 +82,9 @@ def test_proposals_fit_are_ordered_and_train_the_same_phi(ling_lite, ring_lite):
     proposals = propose(ling_lite, ring_lite, hardware)
     assert all(each.memory.total <= hardware.usable for each in proposals)
     assert [each.seconds for each in proposals] == sorted(each.seconds for each in proposals)
-    # phi is 8 x 204,800 tokens whatever the layout's dp, and micro-batches hold at most 24,576
+    # phi is 8 x 204,800 tokens whatever the layout's dp, and micro-batches hold at most 24,576 on a rank
     for each in proposals:
-        assert each.memory.num_microbatches * each.parallel.dp * 24_576 >= 8 * 204_800
+        assert each.memory.num_microbatches * each.parallel.dp * each.parallel.cp * 24_576 >= 8 * 204_800
 
 
 def test_where_nothing_fits_the_smallest_are_shown(capsys):
