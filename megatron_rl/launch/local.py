@@ -145,16 +145,17 @@ def rank_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
+    """SIGTERM does what Ctrl-C does; SIGINT too where a script started this in the background and it was ignored."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def stop_group(process: subprocess.Popen) -> int:

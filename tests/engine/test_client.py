@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -73,12 +74,20 @@ def test_nobody_at_the_address_is_reported_with_the_address():
         asyncio.run(ask())
 
 
+async def seconds_of_40_tokens(client: EngineClient) -> float:
+    """How long this machine, as busy as it is, needs to get into the middle of a longer response."""
+    began = time.monotonic()
+    await client.generate((5, 6), rid="a-while", sampling=SamplingParams(max_new_tokens=40, ignore_eos=True))
+    return time.monotonic() - began
+
+
 def test_aborted_response_is_returned_as_abort(live_engine: LiveEngine):
     sampling = SamplingParams(temperature=1.0, max_new_tokens=250, ignore_eos=True)
 
     async def start_and_abort():
+        a_while = await seconds_of_40_tokens(live_engine.client)
         request = asyncio.create_task(live_engine.client.generate((5, 6), rid="to-abort", sampling=sampling))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(a_while)
         await live_engine.client.abort("to-abort")
         return await request
 
@@ -95,8 +104,9 @@ def test_response_that_outlives_a_publish_says_which_weights_sampled_which_token
     async def generate():
         client = EngineClient(live_engine.client.base_url)
         async with client:
+            a_while = await seconds_of_40_tokens(client)
             request = asyncio.create_task(client.generate((5, 6, 7), rid="long", sampling=sampling))
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(a_while)
             await asyncio.to_thread(live_engine.publish, new)
             return await request
 
