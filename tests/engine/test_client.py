@@ -77,7 +77,8 @@ def test_nobody_at_the_address_is_reported_with_the_address():
 async def seconds_of_40_tokens(client: EngineClient) -> float:
     """How long this machine, as busy as it is, needs to get into the middle of a longer response."""
     began = time.monotonic()
-    await client.generate((5, 6), rid="a-while", sampling=SamplingParams(temperature=1.0, max_new_tokens=40, ignore_eos=True))
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=40, ignore_eos=True)
+    await client.generate((5, 6), rid="a-while", sampling=sampling)
     return time.monotonic() - began
 
 
