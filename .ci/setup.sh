@@ -93,7 +93,7 @@ else
     install "SGLang and Transformer Engine (compiles; long)" --no-build-isolation -e ".[gpu,dev]"
 fi
 say "checking that it imports"
-TORCHDYNAMO_DISABLE=1 $VENV/bin/python -c 'import torch, megatron.core, transformers, hydra, c3po, megatron_rl' >>$LOG 2>&1 ||
+TORCHDYNAMO_DISABLE=1 $VENV/bin/python -c 'import megatron_rl, c3po, megatron.core, transformers, hydra' >>$LOG 2>&1 ||
     { tail -n 20 $LOG >&2; fail "the environment does not import; the whole log is in $PWD/$LOG"; }
 echo "$KEY" >$STAMP
 say "done: $PWD/$VENV ($VARIANT)"
