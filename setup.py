@@ -44,6 +44,8 @@ setup(
         "aiohttp==3.14.5",
         "rich==15.0.0",
         "matplotlib==3.11.2",
+        "pyarrow==26.0.1",
+        "datasketch==2.0.0",
     ],
     extras_require={
         "cpu": requirements("requirements-cpu-engine.txt"),

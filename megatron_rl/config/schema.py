@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
+from megatron_rl.config.data import DataConfig, EvalConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.rules import require
 
@@ -160,41 +161,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where prompts come from. `source`: jsonl | reasoning_gym | chains | arithmetic.
-
-    jsonl reads `path` with the columns named below; reasoning_gym generates `task` with `task_config`;
-    chains and arithmetic are the built-in generators of the quick start and of the SmolLM2 example.
-    template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
-    split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
-    the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
-    """
-
-    source: Literal["jsonl", "reasoning_gym", "chains", "arithmetic"] = "jsonl"
-    path: str | None = None
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
-    response_key: str | None = None
-    domain_key: str | None = None
-    id_key: str | None = None
-    domain: str = "math"
-    task: str | None = None
-    task_config: dict[str, object] = field(default_factory=dict)
-    size: int = 20000
-    seed: int = 7
-    split: Literal["train", "heldout", "all"] = "all"
-    template: Literal["plain", "chat"] = "plain"
-    prompt_prefix: str = ""
-    prompt_suffix: str = ""
-    shuffle: bool = True
-
-    def __post_init__(self):
-        require(self.source != "reasoning_gym" or self.task is not None,
-                "data.source=reasoning_gym needs data.task (a reasoning-gym dataset name, e.g. data.task=chain_sum)")
-        require(self.size >= 1, f"data.size={self.size} must be at least 1")
-
-
-@dataclass(frozen=True)
 class RewardConfig:
     """How responses are judged.
 
@@ -208,26 +174,6 @@ class RewardConfig:
     def __post_init__(self):
         require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
         require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Held-out evaluation: problems [offset, offset + problems) of `data` with their own seed."""
-
-    data: DataConfig | None = None
-    problems: int = 256
-    samples_per_problem: int = 2
-    temperature: float = 1.0
-    top_p: float = 1.0
-    every_steps: int = 10
-    seed: int = 99
-    bootstrap_resamples: int = 2000
-
-    def __post_init__(self):
-        for name in ("problems", "samples_per_problem"):
-            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)} must be at least 1")
-        require(self.every_steps >= 0,
-                f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")
 
 
 @dataclass(frozen=True)

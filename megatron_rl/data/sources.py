@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.arithmetic import Arithmetic
 from megatron_rl.data.chains import Chains
-from megatron_rl.data.jsonl import read_jsonl
+from megatron_rl.data.files import FileProblems, read_problems
 from megatron_rl.data.problems import Problem, Problems
+from megatron_rl.data.rows import FILE_SOURCES
 from megatron_rl.data.templates import Template, build_template
 from megatron_rl.types import Prompt
 
 __all__ = ["ProblemSource", "PromptSource", "build_source"]
 
 LISTED_PROMPTS = 20
+_LOG = logging.getLogger(__name__)
 
 
 class PromptSource(Protocol):
@@ -57,16 +60,19 @@ class ProblemSource:
         problem = self._problem(index)
         if problem.response is None:
             raise ValueError(f"{problem.id} has no response to train on: SFT needs data.source=chains, or "
-                             "data.source=jsonl with data.response_key")
+                             "a file with data.response_key")
         response_ids = self._tokenizer.encode(problem.response, add_special_tokens=False)
         return self._prompt(problem), [*response_ids, self._tokenizer.eos_token_id]
 
-    def check_lengths(self) -> None:
-        """ValueError listing every prompt (id, tokens) that is over the limit; renders the whole source."""
+    def too_long(self) -> list[tuple[str, int]]:
+        """(id, tokens) of every prompt that is over the limit; renders the whole source."""
         rendered = (self._render(self._problems[index]) for index in range(len(self)))
-        too_long = [(prompt.id, len(prompt.token_ids)) for prompt in rendered
-                    if len(prompt.token_ids) > self._max_prompt_tokens]
-        if too_long:
+        return [(prompt.id, len(prompt.token_ids)) for prompt in rendered
+                if len(prompt.token_ids) > self._max_prompt_tokens]
+
+    def check_lengths(self) -> None:
+        """ValueError listing every prompt that is over the limit."""
+        if too_long := self.too_long():
             raise ValueError(self._length_message(too_long))
 
     def _problem(self, index: int) -> Problem:
@@ -98,19 +104,27 @@ class ProblemSource:
 def build_source(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSource:
     """The source named by data.source. `tokenizer` is a Hugging Face tokenizer; the limit is in tokens.
 
-    Generated prompts are made and checked on access, so any data.size is cheap to build. A JSONL file is
-    read and checked whole. Raises ValueError that names the data.* key or the file and line at fault.
+    Generated prompts are made and checked on access, so any data.size is cheap to build. A file is read and
+    checked whole. Raises ValueError that names the data.* key or the file and line at fault.
     """
     template = build_template(config, tokenizer)
-    source = ProblemSource(_problems(config), template, tokenizer, max_prompt_tokens=max_prompt_tokens)
-    if config.source == "jsonl":
+    problems = _problems(config)
+    source = ProblemSource(problems, template, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    if config.source not in FILE_SOURCES:
+        return source
+    if config.on_error == "stop":
         source.check_lengths()
+    elif too_long := {name for name, _ in source.too_long()}:
+        _LOG.warning("left out: %d prompt(s) of data.path=%s longer than %d tokens", len(too_long), config.path,
+                     max_prompt_tokens)
+        kept = FileProblems(problem for problem in problems if problem.id not in too_long)
+        source = ProblemSource(kept, template, tokenizer, max_prompt_tokens=max_prompt_tokens)
     return source
 
 
 def _problems(config: DataConfig) -> Problems:
-    if config.source == "jsonl":
-        return read_jsonl(config)
+    if config.source in FILE_SOURCES:
+        return read_problems(config)
     if config.source == "reasoning_gym":
         from megatron_rl.data.gym import Gym  # here, because reasoning_gym takes 1.4 s to import
         return Gym(config.task, config.task_config, size=config.size, seed=config.seed, split=config.split)

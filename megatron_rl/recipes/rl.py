@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_rl import loop, topology
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
-from megatron_rl.data import PromptSampler
+from megatron_rl.data import build_sampler
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
@@ -95,7 +95,7 @@ class MainRank:
         self.serving = stack.enter_context(Serving(config))
         self.collector = build_collector(
             config, self.serving.responder(config, tokenizer, rewards, engine_routing(config)),
-            PromptSampler(source, config.run.seed, shuffle=config.data.shuffle))
+            build_sampler(source, config.data, config.run.seed))
         self.clients = engine_clients(config)
         self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
         self.held_out = HeldOut(config, self.serving, tokenizer, rewards)

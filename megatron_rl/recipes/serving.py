@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from megatron_rl.batch import BudgetFill
 from megatron_rl.config.schema import Config, DataConfig
-from megatron_rl.data import PromptSource, build_source, is_direct_answer
+from megatron_rl.data import PromptSource, build_prompts, is_direct_answer
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.background import EventLoopThread
@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path):
 
 def prompt_source(config: Config, data: DataConfig, tokenizer) -> PromptSource:
     rollout = config.rollout
-    return build_source(data, tokenizer, max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens)
+    return build_prompts(data, tokenizer, max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens)
 
 
 def heldout_data(config: Config) -> DataConfig:

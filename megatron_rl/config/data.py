@@ -1,0 +1,103 @@
+"""Sections `data` and `eval` of the configuration: where prompts come from, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rl.config.rules import require
+
+
+@dataclass(frozen=True)
+class CurriculumStage:
+    """A part of data.curriculum: so many prompts are drawn with these weights; the last stage has no end (null)."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    prompts: int | None = None
+
+    def __post_init__(self):
+        require(self.prompts is None or self.prompts >= 1,
+                f"data.curriculum.prompts={self.prompts} must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from; docs/data.md describes the files. `source`, one of:
+
+    jsonl, parquet (a file, or a folder of them) and hf_dataset (a folder that Dataset.save_to_disk wrote; of several
+    splits, `hf_split`) read `path` with the columns named below. reasoning_gym generates `task` with `task_config`;
+    chains and arithmetic are the built-in generators of the quick start and of the SmolLM2 example. mix draws from the
+    sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
+    on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
+    template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
+    split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
+    the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
+    """
+
+    source: Literal["jsonl", "parquet", "hf_dataset", "reasoning_gym", "chains", "arithmetic", "mix"] = "jsonl"
+    path: str | None = None
+    hf_split: str = "train"
+    on_error: Literal["stop", "skip"] = "stop"
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    response_key: str | None = None
+    domain_key: str | None = None
+    id_key: str | None = None
+    domain: str = "math"
+    task: str | None = None
+    task_config: dict[str, object] = field(default_factory=dict)
+    size: int = 20000
+    seed: int = 7
+    split: Literal["train", "heldout", "all"] = "all"
+    template: Literal["plain", "chat"] = "plain"
+    prompt_prefix: str = ""
+    prompt_suffix: str = ""
+    shuffle: bool = True
+    mix: dict[str, DataConfig] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    curriculum: tuple[CurriculumStage, ...] = ()
+
+    def __post_init__(self):
+        require(self.source != "reasoning_gym" or self.task is not None,
+                "data.source=reasoning_gym needs data.task (a reasoning-gym dataset name, e.g. data.task=chain_sum)")
+        require(self.size >= 1, f"data.size={self.size} must be at least 1")
+        self._check_mix()
+
+    def _check_mix(self) -> None:
+        require(bool(self.mix) == (self.source == "mix"),
+                f"data.source={self.source} with data.mix of {len(self.mix)} section(s): a mix needs data.source=mix "
+                "and its sections under data.mix")
+        for name, part in self.mix.items():
+            require(part.source != "mix", f"data.mix.{name}.source=mix: a section of a mix cannot be a mix")
+        require(not (self.weights and self.curriculum),
+                "data.weights and data.curriculum are both set; keep one (stages have their own weights)")
+        for key, weights in [("data.weights", self.weights), *(
+                (f"data.curriculum[{i}].weights", stage.weights) for i, stage in enumerate(self.curriculum))]:
+            unknown = sorted(weights.keys() - self.mix.keys())
+            require(not unknown,
+                    f"{key} names {', '.join(unknown)}; data.mix has {', '.join(self.mix) or 'no section'}")
+            require(not weights or (min(weights.values()) >= 0 and sum(weights.values()) > 0),
+                    f"{key}={weights} must not be negative, and one of them must be positive")
+        for i, stage in enumerate(self.curriculum):
+            require((stage.prompts is None) == (i == len(self.curriculum) - 1),
+                    f"data.curriculum[{i}].prompts={stage.prompts}: every stage but the last needs a number of prompts")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: problems [offset, offset + problems) of `data` with their own seed."""
+
+    data: DataConfig | None = None
+    problems: int = 256
+    samples_per_problem: int = 2
+    temperature: float = 1.0
+    top_p: float = 1.0
+    every_steps: int = 10
+    seed: int = 99
+    bootstrap_resamples: int = 2000
+
+    def __post_init__(self):
+        for name in ("problems", "samples_per_problem"):
+            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)} must be at least 1")
+        require(self.every_steps >= 0,
+                f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")

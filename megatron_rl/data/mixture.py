@@ -1,0 +1,126 @@
+"""Several sources in one: prompts in the ratio of weights, which may change along a curriculum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.config.data import CurriculumStage, DataConfig
+from megatron_rl.data.sampler import PromptSampler
+from megatron_rl.data.sources import PromptSource, build_source
+from megatron_rl.types import Prompt
+
+__all__ = ["MixedSampler", "MixedSource", "build_prompts", "build_sampler"]
+
+
+class MixedSource:
+    """A PromptSource over named parts. By index they are interleaved: every prefix holds them in the ratio of sizes."""
+
+    def __init__(self, parts: Mapping[str, PromptSource]):
+        self.parts = dict(parts)
+        places = [(np.arange(len(part)) + 0.5) / len(part) for part in self.parts.values()]
+        owner = np.repeat(np.arange(len(places)), [len(place) for place in places])
+        inner = np.concatenate([np.arange(len(place)) for place in places])
+        order = np.argsort(np.concatenate(places), kind="stable")
+        self._owner, self._inner, self._sources = owner[order], inner[order], list(self.parts.values())
+
+    @property
+    def domains(self) -> frozenset[str]:
+        return frozenset().union(*(part.domains for part in self._sources))
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def prompt(self, index: int) -> Prompt:
+        part, inner = self._place(index)
+        return part.prompt(inner)
+
+    def sft_example(self, index: int) -> tuple[Prompt, list[int]]:
+        part, inner = self._place(index)
+        return part.sft_example(inner)
+
+    def _place(self, index: int) -> tuple[PromptSource, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"prompt {index} of a source of {len(self)}")
+        return self._sources[self._owner[index]], int(self._inner[index])
+
+
+class MixedSampler:
+    """Deals from each part in its own resumable order; after n prompts of a stage a part has had n * weight, give or
+    take less than one per part.
+
+    The part that is furthest behind its share comes next, so there is no chance in the mixture. State of a run with
+    other weights is taken over: each part goes on where it was, and the ratio holds from there.
+    """
+
+    def __init__(self, source: MixedSource, stages: Sequence[CurriculumStage], seed: int, *, shuffle: bool = True):
+        self._samplers = {name: PromptSampler(part, seed, shuffle=shuffle) for name, part in source.parts.items()}
+        sizes = {name: len(part) for name, part in source.parts.items()}
+        self._stages = [(stage.prompts, _shares(stage.weights or sizes)) for stage in stages]
+        self._stage = 0
+        self._dealt = dict.fromkeys(self._samplers, 0)
+
+    def next(self, n: int) -> list[Prompt]:
+        return [self._next() for _ in range(n)]
+
+    def _next(self) -> Prompt:
+        prompts, shares = self._stages[self._stage]
+        if prompts is not None and sum(self._dealt.values()) == prompts:
+            self._stage, self._dealt = self._stage + 1, dict.fromkeys(self._samplers, 0)
+            _, shares = self._stages[self._stage]
+        total = sum(self._dealt.values()) + 1
+        name = max(shares, key=lambda part: shares[part] * total - self._dealt[part])
+        self._dealt[name] += 1
+        (prompt,) = self._samplers[name].next(1)
+        return prompt
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"stages": self._plan(), "stage": self._stage, "dealt": dict(self._dealt),
+                "parts": {name: sampler.state_dict() for name, sampler in self._samplers.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. ValueError if a part changed, or if there are other parts."""
+        if state["parts"].keys() != self._samplers.keys():
+            raise ValueError(f"the checkpoint's prompt order mixes {', '.join(state['parts'])}, this run "
+                             f"{', '.join(self._samplers)}: data.mix changed, so the order cannot go on")
+        for name, sampler in self._samplers.items():
+            sampler.load_state_dict(state["parts"][name])
+        if state["stages"] == self._plan():
+            self._stage, self._dealt = state["stage"], dict(state["dealt"])
+
+    def _plan(self) -> list[list[Any]]:
+        return [[prompts, dict(shares)] for prompts, shares in self._stages]
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items() if weight}
+
+
+def build_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSource:
+    """The source that `config` names, mixed or not. ValueError as build_source raises it, with the section's name.
+
+    data.split of a mix holds for every section, unless it is `all`.
+    """
+    if config.source != "mix":
+        return build_source(config, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    parts = {}
+    for name, part in config.mix.items():
+        chosen = part if config.split == "all" else replace(part, split=config.split)
+        try:
+            parts[name] = build_source(chosen, tokenizer, max_prompt_tokens=max_prompt_tokens)
+        except ValueError as error:
+            raise ValueError(f"data.mix.{name}: {error}") from error
+    return MixedSource(parts)
+
+
+def build_sampler(source: PromptSource, config: DataConfig, seed: int) -> PromptSampler | MixedSampler:
+    """The endless order over `source` (of build_prompts) that data.shuffle, .weights and .curriculum describe."""
+    if isinstance(source, MixedSource):
+        stages = config.curriculum or (CurriculumStage(config.weights),)
+        return MixedSampler(source, stages, seed, shuffle=config.shuffle)
+    return PromptSampler(source, seed, shuffle=config.shuffle)
