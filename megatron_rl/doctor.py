@@ -6,10 +6,10 @@ import importlib.metadata
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -19,6 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_rl.observe.versions import gpu_names, package_version, usable_cores
+from megatron_rl.reward.languages import LANGUAGES
+from megatron_rl.reward.sandbox import Bubblewrap
+from megatron_rl.reward.sandbox.box import GET_IT
 
 Status = Literal["ok", "optional", "missing"]
 COLORS = {"ok": "green", "optional": "yellow", "missing": "bold red"}
@@ -74,6 +77,7 @@ def all_checks() -> list[Check]:
         check_gpu(gpu_names()),
         check_nccl(),
         check_sandbox("bwrap"),
+        check_compilers(),
         check_slurm(),
         check_port(),
         check_disk(shutil.disk_usage(".").free / 2**30),
@@ -128,19 +132,22 @@ def check_nccl() -> Check:
 
 
 def check_sandbox(command: str) -> Check:
-    """Runs the sandbox, because a container may hold bubblewrap and forbid what it does."""
-    purpose, remedy = "runs generated code (code rewards)", "apt-get install bubblewrap"
+    """Makes a sandbox, because a container may hold bubblewrap and forbid what it does."""
+    purpose = "runs generated code (code rewards)"
     try:
-        tried = subprocess.run([command, "--ro-bind", "/", "/", "--unshare-all", "true"], capture_output=True,
-                               text=True, timeout=20)
-    except FileNotFoundError:
-        return Check("sandbox", "optional", f"{command} is not installed", purpose, remedy)
-    except subprocess.TimeoutExpired:
-        return Check("sandbox", "optional", f"{command} did not end in 20 s", purpose, "run bwrap by hand to see why")
-    if tried.returncode != 0:
-        return Check("sandbox", "optional", f"{command} fails: {tried.stderr.strip()[:80]}", purpose,
-                     "allow unprivileged user namespaces, or run where they are allowed")
+        Bubblewrap(command).check()
+    except RuntimeError as error:
+        return Check("sandbox", "optional", str(error).partition(";")[0], purpose, GET_IT)
     return Check("sandbox", "ok", f"{command} runs", purpose)
+
+
+def check_compilers() -> Check:
+    """What programs in the sandbox are compiled and run with: those of the system, under /usr."""
+    lacking = [language.needs for language in LANGUAGES.values()
+               if shutil.which(Path(language.needs).name, path="/usr/bin:/bin:/usr/local/bin") is None]
+    found = f"no {', '.join(lacking)}" if lacking else "python3, g++, javac"
+    return Check("compilers", "optional" if lacking else "ok", found, "code rewards in Python, C++ and Java",
+                 "apt-get install python3 g++ default-jdk-headless")
 
 
 def check_slurm() -> Check:

@@ -25,7 +25,7 @@ FLOORS = {
     "sync": {"types", "config", "observe", "topology", "model", "rollout"},
     "plan": {"types", "config", "batch", "model"},
     "loop": {"types", "config", "observe", "batch"},
-    "doctor": {"observe"},
+    "doctor": {"observe", "reward"},
 }
 MAY_IMPORT_MEGATRON = {"topology", "model", "train_step", "sync", "compat"}
 MAY_IMPORT_SGLANG = {"rollout", "sync", "compat"}

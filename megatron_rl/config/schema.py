@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.data import DataConfig, EvalConfig
+from megatron_rl.config.reward import RewardConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.rules import require
 
@@ -158,22 +159,6 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
         require(self.warmup_fraction is None or self.warmup_steps == 0,
                 "optimizer.warmup_steps and optimizer.warmup_fraction are both set; keep one")
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How responses are judged.
-
-    routes: domain -> scorer, which is math_verify, exact, reasoning_gym, or the dotted path of a function.
-    """
-
-    routes: dict[str, str] = field(default_factory=lambda: {"math": "math_verify"})
-    workers: int = 2
-    timeout_s: float = 3.0
-
-    def __post_init__(self):
-        require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
-        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
 
 
 @dataclass(frozen=True)

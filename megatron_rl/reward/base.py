@@ -10,7 +10,8 @@ from megatron_rl.types import Prompt, Score
 
 __all__ = ["Job", "STATUSES", "Scorer", "run", "verdict"]
 
-STATUSES = ("correct", "wrong", "no_answer", "timeout", "error")
+STATUSES = ("correct", "wrong", "no_answer", "timeout", "error",
+            "compile_error", "runtime_error", "memory_limit", "output_limit")  # these four: of programs
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Job:
     """The costly part of one judgement: an importable function and picklable arguments, run in a worker.
 
     memo_key holds everything the function reads, so equal keys have equal scores; None: never remembered.
+    timeout_s: of this job, where reward.timeout_s is not meant for it.
     """
 
     function: Callable[..., Score]
     args: tuple[Any, ...]
     memo_key: Hashable | None
+    timeout_s: float | None = None
 
     def run(self) -> Score:
         """The score; an exception of the function becomes status `error` with its type and message."""

@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class RewardPool:
-    """Scores responses by reward.routes, on reward.workers processes, each job for reward.timeout_s at most.
+    """Scores responses by reward.routes, on reward.workers processes, each job for reward.timeout_s, or its own limit.
 
     A job over its time scores (0, timeout); a scorer that raises, or takes its worker down, (0, error, why).
     Neither is remembered; every other score of a job with a memo key is, and equal jobs in flight share one
@@ -48,7 +48,7 @@ class RewardPool:
     def __init__(self, config: RewardConfig):
         self.jobs_sent = 0
         self._config = config
-        self._routes = Routes(config.routes)
+        self._routes = Routes(config.routes, config)
         self._lock = threading.RLock()
         self._pool: pebble.ProcessPool | None = None
         self._retiring: list[threading.Thread] = []
@@ -134,7 +134,7 @@ class RewardPool:
             slot = object() if job.memo_key is None else job.memo_key
             outcome: Future[Score] = Future()
             self._in_flight[slot] = outcome
-            running = self._running_pool().schedule(job.run, timeout=self._config.timeout_s)
+            running = self._running_pool().schedule(job.run, timeout=job.timeout_s or self._config.timeout_s)
             self.jobs_sent += 1
         running.add_done_callback(lambda done: self._settle(job, slot, done, outcome, last_attempt))
         return outcome
@@ -149,7 +149,7 @@ class RewardPool:
             if isinstance(error, BrokenProcessPool):
                 outcome.set_exception(RuntimeError(WORKERS_DIE) if last_attempt else error)
                 return
-            score = done.result() if error is None else self._failure(error)
+            score = done.result() if error is None else self._failure(job, error)
             if score.status == "error":
                 self._tell(job, score)
             elif score.status != "timeout" and job.memo_key is not None:
@@ -158,9 +158,10 @@ class RewardPool:
                     self._memo.popitem(last=False)
             outcome.set_result(score)
 
-    def _failure(self, error: BaseException) -> Score:
+    def _failure(self, job: Job, error: BaseException) -> Score:
         if isinstance(error, TimeoutError):
-            return Score(0.0, "timeout", f"not judged within reward.timeout_s={self._config.timeout_s}")
+            limit = f"{job.timeout_s} s" if job.timeout_s else f"reward.timeout_s={self._config.timeout_s}"
+            return Score(0.0, "timeout", f"not judged within {limit}")
         if isinstance(error, pebble.ProcessExpired):
             return Score(0.0, "error", f"the scorer took its worker down (exit code {error.exitcode})")
         return Score(0.0, "error", f"{type(error).__name__}: {error}"[:500])

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from megatron_rl.config.schema import RewardConfig
 from megatron_rl.reward.base import Scorer
+from megatron_rl.reward.code import CodeScorer
 from megatron_rl.reward.exact import ExactScorer
 from megatron_rl.reward.gym import ReasoningGymScorer
 from megatron_rl.reward.math import MathVerifyScorer
+from megatron_rl.reward.science import ScienceScorer
 from megatron_rl.reward.user import UserScorer
 
 __all__ = ["Routes"]
 
-BUILT_IN = {"math_verify": MathVerifyScorer, "exact": ExactScorer, "reasoning_gym": ReasoningGymScorer}
+BUILT_IN: dict[str, Callable[[RewardConfig], Scorer]] = {
+    "math_verify": lambda _: MathVerifyScorer(),
+    "exact": lambda _: ExactScorer(),
+    "reasoning_gym": lambda _: ReasoningGymScorer(),
+    "science": lambda config: ScienceScorer(config.relative_tolerance),
+    "code": CodeScorer,
+}
 
 
 class Routes:
     """domain -> Scorer, built once from reward.routes. Raises ValueError naming reward.routes.<domain>."""
 
-    def __init__(self, routes: Mapping[str, str]):
-        self._scorers = {domain: _scorer(domain, name) for domain, name in routes.items()}
+    def __init__(self, routes: Mapping[str, str], config: RewardConfig | None = None):
+        settings = config if config is not None else RewardConfig()
+        self._scorers = {domain: _scorer(domain, name, settings) for domain, name in routes.items()}
 
     def scorers(self) -> tuple[Scorer, ...]:
         return tuple(self._scorers.values())
@@ -38,9 +48,12 @@ class Routes:
                              f"(routes given: {', '.join(self._scorers) or 'none'})")
 
 
-def _scorer(domain: str, name: str) -> Scorer:
+def _scorer(domain: str, name: str, config: RewardConfig) -> Scorer:
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        try:
+            return BUILT_IN[name](config)
+        except RuntimeError as error:
+            raise ValueError(f"reward.routes.{domain}={name}: {error}") from error
     if "." in name:
         return UserScorer(domain, name)
     near = difflib.get_close_matches(name, BUILT_IN, n=1)

@@ -1,0 +1,73 @@
+"""Section `reward`: how responses are judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rl.config.rules import require
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """Limits of generated programs; a problem's own time_s and memory_mb come first.
+
+    time_s: processor seconds of one test of a stdin problem, or of all calls of a function or unit-test problem
+    (whole seconds); the clock may show thrice that and 2 s. compile_s: processor seconds of the compiler.
+    memory_mb: of all processes of a program together. tolerance: relative and absolute, of decimal numbers in outputs.
+    """
+
+    time_s: int = 4
+    compile_s: int = 15
+    memory_mb: int = 512
+    tolerance: float = 1e-6
+
+    def __post_init__(self):
+        for name in ("time_s", "compile_s", "memory_mb"):
+            require(getattr(self, name) >= 1, f"reward.code.{name}={getattr(self, name)} must be at least 1")
+        require(self.tolerance >= 0, f"reward.code.tolerance={self.tolerance} must not be negative")
+
+
+@dataclass(frozen=True)
+class RemoteConfig:
+    """A judge elsewhere that speaks SandboxFusion's protocol (POST url/run_code), for reward.sandbox=remote.
+
+    timeout_s: of one request beyond the program's own limits. retries: of a request that failed, with growing pauses.
+    """
+
+    url: str | None = None
+    timeout_s: float = 30.0
+    retries: int = 3
+
+    def __post_init__(self):
+        require(self.timeout_s > 0, f"reward.remote.timeout_s={self.timeout_s} must be positive")
+        require(self.retries >= 0, f"reward.remote.retries={self.retries} must not be negative")
+        require(self.url is None or self.url.startswith(("http://", "https://")),
+                f"reward.remote.url={self.url} must start with http:// or https://")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How responses are judged.
+
+    routes: domain -> scorer, which is math_verify, science, code, exact, reasoning_gym, or the dotted path of a
+    function. relative_tolerance: of science answers that are numbers.
+    sandbox: where the programs of `code` run. bubblewrap isolates them on this machine and is refused where it
+    cannot; remote sends them to reward.remote.url; unsafe runs them as they are, with your rights and your files.
+    """
+
+    routes: dict[str, str] = field(default_factory=lambda: {"math": "math_verify"})
+    workers: int = 2
+    timeout_s: float = 3.0
+    relative_tolerance: float = 0.01
+    sandbox: Literal["bubblewrap", "remote", "unsafe"] = "bubblewrap"
+    code: CodeConfig = field(default_factory=CodeConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    def __post_init__(self):
+        require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
+        require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
+        require(0 <= self.relative_tolerance < 1,
+                f"reward.relative_tolerance={self.relative_tolerance} must lie between 0 and 1")
+        require(self.sandbox != "remote" or self.remote.url is not None,
+                "reward.sandbox=remote needs reward.remote.url, such as http://judge:8080")

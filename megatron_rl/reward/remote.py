@@ -1,0 +1,108 @@
+"""A judge elsewhere: programs go to a server that speaks SandboxFusion's protocol (POST /run_code).
+
+Its isolation and its limits are the server's; what is right is still decided here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.config.reward import RemoteConfig
+from megatron_rl.reward.sandbox import Limits, Outcome
+
+__all__ = ["Remote", "RemoteProgram"]
+
+FIRST_PAUSE_S = 0.2
+BUSY = (408, 425, 429)
+OUT_OF_MEMORY = ("MemoryError", "std::bad_alloc", "OutOfMemoryError")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """reward.sandbox=remote. Raises RuntimeError, naming the URL, when the server cannot be had after the retries."""
+
+    config: RemoteConfig
+
+    def check(self) -> None:
+        """One program must run. RuntimeError that names reward.remote.url where none does."""
+        outcome = self.program("python", {"main.py": "print(6 * 7)"}, Limits(), compile_s=5)(b"", 1 << 16)
+        if outcome.stdout.strip() != b"42":
+            raise RuntimeError(f"reward.remote.url={self.config.url} does not run programs: {outcome.message}")
+
+    def program(self, language: str, sources: Mapping[str, str], limits: Limits, *, compile_s: int) -> RemoteProgram:
+        """`sources`: the first is the program, the rest lie beside it; Python's harness is started by its name."""
+        (first, code), *rest = sources.items()
+        return RemoteProgram(self.config, {
+            "code": code, "language": language, "compile_timeout": compile_s, "run_timeout": limits.deadline_s,
+            "memory_limit_MB": limits.memory_mb,
+            "files": {name: base64.b64encode(text.encode()).decode() for name, text in rest}}, limits, compile_s)
+
+
+@dataclass(frozen=True)
+class RemoteProgram:
+    """One program of a remote judge; each call is a request, which compiles again."""
+
+    config: RemoteConfig
+    request: Mapping[str, Any]
+    limits: Limits
+    compile_s: int
+
+    def __call__(self, stdin: bytes, output_bytes: int) -> Outcome:
+        answer = self._post({**self.request, "stdin": stdin.decode(errors="replace")})
+        compiled, ran = answer.get("compile_result"), answer.get("run_result")
+        if compiled is not None and (compiled["status"] != "Finished" or compiled["return_code"] != 0):
+            return _outcome(compiled, "compile_error", output_bytes)
+        if ran is None:
+            raise RuntimeError(f"{self.config.url}: no run_result ({answer.get('status')}: {answer.get('message')})")
+        return _outcome(ran, "runtime_error", output_bytes)
+
+    def _post(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's answer; what may pass (busy, unreachable, its own errors) is tried again, ever later."""
+        body, failure = json.dumps(content).encode(), ""
+        for attempt in range(self.config.retries + 1):
+            if attempt:
+                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+            request = urllib.request.Request(f"{self.config.url.rstrip('/')}/run_code", body,
+                                             {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=self._patience_s) as response:
+                    answer = json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                failure = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
+                if error.code < 500 and error.code not in BUSY:
+                    break
+            except (OSError, ValueError) as error:
+                failure = f"{type(error).__name__}: {error}"
+            else:
+                if isinstance(answer, dict) and answer.get("status") in ("Success", "Failed"):
+                    return answer
+                failure = f"{answer}"[:200]
+        raise RuntimeError(f"reward.remote.url={self.config.url} did not judge a program: {failure}")
+
+    @property
+    def _patience_s(self) -> float:
+        return self.config.timeout_s + self.limits.deadline_s + self.compile_s
+
+
+def _outcome(result: Mapping[str, Any], failed: str, output_bytes: int) -> Outcome:
+    stdout = (result.get("stdout") or "").encode()
+    stderr = (result.get("stderr") or "").encode()
+    if result["status"] == "TimeLimitExceeded":
+        status = "timeout"
+    elif len(stdout) > output_bytes:
+        status = "output_limit"
+    elif result["status"] == "Finished" and result.get("return_code") == 0:
+        status = "ok"
+    else:
+        text = stderr.decode(errors="replace")
+        memory = any(sign in text[-4096:] for sign in OUT_OF_MEMORY)
+        syntax = not text.startswith("Traceback") and "SyntaxError: " in text
+        status = "memory_limit" if memory else "compile_error" if syntax else failed
+    return Outcome(status, stdout[:output_bytes], stderr, result.get("execution_time") or 0.0)

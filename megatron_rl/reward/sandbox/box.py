@@ -1,0 +1,154 @@
+"""bubblewrap: a program in name spaces of its own, with limits, without a network and without the host's files.
+
+What each part holds off was tried one by one (tests/megatron_rl/reward/attacks.py). Three of them are easily
+missed: bwrap's root and /dev are writable, unlimited memory until they are remounted read-only; --clearenv leaves
+the parent's environment in /proc/1/environ, so bwrap itself starts with an empty one; nested user namespaces are
+open without --disable-userns.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_rl.reward.sandbox.limits import Limits, Outcome
+from megatron_rl.reward.sandbox.seccomp import deny_filter
+from megatron_rl.reward.sandbox.slots import leased_uid
+from megatron_rl.reward.sandbox.watch import watch
+
+__all__ = ["Bubblewrap", "Running"]
+
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
+               "OPENBLAS_NUM_THREADS": "1"}
+SHM_BYTES = 8 << 20
+GET_IT = ("install bubblewrap 0.8 or later (apt-get install bubblewrap) and allow unprivileged user namespaces "
+          "(in a container: --security-opt seccomp=unconfined, or run where they are allowed). To run generated code "
+          "without any isolation, with your rights and your files, say so: reward.sandbox=unsafe")
+
+
+@dataclass
+class Running:
+    """A started sandbox. outcome() waits for its end; kill() brings that about."""
+
+    process: subprocess.Popen[bytes]
+    ended: int
+    limits: Limits
+
+    def outcome(self) -> Outcome:
+        """RuntimeError if it is the sandbox that failed, not the program."""
+        outcome = watch(self.process, self.ended, self.limits)
+        if outcome.status == "runtime_error" and outcome.stderr.startswith((b"bwrap: ", b"prlimit: ")):
+            raise RuntimeError(f"the sandbox failed: {outcome.message}")
+        return outcome
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+@dataclass(frozen=True)
+class Bubblewrap:
+    """Runs command lines in a sandbox; `files` appear read-only under /box, /tmp is writable and ends with the run."""
+
+    command: str = "bwrap"
+    folder: str = field(default="/box", init=False)
+
+    def check(self) -> None:
+        """RuntimeError that says what to do where the sandbox cannot run."""
+        failure = _failure(self.command)
+        if failure:
+            raise RuntimeError(f"the sandbox of code rewards cannot run here: {failure}; {GET_IT}")
+
+    def run(self, argv: Sequence[str], files: Mapping[str, bytes], *, stdin: bytes = b"", limits: Limits) -> Outcome:
+        with self.start(argv, files, stdin=stdin, limits=limits) as running:
+            return running.outcome()
+
+    @contextmanager
+    def start(self, argv: Sequence[str], files: Mapping[str, bytes], *, stdin: bytes | int, limits: Limits,
+              stdout: int = subprocess.PIPE) -> Iterator[Running]:
+        """A running sandbox; nothing of it is left after the block. stdin, stdout: bytes, or a descriptor."""
+        with ExitStack() as stack:
+            uid = stack.enter_context(leased_uid())
+            ended, sandbox_end = os.pipe()
+            stack.callback(os.close, ended)
+            with ExitStack() as handed_over:
+                handed_over.callback(os.close, sandbox_end)
+                given = handed_over.enter_context(_sealed(stdin)) if isinstance(stdin, bytes) else stdin
+                seccomp = handed_over.enter_context(_sealed(deny_filter()))
+                data = {name: handed_over.enter_context(_sealed(content)) for name, content in files.items()}
+                line = [self.command, *_walls(limits), *_placed(data), "--seccomp", str(seccomp), "--sync-fd",
+                        str(sandbox_end), "--chdir", "/tmp", "--", *limits.commands(), *argv]
+                process = subprocess.Popen(
+                    line, env=ENVIRONMENT, cwd="/", stdin=given, stdout=stdout, stderr=subprocess.PIPE, bufsize=0,
+                    pass_fds=(seccomp, sandbox_end, *data.values()), start_new_session=True,
+                    **({} if uid is None else {"user": uid, "group": uid, "extra_groups": []}))
+            stack.callback(_end, process, ended)
+            with suppress(OSError):  # the first to go when the machine itself runs out of memory
+                Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+            yield Running(process, ended, limits)
+
+
+def _end(process: subprocess.Popen[bytes], ended: int) -> None:
+    """Kills what is left and waits until the last process of the sandbox is gone (its end of the pipe closes)."""
+    if process.poll() is None:
+        process.kill()
+    os.read(ended, 1)
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+@functools.cache
+def _system() -> tuple[str, ...]:
+    """The programs of the host, read-only: /usr, the links into it, and the settings that a Java machine reads."""
+    links = [word for name in ("lib", "lib64", "bin", "sbin") if Path(f"/{name}").is_symlink()
+             for word in ("--symlink", os.readlink(f"/{name}"), f"/{name}")]
+    java = [word for folder in sorted(Path("/etc").glob("java-*")) for word in ("--ro-bind", str(folder), str(folder))]
+    return ("--ro-bind", "/usr", "/usr", *links, *java)
+
+
+def _walls(limits: Limits) -> list[str]:
+    return ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+            "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "box", *_system(),
+            "--proc", "/proc", "--dev", "/dev", "--size", str(SHM_BYTES), "--tmpfs", "/dev/shm",
+            "--size", str(limits.files_mb << 20), "--tmpfs", "/tmp"]
+
+
+def _placed(data: Mapping[str, int]) -> list[str]:
+    files = [word for name, descriptor in data.items()
+             for word in ("--perms", "0555", "--file", str(descriptor), f"/box/{name}")]
+    return ["--dir", "/box", *files, "--remount-ro", "/dev", "--remount-ro", "/"]
+
+
+@contextmanager
+def _sealed(content: bytes) -> Iterator[int]:
+    """A descriptor to read `content` from; nobody can write to it, the sandbox neither."""
+    descriptor = os.memfd_create("box", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+                    | fcntl.F_SEAL_SEAL)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _failure(command: str) -> str:
+    """Why a sandbox cannot be made with `command`; empty if one was made. Tried once."""
+    if shutil.which(command) is None:
+        return f"{command} is not installed"
+    try:
+        outcome = Bubblewrap(command).run(["/usr/bin/true"], {}, limits=Limits(cpu_s=5, wall_s=20.0))
+    except (RuntimeError, OSError) as error:
+        return f"{command} fails ({error})"
+    return "" if outcome.status == "ok" else f"{command} fails ({outcome.status} {outcome.message})"

@@ -1,0 +1,164 @@
+"""Code rewards: languages, modes, statuses, and programs that try to be told right without being right."""
+
+import pytest
+
+from megatron_rl.config.schema import RewardConfig
+from megatron_rl.reward import RewardPool, Routes
+from megatron_rl.reward.code import CodeScorer, last_code_block
+from megatron_rl.reward.languages import java_class
+from megatron_rl.types import Prompt
+from tests.sandboxes import needs_language, needs_sandbox
+
+SUMS = {"mode": "stdin", "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]}
+CALLS = {"mode": "function", "entry_point": "f",
+         "tests": [{"args": [[1, 2, 3], "a\"\\ \u00e9\n"], "expected": [6, "a\"\\ \u00e9\n"]}]}
+SQUARES = {"mode": "unit", "entry_point": "f",
+           "tests": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"}
+ASSERTS = {"mode": "unit", "entry_point": "f", "tests": "assert f(2) == 4\nassert f(3) == 9"}
+CPP_SQUARES = {"mode": "unit", "tests": "#include <cassert>\nint main() { assert(f(2) == 4); return 0; }"}
+JAVA_SQUARES = {"mode": "unit", "tests": "public class Main { public static void main(String[] a) "
+                                         "{ assert new Solution().f(2) == 4; } }"}
+CPP_SUM = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }"
+JAVA_SUM = ("import java.util.*;\npublic class Sum { public static void main(String[] a) { Scanner s = new "
+            "Scanner(System.in); System.out.println(s.nextInt() + s.nextInt()); } }")
+
+
+def prompt(language, **metadata):
+    return Prompt("p", (1,), "question", "answer", "code", {"language": language, **metadata})
+
+
+def response(code, tag=""):
+    return f"I think:\n```{tag}\n{code}\n```\nThat is it."
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return CodeScorer(RewardConfig())
+
+
+FAST = [
+    ("correct", "python", SUMS, "print(sum(map(int, input().split())))"),
+    ("wrong", "python", SUMS, "print(3)"),
+    ("compile_error", "python", SUMS, "print(3"),
+    ("runtime_error", "python", SUMS, "print(3); raise KeyError"),
+    ("memory_limit", "python", SUMS, "x = bytearray(2 << 30)"),
+    ("output_limit", "python", SUMS, "while True: print('x' * 9999)"),
+    ("correct", "python", CALLS, "def f(x, s):\n    print('noise')\n    return sum(x), s"),
+    ("wrong", "python", CALLS, "def f(x, s): return sum(x)"),
+    ("correct", "python", SQUARES, "def f(x): return x * x"),
+    ("wrong", "python", SQUARES, "def f(x): return x + x"),
+]
+SLOW = [
+    ("timeout", "python", SUMS | {"time_s": 1}, "while True: pass"),
+    ("correct", "python", ASSERTS, "def f(x): return x * x"),
+    ("correct", "python", SQUARES, "class Solution:\n    def f(self, x): return x * x"),
+    ("correct", "python", SQUARES | {"context": "import math\ndef f(x):\n"}, "    return int(math.pow(x, 2))"),
+    ("runtime_error", "python", CALLS, "def f(x, s): return x.y"),
+    ("runtime_error", "python", CALLS, "def g(x, s): return 1"),
+    ("compile_error", "python", CALLS, "def f(x, s) return 1"),
+    ("runtime_error", "python", SQUARES, "def f(x): raise ValueError('no')"),
+    ("compile_error", "python", SQUARES, "def f(x"),
+    ("timeout", "python", SQUARES | {"time_s": 1}, "def f(x):\n    while True: pass"),
+    ("memory_limit", "python", SQUARES, "def f(x): raise MemoryError(bytearray(2 << 30))"),
+    # to be told right without being right
+    ("runtime_error", "python", SQUARES, "import os\nos._exit(0)"),
+    ("runtime_error", "python", SQUARES, "import sys\ndef f(x): sys.exit(0)"),
+    ("runtime_error", "python", SQUARES,
+     "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
+    ("wrong", "python", SQUARES, "class Yes(int):\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
+    ("wrong", "python", SQUARES,
+     "import builtins\nbuiltins.AssertionError = KeyError\ndef check(f): pass\ndef f(x): return 0"),
+    ("runtime_error", "python", SQUARES, "import os\ndef f(x):\n    os.write(4, b'{\"dict\": [[\"ok\"\\n'); return 0"),
+    ("wrong", "cpp", CPP_SQUARES, "#include <cstdlib>\nstruct A { A() { exit(0); } } a; int f(int x) { return 0; }"),
+    ("wrong", "java", JAVA_SQUARES, "class Solution { int f(int x) { System.exit(0); return 0; } }"),
+    # C++ and Java
+    ("correct", "cpp", SUMS, CPP_SUM),
+    ("wrong", "cpp", SUMS, CPP_SUM.replace("a + b", "a - b")),
+    ("compile_error", "cpp", SUMS, CPP_SUM[:-1]),
+    ("memory_limit", "cpp", SUMS, "#include <vector>\nint main() { std::vector<char> x(2000000000, 1); }"),
+    ("runtime_error", "cpp", SUMS, "int main() { return *(volatile int*)8; }"),
+    ("correct", "cpp", CALLS, "#include <vector>\n#include <string>\nusing namespace std;\n"
+     "pair<int, string> f(vector<int>& x, const string& s) { return {x[0] + x[1] + x[2], s}; }"),
+    ("correct", "cpp", CPP_SQUARES, "int f(int x) { return x * x; }"),
+    ("wrong", "cpp", CPP_SQUARES, "int f(int x) { return x + x + 1; }"),
+    ("correct", "java", SUMS, JAVA_SUM),
+    ("wrong", "java", SUMS, JAVA_SUM.replace("() +", "() -")),
+    ("compile_error", "java", SUMS, JAVA_SUM[:-1]),
+    ("memory_limit", "java", SUMS, "class A { public static void main(String[] a) { long[] x = new long[1 << 28]; } }"),
+    ("correct", "java", CALLS, "import java.util.*;\nclass Solution { public List<Object> f(int[] x, String s) { "
+                               "System.out.println(s); return List.of(x[0] + x[1] + x[2], s); } }"),
+    ("correct", "java", JAVA_SQUARES, "class Solution { int f(int x) { return x * x; } }"),
+    ("wrong", "java", JAVA_SQUARES, "class Solution { int f(int x) { return x + x + 1; } }"),
+]
+CASES = [pytest.param(*case, id=f"{case[1]}-{case[2]['mode']}-{case[0]}-{number}",
+                      marks=[needs_sandbox, needs_language(case[1]), *([pytest.mark.slow] if case in SLOW else [])])
+         for number, case in enumerate(FAST + SLOW)]
+
+
+@pytest.mark.parametrize(("status", "language", "task", "code"), CASES)
+def test_a_program_gets_its_status_and_1_only_if_all_tests_pass(scorer, status, language, task, code):
+    score = scorer.score(prompt(language, **task), response(code))
+    assert (score.status, score.value) == (status, float(status == "correct")), score
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("status", "language", "task", "code"), [case for case in FAST if case[0] != "output_limit"])
+def test_unsafe_gives_the_same_verdicts(status, language, task, code):
+    unsafe = CodeScorer(RewardConfig(sandbox="unsafe"))
+    assert unsafe.score(prompt(language, **task), response(code)).status == status
+
+
+@needs_sandbox
+def test_the_pool_judges_programs_and_remembers_them():
+    with RewardPool(RewardConfig(routes={"code": "code"}, workers=1)) as pool:
+        right = "print(sum(map(int, input().split())))"
+        items = [(prompt("python", **SUMS), response(code)) for code in ("print(3)", right, "print(3)")]
+        assert [score.status for score in pool.score_many(items)] == ["wrong", "correct", "wrong"]
+        assert pool.jobs_sent == 2
+
+
+def test_without_bubblewrap_it_refuses_and_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    from megatron_rl.reward.sandbox import box
+    box._failure.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"reward.routes.code=code: the sandbox .*bwrap is not installed.*apt-get "
+                                             r"install bubblewrap.*reward.sandbox=unsafe"):
+            Routes({"code": "code"})
+        Routes({"code": "code"}, RewardConfig(sandbox="unsafe"))
+    finally:
+        box._failure.cache_clear()
+
+
+def test_a_sandbox_that_fails_is_refused_like_one_that_is_not_there():
+    from megatron_rl.reward.sandbox import Bubblewrap
+    with pytest.raises(RuntimeError, match="cannot run here: false fails"):
+        Bubblewrap("false").check()
+
+
+@pytest.mark.parametrize(("metadata", "message"), [
+    ({"mode": "stdin"}, "language=None"), ({"language": "rust", "mode": "stdin"}, "python | cpp | java"),
+    ({"language": "cpp"}, "mode=None"), ({"language": "cpp", "mode": "stdin"}, "tests of mode=stdin"),
+    ({"language": "cpp", "mode": "stdin", "tests": [{"input": "1"}]}, "input and output"),
+    ({"language": "python", "mode": "unit", "tests": "assert True"}, "needs entry_point")])
+def test_a_problem_without_what_judging_needs_names_it(metadata, message):
+    scorer = CodeScorer(RewardConfig(sandbox="unsafe"))
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        scorer.prepare(Prompt("p", (1,), "q", "a", "code", metadata), response("x"))
+
+
+@pytest.mark.parametrize(("text", "language", "code"), [
+    ("```python\na\n```\n```py\nb\n```", "python", "b\n"), ("```\na\n```", "cpp", "a\n"),
+    ("```java\na\n```", "cpp", None),
+    ("```c++\na\n```\n```text\nout\n```", "cpp", "a\n"), ("```python\nopen", "python", None),
+    ("print(1)", "python", None),
+    ("- so:\n  ```python title=x\n  a\n  ```", "python", "  a\n")])
+def test_the_last_closed_block_of_the_language_counts(text, language, code):
+    assert last_code_block(text, language) == code
+
+
+@pytest.mark.parametrize(("source", "name"), [
+    ("public class A { }", "A"), ("class B {} public final class C {}", "C"), ("record R() {}", "Main"),
+    ("class A {} class B { public static void main(String[] a) {} } class C {}", "B")])
+def test_the_class_that_java_starts_in(source, name):
+    assert java_class(source) == name
