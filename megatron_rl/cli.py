@@ -30,6 +30,15 @@ COMMANDS = {
 }
 
 
+DATA_STEPS = {
+    "clean": "rules: multiple choice, true or false, images, several parts, proofs, no answer, bad characters",
+    "dedup": "exact and near-duplicates (MinHash)",
+    "decontaminate": "problems that share n-grams with benchmark files",
+    "verify": "reference answers that the verifier cannot judge, or that worked responses or a model contradict",
+    "difficulty": "pass rate of a served model; always and never solved problems go",
+}
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="megatron-rl", description=__doc__, epilog=EPILOG,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (default 80)")
             command.add_argument("--colocated", action="store_true",
                                  help="the engine takes rollout.engine.mem_fraction_static of the same GPUs")
+    add_data(commands)
     convert = commands.add_parser("convert", help="make checkpoints: upcycle a dense model, fetch SmolLM2, round trip")
     kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND")
     upcycle = kinds.add_parser("upcycle", help="dense Llama or Qwen2 folder -> BailingMoe folder with equal logits")
@@ -79,9 +89,40 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_data(commands) -> None:
+    data = commands.add_parser("data", help="curation of a problem file: what stays, what goes and why (docs/data.md)")
+    steps = data.add_subparsers(dest="step", required=True, metavar="STEP")
+    for name, text in DATA_STEPS.items():
+        step = steps.add_parser(name, help=text, description=text)
+        step.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=problems.jsonl")
+        step.add_argument("--out", required=True, metavar="DIR", help="for kept.jsonl, removed.jsonl and report.json")
+        if name == "dedup":
+            step.add_argument("--threshold", type=float, default=0.7, help="similarity (default 0.7)")
+            step.add_argument("--ignore-numbers", action="store_true",
+                              help="near-duplicates may differ in their numbers")
+        if name == "decontaminate":
+            step.add_argument("--against", action="append", required=True, metavar="KIND:FILE",
+                              help="a benchmark (jsonl:, parquet:, aime:, gpqa:, livecodebench:); may be repeated")
+            step.add_argument("--ngram", type=int, default=10, help="words that make one match (default 10)")
+            step.add_argument("--share", type=float, default=0.5,
+                              help="of the shorter text's n-grams that must match (default 0.5)")
+        if name == "verify":
+            step.add_argument("--samples", type=int, default=0, help="also ask a model so often (default 0: do not)")
+            step.add_argument("--agreement", type=float, default=0.5,
+                              help="share of samples with one other answer that removes (default 0.5)")
+        if name == "difficulty":
+            step.add_argument("--samples", type=int, default=8, help="responses to each problem (default 8)")
+            step.add_argument("--keep-always-solved", action="store_true")
+            step.add_argument("--keep-never-solved", action="store_true", help="for a stronger model to try")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
-    options = parser().parse_args(arguments)
+    options, more = parser().parse_known_args(arguments)
+    if more:  # argparse takes positional arguments before the first option, or after it, but not both
+        if not hasattr(options, "overrides") or any(text.startswith("-") or "=" not in text for text in more):
+            parser().error(f"unrecognized arguments: {' '.join(more)}")
+        options.overrides += more
     from megatron_rl import commands
 
     try:

@@ -10,7 +10,7 @@ from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.problems import Message, Problem, in_split
 from megatron_rl.data.rows import BadRow, Row, read_rows
 
-__all__ = ["FileProblems", "problem_of", "read_problems"]
+__all__ = ["FileProblems", "problem_of", "read_problems", "report_bad"]
 
 LISTED_ROWS = 20
 _LOG = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def read_problems(config: DataConfig) -> FileProblems:
         place_of_id[problem.id] = row.where
         problems.append(problem)
     if bad:
-        _report(bad, config)
+        report_bad(bad, config)
     chosen = FileProblems(problem for problem in problems if in_split(problem.text, config.split))
     chosen.skipped = len(bad)
     if not chosen:
@@ -75,7 +75,8 @@ def problem_of(row: Row, config: DataConfig) -> Problem:
     )
 
 
-def _report(bad: list[str], config: DataConfig) -> None:
+def report_bad(bad: list[str], config: DataConfig) -> None:
+    """`bad`, a line for each bad row, as data.on_error says: ValueError, or a warning."""
     listed = bad[:LISTED_ROWS]
     if len(bad) > LISTED_ROWS:
         listed.append(f"and {len(bad) - LISTED_ROWS} more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from megatron_rl.config.schema import DataConfig
 
-__all__ = ["FILE_SOURCES", "BadRow", "Row", "data_path", "read_rows"]
+__all__ = ["FILE_SOURCES", "BadRow", "Row", "data_path", "read_file", "read_rows"]
 
 FILE_SOURCES = ("jsonl", "parquet", "hf_dataset")
 
@@ -56,6 +57,20 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
     else:
         for file in _arrow_files(path, config.hf_split):
             yield from _numbered(file, _arrow_rows(file))
+
+
+def read_file(config: DataConfig) -> Iterator[Row]:
+    """Every row of the file data.path, whose name says what it is: .parquet, .csv, .json (a list), else JSON lines."""
+    path = data_path(config)
+    if path.suffix == ".parquet":
+        yield from _numbered(path, _parquet_rows(path))
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from _numbered(path, csv.DictReader(file))
+    elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
+        yield from _numbered(path, iter(json.loads(path.read_text(encoding="utf-8"))))
+    else:
+        yield from _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

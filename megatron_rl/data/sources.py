@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.arithmetic import Arithmetic
+from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
 from megatron_rl.data.chains import Chains
 from megatron_rl.data.files import FileProblems, read_problems
 from megatron_rl.data.problems import Problem, Problems
@@ -110,7 +111,7 @@ def build_source(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) 
     template = build_template(config, tokenizer)
     problems = _problems(config)
     source = ProblemSource(problems, template, tokenizer, max_prompt_tokens=max_prompt_tokens)
-    if config.source not in FILE_SOURCES:
+    if config.source not in (*FILE_SOURCES, *BENCHMARKS):
         return source
     if config.on_error == "stop":
         source.check_lengths()
@@ -125,6 +126,8 @@ def build_source(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) 
 def _problems(config: DataConfig) -> Problems:
     if config.source in FILE_SOURCES:
         return read_problems(config)
+    if config.source in BENCHMARKS:
+        return read_benchmark(config)
     if config.source == "reasoning_gym":
         from megatron_rl.data.gym import Gym  # here, because reasoning_gym takes 1.4 s to import
         return Gym(config.task, config.task_config, size=config.size, seed=config.seed, split=config.split)

@@ -1,0 +1,85 @@
+"""Benchmark files in their authors' own columns become problems that the rewards can judge."""
+
+import base64
+import csv
+import json
+import pickle
+import zlib
+
+import pytest
+
+from megatron_rl.config.data import DataConfig
+from megatron_rl.data.benchmarks import read_benchmark
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(source, path, **keys):
+    return read_benchmark(DataConfig(source=source, path=str(path), **keys))
+
+
+def test_aime_answers_are_whole_numbers_without_leading_zeros(tmp_path):
+    path = write(tmp_path / "aime.jsonl", [{"ID": "2024-I-1", "Problem": "p", "Answer": "033"},
+                                           {"id": 60, "problem": "q", "answer": 204}])
+    first, second = read("aime", path)
+    assert (first.id, first.text, first.answer, first.domain) == ("2024-I-1", "p", "33", "math")
+    assert (second.id, second.answer) == ("60", "204")
+    write(path, [{"problem": "p", "answer": "1000"}, {"problem": "q", "answer": "1/2"}, {"answer": "1"}])
+    with pytest.raises(ValueError, match=r"3 bad[\s\S]*:1: answer '1000'[\s\S]*:2: answer '1/2'[\s\S]*:3: no column"):
+        read("aime", path)
+
+
+def test_gpqa_options_keep_their_order_and_the_answers_letters_are_spread(tmp_path):
+    columns = ["Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    with (tmp_path / "gpqa.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([columns, *([f"r{i}", f"Question {i},\nin two lines?", "right", "w1", "w2", "w3"]
+                                     for i in range(80))])
+    problems = read("gpqa", tmp_path / "gpqa.csv")
+    assert problems == read("gpqa", tmp_path / "gpqa.csv") and problems[3].id == "r3"
+    assert all(f"{problem.answer}) right\n" in problem.text for problem in problems)
+    counts = [sum(problem.answer == letter for problem in problems) for letter in "ABCD"]
+    assert min(counts) >= 8, counts
+
+
+STDIN = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
+CALL = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
+
+
+def packed(value):
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(value)))).decode()
+
+
+def lcb(**columns):
+    return {"question_id": "q1", "question_content": "Add.", "starter_code": "", "difficulty": "easy",
+            "contest_date": "2024-08-01", "metadata": "{}", "public_test_cases": json.dumps(STDIN),
+            "private_test_cases": packed(STDIN), **columns}
+
+
+def test_livecodebench_tests_are_unpacked_into_the_columns_of_the_code_reward(tmp_path):
+    path = write(tmp_path / "lcb.jsonl", [lcb(), lcb(
+        starter_code="class Solution:\n    def add(self, a, b):\n", metadata=json.dumps({"func_name": "add"}),
+        public_test_cases=json.dumps(CALL), private_test_cases=packed(CALL))])
+    stdin, function = read("livecodebench", path)
+    assert stdin.domain == "code" and stdin.metadata["mode"] == "stdin"
+    assert stdin.metadata["tests"] == [{"input": "1 2\n", "output": "3\n"}] * 2
+    assert function.metadata["mode"] == "function" and function.metadata["entry_point"] == "add"
+    assert function.metadata["tests"] == [{"args": [[1, 2], 3], "expected": [4, 5]}] * 2
+    assert "class Solution" in function.text and "standard input" in stdin.text
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_a_pickle_that_runs_something_is_refused(tmp_path, capsys):
+    harmful = base64.b64encode(zlib.compress(pickle.dumps(Harmful()))).decode()
+    path = write(tmp_path / "lcb.jsonl", [lcb(private_test_cases=harmful), lcb(private_test_cases="!"), lcb()])
+    with pytest.raises(ValueError, match=r":1: .*it names builtins.print[\s\S]*:2: private_test_cases can be read"):
+        read("livecodebench", path)
+    assert capsys.readouterr().out == ""
+    assert len(read("livecodebench", path, on_error="skip")) == 1
