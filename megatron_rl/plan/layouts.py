@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_rl.config.check import check_rl
 from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
@@ -78,11 +79,12 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
             try:
                 parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
                 check_layout(model, parallel)
+                variant = dataclasses.replace(config, parallel=parallel, c3po=algo)
+                check_rl(variant, None)
             except ValueError:
                 continue
             for recompute in ("none", "full"):
-                yield dataclasses.replace(config, parallel=parallel, c3po=algo,
-                                          model=dataclasses.replace(config.model, recompute=recompute))
+                yield dataclasses.replace(variant, model=dataclasses.replace(config.model, recompute=recompute))
 
 
 def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes: int = 0) -> Proposal:

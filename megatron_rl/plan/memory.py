@@ -58,18 +58,22 @@ def plan_memory(model: Network, config: Config, *, engine_bytes: int = 0) -> Mem
 def expected_microbatches(config: Config) -> int:
     """Micro-batches per rank and optimiser step if response lengths are uniform up to rollout.max_response_tokens.
 
-    Prompts are taken at half their room. One data-parallel rank's responses, about phi / dp / mean length, go
-    through the run's own planner (batch/schedule.py).
+    Prompts are taken at half their room. One data-parallel rank's responses (with a budget about phi / dp / mean
+    length, without one its share of the rollout) go through the run's own planner (batch/schedule.py).
     """
-    rollout, parallel = config.rollout, config.parallel
-    return _expected(config.c3po.phi_global(parallel.dp) / parallel.dp, rollout.max_response_tokens,
+    algo, rollout, parallel = config.c3po, config.rollout, config.parallel
+    if algo.has_budget:
+        responses = algo.phi_global(parallel.dp) / ((1 + rollout.max_response_tokens) / 2)
+    else:
+        responses = rollout.prompts_per_step * rollout.responses_per_prompt / algo.updates_per_rollout
+    return _expected(max(1, round(responses / parallel.dp)), rollout.max_response_tokens,
                      (rollout.max_context_tokens - rollout.max_response_tokens) // 2,
                      config.batch.tokens_per_microbatch, parallel.cp, parallel.pp if parallel.vpp else 1)
 
 
 @functools.cache
-def _expected(phi: float, longest: int, prompt: int, tokens_per_microbatch: int, cp: int, multiple_of: int) -> int:
-    responses = max(1, round(phi / ((1 + longest) / 2)))
+def _expected(responses: int, longest: int, prompt: int, tokens_per_microbatch: int, cp: int,
+              multiple_of: int) -> int:
     lengths = [prompt + math.ceil(longest * (index + 0.5) / responses) for index in range(responses)]
     plan = plan_microbatches(lengths, dp_size=1, cp_size=cp, tokens_per_microbatch=tokens_per_microbatch,
                              multiple_of=multiple_of)

@@ -7,6 +7,7 @@ loss, backward pass, gradients of the parameters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -107,13 +108,14 @@ class Watch:
         self._running = None
 
     def _looked_at(self, depth: int, what: str):
+        recomputed = itertools.count()  # during the backward pass, micro-batches in their order
+
         def hook(_module, _inputs, outputs):
-            index = self._running
-            if index is None:  # recomputed during the backward pass
-                return
             output = outputs[0] if isinstance(outputs, tuple) else outputs
-            self._check("forward", f"output of {what}", output, index, depth, rows=True)
-            if output.requires_grad:
+            index = next(recomputed) if self._running is None else self._running
+            if self._running is not None:
+                self._check("forward", f"output of {what}", output, index, depth, rows=True)
+            if output.requires_grad:  # under recompute only the second time
                 output.register_hook(lambda gradient: self._check(
                     "backward", f"gradient of the output of {what}", gradient, index, -depth, rows=True))
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {"ep2": ["parallel=ep2"], "tp2_plain": ["parallel=tp2", "parallel.distributed_optimizer=false"],
-           "pp2_bf16": ["parallel=pp2", "model.dtype=bfloat16"]}
+           "pp2_bf16": ["parallel=pp2", "model.dtype=bfloat16"],
+           "recompute": ["parallel=single", "model.recompute=full"]}
 HEALTHY_STEP = 2
 
 
@@ -93,6 +94,13 @@ def test_an_infinite_advantage_is_found_in_its_sample(runs):
     sample = worker.step_batch(config, worker.SPOILT_STEP).samples[worker.SPOILT_PLACE].index
     assert first.startswith("input: advantages, micro-batch ") and first.endswith(f", sample {sample}")
     assert others[-1].startswith("gradient: ")
+
+
+def test_under_recompute_the_backward_pass_is_watched_too(runs):
+    """The infinite advantage shows first in the gradient of the last layer's output, not only at the embedding."""
+    findings = replayed(runs("recompute")[0], worker.SPOILT_STEP)
+    backward, = (finding for finding in findings if finding.startswith("backward: "))
+    assert backward.startswith("backward: gradient of the output of layer 2, micro-batch ")
 
 
 def test_a_broken_weight_is_found_and_where_it_first_shows(runs):

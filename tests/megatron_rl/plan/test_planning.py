@@ -14,7 +14,8 @@ from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan import Hardware, plan_memory, propose, stage_chunks
 from megatron_rl.plan.activations import chunks_in_flight
-from megatron_rl.plan.memory import padded
+from megatron_rl.plan.layouts import variants
+from megatron_rl.plan.memory import expected_microbatches, padded
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
 
@@ -85,6 +86,27 @@ def test_proposals_fit_are_ordered_and_train_the_same_phi(ling_lite, ring_lite):
     # phi is 8 x 204,800 tokens whatever the layout's dp, and micro-batches hold at most 24,576 on a rank
     for each in proposals:
         assert each.memory.num_microbatches * each.parallel.dp * each.parallel.cp * 24_576 >= 8 * 204_800
+
+
+def test_proposals_keep_to_the_rules_of_the_objective(ling_lite, ring_lite):
+    """gspo needs all tokens of a sequence on one rank, which context parallelism does not give."""
+    def layouts_with_cp(config):
+        return any(variant.parallel.cp > 1 for variant in variants(ling_lite, config))
+
+    loss = dataclasses.replace(ring_lite.c3po.loss, surrogate="gspo")
+    whole = dataclasses.replace(ring_lite, c3po=dataclasses.replace(ring_lite.c3po, loss=loss))
+    assert layouts_with_cp(ring_lite) and not layouts_with_cp(whole)
+
+
+def test_without_a_budget_every_response_is_counted(ring_lite):
+    """Twice the prompts are twice the micro-batches; with a budget Phi alone decides."""
+    def batches(objective, prompts):
+        return expected_microbatches(dataclasses.replace(
+            ring_lite, c3po=dataclasses.replace(ring_lite.c3po, objective=objective),
+            rollout=dataclasses.replace(ring_lite.rollout, prompts_per_step=prompts)))
+
+    assert batches("c3po", 512) == batches("c3po", 1024)
+    assert batches("grpo", 1024) == pytest.approx(2 * batches("grpo", 512), rel=0.02)
 
 
 def test_where_nothing_fits_the_smallest_are_shown(capsys):
