@@ -22,7 +22,7 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     from megatron_rl import topology
     from megatron_rl.batch import assemble
     from megatron_rl.config.schema import ParallelConfig
-    from megatron_rl.model.routing_replay import RoutedSequences
+    from megatron_rl.model.attention import packed_sequences
     from megatron_rl.recipes.learner import PolicyLearner
 
     responses, typical, longest, repeats = (8, 24, 96, 2) if quick else (32, 100, 1024, repeats)
@@ -43,6 +43,7 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     def ours() -> None:
         learner._update(batch, microbatches, counts)
 
+    dtype = learner.policy.transformer.params_dtype
     chunks, optimizer, schedule = learner.policy.chunks, learner.optimizer, get_forward_backward_func()
 
     def loss_of(microbatch, losses_1T):
@@ -51,11 +52,8 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
 
     def forward(iterator, chunk):
         microbatch = next(iterator)
-        packed = RoutedSequences(
-            qkv_format="thd", cu_seqlens_q=microbatch.cu_seqlens, cu_seqlens_kv=microbatch.cu_seqlens,
-            max_seqlen_q=microbatch.max_seqlen, max_seqlen_kv=microbatch.max_seqlen)
         losses = chunk(microbatch.input_ids[None], microbatch.position_ids[None], None, labels=microbatch.labels[None],
-                       packed_seq_params=packed)
+                       packed_seq_params=packed_sequences(microbatch, learner.policy.config, dtype))
         return losses, partial(loss_of, microbatch)
 
     def bare() -> None:

@@ -118,8 +118,8 @@ class TrainSample:
 class PackedMicrobatch:
     """Sequences laid end to end (thd), shifted once: position t predicts labels[t]. One context-parallel rank's part.
 
-    input_ids, labels, position_ids int64 [T]; cu_seqlens int32 [S+1], bounds of the sequences over all
-    context-parallel ranks (with alignment padding as a last sequence of its own when there is any);
+    input_ids, labels, position_ids int64 [T]; spans [S], positions of each sequence over all context-parallel ranks
+    (with alignment padding as a last sequence of its own when there is any), and cu_seqlens int32 [S+1], their bounds;
     loss_mask bool [T]; real bool [T], False on padding; source int64 [T], place of the position among the samples'
     positions laid end to end, -1 on padding (batch/pack.py); advantages, rollout_logprobs, response_lengths
     fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None, filled by the no-gradient passes. Every per-token array
@@ -132,6 +132,7 @@ class PackedMicrobatch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    spans: tuple[int, ...]
     cu_seqlens: torch.Tensor
     loss_mask: torch.Tensor
     real: torch.Tensor
@@ -151,7 +152,7 @@ class PackedMicrobatch:
 
     @property
     def max_seqlen(self) -> int:
-        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+        return max(self.spans)
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,8 @@ def _gpt_model(model: Network, config: TransformerConfig, losses: RouterLosses, 
         config=config, transformer_layer_spec=block_spec(model, config, losses, stage),
         vocab_size=model.vocab_size, max_sequence_length=model.max_position_embeddings,
         pre_process=first, post_process=last, parallel_output=True,
-        share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type="rope",
-        rotary_base=model.rope_theta, seq_len_interpolation_factor=model.rope_factor, vp_stage=stage)
+        share_embeddings_and_output_weights=model.tie_word_embeddings, vp_stage=stage,
+        position_embedding_type="none")  # the attention rotates, see model/attention.py
     return gpt.cuda() if torch.cuda.is_available() else gpt
 
 

@@ -29,29 +29,36 @@ from megatron_rl.model.routing_replay import LayerReplay
 
 
 @dataclass
+class RoutingCounts:
+    """Layer number (from 1) -> tokens per expert fp32 [E], and the sum of the router's entropies fp32 [] in nats."""
+
+    experts: dict[int, torch.Tensor] = field(default_factory=dict)
+    entropies: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class RouterLosses:
     """What every router of one model shares during a step; set by train_step, read in forward.
 
     load_fractions: layer number (from 1) -> fp32 [E], summing to 1; empty: this micro-batch's own.
-    counts: layer number -> fp32 [E], filled while `counting`. entropy_sums: layer number -> fp32 [].
+    counts: of the forward passes that `counting` names: those with a gradient (True; once each, also under
+    recompute), those without (False), or none.
     """
 
     balance_coef: float = 0.0
     z_coef: float = 0.0
     step_tokens: float = 1.0
     scale: float = 1.0
-    counting: bool = False
+    counting: bool | None = None
     load_fractions: dict[int, torch.Tensor] = field(default_factory=dict)
-    counts: dict[int, torch.Tensor] = field(default_factory=dict)
-    entropy_sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    counts: RoutingCounts = field(default_factory=RoutingCounts)
     loss_sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def begin_counting(self) -> None:
-        self.counting = True
-        self.counts, self.entropy_sums = {}, {}
+    def begin_counting(self, *, with_gradient: bool) -> None:
+        self.counting = with_gradient
+        self.counts = RoutingCounts()
 
     def begin_update(self, *, step_tokens: float, scale: float, load_fractions: dict[int, torch.Tensor]) -> None:
-        self.counting = False
         self.step_tokens, self.scale, self.load_fractions = step_tokens, scale, load_fractions
         self.loss_sums = {}
 
@@ -76,7 +83,7 @@ class BudgetRouter(TopKRouter):
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         logits_TE = logits.view(-1, self.config.num_moe_experts).float()
         real_T1 = self._real(padding_mask, logits_TE)
-        if self.losses.counting:
+        if self.losses.counting is torch.is_grad_enabled():
             self._count(logits_TE, routing_map, real_T1)
         if self.training and torch.is_grad_enabled() and (self.losses.balance_coef or self.losses.z_coef):
             loss = self._losses(logits_TE, routing_map, real_T1)
@@ -92,10 +99,10 @@ class BudgetRouter(TopKRouter):
     @torch.no_grad()
     def _count(self, logits_TE, routing_map, real_T1) -> None:
         losses, layer = self.losses, self.layer_number
-        losses.add(losses.counts, layer, (routing_map.float() * real_T1).sum(0))
+        losses.add(losses.counts.experts, layer, (routing_map.float() * real_T1).sum(0))
         log_probs = logits_TE.log_softmax(-1)
         entropy_T = -(log_probs.exp() * log_probs).sum(-1)
-        losses.add(losses.entropy_sums, layer, (entropy_T * real_T1[:, 0]).sum())
+        losses.add(losses.counts.entropies, layer, (entropy_T * real_T1[:, 0]).sum())
 
     def _losses(self, logits_TE, routing_map, real_T1) -> torch.Tensor:
         losses = self.losses

@@ -1,10 +1,10 @@
 """Experts that were chosen before and are taken again: routing replay (R3), recorded by the engine or by the trainer.
 
-A micro-batch's record travels in packed_seq_params, which Megatron hands to every layer's forward and which a
-checkpointed layer keeps for its second forward (transformer_block.checkpointed_forward). So each layer meets the record
-of the micro-batch at hand, however many are in flight (1F1B, interleaved stages) and when the backward pass runs the
-layer again. Megatron's own RouterReplay is one process-global target per layer; `LayerReplay` takes its place in the
-seam that it left (moe_utils.topk_routing_with_score_function, megatron-core 0.19.2).
+A micro-batch's record travels in packed_seq_params (attention.PackedSequences), which Megatron hands to every layer's
+forward and which a checkpointed layer keeps for its second forward (transformer_block.checkpointed_forward). So each
+layer meets the record of the micro-batch at hand, however many are in flight (1F1B, interleaved stages) and when the
+backward pass runs the layer again. Megatron's own RouterReplay is one process-global target per layer; `LayerReplay`
+takes its place in the seam that it left (moe_utils.topk_routing_with_score_function, megatron-core 0.19.2).
 
 Only the choice is replayed: gate values are computed from the live logits, so the router keeps its gradient.
 Letters: T positions of a micro-batch on this rank, t of them in its slice under sequence parallelism, M MoE layers of
@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
@@ -61,13 +60,6 @@ class MicrobatchRouting:
         """Every record of these layers was taken exactly `times` times, and no other."""
         expected = Counter(dict.fromkeys(layers, times))
         assert self.uses == expected, f"routing records were used {dict(self.uses)} times by MoE layer, not {expected}"
-
-
-@dataclass
-class RoutedSequences(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, and the experts that it records or replays (None: neither)."""
-
-    routing: MicrobatchRouting | None = None
 
 
 class LayerReplay:

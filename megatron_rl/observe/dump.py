@@ -30,13 +30,13 @@ _NAME = re.compile(r"^step_\d{8}$")
 class StepInputs:
     """All that one rank's part of an optimiser step depends on besides weights and configuration.
 
-    objective: the TokenLoss; it is pickled with its class, so it must be defined in a module. counts: layer number ->
-    tokens per expert fp32 [E], of the counting pass.
+    objective: the TokenLoss; it is pickled with its class, so it must be defined in a module. counts: of
+    the counting pass (model.router.RoutingCounts), None without one.
     """
 
     microbatches: list[PackedMicrobatch]
     objective: Any
-    counts: dict[int, torch.Tensor] | None
+    counts: Any
     balance_coef: float
     z_loss_coef: float
 

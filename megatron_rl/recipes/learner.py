@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
-
 from c3po import StepTotals
 from megatron_rl.batch import StepBatch, common_tokens, pack, plan_microbatches
 from megatron_rl.config.schema import Config
@@ -14,6 +12,7 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.model.network import Network
+from megatron_rl.model.router import RoutingCounts
 from megatron_rl.observe.dump import StepInputs
 from megatron_rl.observe.flops import attention_balance_tokens
 from megatron_rl.observe.timing import Timers
@@ -84,19 +83,30 @@ class PolicyLearner:
         with timers("train"):
             return [self._update(batch, *parts) for batch, parts in zip(batches, prepared, strict=True)]
 
-    def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], dict[int, torch.Tensor]]:
+    def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], RoutingCounts | None]:
         network, replay = self.policy.config, self.config.c3po.router_replay
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
         if shape is not None:
             batch = share_routed_experts(batch, self.topology, shape)
         microbatches = packed_microbatches(batch.samples, self.config, self.topology, network, experts_shape=shape)
-        old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
+        old, counts = None, None
+        if self._needs_old_pass:
+            old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
         reference = None if self._reference is None else self.step.logprobs(microbatches, self._reference)
         if self.topology.is_last_stage:  # elsewhere no loss is computed
             for i, microbatch in enumerate(microbatches):
-                microbatch.old_logprobs = old[i]
+                microbatch.old_logprobs = None if old is None else old[i]
                 microbatch.ref_logprobs = None if reference is None else reference[i]
         return microbatches, counts
+
+    @property
+    def _needs_old_pass(self) -> bool:
+        """Whether the update's own forward pass cannot tell what the pass before it would: with one update to a
+        rollout it starts from the old log-probabilities, so only the balance loss (the whole step's load, before any
+        gradient) and routes recorded for replay need one."""
+        algo, network = self.config.c3po, self.policy.config
+        return (algo.updates_per_rollout > 1 or algo.router_replay == "trainer"
+                or (network.num_moe_layers > 0 and algo.balance_coef > 0))
 
     def _update(self, batch: StepBatch, microbatches: list[PackedMicrobatch], counts) -> StepResult:
         algo = self.config.c3po

@@ -33,18 +33,20 @@ class TokenObjective:
     def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor,
                  entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
         algo, mask = self.algo, batch.loss_mask
+        # without a pass before it, the update starts from the policy that it would have been of
+        old_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         sequence_ids_T = packed_sequence_ids(batch.cu_seqlens) if algo.needs_whole_sequences else None
-        weights, corrected = self._mismatch_weights(batch, sequence_ids_T)
+        weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
         loss, sums = policy_loss(
-            logprobs_T, batch.old_logprobs, batch.advantages, mask, config=algo.loss,
+            logprobs_T, old_T, batch.advantages, mask, config=algo.loss,
             denominator=self.totals.denominator(algo.objective, batch.response_lengths),
             sequence_ids=sequence_ids_T, ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
-        gap_sums, gap_maxima = mismatch_diagnostics(batch.old_logprobs, batch.rollout_logprobs, mask)
+        gap_sums, gap_maxima = mismatch_diagnostics(old_T, batch.rollout_logprobs, mask)
         return loss, {**sums, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
 
-    def _mismatch_weights(self, batch: PackedMicrobatch, sequence_ids_T: torch.Tensor | None):
+    def _mismatch_weights(self, old_T: torch.Tensor, batch: PackedMicrobatch, sequence_ids_T: torch.Tensor | None):
         """(the product of all weights that are switched on or None, their sums)."""
-        algo, given = self.algo, (batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask)
+        algo, given = self.algo, (old_T, batch.rollout_logprobs, batch.loss_mask)
         parts = []
         if algo.mismatch == "tis":
             parts.append(tis_weights(*given, cap=algo.tis_cap))

@@ -26,7 +26,7 @@ def run(config: Config) -> None:
         step.backward(inputs.microbatches, watch.objective(inputs.objective), balance_coef=inputs.balance_coef,
                       z_loss_coef=inputs.z_loss_coef, counts=inputs.counts)
     watch.look_at_gradients()
-    result = step.measure(None)
+    result = step.measure()
     findings = sorted(finding for rank in here.gather_objects(watch.findings) for finding in rank)
     if here.is_main:
         (folder / RESULT).write_text(json.dumps({

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from c3po import Max
+from megatron_rl.model.attention import packed_sequences
 from megatron_rl.model.build import Policy
-from megatron_rl.model.routing_replay import MicrobatchRouting, RoutedSequences
+from megatron_rl.model.router import RoutingCounts
+from megatron_rl.model.routing_replay import MicrobatchRouting
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
@@ -63,41 +66,46 @@ class TrainStep:
     @torch.no_grad()
     def count_routing(
         self, microbatches: Sequence[PackedMicrobatch], *, record: bool = False
-    ) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
-        """logprobs() and, from the same pass, tokens per expert of this stage's layers over the whole step.
+    ) -> tuple[list[torch.Tensor], RoutingCounts]:
+        """logprobs() and, from the same pass, how this stage's layers routed the whole step.
 
         record: leave the experts that were taken in routed_experts of each micro-batch, for the passes that follow.
-        Returns (logprobs, {layer number: fp32 [E]}), the counts summed over all ranks.
+        Returns (logprobs, counts summed over all ranks).
         """
-        losses = self.policy.router_losses
         routing = self._recording(microbatches) if record else self._replayed(microbatches)
-        losses.begin_counting()
-        logprobs = self._logprobs(self.policy, microbatches, routing)
-        losses.counting = False
-        group = self.topology.tp_dp_cp_group
-        for store in (losses.counts, losses.entropy_sums):
+        with self._counting(with_gradient=False):
+            logprobs = self._logprobs(self.policy, microbatches, routing)
+        return logprobs, self.policy.router_losses.counts
+
+    @contextlib.contextmanager
+    def _counting(self, *, with_gradient: bool) -> Iterator[None]:
+        """router_losses.counts of the forward passes inside, summed over the ranks at the end."""
+        losses = self.policy.router_losses
+        losses.begin_counting(with_gradient=with_gradient)
+        yield
+        losses.counting = None
+        for store in (losses.counts.experts, losses.counts.entropies):
             for layer in sorted(store):
-                torch.distributed.all_reduce(store[layer], group=group)
-        return logprobs, losses.counts
+                torch.distributed.all_reduce(store[layer], group=self.topology.tp_dp_cp_group)
 
     # ---- the step ----------------------------------------------------------------------------------------
 
     def update(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, lr: float, balance_coef: float,
-               z_loss_coef: float, counts: dict[int, torch.Tensor] | None) -> StepResult:
+               z_loss_coef: float, counts: RoutingCounts | None) -> StepResult:
         """Forward, backward and optimiser step. The loss of the step is the sum of `loss` over all micro-batches.
 
-        counts: tokens per expert of the counting pass (None: router losses take each micro-batch's own load).
+        counts: of the pass before (None: counted now, and router losses take each micro-batch's own load).
         When the loss or a gradient is not finite, no rank touches a weight or a moment: the result is `skipped`.
         """
         self.backward(microbatches, loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef, counts=counts)
-        result = self.measure(counts)
+        result = self.measure()
         if not result.skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         return dataclasses.replace(result, gauges={**result.gauges, "train/lr": lr})
 
-    def measure(self, counts: dict[int, torch.Tensor] | None) -> StepResult:
+    def measure(self) -> StepResult:
         """What the last backward() came to, equal on every rank; `skipped` when its loss or gradient is not finite.
 
         Megatron itself would clip by a norm of NaN and write NaN into every weight: the bf16 and fp32 optimisers
@@ -107,19 +115,20 @@ class TrainStep:
         self.optimizer.prepare_grads()  # main_grad to where the norm is read; step() does it again
         norms = self.topology.gather_objects(float(self.optimizer.get_grad_norm()))
         grad_norm = next((norm for norm in norms if not math.isfinite(norm)), norms[0])
-        sums, gauges = self._metrics(counts)
+        sums, gauges = self._metrics()
         finite = math.isfinite(grad_norm) and math.isfinite(gauges["train/loss"])
         return StepResult(sums, {**gauges, "train/grad_norm": grad_norm, "train/skipped_steps": float(not finite)},
                           skipped=not finite)
 
     def backward(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, balance_coef: float,
-                 z_loss_coef: float, counts: dict[int, torch.Tensor] | None) -> None:
+                 z_loss_coef: float, counts: RoutingCounts | None) -> None:
         """Accumulate and reduce the step's gradients into main_grad, without touching a weight."""
         here, losses = self.topology, self.policy.router_losses
         scaling = LossScaling(len(microbatches), here.dp_size * here.cp_size, here.cp_size)
         losses.balance_coef, losses.z_coef = balance_coef, z_loss_coef
         losses.begin_update(step_tokens=self._step_tokens(microbatches), scale=scaling.router_scale,
-                            load_fractions={layer: c / c.sum().clamp(min=1) for layer, c in (counts or {}).items()})
+                            load_fractions={} if counts is None else {
+                                layer: c / c.sum().clamp(min=1) for layer, c in counts.experts.items()})
         for chunk in self.policy.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -131,7 +140,9 @@ class TrainStep:
 
         self._sums, self._maxima = {}, {}
         routing = self._replayed(microbatches)
-        reports = self._run(self.policy, microbatches, routing, scaled, forward_only=False)
+        with self._counting(with_gradient=True) if counts is None else contextlib.nullcontext():
+            reports = self._run(self.policy, microbatches, routing, scaled, forward_only=False)
+        self._counts = losses.counts if counts is None else counts
         for record in filter(None, routing):
             losses.add(losses.loss_sums, "replay_differing", record.differing)
             losses.add(losses.loss_sums, "replay_choices", record.choices)
@@ -195,7 +206,8 @@ class TrainStep:
             padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
         output = chunk(
             batch.input_ids[None], batch.position_ids[None], None, labels=batch.labels[None],
-            packed_seq_params=_packed(batch, routing), padding_mask=padding,
+            packed_seq_params=packed_sequences(batch, policy.config, policy.transformer.params_dtype, routing),
+            padding_mask=padding,
             output_processor=head_outputs,
             output_processor_context=dataclasses.replace(self._head, with_entropy=not forward_only))
         if forward_only:
@@ -207,9 +219,9 @@ class TrainStep:
 
     # ---- metrics -----------------------------------------------------------------------------------------
 
-    def _metrics(self, counts: dict[int, torch.Tensor] | None) -> tuple[dict[str, SumCount], dict[str, float]]:
+    def _metrics(self) -> tuple[dict[str, SumCount], dict[str, float]]:
         """The step's sums and gauges over all ranks and pipeline stages; equal on every rank."""
-        here, losses = self.topology, self.policy.router_losses
+        here, losses, counts = self.topology, self.policy.router_losses, self._counts
         keys = sorted(self._sums)
         sums = torch.tensor([[float(self._sums[k].sum), float(self._sums[k].count)] for k in keys] or [[0.0, 0.0]],
                             dtype=torch.float64, device=here.device)
@@ -221,9 +233,9 @@ class TrainStep:
             stage=here.pp_rank,
             sums=dict(zip(keys, sums.tolist(), strict=True)) if here.is_last_stage and keys else {},
             maxima={k: float(m.value) for k, m in self._maxima.items()}, router=router.tolist(),
-            loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in (counts or {}).items()},
-            entropies={layer: float(losses.entropy_sums[layer] / c.sum()) * self.policy.config.num_experts_per_tok
-                       for layer, c in (counts or {}).items()}))
+            loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in counts.experts.items()},
+            entropies={layer: float(counts.entropies[layer] / c.sum()) * self.policy.config.num_experts_per_tok
+                       for layer, c in counts.experts.items()}))
         return _merge(reports, max(1, self.policy.config.num_moe_layers))
 
 
@@ -269,8 +281,3 @@ def _name(key: str) -> str:
     if key == "mismatch_abs":
         return "mismatch/mean_abs"
     return key.replace("mismatch_", "mismatch/", 1) if key.startswith("mismatch_") else f"train/{key}"
-
-
-def _packed(batch: PackedMicrobatch, routing: MicrobatchRouting | None) -> RoutedSequences:
-    return RoutedSequences(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
-                           max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen, routing=routing)

@@ -69,7 +69,7 @@ MUTATIONS: dict[str, tuple[str, ...]] = {
     "tp2_ep2": ("norm_gradient_of_own_tokens", "head_scale_of_own_rows", "head_gradient_of_own_vocabulary",
                 "load_of_own_rank"),
     "cp2": ("loss_without_cp", "router_scale_with_cp_twice", "load_of_own_rank", "step_tokens_of_own_rank",
-            "sequences_cut_in_order", "rope_from_zero_on_every_rank", "key_gradient_of_own_queries",
+            "sequences_cut_in_order", "rotation_by_place_on_the_rank", "key_gradient_of_own_queries",
             "queries_see_every_key"),
 }
 """Faults that the worker puts in on purpose (mutations.py), by the layout that must show them."""

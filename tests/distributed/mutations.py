@@ -11,10 +11,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings import rope_utils
 
 import tests.distributed.cases as cases
-from megatron_rl.model import spec
+from megatron_rl.model import attention
 from megatron_rl.model.router import BudgetRouter
 from megatron_rl.topology import Topology
 from megatron_rl.train_step import logprobs
@@ -138,14 +137,13 @@ def step_tokens_of_own_rank(runner):
 @breaks
 def sequences_see_each_other(runner):
     """The attention takes the micro-batch for one sequence."""
-    original = spec.PackedSelfAttention.forward
+    original = attention.PackedSelfAttention.forward
 
     def broken(self, *args, packed_seq_params=None, **kwargs):
-        bounds = packed_seq_params.cu_seqlens_q[[0, -1]]
-        return original(self, *args, packed_seq_params=dataclasses.replace(packed_seq_params, cu_seqlens_q=bounds),
-                        **kwargs)
+        whole = dataclasses.replace(packed_seq_params, spans=(sum(packed_seq_params.spans),))
+        return original(self, *args, packed_seq_params=whole, **kwargs)
 
-    return patch.object(spec.PackedSelfAttention, "forward", broken)
+    return patch.object(attention.PackedSelfAttention, "forward", broken)
 
 
 # ---- tensor and sequence parallelism ----------------------------------------------------------------------
@@ -186,18 +184,19 @@ def sequences_cut_in_order(runner):
 
 
 @breaks
-def rope_from_zero_on_every_rank(runner):
-    return patch.object(rope_utils, "_get_thd_freqs_on_this_cp_rank",
-                        lambda rank, size, x, freqs, offset=0: freqs[:len(x)])
+def rotation_by_place_on_the_rank(runner):
+    original = attention.rotation
+    return patch.object(attention, "rotation", lambda positions, model, dtype: original(
+        torch.arange(len(positions), device=positions.device), model, dtype))
 
 
 @breaks
 def key_gradient_of_own_queries(runner):
-    gather = spec.gather_from_sequence_parallel_region
-    return patch.object(spec, "gather_from_sequence_parallel_region",
+    gather = attention.gather_from_sequence_parallel_region
+    return patch.object(attention, "gather_from_sequence_parallel_region",
                         lambda x, group: gather(x, tensor_parallel_output_grad=False, group=group))
 
 
 @breaks
 def queries_see_every_key(runner):
-    return patch.object(spec, "causal_lower_right", lambda queries, keys: None)
+    return patch.object(attention, "causal_lower_right", lambda queries, keys: None)

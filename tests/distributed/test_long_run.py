@@ -74,6 +74,17 @@ def test_a_spoilt_step_leaves_weights_and_moments_alone_on_every_rank(runs, layo
     assert all(bool(torch.isfinite(tensor).all()) for tensor in report["weights"][-1].values())
 
 
+def test_an_update_on_policy_needs_no_pass_before_it(model, tmp_path):
+    """Without a balance loss the old log-probabilities are the update's own; recorded routes force the pass."""
+    reports = []
+    for name, replay in (("without", "none"), ("with", "trainer")):
+        done = start(tmp_path / name, model, "c3po.balance_coef=0", "c3po.mismatch=tis", f"c3po.router_replay={replay}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        reports.append(torch.load(tmp_path / name / "steps.pt")["weights"][-1])
+    without, with_ = reports
+    assert all(torch.equal(without[name], with_[name]) for name in with_)
+
+
 def replayed(run_dir: Path, step: int) -> list[str]:
     """What the command says after the two compared values, which must be the run's, bit for bit."""
     done = replay(run_dir / "dumps" / f"step_{step:08d}")

@@ -27,6 +27,7 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.model.hf_folder import write_hf_folder
+from megatron_rl.model.router import RoutingCounts
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
@@ -94,7 +95,7 @@ class Runner:
         batches, counts = self._counted(count)
         return self.gradients_of(batches, counts if counting_pass else None)
 
-    def gradients_of(self, batches: list, counts: dict[int, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def gradients_of(self, batches: list, counts: RoutingCounts | None) -> dict[str, torch.Tensor]:
         self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
                                  z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
         parameters = [p for gpt in self.policy.gpt_models for p in gpt.parameters()]

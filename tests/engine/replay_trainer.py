@@ -53,7 +53,7 @@ def main(folder: Path, dtype: str) -> None:
         result[name]["routing"] = torch.stack([torch.cat(taken[layer]) for layer in range(len(routers))], 1)
         step.backward(batches, loss, balance_coef=0.0, z_loss_coef=0.0, counts=counts)
         result[name]["router_gradients"] = [float(router.weight.main_grad.norm()) for router in routers]
-        result[name]["sums"] = {key: (value.sum, value.count) for key, value in step._metrics(counts)[0].items()}
+        result[name]["sums"] = {key: (value.sum, value.count) for key, value in step._metrics()[0].items()}
     torch.save(result, folder / "result.pt")
     topology.stop()
 
