@@ -26,7 +26,6 @@ def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, elemen
     attention = element * (
         keys + query  # and the rotated queries
         + query + query  # the output, of each sequence and of all together
-        + 4 * model.head_dim  # cosines and sines, for queries and for keys
     ) + FP32 * model.num_attention_heads / tp  # log-sum-exp
     mlp = _mlp_bytes(model.intermediate_size / tp, element) if dense else _moe_bytes(model, parallel, element)
     return norms + head_norms + inputs + attention + mlp
@@ -56,7 +55,8 @@ def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, eleme
     sent_on = 0 if chunk.last else element * model.hidden_size / parallel.tp
     if recompute:
         return len(chunk.layers) * element * model.hidden_size / parallel.tp + sent_on
-    return sent_on + (head_bytes(model, parallel, element=element) if chunk.last else 0) + sum(
+    rotation = 2 * model.head_dim * element  # cosine and sine, for all layers
+    return sent_on + rotation + (head_bytes(model, parallel, element=element) if chunk.last else 0) + sum(
         layer_bytes(model, parallel, dense=model.is_dense_layer(layer), element=element) for layer in chunk.layers)
 
 

@@ -85,14 +85,18 @@ class _Held:
         self._live.add(self.tensor.untyped_storage(), -1)
 
 
+def sequence_lengths(cp: int) -> tuple[int, int, int]:
+    """Positions over all context-parallel ranks."""
+    tokens = TOKENS * cp
+    return tokens // 2, tokens // 3, tokens - tokens // 2 - tokens // 3
+
+
 def microbatches(parallel: ParallelConfig, here: topology.Topology) -> list:
     """MICROBATCHES times one of three ragged sequences and TOKENS tokens on each context-parallel rank: equal loads,
     so that ranks add up to the plan's even ones."""
     rng = np.random.default_rng(0)
-    tokens = TOKENS * here.cp_size
-    lengths = (tokens // 2, tokens // 3, tokens - tokens // 2 - tokens // 3)
     samples = [TrainSample(i, rng.integers(0, MODEL["vocab_size"], n + 1).astype(np.int32), np.arange(n + 1) > 4,
-                           np.zeros(n + 1, np.float32), 1.0, n) for i, n in enumerate(lengths)]
+                           np.zeros(n + 1, np.float32), 1.0, n) for i, n in enumerate(sequence_lengths(here.cp_size))]
     return [pack(samples, multiple_of=parallel.token_multiple, cp_size=here.cp_size,
                  cp_rank=here.cp_rank)] * MICROBATCHES
 
