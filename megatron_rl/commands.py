@@ -127,12 +127,13 @@ def slurm(options) -> int:
 
 def check_data(config: Config) -> None:
     """Read prompts, templates and reward routes before anything is started. ValueError as the parts raise it."""
-    from megatron_rl.recipes.serving import heldout_data, load_tokenizer, prompt_source
+    from megatron_rl.recipes.evaluation import evaluation_data
+    from megatron_rl.recipes.serving import load_tokenizer, prompt_source
     from megatron_rl.reward import RewardPool
 
     tokenizer = load_tokenizer(config.model.path)
     with RewardPool(config.reward) as rewards:
-        for data in (config.data, heldout_data(config)):
+        for data in (config.data, *evaluation_data(config).values()):
             rewards.check_domains(prompt_source(config, data, tokenizer).domains)
 
 
@@ -163,8 +164,9 @@ def evaluate(options) -> int:
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with terminable(), engine_errors(), engines_for(config, config.model.path, run_dir / "engine.log") as served:
-        values = recipe.run(served)
-    print(json.dumps(values, indent=2))
+        measured = recipe.measure(served)
+    Console().print(recipe.table(measured, config.model.path))
+    Console().print(f"all numbers: {run_dir / recipe.RESULTS}; every response: {run_dir / recipe.SAMPLES}")
     return 0
 
 

@@ -1,5 +1,7 @@
 """Rewards for tests that need groups of known kinds from an untrained model; reached by their dotted paths."""
 
+import zlib
+
 from megatron_rl.types import Prompt
 
 
@@ -9,5 +11,6 @@ def brevity(prompt: Prompt, response_text: str) -> float:
 
 
 def as_marked(prompt: Prompt, response_text: str) -> float:
-    """1, 0 or by the response's length, as the problem's column `solved` says: always, never, sometimes."""
-    return {"always": 1.0, "never": 0.0, "sometimes": float(len(response_text) % 2)}[prompt.metadata["solved"]]
+    """1, 0 or by the response's checksum, as the problem's column `solved` says: always, never, sometimes."""
+    sometimes = float(zlib.crc32(response_text.encode()) % 2)
+    return {"always": 1.0, "never": 0.0, "sometimes": sometimes}[prompt.metadata["solved"]]

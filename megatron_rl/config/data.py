@@ -86,20 +86,46 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    """One of eval.benchmarks: all its problems, or the first `problems`; samples null: eval.samples_per_problem."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    samples: int | None = None
+    problems: int | None = None
+
+    def __post_init__(self):
+        for name in ("samples", "problems"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"eval.benchmarks.{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation: problems [offset, offset + problems) of `data` with their own seed."""
+    """Evaluation: a held-out set and benchmarks, during training and by `megatron-rl evaluate`.
+
+    The held-out set is the first `problems` of eval.data, or of the training data's held-out split under eval.seed;
+    0: none. benchmarks: more sets, by name. Accuracy is the mean over samples_per_problem samples (avg@n), beside it
+    pass@k and maj@k for k up to their number. max_response_tokens null: that of `rollout`.
+    """
 
     data: DataConfig | None = None
     problems: int = 256
+    benchmarks: dict[str, BenchmarkConfig] = field(default_factory=dict)
     samples_per_problem: int = 2
     temperature: float = 1.0
     top_p: float = 1.0
+    max_response_tokens: int | None = None
     every_steps: int = 10
     seed: int = 99
     bootstrap_resamples: int = 2000
 
     def __post_init__(self):
-        for name in ("problems", "samples_per_problem"):
-            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)} must be at least 1")
+        require(self.samples_per_problem >= 1,
+                f"eval.samples_per_problem={self.samples_per_problem} must be at least 1")
+        require(self.problems >= 1 or (self.problems == 0 and bool(self.benchmarks)),
+                f"eval.problems={self.problems} must be at least 1, or 0 with eval.benchmarks")
+        require("held-out" not in self.benchmarks, "eval.benchmarks.held-out: that name is taken")
+        require(self.max_response_tokens is None or self.max_response_tokens >= 1,
+                f"eval.max_response_tokens={self.max_response_tokens} must be at least 1")
         require(self.every_steps >= 0,
                 f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")

@@ -1,14 +1,62 @@
-"""Held-out evaluation of any checkpoint that an engine can serve; no trainer involved."""
+"""Evaluation of any checkpoint that an engine can serve; no trainer involved."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.serving import HeldOut, Serving, load_tokenizer
+from megatron_rl.recipes.evaluation import Evaluator, Measured
+from megatron_rl.recipes.serving import Serving, load_tokenizer
 from megatron_rl.reward import RewardPool
+
+RESULTS, SAMPLES = "evaluation.json", "evaluation_samples.jsonl"
 
 
 def run(config: Config) -> dict[str, float]:
-    """Accuracy on `eval` of what the engines serve; values as HeldOut returns them."""
+    """Held-out accuracy of what the engines serve, as one row; values as Evaluator returns them."""
     with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.warm_up()
-        return HeldOut(config, serving, load_tokenizer(config.model.path), rewards)(step=0)
+        return Evaluator(config, serving, load_tokenizer(config.model.path), rewards)(step=0)
+
+
+def measure(config: Config) -> list[Measured]:
+    """The held-out set and every benchmark; writes <run.dir>/evaluation.json and evaluation_samples.jsonl."""
+    with RewardPool(config.reward) as rewards, Serving(config) as serving:
+        rewards.warm_up()
+        measured = Evaluator(config, serving, load_tokenizer(config.model.path), rewards).measure(step=0)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {each.name: each.values for each in measured}
+    (folder / RESULTS).write_text(json.dumps({"model": config.model.path, "results": results,
+                                              "eval": to_dict(config)["eval"]}, indent=2) + "\n")
+    with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+        for each in measured:
+            for group in each.groups:
+                for text, score in zip(group.texts, group.scores, strict=True):
+                    file.write(json.dumps({"set": each.name, "id": group.prompt.id, "answer": group.prompt.answer,
+                                           "value": score.value, "status": score.status, "text": text}) + "\n")
+    return measured
+
+
+def table(measured: Sequence[Measured], title: str) -> Table:
+    """A line for each set: accuracy, pass@k and maj@k with 95% intervals."""
+    estimates = {key for each in measured for key in each.values if "@" in key and "_" not in key}
+    estimates = sorted(estimates, key=lambda key: (key.startswith("maj"), int(key.partition("@")[2])))
+    shown = Table("set", "problems", "samples", "accuracy", *estimates, "tokens", "truncated", title=title)
+    for each in measured:
+        values = each.values
+        shown.add_row(each.name, str(values["problems"]), str(values["samples_per_problem"]),
+                      _interval(values, "accuracy", ""), *(_interval(values, key, f"{key}_") for key in estimates),
+                      f"{values['mean_response_tokens']:.0f}", f"{values['truncated_fraction']:.3f}")
+    return shown
+
+
+def _interval(values: dict[str, float], name: str, prefix: str) -> str:
+    if name not in values:
+        return "-"
+    return f"{values[name]:.3f} [{values[f'{prefix}low']:.3f}, {values[f'{prefix}high']:.3f}]"

@@ -20,8 +20,9 @@ from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.alarm import mismatch_alarm
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes import stop
+from megatron_rl.recipes.evaluation import Evaluator
 from megatron_rl.recipes.routing import without_routed_experts
-from megatron_rl.recipes.serving import HeldOut, Serving, style
+from megatron_rl.recipes.serving import Serving, style
 from megatron_rl.recipes.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Collector, Ledger
 from megatron_rl.topology import Topology
@@ -88,10 +89,10 @@ class RunRecord:
     """loop.Record: metrics, evaluation and checkpoints. Metrics and evaluation act on rank 0 alone."""
 
     def __init__(self, config: Config, topology: Topology, *, network: Network, log: MetricsLog | None,
-                 held_out: HeldOut | None, rollouts: BroadcastRollouts, weights: PublishedWeights,
+                 evaluator: Evaluator | None, rollouts: BroadcastRollouts, weights: PublishedWeights,
                  save: Callable[[int], None], poll_save: Callable[[], None]):
         self._config, self._topology, self._sizes = config, topology, asdict(network)
-        self._log, self._held_out, self._rollouts, self._weights = log, held_out, rollouts, weights
+        self._log, self._evaluator, self._rollouts, self._weights = log, evaluator, rollouts, weights
         self._save, self._poll_save = save, poll_save
 
     def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
@@ -112,8 +113,8 @@ class RunRecord:
         self._log.log(step + 1, metrics)
 
     def evaluate(self, step: int, label: str) -> None:
-        if self._held_out is not None:
-            self._log.log_eval(step, label, self._held_out(step))
+        if self._evaluator is not None:
+            self._log.log_eval(step, label, self._evaluator(step))
         self._topology.barrier()
 
     def save(self, step: int) -> None:

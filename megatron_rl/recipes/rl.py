@@ -19,11 +19,12 @@ from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
 from megatron_rl.recipes import stop
+from megatron_rl.recipes.evaluation import Evaluator
 from megatron_rl.recipes.learner import PolicyLearner
 from megatron_rl.recipes.parts import BroadcastRollouts, RunRecord
 from megatron_rl.recipes.probe import Probe
 from megatron_rl.recipes.routing import engine_routing
-from megatron_rl.recipes.serving import HeldOut, Serving, build_collector, engine_clients, load_tokenizer, prompt_source
+from megatron_rl.recipes.serving import Serving, build_collector, engine_clients, load_tokenizer, prompt_source
 from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
 from megatron_rl.reward import RewardPool
 
@@ -77,7 +78,7 @@ def build_run(config: Config) -> Iterator[RunParts]:
             checkpoints.save(step, learner.state_dict(), rollouts.state_dict())
 
         record = RunRecord(config, here, network=learner.policy.config,
-                           log=main.log if main else None, held_out=main.held_out if main else None,
+                           log=main.log if main else None, evaluator=main.evaluator if main else None,
                            rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
         yield RunParts(rollouts, learner, weights, record, first_step, learner.exporter, checkpoints, here)
 
@@ -98,7 +99,7 @@ class MainRank:
             build_sampler(source, config.data, config.run.seed))
         self.clients = engine_clients(config)
         self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
-        self.held_out = HeldOut(config, self.serving, tokenizer, rewards)
+        self.evaluator = Evaluator(config, self.serving, tokenizer, rewards)
         self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
                                                   resume_step=log_until))
         self._config = config

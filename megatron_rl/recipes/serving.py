@@ -1,10 +1,9 @@
-"""What needs engines but no trainer: the prompts, the collector and held-out evaluation. No megatron here."""
+"""What needs engines but no trainer: the prompts and the collector. No megatron here."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers import AutoTokenizer
 from megatron_rl.batch import BudgetFill
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data import PromptSource, build_prompts, is_direct_answer
-from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.background import EventLoopThread
 from megatron_rl.rollout.client import EngineClient
@@ -28,7 +26,7 @@ from megatron_rl.rollout.collectors import (
     SyncCollector,
 )
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.responses import Responder, SamplingPlan
+from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.types import RolloutGroup
 
@@ -108,33 +106,6 @@ def build_collector(config: Config, responder: Responder, prompts: Prompts) -> C
         return AheadCollector(responder, prompts, **shared, max_staleness=rollout.max_staleness,
                               last_step=config.run.steps - 1)
     return SyncCollector(responder, prompts, **shared)
-
-
-class HeldOut:
-    """Evaluates what the engines serve on a fixed set of problems; used by training, evaluate and the quick start."""
-
-    def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
-        self._config, self._serving = config, serving
-        self._responder = serving.responder(config, tokenizer, rewards)
-        source = prompt_source(config, heldout_data(config), tokenizer)
-        if len(source) < config.eval.problems:
-            raise ValueError(f"eval.problems={config.eval.problems}, but the evaluation data has {len(source)}")
-        self._prompts = [source.prompt(i) for i in range(config.eval.problems)]
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Accuracy with its bootstrap interval over problems, style and length, as named in docs/metrics.md."""
-        options = self._config.eval
-        plan = SamplingPlan(samples_per_prompt=options.samples_per_problem, temperature=options.temperature,
-                            top_p=options.top_p, max_response_tokens=self._config.rollout.max_response_tokens,
-                            stop=self._config.rollout.stop)
-        started = time.perf_counter()
-        groups = self._serving.background.run(self._responder.groups(self._prompts, step=step, tag="eval", plan=plan))
-        correct = [[score.value for score in group.scores] for group in groups]
-        mean, low, high = bootstrap_interval(correct, options.bootstrap_resamples, options.seed)
-        lengths = [rollout.response_tokens for group in groups for rollout in group.rollouts]
-        return {"accuracy": mean, "low": low, "high": high, "problems": len(groups),
-                "samples_per_problem": options.samples_per_problem, **style(groups),
-                "mean_response_tokens": float(np.mean(lengths)), "seconds": time.perf_counter() - started}
 
 
 def style(groups: Sequence[RolloutGroup]) -> dict[str, float]:

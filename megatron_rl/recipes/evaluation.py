@@ -1,0 +1,132 @@
+"""Evaluation of what engines serve: a held-out set and benchmarks, during training and by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_rl.config.schema import Config, DataConfig
+from megatron_rl.observe.estimators import majority_at_k, pass_at_k, sample_counts
+from megatron_rl.observe.stats import bootstrap_interval
+from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source, style
+from megatron_rl.reward import RewardPool
+from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.rollout.responses import SamplingPlan
+from megatron_rl.types import Finish, Prompt, RolloutGroup, Score
+
+__all__ = ["HELD_OUT", "Evaluator", "Measured", "evaluation_data", "summary"]
+
+HELD_OUT = "held-out"
+RIGHT = "\0right"  # however it is written; no box holds this
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Problems to evaluate on, and how many responses each gets."""
+
+    name: str
+    prompts: list[Prompt]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The judged responses of one set, and what they say (names in docs/metrics.md)."""
+
+    name: str
+    groups: list[RolloutGroup]
+    values: dict[str, float]
+
+
+def evaluation_data(config: Config) -> dict[str, DataConfig]:
+    """Name -> where its problems come from: the held-out set (unless eval.problems=0), then eval.benchmarks."""
+    held_out = {HELD_OUT: heldout_data(config)} if config.eval.problems else {}
+    return held_out | {name: benchmark.data for name, benchmark in config.eval.benchmarks.items()}
+
+
+class Evaluator:
+    """Evaluates what the engines serve on fixed problems; used by training, evaluate and the quick start."""
+
+    def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
+        self._config, self._serving = config, serving
+        self._responder = serving.responder(config, tokenizer, rewards)
+        self._sets = [self._set(name, data, tokenizer, rewards) for name, data in evaluation_data(config).items()]
+
+    def _set(self, name: str, data: DataConfig, tokenizer, rewards: RewardPool) -> EvaluationSet:
+        options = self._config.eval
+        source = prompt_source(self._config, data, tokenizer)
+        rewards.check_domains(source.domains)
+        benchmark = options.benchmarks.get(name)
+        count = options.problems if benchmark is None else benchmark.problems or len(source)
+        if len(source) < count:
+            key = "eval.problems" if benchmark is None else f"eval.benchmarks.{name}.problems"
+            raise ValueError(f"{key}={count}, but the evaluation data has {len(source)}")
+        samples = benchmark.samples if benchmark and benchmark.samples else options.samples_per_problem
+        return EvaluationSet(name, [source.prompt(i) for i in range(count)], samples)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """What was measured, as one row. Keys of a benchmark begin with its name and a slash.
+
+        Without a held-out set, accuracy is the mean over the benchmarks.
+        """
+        measured = {each.name: each.values for each in self.measure(step)}
+        row = {"accuracy": float(np.mean([values["accuracy"] for values in measured.values()])),
+               **measured.pop(HELD_OUT, {})}
+        return row | {f"{name}/{key}": value for name, values in measured.items() for key, value in values.items()}
+
+    def measure(self, step: int) -> list[Measured]:
+        """Samples and judges every set. step: of the weights that are served; seeds depend on it."""
+        return [self._measure(one, step) for one in self._sets]
+
+    def _measure(self, one: EvaluationSet, step: int) -> Measured:
+        options, rollout = self._config.eval, self._config.rollout
+        plan = SamplingPlan(samples_per_prompt=one.samples, temperature=options.temperature, top_p=options.top_p,
+                            max_response_tokens=options.max_response_tokens or rollout.max_response_tokens,
+                            stop=rollout.stop)
+        started = time.perf_counter()
+        tag = "eval" if one.name == HELD_OUT else f"eval-{one.name}"
+        groups = self._serving.background.run(self._responder.groups(one.prompts, step=step, tag=tag, plan=plan))
+        values = summary(groups, resamples=options.bootstrap_resamples, seed=options.seed)
+        return Measured(one.name, groups, {**values, "seconds": time.perf_counter() - started})
+
+
+def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dict[str, float]:
+    """Accuracy (the mean over n samples: avg@n, pass@1), pass@k and maj@k with their bootstrap intervals over
+    problems, style and length.
+
+    A response is right when its score is 1. maj@k only where answers are boxed: right ones vote together however they
+    are written, others by what is in the box.
+    """
+    n = len(groups[0].scores)
+    lengths = [rollout.response_tokens for group in groups for rollout in group.rollouts]
+    finishes = [rollout.finish for group in groups for rollout in group.rollouts]
+    values: dict[str, float] = {}
+
+    def put(name: str, by_problem: Sequence[Sequence[float]], prefix: str) -> None:
+        values[name], values[f"{prefix}low"], values[f"{prefix}high"] = bootstrap_interval(by_problem, resamples, seed)
+
+    put("accuracy", [[score.value for score in group.scores] for group in groups], "")
+    values |= {"problems": len(groups), "samples_per_problem": n, **style(groups),
+               "mean_response_tokens": float(np.mean(lengths)),
+               "truncated_fraction": float(np.mean([finish is Finish.LENGTH for finish in finishes]))}
+    right = [sum(_is_right(score) for score in group.scores) for group in groups]
+    votes = [_votes(group) for group in groups]
+    boxed = any(vote is not None for vote in sum(votes, []))
+    for k in sample_counts(n)[1:]:
+        put(f"pass@{k}", [[pass_at_k(n, c, k)] for c in right], f"pass@{k}_")
+        if boxed and k > 2:
+            put(f"maj@{k}", [[majority_at_k(vote, k, right=RIGHT, seed=seed)] for vote in votes], f"maj@{k}_")
+    return values
+
+
+def _is_right(score: Score) -> bool:
+    return score.value >= 1.0
+
+
+def _votes(group: RolloutGroup) -> list[str | None]:
+    boxes = [last_boxed(text) or None for text in group.texts]
+    return [RIGHT if box is not None and _is_right(score) else box
+            for box, score in zip(boxes, group.scores, strict=True)]

@@ -1,0 +1,54 @@
+"""What judged responses amount to, by hand; and which sets are evaluated."""
+
+import numpy as np
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.recipes.evaluate import table
+from megatron_rl.recipes.evaluation import Measured, evaluation_data, summary
+from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
+
+
+def group(texts, values):
+    rollouts = tuple(Rollout(np.zeros(3 + len(text), np.int32), np.arange(3 + len(text)) >= 3,
+                             np.zeros(3 + len(text), np.float32), Finish.LENGTH if "..." in text else Finish.STOP,
+                             (VersionSpan(0, 0, len(text)),)) for text in texts)
+    scores = tuple(Score(value, "correct" if value else "wrong") for value in values)
+    return RolloutGroup(Prompt("p", (1, 2, 3), "q", "1/2", "math"), rollouts, tuple(texts), scores)
+
+
+GROUPS = [  # 2 of 4 right, in two spellings, against two equal wrong ones: a tie; then 1 of 4 right
+    group(["so \\boxed{1/2}", "so \\boxed{0.5}", "so \\boxed{3}", "so \\boxed{3}"], [1, 1, 0, 0]),
+    group(["so \\boxed{1/2}", "so \\boxed{3}", "so \\boxed{3}", "so ..."], [1, 0, 0, 0]),
+]
+
+
+def test_summary_by_hand():
+    values = summary(GROUPS, resamples=50, seed=0)
+    assert values["accuracy"] == 3 / 8 and values["low"] <= 3 / 8 <= values["high"]
+    assert (values["problems"], values["samples_per_problem"]) == (2, 4)
+    assert values["pass@2"] == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2)  # C(2,2)/C(4,2), C(3,2)/C(4,2)
+    assert values["pass@4"] == 1.0 and values["maj@4"] == (0.5 + 0.0) / 2
+    assert values["truncated_fraction"] == 1 / 8 and "maj@2" not in values
+
+
+def test_without_boxes_there_is_no_vote():
+    values = summary([group(["7", "8", "7", "7"], [1, 0, 1, 1])], resamples=5, seed=0)
+    assert "maj@4" not in values and values["pass@4"] == 1.0
+
+
+def test_the_table_has_a_line_for_each_set_and_its_own_estimates():
+    values = summary(GROUPS, resamples=5, seed=0)
+    few = {key: value for key, value in values.items() if "@" not in key}
+    shown = table([Measured("a", [], values), Measured("b", [], few)], "t")
+    assert [column.header for column in shown.columns][4:7] == ["pass@2", "pass@4", "maj@4"]
+    assert [list(column.cells)[1] for column in shown.columns][4:7] == ["-", "-", "-"]
+
+
+def test_sets_are_the_held_out_one_and_the_benchmarks():
+    more = ["eval.benchmarks.aime24.data.source=aime", "eval.benchmarks.aime24.data.path=a"]
+    assert list(evaluation_data(load(["experiment=quickstart"]))) == ["held-out"]
+    assert list(evaluation_data(load(["experiment=quickstart", *more]))) == ["held-out", "aime24"]
+    assert list(evaluation_data(load(["experiment=quickstart", *more, "eval.problems=0"]))) == ["aime24"]
+    with pytest.raises(ValueError, match="eval.problems=0 must be at least 1, or 0 with eval.benchmarks"):
+        load(["experiment=quickstart", "eval.problems=0"])
