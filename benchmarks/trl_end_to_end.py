@@ -1,9 +1,9 @@
 """Claim: a whole step - sampling, grading, training, new weights - takes less time than TRL's on the same machine.
 
 The same Hugging Face folder, prompts, number and limit of responses, reward, loss (token mean, no KL) and optimiser,
-each as its users start it: TRL's GRPOTrainer with transformers' generate on all cores; ours as `megatron-rl rl` with two
-data-parallel ranks and one SGLang engine, weights published after each step. A random model ends few responses early,
-so times are per 1,000 trained tokens. The first step of each, which warms up, is left out. TRL: see trl_step.
+each as its users start it: TRL's GRPOTrainer with transformers' generate on all cores; ours as `megatron-rl rl` with
+two data-parallel ranks and one SGLang engine, weights published after each step. A random model ends few responses
+early, so times are per 1,000 trained tokens. The first step of each, which warms up, is left out. TRL: see trl_step.
 """
 
 from __future__ import annotations
