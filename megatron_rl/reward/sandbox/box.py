@@ -1,9 +1,10 @@
 """bubblewrap: a program in name spaces of its own, with limits, without a network and without the host's files.
 
-What each part holds off was tried one by one (tests/megatron_rl/reward/attacks.py). Three of them are easily
-missed: bwrap's root and /dev are writable, unlimited memory until they are remounted read-only; --clearenv leaves
-the parent's environment in /proc/1/environ, so bwrap itself starts with an empty one; nested user namespaces are
-open without --disable-userns.
+What each part holds off was tried one by one (tests/megatron_rl/reward/attacks.py). Four of them are easily
+missed: bwrap's root and /dev are writable, unlimited memory until they are remounted read-only; the first process in
+there is bwrap's own, has no seccomp filter, and lets the program write to its memory until /proc/1 is covered;
+--clearenv leaves the parent's environment in it, so bwrap itself starts with an empty one; nested user namespaces
+are open without --disable-userns.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Bubblewrap:
 
 
 def _end(process: subprocess.Popen[bytes], ended: int) -> None:
-    """Kills what is left and waits until the last process of the sandbox is gone (its end of the pipe closes)."""
+    """Kills what is left and waits until its first process is gone (the pipe closes); all others go with it."""
     if process.poll() is None:
         process.kill()
     os.read(ended, 1)
@@ -117,14 +118,18 @@ def _system() -> tuple[str, ...]:
 def _walls(limits: Limits) -> list[str]:
     return ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
             "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "box", *_system(),
-            "--proc", "/proc", "--dev", "/dev", "--size", str(SHM_BYTES), "--tmpfs", "/dev/shm",
-            "--size", str(limits.files_mb << 20), "--tmpfs", "/tmp"]
+            "--proc", "/proc", "--dev", "/dev", *_memory("/proc/1", 4096), *_memory("/dev/shm", SHM_BYTES),
+            *_memory("/tmp", limits.files_mb << 20)]
+
+
+def _memory(path: str, size_bytes: int) -> tuple[str, ...]:
+    return "--size", str(size_bytes), "--tmpfs", path
 
 
 def _placed(data: Mapping[str, int]) -> list[str]:
     files = [word for name, descriptor in data.items()
              for word in ("--perms", "0555", "--file", str(descriptor), f"/box/{name}")]
-    return ["--dir", "/box", *files, "--remount-ro", "/dev", "--remount-ro", "/"]
+    return ["--dir", "/box", *files, *(word for path in ("/proc/1", "/dev", "/") for word in ("--remount-ro", path))]
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: ok | compile_error | runtime_error | timeout | memory_limit | output_limit. stderr is cut at 64 KiB."""
+    """status: ok | compile_error | runtime_error | timeout | memory_limit | output_limit. stderr is cut at 256 KiB."""
 
     status: str
     stdout: bytes = b""

@@ -14,7 +14,7 @@ from megatron_rl.reward.sandbox.limits import Limits, Outcome
 __all__ = ["watch"]
 
 SAMPLE_S = 0.03
-STDERR_BYTES = 1 << 16
+STDERR_BYTES = 1 << 18
 MAX_FILES = 20_000
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 KILLED_BY_CPU_LIMIT = 128 + 24  # SIGXCPU

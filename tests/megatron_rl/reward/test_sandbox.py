@@ -1,0 +1,182 @@
+"""The sandbox holds: no hostile program gets out, and none disturbs a neighbour that runs at the same time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.reward.languages import build
+from megatron_rl.reward.sandbox import Bubblewrap, Limits, Outcome
+from megatron_rl.reward.sandbox.slots import leased_uid
+from tests.megatron_rl.reward.attacks import ATTACKS
+from tests.sandboxes import needs_language, needs_sandbox
+
+SECRET = "a-value-of-the-host"
+TIGHT = Limits(cpu_s=1, wall_s=1.0, memory_mb=256)  # for what goes on until it is stopped by the clock
+ROOMY = Limits(cpu_s=8, wall_s=25.0, memory_mb=256)
+NEIGHBOUR = """
+import os, subprocess
+numbers = list(range(300_000))
+with open("/tmp/mine", "w") as file: file.write(str(sum(numbers)))
+children = [os.fork() for _ in range(1)]
+if 0 in children: os._exit(0)
+os.wait()
+assert os.listdir("/tmp") == ["mine"]
+print(open("/tmp/mine").read())
+"""
+
+
+class Host:
+    """What the attacks are after, and whether it is untouched."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / "canary"
+        self.file.write_text(SECRET)
+        self.file.chmod(0o666)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setblocking(False)
+        self.process = subprocess.Popen(["sleep", "600"])
+        self.programs = {path: path.stat().st_mtime_ns for path in map(Path, ("/usr/bin", "/usr/bin/true", "/tmp"))}
+
+    def fill_in(self, source: str) -> str:
+        for name, value in (("FILE", self.file), ("PORT", self.listener.getsockname()[1]), ("PID", self.process.pid),
+                            ("SECRET", SECRET)):
+            source = source.replace(f"@{name}@", str(value))
+        return source
+
+    def check(self) -> None:
+        assert self.file.read_text() == SECRET
+        assert self.process.poll() is None
+        with pytest.raises(BlockingIOError):
+            self.listener.accept()
+        gone_by = time.monotonic() + 5  # the kernel kills them with the sandbox's first process
+        while [each for each in psutil.process_iter(["cmdline"]) if "98765" in (each.info["cmdline"] or [])]:
+            assert time.monotonic() < gone_by
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.listener.close()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    os.environ["CANARY"] = SECRET
+    folder = tmp_path_factory.mktemp("host")
+    for each in (folder, *folder.parents):
+        if each.owner() != "root" or each.stat().st_mode & 0o5 != 0o5:
+            each.chmod(each.stat().st_mode | 0o5)
+    host = Host(folder)
+    yield host
+    host.close()
+    del os.environ["CANARY"]
+
+
+@pytest.fixture
+def neighbour():
+    """Honest programs, one after another in sandboxes of their own, all the while; each must come out right."""
+    over, outcomes = threading.Event(), []
+
+    def run() -> None:
+        while not (over.is_set() and outcomes):
+            outcomes.append(Bubblewrap().run(["/usr/bin/python3", "-I", "/box/main.py"],
+                                             {"main.py": NEIGHBOUR.encode()}, limits=ROOMY))
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        yield
+        over.set()
+        running.result()
+    assert {(outcome.status, outcome.stdout) for outcome in outcomes} == {("ok", b"44999850000\n")}, outcomes
+
+
+def run_program(language: str, source: str, limits: Limits) -> Outcome:
+    name = {"python": "main.py", "cpp": "main.cpp", "java": "Main.java"}[language]
+    program = build(Bubblewrap(), language, {name: source}, limits, main_class="Main",
+                    compile_s=2 if limits is TIGHT and language == "cpp" else 8)
+    return program if isinstance(program, Outcome) else program(b"some input\n", 1 << 16)
+
+
+@pytest.mark.slow
+@needs_sandbox
+@pytest.mark.parametrize("attack", [pytest.param(attack, id=attack.name, marks=needs_language(attack.language))
+                                    for attack in ATTACKS])
+def test_no_attack_succeeds_or_disturbs_a_neighbour(attack, host, neighbour):
+    started = time.monotonic()
+    limits = TIGHT if "timeout" in attack.status else ROOMY
+    outcome = run_program(attack.language, host.fill_in(attack.source), limits)
+    assert b"ESCAPED" not in outcome.stdout + outcome.stderr, outcome
+    assert outcome.status in attack.status or b"held" in outcome.stdout, outcome
+    assert "ok" not in attack.status or b"held" in outcome.stdout, outcome
+    assert SECRET.encode() not in outcome.stdout + outcome.stderr
+    assert time.monotonic() - started < 30
+    host.check()
+
+
+def test_there_are_enough_attacks():
+    assert len(ATTACKS) >= 40 and len({attack.name for attack in ATTACKS}) == len(ATTACKS)
+
+
+HONEST = {
+    "python": "import sys\nprint(sys.stdin.readline().upper().strip())",
+    "cpp": "#include <iostream>\n#include <string>\nint main() { std::string s; std::getline(std::cin, s); "
+           "for (auto& c : s) c = toupper(c); std::cout << s << std::endl; }",
+    "java": "import java.io.*; class Main { public static void main(String[] a) throws Exception { System.out.println("
+            "new BufferedReader(new InputStreamReader(System.in)).readLine().toUpperCase()); } }",
+}
+
+
+@pytest.mark.slow
+@needs_sandbox
+@pytest.mark.parametrize("language", [pytest.param(name, marks=needs_language(name)) for name in HONEST])
+def test_honest_programs_pass_beside_a_fork_bomb(language):
+    bomb = next(attack for attack in ATTACKS if attack.name == "fork bomb that waits for room")
+    with ThreadPoolExecutor(1) as pool:
+        bombing = pool.submit(run_program, "python", bomb.source, TIGHT)
+        outcome = run_program(language, HONEST[language], ROOMY)
+        bombing.result()
+    assert (outcome.status, outcome.stdout) == ("ok", b"SOME INPUT\n"), outcome
+
+
+@needs_sandbox
+def test_two_runs_at_a_time_have_two_user_ids():
+    if os.geteuid() != 0:
+        pytest.skip("only root can give each run a user id of its own")
+    with leased_uid() as first, leased_uid() as second:
+        assert first != second and min(first, second) >= 60000
+
+
+@needs_sandbox
+def test_nothing_is_left_when_the_parent_is_killed():
+    source = ("from megatron_rl.reward.sandbox import *\nBubblewrap().run(['/usr/bin/sleep', '87654'], {}, "
+              "limits=Limits(wall_s=60.0))")
+    parent = subprocess.Popen(["python", "-c", source])
+
+    def sleepers() -> list[psutil.Process]:
+        return [each for each in psutil.process_iter(["cmdline", "name"])
+                if each.info["name"] == "sleep" and "87654" in (each.info["cmdline"] or [])]
+
+    deadline = time.monotonic() + 60
+    while not sleepers():
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while sleepers():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_sandbox
+def test_an_exception_while_a_program_runs_leaves_nothing():
+    with pytest.raises(KeyError), Bubblewrap().start(["/usr/bin/sleep", "76543"], {}, stdin=b"", limits=TIGHT):
+        raise KeyError
+    assert not [each for each in psutil.process_iter(["cmdline"]) if "76543" in (each.info["cmdline"] or [])]
