@@ -27,6 +27,7 @@ class DataConfig:
     jsonl, parquet (a file, or a folder of them) and hf_dataset (a folder that Dataset.save_to_disk wrote; of several
     splits, `hf_split`) read `path` with the columns named below. aime, gpqa and livecodebench read `path` with the
     columns of those benchmarks' own files. reasoning_gym generates `task` with `task_config`;
+    human_eval is HumanEval, built in;
     chains and arithmetic are the built-in generators of the quick start and of the SmolLM2 example. mix draws from the
     sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
     on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
@@ -35,8 +36,8 @@ class DataConfig:
     the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
     """
 
-    source: Literal["jsonl", "parquet", "hf_dataset", "aime", "gpqa", "livecodebench", "reasoning_gym", "chains",
-                    "arithmetic", "mix"] = "jsonl"
+    source: Literal["jsonl", "parquet", "hf_dataset", "aime", "gpqa", "livecodebench", "reasoning_gym", "human_eval",
+                    "chains", "arithmetic", "mix"] = "jsonl"
     path: str | None = None
     hf_split: str = "train"
     on_error: Literal["stop", "skip"] = "stop"

@@ -10,6 +10,7 @@ from megatron_rl.data.arithmetic import Arithmetic
 from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
 from megatron_rl.data.chains import Chains
 from megatron_rl.data.files import FileProblems, read_problems
+from megatron_rl.data.human_eval import HumanEval
 from megatron_rl.data.problems import Problem, Problems
 from megatron_rl.data.rows import FILE_SOURCES
 from megatron_rl.data.templates import Template, build_template
@@ -131,6 +132,8 @@ def _problems(config: DataConfig) -> Problems:
     if config.source == "reasoning_gym":
         from megatron_rl.data.gym import Gym  # here, because reasoning_gym takes 1.4 s to import
         return Gym(config.task, config.task_config, size=config.size, seed=config.seed, split=config.split)
+    if config.source == "human_eval":
+        return HumanEval(config.split)
     if config.source == "chains":
         return Chains(size=config.size, seed=config.seed, split=config.split)
     return Arithmetic(size=config.size, seed=config.seed, split=config.split)
