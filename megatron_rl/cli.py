@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+SHELLS = ("bash", "zsh")
 EPILOG = """\
 examples:
   megatron-rl quickstart                                      a small MoE from nothing to C3PO, with a report
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", default=None, help="file to write (default: report.html in the first run)")
     commands.add_parser("doctor", help="what this machine has and lacks")
+    completion = commands.add_parser("completion", help="shell completion: source <(megatron-rl completion bash)")
+    completion.add_argument("shell", choices=SHELLS)
     return top
 
 

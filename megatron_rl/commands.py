@@ -320,6 +320,14 @@ def doctor(options) -> int:
     return run_doctor()
 
 
+def completion(options) -> int:
+    from megatron_rl.cli import parser
+    from megatron_rl.completion import script
+
+    print(script(options.shell, parser()), end="")
+    return 0
+
+
 @contextlib.contextmanager
 def engine_errors() -> Iterator[None]:
     """An engine that cannot start fails the run with its own last words."""
@@ -331,4 +339,4 @@ def engine_errors() -> Iterator[None]:
 
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "replay-step": replay_step,
             "quickstart": quickstart, "report": report, "data": data, "config": config, "slurm": slurm,
-            "doctor": doctor}
+            "doctor": doctor, "completion": completion}
