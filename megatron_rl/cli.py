@@ -27,7 +27,8 @@ COMMANDS = {
     "rl": "C3PO reinforcement learning: starts an SGLang engine and torchrun, stops both",
     "sft": "supervised fine-tuning, same Megatron step",
     "plan": "memory of each GPU by kind, and layouts that fit; needs no GPU and no checkpoint",
-    "evaluate": "held-out accuracy of a checkpoint, through an engine",
+    "evaluate": "held-out accuracy and benchmarks of a checkpoint, through an engine",
+    "select-checkpoint": "which epoch of an SFT run RL should start from, by its entropy on the RL prompts",
 }
 
 

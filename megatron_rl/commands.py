@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.config.check import Sizes, check_rl, summary
+from megatron_rl.config.check import Sizes, check_rl, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
@@ -59,15 +59,22 @@ def validate(config: Config, *, start: bool) -> Sizes:
     if start:
         check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
     check_layout(network, config.parallel)
-    total, active = count_parameters(network)
-    sizes = Sizes(network.max_position_embeddings, total, active)
+    sizes = sizes_of(network)
     check_rl(config, sizes)
     return sizes
 
 
+def sizes_of(network: Network) -> Sizes:
+    return Sizes(network.max_position_embeddings, *count_parameters(network))
+
+
 def print_summary(config: Config, sizes: Sizes) -> None:
+    print_rows(config, summary(config, sizes))
+
+
+def print_rows(config: Config, rows: list[tuple[str, str]]) -> None:
     table = Table(title=config.run.name, show_header=False)
-    for name, value in summary(config, sizes):
+    for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
 
@@ -148,9 +155,12 @@ def sft(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
     check_layout(network, config.parallel)
+    sizes = sizes_of(network)
+    check_sft(config, sizes)
+    print_rows(config, sft_summary(config, sizes))
     if not options.check:
         refuse_earlier_run(config)
-        preflight(config.run, asdict(network))
+        preflight(config.run, asdict(read_config(config.model.path)))
         run_ranks("sft", config)
         Console().print(f"checkpoint: {config.run.dir}/hf")
     return 0
@@ -211,6 +221,17 @@ def sampled(config: Config, items: list, num_samples: int, folder: Path) -> list
     folder.mkdir(parents=True, exist_ok=True)
     with terminable(), engine_errors(), engines_for(config, config.model.path, folder / "engine.log") as served:
         return curate.sample(items, served, num_samples, folder)
+
+
+def select_checkpoint(options) -> int:
+    from megatron_rl.recipes import select_checkpoint as recipe
+
+    config = load(options.overrides)
+    with terminable(), engine_errors():
+        decision = recipe.run(config, engines_for)
+    Console().print(recipe.table(decision))
+    Console().print(f"chosen: {decision.chosen} ({decision.why}); {recipe.folder(config)}")
+    return 0
 
 
 def convert(options) -> int:
@@ -338,5 +359,5 @@ def engine_errors() -> Iterator[None]:
 
 
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "replay-step": replay_step,
-            "quickstart": quickstart, "report": report, "data": data, "config": config, "slurm": slurm,
-            "doctor": doctor, "completion": completion}
+            "quickstart": quickstart, "report": report, "data": data, "select-checkpoint": select_checkpoint,
+            "config": config, "slurm": slurm, "doctor": doctor, "completion": completion}

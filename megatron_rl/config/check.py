@@ -45,6 +45,17 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
             "c3po.mismatch and c3po.sequence_* cannot correct for it; use rollout.top_p=1.0")
 
 
+def check_sft(config: Config, sizes: Sizes) -> None:
+    """As check_rl, for supervised fine-tuning."""
+    batch, parallel = config.batch, config.parallel
+    require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
+            f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
+            f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
+    require(config.rollout.max_context_tokens <= sizes.max_position_embeddings,
+            f"rollout.max_context_tokens={config.rollout.max_context_tokens} exceeds the model's "
+            f"max_position_embeddings={sizes.max_position_embeddings}")
+
+
 def _check_collector(config: Config) -> None:
     algo, rollout = config.c3po, config.rollout
     if rollout.collector == "budgeted":
@@ -73,6 +84,17 @@ def _check_budget(config: Config) -> None:
             f"c3po.phi: {needed} response tokens per rollout can never be met by {responses} responses of at most "
             f"{rollout.max_response_tokens} tokens in {rounds} round(s); raise rollout.prompts_per_step or lower "
             "c3po.phi")
+
+
+def sft_summary(config: Config, sizes: Sizes) -> list[tuple[str, str]]:
+    """(name, value) rows: what supervised fine-tuning resolves to."""
+    sft, options = config.sft, config.optimizer
+    model, ranks, experts = [row for row in summary(config, sizes) if row[0] in ("model", "ranks", "experts")]
+    schedule = f"{options.schedule} over {sft.schedule_steps} steps"
+    return [model, ranks, experts,
+            ("examples", f"{sft.examples:,} x {sft.epochs} epochs, {sft.batch_size} a step: {sft.total_steps:,} steps"),
+            ("sequence", f"up to {config.batch.tokens_per_microbatch * config.parallel.cp:,} tokens"),
+            ("optimiser", f"AdamW lr {options.lr:g} {schedule}, weight decay {options.weight_decay:g}")]
 
 
 def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Sections `data` and `eval` of the configuration: where prompts come from, and what is measured."""
+"""Sections `data`, `eval` and `select`: where prompts come from, what is measured, which SFT checkpoint is chosen."""
 
 from __future__ import annotations
 
@@ -130,3 +130,27 @@ class EvalConfig:
                 f"eval.max_response_tokens={self.max_response_tokens} must be at least 1")
         require(self.every_steps >= 0,
                 f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """`megatron-rl select-checkpoint`: the SFT checkpoint from which RL starts (Sec. 4.3.2).
+
+    folder: of an SFT run with sft.export_epochs. Each of its epochs answers the first `problems` RL prompts `samples`
+    times. rule: `entropy` takes, of those whose policy entropy (nats per token) lies in entropy_low..entropy_high, the
+    best by `prefer`, and where none does the nearest to that band; pass_at_1 and pass_at_k take the best of all.
+    """
+
+    folder: str = ""
+    problems: int = 128
+    samples: int = 8
+    rule: Literal["entropy", "pass_at_1", "pass_at_k"] = "entropy"
+    prefer: Literal["pass_at_1", "pass_at_k"] = "pass_at_k"
+    entropy_low: float = 0.3
+    entropy_high: float = 0.5
+
+    def __post_init__(self):
+        for name in ("problems", "samples"):
+            require(getattr(self, name) >= 1, f"select.{name}={getattr(self, name)} must be at least 1")
+        require(0 <= self.entropy_low < self.entropy_high,
+                f"select.entropy_low={self.entropy_low} must lie below select.entropy_high={self.entropy_high}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
-from megatron_rl.config.data import DataConfig, EvalConfig
+from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.rules import require
@@ -163,8 +163,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss.
+    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss; a checkpoint after every epoch.
 
+    examples: the first so many of `data`, in a new order every epoch. export_epochs: also write each epoch as a
+    Hugging Face folder, <run.dir>/epochs/epoch_01 and so on, for `megatron-rl select-checkpoint`. A prompt and its
+    response may have batch.tokens_per_microbatch tokens (times parallel.cp).
     schedule_epochs: length of the learning-rate schedule, None for `epochs`; longer than `epochs` stops early on
     it, as the report does when it takes an early checkpoint of a long run (Sec. 4.3.2).
     """
@@ -175,6 +178,7 @@ class SFTConfig:
     batch_size: int = 16
     balance_coef: float = 0.01
     z_loss_coef: float = 0.0
+    export_epochs: bool = False
 
     def __post_init__(self):
         for name in ("epochs", "examples", "batch_size"):
@@ -266,5 +270,6 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from pathlib import Path
 
@@ -25,9 +26,12 @@ from megatron_rl.recipes.serving import load_tokenizer, prompt_source
 from megatron_rl.train_step.optimizer import learning_rate
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
+EPOCH = "epoch.json"
+"""In each folder of sft.export_epochs: epoch, step, and tokens (prompts and responses) that it was trained on."""
+
 
 def run(config: Config) -> None:
-    """sft.epochs passes over the first sft.examples of `data`; exports <run.dir>/hf, a checkpoint per epoch."""
+    """sft.epochs passes over the first sft.examples of `data`; a checkpoint per epoch, and <run.dir>/hf at the end."""
     here = topology.start(config.parallel, seed=config.run.seed)
     policy, optimizer, step = build_trainable(config, here, temperature=1.0)
     checkpoints = Checkpoints(config.run, policy, optimizer, here)
@@ -39,7 +43,8 @@ def run(config: Config) -> None:
     if len(source) < options.examples:
         raise ValueError(f"sft.examples={options.examples}, but data has {len(source)} examples")
     per_epoch = options.steps_per_epoch
-    done = 0 if state is None else state["step"]
+    room = config.batch.tokens_per_microbatch * config.parallel.cp
+    done, tokens = (0, 0) if state is None else (state["step"], state["tokens"])
     with contextlib.ExitStack() as stack:
         log = None
         if here.is_main:
@@ -50,7 +55,7 @@ def run(config: Config) -> None:
             for index in range(done - epoch * per_epoch, per_epoch):
                 started = time.perf_counter()
                 chosen = order[index * options.batch_size:(index + 1) * options.batch_size]
-                samples = [sft_sample(source, int(i)) for i in chosen]
+                samples = [sft_sample(source, int(i), room) for i in chosen]
                 microbatches = packed_microbatches(samples, config, here, policy.config)
                 objective = TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples))
                 lr = learning_rate(done, options.schedule_steps, config.optimizer)
@@ -58,21 +63,35 @@ def run(config: Config) -> None:
                 result = guarded.update(done, StepInputs(microbatches, objective, None, options.balance_coef,
                                                          options.z_loss_coef), lr=lr)
                 checkpoints.poll()
+                in_step = sum(len(sample.token_ids) for sample in samples)
+                tokens += in_step
                 if log is not None:
-                    tokens = sum(len(sample.token_ids) for sample in samples)
                     log.log(done, {**reduce_metrics(result.sums, None), **result.gauges,
-                                   "tokens_per_s/train": tokens / (time.perf_counter() - started)})
-            checkpoints.save(done, {"epoch": epoch + 1})
+                                   "tokens_per_s/train": in_step / (time.perf_counter() - started)})
+            checkpoints.save(done, {"epoch": epoch + 1, "tokens": tokens})
+            if options.export_epochs:
+                folder = epoch_folder(config, epoch + 1)
+                export(config, exporter, here, folder)
+                if here.is_main:
+                    (folder / EPOCH).write_text(json.dumps({"epoch": epoch + 1, "step": done, "tokens": tokens}))
         checkpoints.finish()
         if config.run.export_hf:
             export(config, exporter, here, Path(config.run.dir) / "hf")
     topology.stop()
 
 
-def sft_sample(source: PromptSource, index: int) -> TrainSample:
-    """Example `index` with its response as the trained tokens."""
+def epoch_folder(config: Config, epoch: int) -> Path:
+    """Where sft.export_epochs writes the policy after `epoch` epochs."""
+    return Path(config.run.dir) / "epochs" / f"epoch_{epoch:02d}"
+
+
+def sft_sample(source: PromptSource, index: int, room: int) -> TrainSample:
+    """Example `index` with its response as the trained tokens. ValueError if it has more than `room` tokens."""
     prompt, response = source.sft_example(index)
     tokens = np.asarray([*prompt.token_ids, *response], dtype=np.int32)
+    if len(tokens) > room:
+        raise ValueError(f"{prompt.id}: prompt and response have {len(tokens)} tokens, {room} fit: raise "
+                         "batch.tokens_per_microbatch (or parallel.cp), or remove the example")
     mask = np.arange(len(tokens)) >= len(prompt.token_ids)
     return TrainSample(index=index, token_ids=tokens, loss_mask=mask,
                        rollout_logprobs=np.zeros(len(tokens), dtype=np.float32), advantage=0.0,
