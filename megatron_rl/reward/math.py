@@ -31,7 +31,7 @@ class MathVerifyScorer:
             judge_math(box, answer)
 
     def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
-        box = last_boxed(response_text)
+        box = (last_boxed(response_text) or "").rstrip(" .")  # "\\boxed{\\frac{1}{2}.}" does not parse
         if not box:
             return Score(0.0, "no_answer")
         answer = prompt.answer.strip()

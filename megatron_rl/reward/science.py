@@ -22,18 +22,18 @@ __all__ = ["ScienceScorer", "judge_science"]
 _NUMBER = re.compile(r"\s*(?:approx|about|~|=)?\s*([+-]?(?:\d+(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?)", re.I)
 _POWER_OF_TEN = re.compile(r"\s*(?:\*|x)\s*10\s*(?:\*\*|\^)\s*\(?\s*([+-]?\d+)\s*\)?")
 _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
+    (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
     (r"\\(?:text|mathrm|textrm|mathbf|operatorname|unit|rm)\s*\{([^{}]*)\}", r" \1"),
     (r"\\(?:left|right|displaystyle|mathrm|rm)(?![A-Za-z])", ""),
     (r"\\[,;:! ]|~|\\quad|\$", " "),
     (r"\\(?:times|cdot|ast)(?![A-Za-z])\s*|[\u00b7\u22c5\u00d7]", "*"),
     (r"\\d?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"),
-    (r"\^\s*\{?\s*\\circ\s*\}?\s*([CF])\b|\u00b0\s*([CF])\b", r" deg\1\2"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|\\degree", " degree"),
+    (r"\^\s*\(?\s*\\circ\s*\)?\s*([CF])\b|\u00b0\s*([CF])\b", r" deg\1\2"),
+    (r"\^\s*\(?\s*\\circ\s*\)?|\u00b0|\\degree", " degree"),
     (r"\\mu\s*|[\u00b5\u03bc]", "micro_"),
     (r"\\Omega|[\u2126\u03a9]", "ohm"),
     (r"\\AA|\u00c5|\u212b", "angstrom"),
     (r"\\%|%", " percent"),
-    (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
     (r"\u2212", "-"),
 ))
 _MICRO = re.compile(r"micro_\s*")
