@@ -45,7 +45,7 @@ class Running:
     def outcome(self) -> Outcome:
         """RuntimeError if it is the sandbox that failed, not the program."""
         outcome = watch(self.process, self.ended, self.limits)
-        if outcome.status == "runtime_error" and outcome.stderr.startswith((b"bwrap: ", b"prlimit: ")):
+        if outcome.status == "runtime_error" and outcome.stderr.startswith((b"bwrap: ", b"prlimit: ", b"setpriv: ")):
             raise RuntimeError(f"the sandbox failed: {outcome.message}")
         return outcome
 
@@ -83,12 +83,11 @@ class Bubblewrap:
                 given = handed_over.enter_context(_sealed(stdin)) if isinstance(stdin, bytes) else stdin
                 seccomp = handed_over.enter_context(_sealed(deny_filter()))
                 data = {name: handed_over.enter_context(_sealed(content)) for name, content in files.items()}
-                line = [self.command, *_walls(limits), *_placed(data), "--seccomp", str(seccomp), "--sync-fd",
-                        str(sandbox_end), "--chdir", "/tmp", "--", *limits.commands(), *argv]
+                line = [*_as_user(uid), self.command, *_walls(limits), *_placed(data), "--seccomp", str(seccomp),
+                        "--sync-fd", str(sandbox_end), "--chdir", "/tmp", "--", *limits.commands(), *argv]
                 process = subprocess.Popen(
                     line, env=ENVIRONMENT, cwd="/", stdin=given, stdout=stdout, stderr=subprocess.PIPE, bufsize=0,
-                    pass_fds=(seccomp, sandbox_end, *data.values()), start_new_session=True,
-                    **({} if uid is None else {"user": uid, "group": uid, "extra_groups": []}))
+                    pass_fds=(seccomp, sandbox_end, *data.values()), start_new_session=True)
             stack.callback(_end, process, ended)
             with suppress(OSError):  # the first to go when the machine itself runs out of memory
                 Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
@@ -104,6 +103,11 @@ def _end(process: subprocess.Popen[bytes], ended: int) -> None:
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()
+
+
+def _as_user(uid: int | None) -> list[str]:
+    """By a command: subprocess's own `user` makes it fork, which copies the page tables of a large worker."""
+    return [] if uid is None else ["/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
 
 
 @functools.cache

@@ -146,7 +146,8 @@ def test_a_judge_that_is_not_there_is_refused_at_once_with_its_key():
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"sandbox": "remote"}, "needs reward.remote.url"), ({"remote": {"url": "judge:80"}}, "reward.remote.url=judge:80")])
+    ({"sandbox": "remote"}, "needs reward.remote.url"),
+    ({"remote": {"url": "judge:80"}}, "reward.remote.url=judge:80")])
 def test_settings_of_the_remote_judge_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         RewardConfig(**{name: RemoteConfig(**value) if name == "remote" else value
