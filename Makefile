@@ -1,7 +1,7 @@
 # `make` alone lists the targets. PYTHON=... and VARIANT=cpu|gpu are read by the set-up; ARGS=... goes to pytest.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast test-layouts test-kills test-faults bench lint clean
+.PHONY: help setup quickstart ablations test test-fast test-layouts test-kills test-faults bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -14,6 +14,10 @@ setup:  ## build .venv (Python 3.12, trainer and engine); again: a second if not
 
 quickstart: setup  ## train a small MoE from scratch to RL on this machine, and write a report
 	@$(VENV)/megatron-rl quickstart
+
+ablations: setup  ## every example's ablation, 3 seeds (many hours; interrupted, it goes on where it was)
+	@for file in examples/*/ablation.yaml; do \
+		$(VENV)/megatron-rl ablate $$(basename $$(dirname $$file)) scale=tiny --readme $(ARGS) || exit; done
 
 test: setup  ## all tests (starts real engines and several ranks)
 	@$(VENV)/python -m pytest $(ARGS)

@@ -16,6 +16,7 @@ examples:
   megatron-rl plan experiment=ring_lite_stage1 --gpu-memory 80   what it needs of each GPU, and which layouts fit
   megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution run.dir=runs/mine
   megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf
+  megatron-rl ablate fig7_8_c3po_vs_grpo scale=tiny           a figure of the paper: arms x seeds, table, verdicts
   megatron-rl report runs/quickstart/rl
   megatron-rl config diff runs/quickstart/rl 'experiment=quickstart'
   megatron-rl slurm experiment=ring_lite_stage1 slurm.partition=gpu slurm.nodes=32 slurm.gpus_per_node=8 --dry-run
@@ -81,6 +82,16 @@ def parser() -> argparse.ArgumentParser:
                                 "configuration describes the job. Before its time limit it saves and is requeued.")
     slurm.add_argument("overrides", nargs="*", metavar="key=value")
     slurm.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    ablate = commands.add_parser("ablate", help="an ablation of examples/: arms x seeds, table, figure, verdicts",
+                                 description="Runs what is not finished yet, then writes the result. Settings: "
+                                 "scale=tiny|paper, seeds=0,1,2, arms=A,B, out=FOLDER, start=CHECKPOINT for every "
+                                 "arm, and any key of the configuration, for every arm.")
+    ablate.add_argument("name", metavar="EXAMPLE")
+    ablate.add_argument("settings", nargs="*", metavar="key=value")
+    ablate.add_argument("--check", action="store_true", help="compose and validate every run, start nothing")
+    ablate.add_argument("--slurm", action="store_true", help="submit a job per run instead (then --collect)")
+    ablate.add_argument("--collect", action="store_true", help="run nothing, write the result of what is finished")
+    ablate.add_argument("--readme", action="store_true", help="put the result into the example's README")
     replay = commands.add_parser("replay-step", help="run a dumped optimiser step again and show where it stops being "
                                  "finite (<run.dir>/dumps/step_...)")
     replay.add_argument("folder", metavar="DUMP")

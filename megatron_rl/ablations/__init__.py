@@ -1,0 +1,1 @@
+"""Ablations: arms x seeds of ordinary runs, their table, figure and verdicts (docs/ablations.md)."""

@@ -1,0 +1,88 @@
+"""`megatron-rl ablate EXAMPLE [scale=... seeds=... arms=... out=... start=... key=value ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl import commands
+from megatron_rl.ablations.driver import Plan, Run, continued, plan, run_all
+from megatron_rl.ablations.report import publish, write_result
+from megatron_rl.ablations.spec import Ablation, load_ablation
+from megatron_rl.config.check import check_rl
+from megatron_rl.launch.slurm import submit
+
+OUT = "runs/ablations"
+OWN_SETTINGS = ("scale", "seeds", "arms", "out", "start")
+
+
+def run(options) -> int:
+    """Run what is not finished, write the result, and with --readme put it into the example's README."""
+    ablation = load_ablation(options.name)
+    own, overrides = split_settings(options.settings)
+    scale_name, out = own.get("scale", "tiny"), Path(own.get("out", OUT))
+    if scale_name not in ablation.scales:
+        raise ValueError(f"scale={scale_name}: {options.name} has {', '.join(ablation.scales)}")
+    scale = ablation.scales[scale_name]
+    todo = plan(ablation.same_runs_as or options.name, scale_name, scale, out=out, start=own.get("start"),
+                seeds=seeds_of(own["seeds"]) if "seeds" in own else scale.seeds,
+                arms=own["arms"].strip("[]").split(",") if "arms" in own else list(scale.arms), overrides=overrides)
+    if options.check:
+        check(ablation, todo)
+        return 0
+    if options.slurm:
+        submit_all(todo)
+        return 0
+    if not options.collect:
+        try:
+            run_all(ablation, todo, Console())
+        except commands.RunInterrupted:
+            raise commands.RunInterrupted("stopped; the same command goes on with what is not finished") from None
+    folder = out / options.name / scale_name
+    text = write_result(ablation, todo, folder, scale=scale_name,
+                        command=" ".join(["megatron-rl ablate", options.name, *options.settings]))
+    if text is None:
+        raise ValueError(f"{todo.root}: no seed is finished in every arm yet")
+    print(text)
+    if options.readme:
+        print(f"written: {publish(options.name, folder, scale=scale_name)}")
+    return 0
+
+
+def split_settings(settings: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The ablation's own settings, and overrides of the configuration."""
+    pairs = [text.partition("=") for text in settings]
+    own = {key: value for key, _, value in pairs if key in OWN_SETTINGS}
+    return own, [text for text, (key, _, _) in zip(settings, pairs, strict=True) if key not in OWN_SETTINGS]
+
+
+def seeds_of(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.strip("[]").split(",")]
+    except ValueError:
+        raise ValueError(f"seeds={text} must be numbers with commas between them, like seeds=0,1,2") from None
+
+
+def check(ablation: Ablation, todo: Plan) -> None:
+    """Compose and validate every run, print them, start nothing. A model that a start will make has no sizes yet."""
+    table = Table("arm", "seed", "Phi", "steps", title=str(todo.root))
+    for each in todo.runs:
+        if each.config.model.architecture or (Path(each.config.model.path) / "config.json").is_file():
+            commands.validate(each.config, start=False)
+        else:
+            check_rl(each.config, None)
+        algo = each.config.c3po
+        phi = f"{algo.phi_global(each.config.parallel.dp):,}" if algo.has_budget else "no budget"
+        table.add_row(ablation.arms[each.arm], str(each.seed), phi, str(each.steps))
+    Console().print(table)
+
+
+def submit_all(todo: Plan) -> None:
+    """One Slurm job per run that is not finished (section slurm of the configuration); --collect comes after them."""
+    waiting: list[Run] = [each for each in todo.runs if not each.finished()]
+    if any(not start.finished() for start in todo.starts):
+        raise ValueError("the supervised starts come first: run them on one machine, or give start=CHECKPOINT")
+    for each in waiting:
+        print(f"{each.folder}: job {submit(continued(each), dry_run=False)}")

@@ -1,0 +1,84 @@
+"""Each ablation for two steps, a real trainer and engine, a tiny random model; interrupted and gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.ablations import spec
+from megatron_rl.cli import main
+from megatron_rl.config.load import load
+from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.rollout.engines import EngineProcess
+
+pytestmark = pytest.mark.slow
+
+SHORT = [
+    "parallel=single", "run.steps=2", "run.save_every_steps=1", "run.keep_checkpoints=2", "eval.every_steps=0",
+    "eval.problems=4",
+    "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=16",
+    "rollout.max_context_tokens=96", "c3po.phi=64", "c3po.dynamic_sampling=false", "c3po.underfull=train_short",
+    "reward.routes.math=tests.rewards.brevity", "reward.routes.arithmetic=tests.rewards.brevity",
+    "observe.progress=false", "rollout.stop=[]",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "init"
+    make_random_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine_url(model, tmp_path_factory):
+    config = load(["experiment=quickstart", *SHORT, f"model.path={model}"])
+    log = tmp_path_factory.mktemp("log") / "engine.log"
+    with EngineProcess.from_config(config.rollout, model, log_path=log) as engine:
+        yield engine.base_url
+
+
+@pytest.mark.parametrize("name", [name for name in spec.names() if spec.load_ablation(name).same_runs_as is None])
+def test_two_arms_run_to_a_result_and_an_interrupted_run_goes_on(name, model, engine_url, tmp_path, capsys):
+    arms = [list(spec.load_ablation(name).arms)[place] for place in (0, -1)]  # a statement compares them
+    settings = ["seeds=0", f"arms={','.join(arms)}", f"out={tmp_path}", f"start={model}", *SHORT,
+                f'rollout.engine.urls=["{engine_url}"]']
+    assert main(["ablate", name, *settings]) == 0
+    assert "cannot tell" in capsys.readouterr().out, "one seed proves nothing"
+    folder = tmp_path / name / "tiny"
+    first, second = (folder / arm / "seed_0" for arm in arms)
+    result = json.loads((folder / "result.json").read_text())
+    assert all(len(values) == 1 for values in result["values"][arms[0]].values())
+    assert (folder / "figure.png").stat().st_size > 10_000
+
+    if name != spec.names()[-1]:
+        return  # once is enough
+    untouched = (first / "metrics.jsonl").read_bytes()
+    log = (second / "eval.jsonl").read_text().splitlines(keepends=True)
+    (second / "eval.jsonl").write_text("".join(log[:-1]))  # as if killed in its last step
+    shutil.rmtree(second / "checkpoints" / "step_00000002")
+    assert main(["ablate", name, *settings, "--collect"]) == 2, "nothing is whole"
+    assert main(["ablate", name, *settings]) == 0
+    assert (first / "metrics.jsonl").read_bytes() == untouched, "a finished run is not run again"
+    assert json.loads((folder / "result.json").read_text())["seeds"] == [0]
+
+
+def test_arms_begin_from_a_supervised_start_that_is_trained_once(engine_url, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    start = "[experiment=quickstart_sft, parallel=single, sft.epochs=1, sft.examples=32, observe.progress=false]"
+    (tmp_path / "mine" / "ablation.yaml").write_text(
+        f"arms: {{a: A}}\nscales: {{tiny: {{common: [experiment=quickstart], starts: {{short: {start}}}, "
+        "arms: {a: {start: short}}}}\ncolumns: [{label: reward, metric: reward/mean}]\n")
+    monkeypatch.setattr(spec, "EXAMPLES", tmp_path)
+    settings = [f"out={tmp_path / 'out'}", *SHORT, "run.steps=1", f'rollout.engine.urls=["{engine_url}"]']
+    assert main(["ablate", "mine", *settings]) == 0
+    folder = tmp_path / "out" / "mine" / "tiny"
+    config = json.loads((folder / "a" / "seed_0" / "config.json").read_text())
+    assert config["model"]["path"] == str(folder / "starts" / "short" / "hf")
+    trained = (folder / "starts" / "short" / "metrics.jsonl").read_bytes()
+    assert len(trained.splitlines()) == 2, "32 examples, 16 a step"
+    assert main(["ablate", "mine", *settings]) == 0
+    assert (folder / "starts" / "short" / "metrics.jsonl").read_bytes() == trained
