@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 
 from megatron_rl.ablations import spec
@@ -64,3 +66,9 @@ def test_arms_that_need_different_engines_are_refused():
     scale = spec.Scale(arms={"a": spec.Arm(overrides=("model.dtype=bfloat16",)), "b": spec.Arm()})
     with pytest.raises(ValueError, match="must not differ in rollout.engine, model.dtype"):
         plan("x", "tiny", scale, out=spec.Path("runs"), seeds=[0], arms=["a", "b"])
+
+
+def test_the_files_of_the_three_domains_are_what_the_script_writes():
+    script = runpy.run_path(str(spec.EXAMPLES / "table3_domain_conflict" / "problems.py"))
+    for domain in ("code", "science"):
+        assert (script["FOLDER"] / f"{domain}.jsonl").read_text() == script["lines"](domain)
