@@ -26,7 +26,8 @@ from megatron_rl.data.chains import chains_tokenizer
 from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess, choose_port
-from megatron_rl.sync.publish import BroadcastPublisher, DiskPublisher, Publisher, TensorPublisher
+from megatron_rl.sync.broadcast import BroadcastPublisher
+from megatron_rl.sync.publish import DiskPublisher, Publisher, TensorPublisher
 
 BUCKET_BYTES = 32 << 20
 LING_LITE_BYTES = 33.6e9

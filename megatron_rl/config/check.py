@@ -66,7 +66,8 @@ def _check_collector(config: Config) -> None:
     stale = (rollout.collector == "async" and rollout.max_staleness > 0) or rollout.collector == "partial"
     require(not stale or algo.corrects_mismatch,
             f"rollout.collector={rollout.collector} trains on tokens of older weights (rollout.max_staleness, "
-            "rollout.retention_steps), which must be corrected for: set c3po.mismatch, for example to icepop")
+            "rollout.retention_steps), which must be corrected for: set c3po.mismatch=tis, icepop or kpop, or one "
+            "of c3po.sequence_*")
 
 
 def _check_budget(config: Config) -> None:
@@ -76,11 +77,18 @@ def _check_budget(config: Config) -> None:
             f"c3po.phi={algo.phi} ({phi} over the cluster) is smaller than one response may be "
             f"(rollout.max_response_tokens={rollout.max_response_tokens}); with c3po.cutoff=response it cannot be "
             "met: raise c3po.phi or use c3po.cutoff=token")
-    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    if algo.underfull == "train_short":
+        return
     rounds = algo.max_collect_rounds if algo.underfull == "collect_more" else 1
-    most = responses * rollout.max_response_tokens * rounds
     needed = phi * algo.updates_per_rollout
-    require(algo.underfull == "train_short" or most >= needed,
+    if rollout.collector == "partial":  # prompts_per_step is how many groups are open at a time
+        sampled = rollout.budget_tokens or needed
+        require(sampled * rounds >= needed,
+                f"rollout.budget_tokens={sampled} in {rounds} round(s) of a step can never meet c3po.phi: {needed} "
+                "response tokens per rollout; raise rollout.budget_tokens or lower c3po.phi")
+        return
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    require(responses * rollout.max_response_tokens * rounds >= needed,
             f"c3po.phi: {needed} response tokens per rollout can never be met by {responses} responses of at most "
             f"{rollout.max_response_tokens} tokens in {rounds} round(s); raise rollout.prompts_per_step or lower "
             "c3po.phi")

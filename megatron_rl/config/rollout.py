@@ -15,8 +15,8 @@ class EngineConfig:
     Servers started here listen on `host` (another than loopback only inside a private network: no key is asked for),
     are watched, and are started again when they die or do not answer for
     hang_timeout_s, max_restarts times each. A request waits up to wait_timeout_s for a server that holds the
-    current weights. api_key_env names the environment variable that holds the key of servers elsewhere; the key
-    itself is never written down.
+    current weights; pausing, joining a broadcast and the like may take control_timeout_s. api_key_env names the
+    environment variable that holds the key of servers elsewhere; the key itself is never written down.
     """
 
     urls: tuple[str, ...] = ()
@@ -34,6 +34,7 @@ class EngineConfig:
     health_interval_s: float = 2.0
     hang_timeout_s: float = 30.0
     wait_timeout_s: float = 600.0
+    control_timeout_s: float = 60.0
     max_restarts: int = 5
     threads: int = 1
     deterministic: bool = False
@@ -48,7 +49,7 @@ class EngineConfig:
                 "unset to have free ones found")
         require(len(set(self.urls)) == len(self.urls), "rollout.engine.urls names an engine twice")
         require(self.max_restarts >= 0, f"rollout.engine.max_restarts={self.max_restarts} must not be negative")
-        for name in ("health_interval_s", "hang_timeout_s", "wait_timeout_s"):
+        for name in ("health_interval_s", "hang_timeout_s", "wait_timeout_s", "control_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.engine.{name}={getattr(self, name)} must be positive")
 
 
@@ -61,7 +62,8 @@ class RolloutConfig:
     in slices of slice_tokens and carries unfinished responses on, for retention_steps at most; `async` samples up
     to max_staleness steps ahead while the trainer trains.
     environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most
-    max_turns - 1 times per response; all turns and answers together have max_response_tokens.
+    max_turns - 1 times per response; all turns and answers together have max_response_tokens. It is called in up to
+    environment_threads threads at a time and has environment_timeout_s for an answer.
     overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
     concurrency: requests in flight over all engines.
     probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
@@ -79,6 +81,7 @@ class RolloutConfig:
     environment: str | None = None
     max_turns: int = 8
     environment_timeout_s: float = 10.0
+    environment_threads: int = 32
     overprovision: float = 1.25
     budget_tokens: int | None = None
     slice_tokens: int = 256
@@ -95,7 +98,7 @@ class RolloutConfig:
 
     def __post_init__(self):
         for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency", "slice_tokens",
-                     "retention_steps", "max_turns"):
+                     "retention_steps", "max_turns", "environment_threads"):
             require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")

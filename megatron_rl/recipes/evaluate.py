@@ -21,14 +21,16 @@ def run(config: Config) -> dict[str, float]:
     """Held-out accuracy of what the engines serve, as one row; values as Evaluator returns them."""
     with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.warm_up()
-        return Evaluator(config, serving, load_tokenizer(config.model.path), rewards)(step=0)
+        evaluator = Evaluator(config, serving, load_tokenizer(config.model.path), rewards)
+        return serving.background.run(evaluator.evaluate(step=0))
 
 
 def measure(config: Config) -> list[Measured]:
     """The held-out set and every benchmark; writes <run.dir>/evaluation.json and evaluation_samples.jsonl."""
     with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.warm_up()
-        measured = Evaluator(config, serving, load_tokenizer(config.model.path), rewards).measure(step=0)
+        evaluator = Evaluator(config, serving, load_tokenizer(config.model.path), rewards)
+        measured = serving.background.run(evaluator.measure(step=0))
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = {each.name: each.values for each in measured}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Evaluator:
     """Evaluates what the engines serve on fixed problems; used by training, evaluate and the quick start."""
 
     def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
-        self._config, self._serving = config, serving
+        self._config = config
         self._responder = serving.responder(config, tokenizer, rewards)
         self._sets = [self._set(name, data, tokenizer, rewards) for name, data in evaluation_data(config).items()]
 
@@ -67,29 +68,29 @@ class Evaluator:
         samples = benchmark.samples if benchmark and benchmark.samples else options.samples_per_problem
         return EvaluationSet(name, [source.prompt(i) for i in range(count)], samples)
 
-    def __call__(self, step: int) -> dict[str, float]:
+    async def evaluate(self, step: int) -> dict[str, float]:
         """What was measured, as one row. Keys of a benchmark begin with its name and a slash.
 
         Without a held-out set, accuracy is the mean over the benchmarks.
         """
-        measured = {each.name: each.values for each in self.measure(step)}
+        measured = {each.name: each.values for each in await self.measure(step)}
         row = {"accuracy": float(np.mean([values["accuracy"] for values in measured.values()])),
                **measured.pop(HELD_OUT, {})}
         return row | {f"{name}/{key}": value for name, values in measured.items() for key, value in values.items()}
 
-    def measure(self, step: int) -> list[Measured]:
+    async def measure(self, step: int) -> list[Measured]:
         """Samples and judges every set. step: of the weights that are served; seeds depend on it."""
-        return [self._measure(one, step) for one in self._sets]
+        return [await self._measure(one, step) for one in self._sets]
 
-    def _measure(self, one: EvaluationSet, step: int) -> Measured:
+    async def _measure(self, one: EvaluationSet, step: int) -> Measured:
         options, rollout = self._config.eval, self._config.rollout
         plan = SamplingPlan(samples_per_prompt=one.samples, temperature=options.temperature, top_p=options.top_p,
                             max_response_tokens=options.max_response_tokens or rollout.max_response_tokens,
                             stop=rollout.stop)
         started = time.perf_counter()
         tag = "eval" if one.name == HELD_OUT else f"eval-{one.name}"
-        groups = self._serving.background.run(self._responder.groups(one.prompts, step=step, tag=tag, plan=plan))
-        values = summary(groups, resamples=options.bootstrap_resamples, seed=options.seed)
+        groups = await self._responder.groups(one.prompts, step=step, tag=tag, plan=plan)
+        values = await asyncio.to_thread(summary, groups, resamples=options.bootstrap_resamples, seed=options.seed)
         return Measured(one.name, groups, {**values, "seconds": time.perf_counter() - started})
 
 

@@ -6,7 +6,7 @@ with the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from typing import Any
@@ -31,11 +31,34 @@ from megatron_rl.types import Finish, RolloutGroup, StepResult, SumCount
 CATCH_UP_POLL_S = 0.1
 
 
-class BroadcastRollouts:
-    """loop.Rollouts: rank 0 collects, everybody receives. serving and collector are None on other ranks.
+def while_serving(topology: Topology, weights: PublishedWeights, serving: Serving | None,
+                  coroutine: Coroutine[Any, Any, Any] | None) -> Any:
+    """Collective: runs rank 0's coroutine on its event loop; its result there, None on ranks that have none.
 
     An engine that comes back meanwhile gets the current weights from all ranks, which would otherwise only wait.
     """
+    running = None if serving is None else serving.background.submit(coroutine)
+    try:
+        while not topology.broadcast_object(running and _ended(running, serving)):
+            weights.catch_up()
+    except BaseException:
+        if running is not None:
+            running.cancel()
+        raise
+    return None if running is None else running.result()
+
+
+def _ended(running: Future, serving: Serving) -> bool:
+    """True when it is done, which raises what went wrong; False when an engine must catch up first."""
+    while not wait([running], timeout=CATCH_UP_POLL_S).done:
+        if serving.fleet.behind():
+            return False
+    running.result()
+    return True
+
+
+class BroadcastRollouts:
+    """loop.Rollouts: rank 0 collects, everybody receives. serving and collector are None on other ranks."""
 
     def __init__(self, topology: Topology, weights: PublishedWeights, serving: Serving | None,
                  collector: Collector | None):
@@ -43,29 +66,14 @@ class BroadcastRollouts:
         self._ledger, self._rounds = Ledger(), 0
 
     def collect(self, step: int, round_: int) -> list[RolloutGroup]:
-        collecting = None
-        if self._topology.is_main:
-            collecting = self._serving.background.submit(self._collector.collect(step, round_))
-        while (shared := self._topology.broadcast_object(self._next(collecting))) is None:
-            self._weights.catch_up()
-        if collecting is None:
+        collected = while_serving(self._topology, self._weights, self._serving,
+                                  self._collector and self._collector.collect(step, round_))
+        shared = self._topology.broadcast_object(collected and without_routed_experts(collected[0]))
+        if collected is None:
             return shared
-        groups, ledger = collecting.result()
+        groups, ledger = collected
         self._ledger, self._rounds = self._ledger.then(ledger) if round_ else ledger, round_ + 1
         return groups
-
-    def _next(self, collecting: Future | None) -> list[RolloutGroup] | None:
-        """On rank 0, what all ranks do next: go on with these groups, or (None) let an engine catch up."""
-        if collecting is None:
-            return None
-        try:
-            while not wait([collecting], timeout=CATCH_UP_POLL_S).done:
-                if self._serving.fleet.behind():
-                    return None
-        except BaseException:
-            collecting.cancel()
-            raise
-        return without_routed_experts(collecting.result()[0])
 
     def metrics(self) -> dict[str, float]:
         """The account of the step that was last collected; rank 0 only."""
@@ -86,13 +94,14 @@ class BroadcastRollouts:
 
 
 class RunRecord:
-    """loop.Record: metrics, evaluation and checkpoints. Metrics and evaluation act on rank 0 alone."""
+    """loop.Record: metrics, evaluation and checkpoints. log, evaluator and serving are None on all ranks but 0."""
 
     def __init__(self, config: Config, topology: Topology, *, network: Network, log: MetricsLog | None,
-                 evaluator: Evaluator | None, rollouts: BroadcastRollouts, weights: PublishedWeights,
-                 save: Callable[[int], None], poll_save: Callable[[], None]):
+                 evaluator: Evaluator | None, serving: Serving | None, rollouts: BroadcastRollouts,
+                 weights: PublishedWeights, save: Callable[[int], None], poll_save: Callable[[], None]):
         self._config, self._topology, self._sizes = config, topology, asdict(network)
-        self._log, self._evaluator, self._rollouts, self._weights = log, evaluator, rollouts, weights
+        self._log, self._evaluator, self._serving = log, evaluator, serving
+        self._rollouts, self._weights = rollouts, weights
         self._save, self._poll_save = save, poll_save
 
     def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
@@ -113,9 +122,10 @@ class RunRecord:
         self._log.log(step + 1, metrics)
 
     def evaluate(self, step: int, label: str) -> None:
-        if self._evaluator is not None:
-            self._log.log_eval(step, label, self._evaluator(step))
-        self._topology.barrier()
+        values = while_serving(self._topology, self._weights, self._serving,
+                               self._evaluator and self._evaluator.evaluate(step))
+        if self._log is not None:
+            self._log.log_eval(step, label, values)
 
     def save(self, step: int) -> None:
         self._save(step)

@@ -79,7 +79,7 @@ def build_run(config: Config) -> Iterator[RunParts]:
 
         record = RunRecord(config, here, network=learner.policy.config,
                            log=main.log if main else None, evaluator=main.evaluator if main else None,
-                           rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
+                           serving=serving, rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
         yield RunParts(rollouts, learner, weights, record, first_step, learner.exporter, checkpoints, here)
 
 

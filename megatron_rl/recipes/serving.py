@@ -57,7 +57,8 @@ def engine_clients(config: Config) -> list[EngineClient]:
     key = None if engine.api_key_env is None else os.environ.get(engine.api_key_env)
     if engine.api_key_env is not None and not key:
         raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set")
-    return [EngineClient(url, timeout_s=config.rollout.request_timeout_s, api_key=key) for url in engine.urls]
+    return [EngineClient(url, timeout_s=config.rollout.request_timeout_s, control_timeout_s=engine.control_timeout_s,
+                         api_key=key) for url in engine.urls]
 
 
 class Serving:
@@ -73,6 +74,7 @@ class Serving:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.background.cancel_all()  # requests are aborted at the engines over connections that are still open
         self.background.run(self.fleet.close())
         self.background.__exit__(*exc_info)
 

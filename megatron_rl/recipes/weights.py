@@ -18,8 +18,9 @@ from megatron_rl.model.convert import Exporter
 from megatron_rl.recipes.probe import Probe
 from megatron_rl.recipes.serving import Serving
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import NamedTensor
-from megatron_rl.sync.publish import BroadcastPublisher, DiskPublisher, Publisher, PublishError, TensorPublisher
+from megatron_rl.sync.publish import DiskPublisher, Publisher, PublishError, TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engine
 from megatron_rl.topology import Topology
 

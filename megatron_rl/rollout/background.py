@@ -22,7 +22,7 @@ class EventLoopThread:
 
     def __exit__(self, *exc_info: object) -> None:
         """Cancels what still runs, lets it clean up, and ends the thread."""
-        self.run(self._cancel_all())
+        self.cancel_all()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -39,8 +39,13 @@ class EventLoopThread:
             future.cancel()
             raise
 
-    async def _cancel_all(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+    def cancel_all(self) -> None:
+        """Returns once everything that ran has cleaned up."""
+        self.run(_cancel_others())
+
+
+async def _cancel_others() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

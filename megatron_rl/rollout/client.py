@@ -21,7 +21,7 @@ from megatron_rl.types import Finish, VersionSpan
 # The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
 KEEP_ALIVE_S = 3.0
 ERROR_TEXT_CHARACTERS = 600
-CONTROL_TIMEOUT_S = 5.0
+ABORT_TIMEOUT_S = 5.0
 
 
 class EngineHTTPError(RuntimeError):
@@ -30,6 +30,10 @@ class EngineHTTPError(RuntimeError):
 
 class EngineUnreachableError(EngineHTTPError):
     """Nobody listens at the engine's address."""
+
+
+class EngineDisconnectedError(EngineHTTPError):
+    """The connection broke before the answer was whole: the engine may have died."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,16 @@ class GenerateResult:
 class EngineClient:
     """One engine at `base_url`. Safe for many concurrent calls on one event loop.
 
+    timeout_s: for what takes its time: generation, moving weights and their checksums; control_timeout_s: for the rest.
     The connection pool is opened on first use and belongs to that event loop; close() or `async with` ends it,
     after which another loop may use the client again. Every call raises EngineHTTPError.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float = 600.0, log_path: str | None = None,
+    def __init__(self, base_url: str, *, timeout_s: float = 600.0, control_timeout_s: float = 60.0,
                  api_key: str | None = None):
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
-        self.log_path = log_path
+        self.control_timeout_s = control_timeout_s
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
 
@@ -132,7 +137,7 @@ class EngineClient:
                 "return_logprob": True,
                 "return_routed_experts": routed_layers is not None,
             },
-            timeout_s=timeout_s,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
         )
         result = _parse_generate(answer)
         if routed_layers is None or result.finish is Finish.ABORT:
@@ -169,6 +174,7 @@ class EngineClient:
                 "return_logprob": True,
                 "logprob_start_len": 0,
             },
+            timeout_s=self.timeout_s,
         )
         with _well_formed():
             pairs = answer["meta_info"]["input_token_logprobs"][1:]
@@ -197,10 +203,7 @@ class EngineClient:
         await self._post("/continue_generation", {})
 
     async def abort(self, rid: str) -> None:
-        await self._post("/abort_request", {"rid": rid}, timeout_s=CONTROL_TIMEOUT_S)
-
-    async def abort_all(self) -> None:
-        await self._post("/abort_request", {"abort_all": True})
+        await self._post("/abort_request", {"rid": rid}, timeout_s=ABORT_TIMEOUT_S)
 
     async def flush_cache(self) -> None:
         """Drops the prefix cache. Refused while requests run (not while paused with `retract`)."""
@@ -208,7 +211,7 @@ class EngineClient:
 
     async def checksums(self) -> list[dict[str, str]]:
         """Per engine rank: parameter name -> 16 hex digits, computed from the weights in use."""
-        answer = await self._post("/weights_checker", {"action": "checksum"})
+        answer = await self._post("/weights_checker", {"action": "checksum"}, timeout_s=self.timeout_s)
         return [dict(rank["checksums"]) for rank in answer["ranks"]]
 
     async def begin_weight_update(self) -> None:
@@ -230,6 +233,7 @@ class EngineClient:
                 "flush_cache": flush_cache,
                 **_version_to_wire(version),
             },
+            timeout_s=self.timeout_s,
         )
 
     async def update_weights_from_distributed(
@@ -248,12 +252,14 @@ class EngineClient:
                 "flush_cache": flush_cache,
                 **_version_to_wire(version),
             },
+            timeout_s=self.timeout_s,
         )
 
     async def update_weights_from_disk(self, model_path: str, *, version: int) -> None:
         await self._post(
             "/update_weights_from_disk",
             {"model_path": model_path, "flush_cache": True, **_version_to_wire(version)},
+            timeout_s=self.timeout_s,
         )
 
     async def init_weights_update_group(
@@ -279,7 +285,7 @@ class EngineClient:
         return await self._request("POST", path, body, timeout_s=timeout_s)
 
     async def _request(self, method: str, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        limit_s = self.control_timeout_s if timeout_s is None else timeout_s
         where = f"{method} {self.base_url}{path}"
         text = ""
         try:
@@ -297,7 +303,7 @@ class EngineClient:
         except aiohttp.ClientConnectorError as error:
             raise EngineUnreachableError(f"{where}: {error}") from error
         except aiohttp.ClientError as error:
-            raise EngineHTTPError(f"{where}: {type(error).__name__}: {error}") from error
+            raise EngineDisconnectedError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -220,11 +220,6 @@ class EngineProcess:
                     f"rollout.engine.start_timeout_s={self.start_timeout_s:g}"))
             time.sleep(POLL_S)
 
-    def check_alive(self) -> None:
-        """Raises EngineError with the end of the log when the server has died."""
-        if not self.alive:
-            raise EngineError(self._with_log(f"the engine on port {self.port} is not running"))
-
     def stop(self) -> None:
         """SIGTERM; after stop_timeout_s SIGKILL. Returns when no process of the group is left."""
         if self.alive:

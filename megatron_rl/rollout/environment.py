@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from megatron_rl.types import Prompt
 
@@ -36,10 +37,20 @@ def load_environment(path: str | None) -> Environment | None:
     return found
 
 
-async def answer(environment: Environment, prompt: Prompt, turns: Sequence[str], *, timeout_s: float) -> str | None:
-    """The environment's next text, from a thread of its own."""
-    try:
-        return await asyncio.wait_for(asyncio.to_thread(environment, prompt, tuple(turns)), timeout_s)
-    except TimeoutError as error:
-        raise EnvironmentFailed(f"rollout.environment did not answer prompt {prompt.id!r} within "
-                                f"rollout.environment_timeout_s={timeout_s:g}") from error
+class EnvironmentThreads:
+    """Calls the environment in `threads` threads of its own; further calls wait, which is not counted as its time."""
+
+    def __init__(self, environment: Environment, *, threads: int, timeout_s: float):
+        self._environment, self._timeout_s = environment, timeout_s
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="environment")
+        self._free = asyncio.Semaphore(threads)
+
+    async def answer(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
+        """The environment's next text."""
+        async with self._free:
+            call = asyncio.get_running_loop().run_in_executor(self._pool, self._environment, prompt, tuple(turns))
+            try:
+                return await asyncio.wait_for(call, self._timeout_s)
+            except TimeoutError as error:
+                raise EnvironmentFailed(f"rollout.environment did not answer prompt {prompt.id!r} within "
+                                        f"rollout.environment_timeout_s={self._timeout_s:g}") from error

@@ -7,7 +7,11 @@ current while it was sampled, so that nothing sampled from other weights gets th
 
 A request that fails goes to another engine with the same seed and a new attempt in its id; one result is handed
 out per request, so a retry never counts twice. An engine that fails again and again rests for longer and longer and
-is then tried with one request at a time.
+is then tried with one request at a time. One whose connection broke gets no request before it has answered the watch,
+so that a request loses one attempt to an engine that died.
+
+What an engine answers while it gets new weights is held back until they have proven good, by checksums and probe; an
+engine that fails there is lost, and its requests go elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from dataclasses import dataclass, field
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import (
     EngineClient,
+    EngineDisconnectedError,
     EngineHTTPError,
     EngineUnreachableError,
     GenerateResult,
@@ -58,6 +63,7 @@ class Member:
     reachable: bool = True
     updating: bool = False
     updates: int = 0
+    update_began: float = 0.0
     in_flight: int = 0
     failures: int = 0
     failed_at: float = 0.0
@@ -74,8 +80,7 @@ class Member:
         state = ("does not answer" if not self.reachable
                  else f"holds version {self.version}, not {newest}" if self.version != newest
                  else f"failed {self.failures} times in a row" if self.failures else "serves")
-        log = "" if self.client.log_path is None else f", log: {self.client.log_path}"
-        return f"{self.client.base_url} {state}{log}" + (f" ({self.last_failure})" if self.last_failure else "")
+        return f"{self.client.base_url} {state}" + (f" ({self.last_failure})" if self.last_failure else "")
 
 
 class Fleet:
@@ -146,9 +151,13 @@ class Fleet:
         for member in self._named(urls):
             member.updating = True
             member.updates += 1
+            member.update_began = time.monotonic()
 
     def published(self, version: int, urls: Sequence[str], failures: dict[str, str]) -> None:
-        """A publish ended: `urls` hold `version` and have proven it; of the others it is not known what they hold."""
+        """A publish ended: `urls` hold `version` and have proven it; of the others it is not known what they hold.
+
+        What those were working on goes elsewhere.
+        """
         self._version = version
         for member in self._named(urls):
             member.version, member.reachable, member.failures, member.resting_until = version, True, 0, 0.0
@@ -158,7 +167,8 @@ class Fleet:
         for url, why in failures.items():
             (member,) = self._named([url])
             member.updating, member.version = False, None
-            self._failed(member, why, began=time.monotonic())
+            self._failed(member, why, began=member.update_began)
+            self._lost(member)
 
     def _named(self, urls: Sequence[str]) -> list[Member]:
         return [member for member in self._members if member.client.base_url in urls]
@@ -169,8 +179,8 @@ class Fleet:
         while True:
             now = time.monotonic()
             ready = [member for member in self._members
-                     if member.reachable and member.version == self._version and member.resting_until <= now
-                     and not (member.quarantined and member.in_flight)]
+                     if member.reachable and member.unanswered_since is None and member.version == self._version
+                     and member.resting_until <= now and not (member.quarantined and member.in_flight)]
             if ready:
                 return min(ready, key=lambda member: member.in_flight)
             if now > deadline:
@@ -182,17 +192,19 @@ class Fleet:
                        sampling: SamplingParams, tally: Tally,
                        routed_layers: RoutedLayers | None) -> GenerateResult | None:
         """None when the engine failed, which is then noted on it."""
-        began, oldest = time.monotonic(), self._version
+        began, oldest, lost = time.monotonic(), self._version, member.gone
         request = asyncio.create_task(member.client.generate(
             input_ids, rid=rid, sampling=sampling, timeout_s=self._config.request_timeout_s,
             routed_layers=routed_layers))
         request.add_done_callback(lambda done: _count(done, tally))
-        gone = asyncio.create_task(member.gone.wait())
+        gone = asyncio.create_task(lost.wait())
         member.in_flight += 1
         try:
             await asyncio.wait({request, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not request.done():
-                raise EngineHTTPError(f"{member.client.base_url} stopped answering during request {rid}")
+            while request.done() and member.updating:
+                await asyncio.sleep(CHOICE_POLL_S)
+            if lost.is_set() or not request.done():
+                raise EngineHTTPError(f"{member.client.base_url} was lost during request {rid}")
             result = await request
             self._check(result, rid, oldest)
         except asyncio.CancelledError:
@@ -200,6 +212,8 @@ class Fleet:
             raise
         except EngineHTTPError as error:
             self._failed(member, str(error), began=began)
+            if isinstance(error, EngineDisconnectedError):
+                member.unanswered_since = member.unanswered_since or time.monotonic()
             if isinstance(error, EngineUnreachableError):
                 self._lost(member)
             elif member.reachable:
@@ -228,10 +242,10 @@ class Fleet:
         await asyncio.wait({request}, timeout=ABORT_GRACE_S)
 
     def _failed(self, member: Member, why: str, *, began: float) -> None:
-        """Requests that were under way together fail together: they count once."""
-        member.last_failure = why
+        """Requests that were under way together fail together: they count once, for what the first one says."""
         if began < member.failed_at:
             return
+        member.last_failure = why
         member.failures += 1
         member.failed_at = time.monotonic()
         member.resting_until = member.failed_at + min(FIRST_REST_S * 2 ** (member.failures - 1), LONGEST_REST_S)

@@ -6,6 +6,7 @@ One request per response: it has its own seed and is judged while others still r
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import SamplingParams
-from megatron_rl.rollout.environment import answer, load_environment
+from megatron_rl.rollout.environment import EnvironmentThreads, load_environment
 from megatron_rl.rollout.fleet import Fleet, Tally
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.transcript import Transcript
@@ -109,7 +110,15 @@ class Responder:
         self._scorer = scorer
         self._seed = seed
         self._eos_token_id = eos_token_id
-        self._environment = load_environment(config.environment)
+        environment = load_environment(config.environment)
+        self._environment = environment and EnvironmentThreads(
+            environment, threads=config.environment_threads, timeout_s=config.environment_timeout_s)
+
+    def apart(self) -> Responder:
+        """The same with a tally of its own, for requests whose tokens are accounted for by themselves."""
+        other = copy.copy(self)
+        other.tally = Tally()
+        return other
 
     async def groups(self, prompts: Sequence[Prompt], *, step: int, first_index: int = 0, tag: str = "train",
                      plan: SamplingPlan | None = None) -> list[RolloutGroup]:
@@ -148,7 +157,7 @@ class Responder:
         """With the environment's answer, open again; finished when there is none or no room for it."""
         if len(turns) >= self._config.max_turns:
             return transcript
-        text = await answer(self._environment, prompt, turns, timeout_s=self._config.environment_timeout_s)
+        text = await self._environment.answer(prompt, turns)
         if text is None:
             return transcript
         token_ids = self._tokenizer.encode(text, add_special_tokens=False)

@@ -43,7 +43,7 @@ class LiveEngine:
         self.process = process
         self.folder = folder
         self.config = json.loads((folder / "config.json").read_text())
-        self.client = EngineClient(process.base_url, timeout_s=60.0, log_path=str(process.log_path))
+        self.client = EngineClient(process.base_url, timeout_s=60.0)
         self.weights = tiny_bailing_weights(self.config)
         self.version = 0
         self.expected = ExpectedChecksums(self.config, engine_dtype=torch.float32)

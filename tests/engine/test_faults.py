@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config, ModelConfig, RunConfig
-from megatron_rl.recipes.parts import BroadcastRollouts
+from megatron_rl.recipes.parts import BroadcastRollouts, while_serving
 from megatron_rl.recipes.serving import Serving, build_collector, engine_clients
 from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
 from megatron_rl.rollout.client import EngineClient
@@ -38,7 +38,7 @@ from tests.tiny_models import tiny_bailing_weights, write_tiny_bailing
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = range(int(os.environ.get("FAULT_SEEDS", "1")))
-STEPS, PROMPTS, SAMPLES = 3, 4, 2
+STEPS, PROMPTS, SAMPLES, HELD_OUT = 3, 4, 2, 2
 PROBE = tuple(range(20, 60))
 ENGINE = EngineConfig(count=2, max_running_requests=8, max_total_tokens=4096, deterministic=True, health_interval_s=0.5,
                       hang_timeout_s=8.0, start_timeout_s=600.0, max_restarts=1000, wait_timeout_s=900.0)
@@ -79,7 +79,11 @@ class Prompts:
 
     def next(self, n: int) -> list[Prompt]:
         self._at += n
-        return [Prompt(f"p{i}", tuple(range(5, 8 + i % 5)), "", "", "math") for i in range(self._at - n, self._at)]
+        return [prompt(f"p{i}", i) for i in range(self._at - n, self._at)]
+
+
+def prompt(name: str, number: int) -> Prompt:
+    return Prompt(name, tuple(range(5, 8 + number % 5)), "", "", "math")
 
 
 class Judge:
@@ -103,7 +107,7 @@ class Outcome(SimpleNamespace):
 
 def run(engines: Engines, urls: tuple[str, str], *, at: int = 10**9,
         fault: Callable[[], None] = lambda: None) -> Outcome:
-    """STEPS steps of publish and collect, as the recipe does them, with new weights at every step."""
+    """STEPS steps of publish, collect and evaluate, as the recipe does them, with new weights at every step."""
     config = Config(run=RunConfig(seed=5), model=ModelConfig(path=str(engines.folder)),
                     rollout=replace(ROLLOUT, engine=replace(ENGINE, urls=urls)))
     alone = SimpleNamespace(is_main=True, broadcast_object=lambda value: value)
@@ -123,13 +127,17 @@ def run(engines: Engines, urls: tuple[str, str], *, at: int = 10**9,
             lambda: response_logprobs(weights, engines.config, PROBE[:1], list(PROBE[1:])).numpy(),
             Channel(config, engines.config, serving, clients, publisher, PROBE))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(engines.folder)
-        collector = build_collector(config, serving.responder(config, tokenizer, judge), Prompts())
+        responder = serving.responder(config, tokenizer, judge)
+        collector = build_collector(config, responder, Prompts())
+        held_out = [prompt(f"e{i}", i) for i in range(HELD_OUT)]
         rollouts = BroadcastRollouts(alone, published, serving, collector)
         seen = []
         for step in range(STEPS):
             weights.update(tiny_bailing_weights(engines.config, seed=100 + step))
             published.publish(step)
-            for group in rollouts.collect(step, 0):
+            collected = rollouts.collect(step, 0)
+            evaluated = while_serving(alone, published, serving, responder.groups(held_out, step=step, tag="eval"))
+            for group in [*collected, *evaluated]:
                 for sample, rollout in enumerate(group.rollouts):
                     seen.append((group.prompt.id, sample))
                     digest.update(rollout.token_ids.tobytes() + rollout.rollout_logprobs.tobytes())
@@ -154,7 +162,10 @@ async def probe(url: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def undisturbed(engines) -> Outcome:
     outcome = run(engines, engines.direct)
-    assert outcome.seen == [(f"p{i}", sample) for i in range(STEPS * PROMPTS) for sample in range(SAMPLES)]
+    assert outcome.seen == [
+        (name, sample) for step in range(STEPS)
+        for name in [*(f"p{step * PROMPTS + i}" for i in range(PROMPTS)), *(f"e{i}" for i in range(HELD_OUT))]
+        for sample in range(SAMPLES)]
     return outcome
 
 
@@ -180,7 +191,7 @@ def strike(engines: Engines, fault: str) -> Callable[[], None]:
 @pytest.mark.parametrize("fault", [*HTTP_FAULTS, "stop", "kill"])
 def test_a_run_survives(fault, seed, engines, undisturbed, table):
     """Every (prompt, sample) once, judged once, sampled by the weights of its step; the same tokens and numbers."""
-    at = random.Random(f"{fault}{seed}").randrange(1, (STEPS - 1) * PROMPTS * SAMPLES)
+    at = random.Random(f"{fault}{seed}").randrange(1, (STEPS - 1) * (PROMPTS + HELD_OUT) * SAMPLES)
     before = engines.proxy.spoiled
     urls = engines.spoiled if fault in HTTP_FAULTS else engines.direct
     outcome = run(engines, urls, at=at, fault=strike(engines, fault))

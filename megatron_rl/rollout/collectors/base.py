@@ -28,12 +28,12 @@ class Ledger:
     retries: int = 0
 
     @classmethod
-    def balance(cls, tally: Tally, before: Tally, *, returned: int, carried_in: int = 0, carried: int = 0,
+    def balance(cls, tally: Tally, *, returned: int, carried_in: int = 0, carried: int = 0,
                 dropped_responses: int = 0, carried_responses: int = 0) -> Ledger:
-        """The account between two readings of the tally."""
-        generated = tally.delivered_tokens - before.delivered_tokens
+        """The account of the requests that `tally` counted."""
+        generated = tally.delivered_tokens
         return cls(generated, returned, carried_in + generated - returned - carried, carried, dropped_responses,
-                   carried_responses, tally.retries - before.retries)
+                   carried_responses, tally.retries)
 
     def then(self, later: Ledger) -> Ledger:
         """This round and a later one of the same step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -44,12 +43,12 @@ class BudgetedCollector:
         self._earlier: list[list[int]] = []
 
     async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]:
-        before = dataclasses.replace(self._responder.tally)
+        responder = self._responder.apart()
         if round_ == 0:
             self._earlier = []
         drawn = self._prompts.next(self._count)
         order = np.random.default_rng([self._seed, step, round_]).permutation(self._count)
-        run = _Round(self, [drawn[place] for place in order], step, first_index=round_ * self._count)
+        run = _Round(self, responder, [drawn[place] for place in order], step, first_index=round_ * self._count)
         groups = await run.until_filled()
         usable = [self._usable(group) for group in groups]
         self._earlier += usable
@@ -57,7 +56,7 @@ class BudgetedCollector:
         self._mean_tokens = offered if not self._mean_tokens else (
             MEMORY * offered + (1 - MEMORY) * self._mean_tokens)
         returned = [as_group(prompt, group) for prompt, group in zip(run.prompts, groups, strict=False)]
-        ledger = Ledger.balance(self._responder.tally, before, returned=response_tokens(returned),
+        ledger = Ledger.balance(responder.tally, returned=response_tokens(returned),
                                 dropped_responses=run.asked - sum(map(len, groups)))
         return returned, ledger
 
@@ -74,10 +73,11 @@ class BudgetedCollector:
 class _Round:
     """One round under way. out[g][k]: response k of the group at place g, None while it has not been judged."""
 
-    def __init__(self, collector: BudgetedCollector, prompts: list[Prompt], step: int, *, first_index: int):
+    def __init__(self, collector: BudgetedCollector, responder: Responder, prompts: list[Prompt], step: int, *,
+                 first_index: int):
         self.prompts = prompts
         self.asked = 0
-        self._collector, self._step, self._first_index = collector, step, first_index
+        self._collector, self._responder, self._step, self._first_index = collector, responder, step, first_index
         self._out: list[list[Judged | None]] = []
         self._usable: list[list[int]] = []
         self._running: dict[asyncio.Task, tuple[int, int]] = {}
@@ -108,7 +108,7 @@ class _Round:
         return None if needed is None else max(needed - len(earlier), 0)
 
     def _send(self) -> None:
-        responder = self._collector._responder
+        responder = self._responder
         while len(self._out) < len(self.prompts) and (not self._running or self._expected() < self._wanted()):
             if self._needed() is not None:
                 return

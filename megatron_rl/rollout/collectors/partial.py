@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import deque
 from typing import Any
 
@@ -39,18 +38,18 @@ class PartialCollector:
         self._opened = 0
 
     async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]:
-        before = dataclasses.replace(self._responder.tally)
+        responder = self._responder.apart()
         carried_in = self._carried_tokens()
         dropped = 0
         if round_ == 0:
             self._opened = 0
             dropped = self._drop_old(step)
-        await self._spend(step)
+        await self._spend(responder, step)
         finished = [group for group in self._open if group.finished]
         self._open = [group for group in self._open if not group.finished]
         groups = [as_group(group.prompt, [response.judged for response in group.responses]) for group in finished]
         return groups, Ledger.balance(
-            self._responder.tally, before, returned=response_tokens(groups), carried_in=carried_in,
+            responder.tally, returned=response_tokens(groups), carried_in=carried_in,
             carried=self._carried_tokens(), dropped_responses=dropped,
             carried_responses=sum(len(group.responses) for group in self._open))
 
@@ -63,7 +62,7 @@ class PartialCollector:
         self._open = kept
         return dropped
 
-    async def _spend(self, step: int) -> None:
+    async def _spend(self, responder: Responder, step: int) -> None:
         """Samples budget_tokens tokens: oldest responses first, each again behind the others after its slice."""
         left = self._budget_tokens
         waiting = deque(response for group in self._open for response in group.responses if response.judged is None)
@@ -74,10 +73,10 @@ class PartialCollector:
                     if not waiting:
                         waiting.extend(self._open_group(step).responses)
                     response = waiting.popleft()
-                    room = self._responder.plan.max_response_tokens - response.transcript.sampled_tokens
+                    room = responder.plan.max_response_tokens - response.transcript.sampled_tokens
                     asked = min(self._slice_tokens, room, left)
                     left -= asked
-                    running[asyncio.create_task(self._slice(response, asked))] = (response, asked)
+                    running[asyncio.create_task(_slice(responder, response, asked))] = (response, asked)
                 if not running:
                     return
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -101,18 +100,18 @@ class PartialCollector:
         self._open.append(OpenGroup(prompt, step, [OpenResponse(ticket) for ticket in tickets]))
         return self._open[-1]
 
-    async def _slice(self, response: OpenResponse, max_tokens: int) -> int:
-        """Samples on; tokens sampled."""
-        had = response.transcript.sampled_tokens
-        response.transcript = await self._responder.sample(
-            response.ticket, self._responder.plan, response.transcript, max_tokens)
-        if response.transcript.finish is not None:
-            response.judged = await self._responder.judge(response.ticket.prompt, response.transcript)
-        return response.transcript.sampled_tokens - had
-
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._prompts.state_dict(), "open": [group_to_state(group) for group in self._open]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._prompts.load_state_dict(state["prompts"])
         self._open = [group_from_state(group) for group in state["open"]]
+
+
+async def _slice(responder: Responder, response: OpenResponse, max_tokens: int) -> int:
+    """Samples on; tokens sampled."""
+    had = response.transcript.sampled_tokens
+    response.transcript = await responder.sample(response.ticket, responder.plan, response.transcript, max_tokens)
+    if response.transcript.finish is not None:
+        response.judged = await responder.judge(response.ticket.prompt, response.transcript)
+    return response.transcript.sampled_tokens - had

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from megatron_rl.rollout.collectors.base import Ledger, Prompts, response_tokens
@@ -17,10 +16,9 @@ class SyncCollector:
         self._responder, self._prompts, self._count = responder, prompts, prompts_per_step
 
     async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]:
-        before = dataclasses.replace(self._responder.tally)
-        groups = await self._responder.groups(self._prompts.next(self._count), step=step,
-                                              first_index=round_ * self._count)
-        return groups, Ledger.balance(self._responder.tally, before, returned=response_tokens(groups))
+        responder = self._responder.apart()
+        groups = await responder.groups(self._prompts.next(self._count), step=step, first_index=round_ * self._count)
+        return groups, Ledger.balance(responder.tally, returned=response_tokens(groups))
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._prompts.state_dict()}

@@ -24,6 +24,8 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
     (["rollout.collector=budgeted", "c3po.order=groups", "c3po.objective=grpo"], r"budgeted .*c3po\.objective=grpo"),
     (["rollout.collector=async"], r"rollout\.collector=async .*set c3po\.mismatch"),
     (["rollout.collector=partial"], r"rollout\.collector=partial .*set c3po\.mismatch"),
+    (["rollout.collector=partial", "c3po.mismatch=kpop", "rollout.budget_tokens=100", "c3po.phi=1000",
+      "c3po.max_collect_rounds=9"], r"rollout\.budget_tokens=100 in 9 round\(s\) .* 1000 response tokens"),
     (["c3po.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
     (["c3po.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
 ])
@@ -45,6 +47,11 @@ def test_without_a_budget_phi_is_not_checked():
 
 def test_async_without_staleness_needs_no_correction():
     check_rl(load(["experiment=quickstart", "rollout.collector=async", "rollout.max_staleness=0"]), SIZES)
+
+
+def test_partial_is_bounded_by_its_budget_and_not_by_the_groups_that_are_open():
+    check_rl(load(["experiment=quickstart", "rollout.collector=partial", "c3po.mismatch=tis", "c3po.phi=100000",
+                   "rollout.prompts_per_step=1", "rollout.budget_tokens=100000"]), SIZES)
 
 
 def test_phi_may_be_below_a_response_when_tokens_are_cut():

@@ -251,6 +251,17 @@ def test_async_runs_ahead_no_further_than_allowed_and_does_so(staleness):
     run(check())
 
 
+def test_steps_under_way_together_have_accounts_of_their_own():
+    async def check() -> None:
+        collector = AheadCollector(responder(ScriptedFleet(limit=LIMIT, slots=8), CONFIG), Counting(),
+                                   prompts_per_step=4, max_staleness=2, last_step=5)
+        for step in range(6):
+            _, ledger = await collector.collect(step, 0)
+            assert ledger.generated_tokens == ledger.returned_tokens > 0 and ledger.dropped_tokens == 0
+
+    run(check())
+
+
 def test_resumed_async_draws_the_prompts_that_had_not_been_collected():
     async def check() -> None:
         make = lambda: AheadCollector(responder(ScriptedFleet(limit=LIMIT), CONFIG), Counting(),  # noqa: E731

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +15,7 @@ import pytest
 from examples.calculator_tool.calculator import evaluate, step
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import GenerateResult, SamplingParams
-from megatron_rl.rollout.environment import EnvironmentFailed, load_environment
+from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads, load_environment
 from megatron_rl.rollout.fleet import Tally
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.types import Finish, Prompt, Score, VersionSpan
@@ -91,6 +93,33 @@ def test_a_slow_environment_is_named(monkeypatch):
                           eos_token_id=0)
     with pytest.raises(EnvironmentFailed, match="prompt 'p' within rollout.environment_timeout_s=0.05"):
         asyncio.run(responder.respond(responder.tickets(PROMPT, step=0, index=0)[0], responder.plan))
+
+
+def answers(function, *, threads: int, calls: int, timeout_s: float) -> list[str | None]:
+    async def all_at_once() -> list[str | None]:
+        pool = EnvironmentThreads(function, threads=threads, timeout_s=timeout_s)
+        return await asyncio.gather(*(pool.answer(PROMPT, [str(number)]) for number in range(calls)))
+
+    return asyncio.run(all_at_once())
+
+
+def test_as_many_environments_run_at_once_as_configured():
+    """More than asyncio's own pool has threads on this machine."""
+    threads = min(32, os.cpu_count() + 4) + 8
+    together = threading.Barrier(threads)
+
+    def meet(prompt: Prompt, turns: Sequence[str]) -> str:
+        together.wait(timeout=20.0)
+        return turns[-1]
+
+    assert answers(meet, threads=threads, calls=threads, timeout_s=30.0) == [str(i) for i in range(threads)]
+
+
+def test_waiting_for_a_thread_is_not_the_environments_fault():
+    def slow(prompt: Prompt, turns: Sequence[str]) -> None:
+        time.sleep(0.2)
+
+    assert answers(slow, threads=1, calls=6, timeout_s=1.0) == [None] * 6
 
 
 @pytest.mark.parametrize("path", ["nowhere.step", "examples.calculator_tool.calculator.nothing", "step"])

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.config.schema import Config
+from megatron_rl.recipes.serving import Serving
 from megatron_rl.rollout.client import EngineClient, SamplingParams
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
-CONFIG = RolloutConfig(concurrency=8, retries=3, request_timeout_s=5.0, engine=EngineConfig(
-    health_interval_s=0.05, hang_timeout_s=0.5, wait_timeout_s=1.0))
+CONFIG = RolloutConfig(concurrency=8, retries=3, request_timeout_s=20.0, engine=EngineConfig(
+    health_interval_s=0.05, hang_timeout_s=5.0, wait_timeout_s=20.0))
 
 
 class Engine:
@@ -25,6 +28,7 @@ class Engine:
     def __init__(self, version: int = 0, behave: Callable[[], Awaitable[web.Response | None]] | None = None):
         self.label, self.version, self._behave = version, version, behave
         self.seen: list[str] = []
+        self.aborted: list[str] = []
         self.url = f"http://127.0.0.1:{choose_port(None)}"
 
     @asynccontextmanager
@@ -33,7 +37,7 @@ class Engine:
         app.router.add_get("/model_info", self._info)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        runner = self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
         try:
@@ -41,10 +45,18 @@ class Engine:
         finally:
             await runner.cleanup()
 
+    async def die(self) -> None:
+        """Every open connection breaks, and nobody listens any more."""
+        for site in list(self._runner.sites):
+            await site.stop()
+        for connection in list(self._runner.server.connections):
+            connection.transport.abort()
+
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.label)})
 
     async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
         return web.Response()
 
     async def _generate(self, request: web.Request) -> web.Response:
@@ -71,6 +83,12 @@ def with_fleet(engines: list[Engine], use, config: RolloutConfig = CONFIG):
                 await fleet.close()
 
     return asyncio.run(run())
+
+
+async def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.02)
 
 
 async def ask(fleet: Fleet, rid: str, tally: Tally | None = None):
@@ -102,8 +120,7 @@ def test_an_engine_that_missed_a_publish_serves_nothing_until_it_has_caught_up()
         publish(fleet, 7, current, failed=(stale,))
         await asyncio.gather(*(ask(fleet, f"r{i}") for i in range(4)))
         assert stale.seen == [] and fleet.serving == 1
-        await asyncio.sleep(0.4)  # it rests after its failure
-        assert fleet.behind() == [stale.url]
+        await until(lambda: fleet.behind() == [stale.url])  # it rests after its failure
         publish(fleet, 7, stale)
         assert fleet.behind() == [] and fleet.serving == 2
         await asyncio.gather(*(ask(fleet, f"s{i}") for i in range(4)))
@@ -123,8 +140,7 @@ def test_an_engine_that_was_restarted_is_noticed_by_its_label_and_its_answers_ar
         assert {span.version for result in results for span in result.weight_versions} == {3}
         assert tally.retries >= 1 and tally.delivered_tokens == 2 * (4 + tally.retries)
         restarted.label = -1
-        await asyncio.sleep(0.5)
-        assert fleet.behind() == [restarted.url]
+        await until(lambda: fleet.behind() == [restarted.url])
 
     with_fleet([steady, restarted], use)
 
@@ -187,3 +203,70 @@ def test_an_id_is_no_prefix_of_another():
 
     with_fleet([engine], use)
     assert not any(a != b and b.startswith(a) for a in engine.seen for b in engine.seen)
+
+
+def test_what_an_engine_that_fails_a_publish_was_working_on_goes_elsewhere():
+    """Also what it had answered before it was found out: the probe comes after the engine has resumed."""
+    held, late = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        await (held if len(failing.seen) == 1 else late).wait()
+
+    failing, other = Engine(behave=hold), Engine()
+
+    async def use(fleet: Fleet) -> None:
+        publish(fleet, 0, failing)
+        requests = [asyncio.create_task(ask(fleet, f"r{i}")) for i in range(2)]
+        await until(lambda: len(failing.seen) == 2)
+        fleet.updating(1, [failing.url, other.url])
+        failing.version = failing.label = other.version = other.label = 1
+        held.set()
+        await asyncio.sleep(0.3)
+        assert not any(request.done() for request in requests)  # it may yet fail its probe
+        fleet.published(1, [other.url], {failing.url: "probe"})
+        for request in requests:
+            await asyncio.wait_for(request, 20.0)
+        assert len(failing.seen) == len(other.seen) == 2
+        late.set()
+
+    with_fleet([failing, other], use)
+
+
+def test_a_request_loses_one_attempt_to_an_engine_that_dies():
+    """With no other engine to go to and no second attempt to spare, it waits until the watch has found it gone."""
+    engine = Engine()
+
+    async def die() -> None:
+        engine._behave = None
+        await engine.die()
+
+    engine._behave = die
+
+    async def use(fleet: Fleet) -> None:
+        request = asyncio.create_task(ask(fleet, "r"))
+        await until(lambda: fleet.answering() == [])
+        await web.TCPSite(engine._runner, "127.0.0.1", int(engine.url.rsplit(":", 1)[1])).start()
+        await asyncio.wait_for(request, 20.0)
+        assert engine.seen == ["r-0.", "r-1."]
+
+    slow_watch = replace(CONFIG.engine, health_interval_s=0.6)  # slower than the engine's rest after its failure
+    with_fleet([engine], use, replace(CONFIG, retries=1, engine=slow_watch))
+
+
+def test_at_the_end_requests_are_aborted_before_connections_are_closed():
+    engine = Engine(behave=asyncio.Event().wait)
+
+    async def serve() -> None:
+        async with engine.serving():
+            await asyncio.to_thread(end_with_a_request)
+
+    def end_with_a_request() -> None:
+        config = Config(rollout=replace(CONFIG, engine=replace(CONFIG.engine, urls=(engine.url,))))
+        with Serving(config) as serving:
+            serving.background.submit(ask(serving.fleet, "r"))
+            serving.background.run(until(lambda: engine.seen == ["r-0."]))
+            (member,) = serving.fleet._members
+        assert engine.aborted == ["r-0."]
+        assert member.client._session is None
+
+    asyncio.run(serve())

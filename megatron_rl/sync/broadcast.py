@@ -1,0 +1,185 @@
+"""New weights by broadcast, from trainer rank 0 to every engine rank, over gloo or NCCL."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    _new_process_group_helper,
+    _set_pg_timeout,
+    _world,
+)
+
+from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
+from megatron_rl.sync.publish import Check, EnginePublisher, PublishError, PublishReport
+
+POLL_S = 0.001
+JOIN_SLACK_S = 2.0
+"""How much longer than an engine's answer we wait for the group, so that the error names the engine."""
+
+
+class BroadcastPublisher(EnginePublisher):
+    """Buckets broadcast from this process to every engine rank, over gloo or NCCL. Tensors are moved to `device`.
+
+    The process group lasts from publish to publish while the same engines are reached, and is ended by close().
+    When an engine drops out in the middle of a broadcast the group is lost, and with it the publish to all of them.
+    """
+
+    _group_numbers = itertools.count()
+
+    def __init__(
+        self, clients: Sequence[EngineClient], *, bucket_bytes: int, backend: Literal["gloo", "nccl"],
+        device: torch.device | str, master_address: str = "127.0.0.1", timeout_s: float = 300.0,
+    ):
+        super().__init__(clients, bucket_bytes=bucket_bytes)
+        self._backend = backend
+        self._device = torch.device(device)
+        self._master_address = master_address
+        self._timeout_s = timeout_s
+        self._join_timeout_s = max(client.control_timeout_s for client in clients) + JOIN_SLACK_S
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+        self._members: list[EngineClient] = []
+
+    def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
+                check: Check | None = None) -> PublishReport:
+        try:
+            report = super().publish(named_tensors, version, only=only, check=check)
+        except BaseException:
+            self._drop_group()  # some rank may still wait in it
+            raise
+        if report.failures:
+            self._drop_group()
+        return report
+
+    async def _prepare(self, what: str) -> None:
+        if self._group is not None and self._members == self._active:
+            return
+        if self._group is not None:
+            await self._leave()
+        sizes: dict[EngineClient, int] = {}
+
+        async def ask(client: EngineClient) -> None:
+            sizes[client] = (await client.server_info())["tp_size"]
+
+        await self._on_all(f"{what}: server_info", ask)
+        world_size = 1 + sum(sizes[client] for client in self._active)
+        offsets = dict(zip(self._active, itertools.accumulate(
+            [1, *(sizes[client] for client in self._active)]), strict=False))
+        self._group_name = f"megatron_rl_{os.getpid()}_{next(self._group_numbers)}"
+        # Not torch.distributed.rendezvous: under torchrun it would look for torchrun's own store.
+        store = dist.TCPStore(self._master_address, 0, world_size, is_master=True, wait_for_workers=False,
+                              timeout=timedelta(seconds=self._timeout_s))
+
+        async def join(client: EngineClient) -> None:
+            await client.init_weights_update_group(
+                master_address=self._master_address, master_port=store.port, rank_offset=offsets[client],
+                world_size=world_size, group_name=self._group_name, backend=self._backend)
+
+        where = f"{what}: joining the group at {self._master_address}:{store.port}"
+        joins = asyncio.create_task(self._on_all_or_none(where, join))
+        ours = _in_thread(_join_group, self._backend, store, world_size, self._group_name,
+                          timedelta(seconds=self._join_timeout_s))
+        try:  # whoever fails first says why; the other would only wait
+            await asyncio.wait({joins, ours}, return_when=asyncio.FIRST_EXCEPTION)
+            if joins.done():
+                joins.result()
+            self._group = await ours
+        except PublishError:  # names the engine
+            raise
+        except RuntimeError as error:
+            raise PublishError(f"{where}: {error}") from error
+        finally:
+            joins.cancel()
+        _set_pg_timeout(timedelta(seconds=self._timeout_s), self._group)
+        self._members = list(self._active)
+
+    async def _send(self, bucket: Bucket, version: int, where: str) -> None:
+        flat = bucket.flatten().to(self._device)
+        metadata = bucket_metadata(bucket)
+
+        async def receive(client: EngineClient) -> None:
+            await client.update_weights_from_distributed(
+                [item.name for item in metadata],
+                [str(item.dtype).removeprefix("torch.") for item in metadata],
+                [list(item.shape) for item in metadata],
+                group_name=self._group_name, load_format=FLATTENED_BUCKET, flush_cache=False,
+                version=version if bucket.last else None)
+
+        receivers = asyncio.create_task(self._on_all_or_none(where, receive))
+        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        # An engine that refuses never joins the broadcast: watch both.
+        while not (work.is_completed() or receivers.done()):
+            await asyncio.sleep(POLL_S)
+        await receivers
+        try:
+            work.wait()
+        except RuntimeError as error:  # an engine's end of the connection is gone
+            raise PublishError(f"{where}: {error}; the engines stay paused") from error
+
+    async def _on_all_or_none(self, where: str, call: Check) -> None:
+        """As _on_all, but the first failure ends it for all: the others may wait for the one that failed."""
+        tasks = [asyncio.create_task(call(client)) for client in self._active]
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for task in done:
+            if task.exception() is not None:
+                error = task.exception()
+                if not isinstance(error, EngineHTTPError):
+                    raise error
+                raise PublishError(f"{where}: {error}; the engines stay paused") from error
+
+    async def _leave(self) -> None:
+        """Ends the group here and in the engines that still answer."""
+        await asyncio.gather(*(client.destroy_weights_update_group(self._group_name) for client in self._members),
+                             return_exceptions=True)
+        self._drop_group()
+
+    def _drop_group(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._group, self._members = None, []
+
+    def close(self) -> None:
+        """Ends the group, so that its memory is free."""
+        if self._group is not None:
+            self._run(self._leave())
+
+
+def _in_thread(call: Callable[..., Any], *args: Any) -> asyncio.Future:
+    """As asyncio.to_thread, but nobody waits for the thread when its result is not wanted any more."""
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args))
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=call.__name__).start()
+    return asyncio.wrap_future(future)
+
+
+def _join_group(
+    backend: str, store: dist.Store, world_size: int, name: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Rank 0 of a group beside the trainer's own; mirrors sglang.srt.utils.common.init_custom_process_group."""
+    group, _ = _new_process_group_helper(
+        world_size, 0, [], Backend(backend), PrefixStore(name, store), group_name=name, timeout=timeout)
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
