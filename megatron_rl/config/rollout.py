@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from megatron_rl.config.rules import require
+
+ENGINE_KEY = "MEGATRON_RL_ENGINE_KEY"
+"""The environment variable that holds the key of engines that we start."""
+RESERVED_FLAGS = {"--api-key": "rollout.engine.api_key_env", "--tp": "rollout.engine.tp",
+                  "--tp-size": "rollout.engine.tp", "--tensor-parallel-size": "rollout.engine.tp",
+                  "--base-gpu-id": "rollout.engine.first_gpu", "--host": "rollout.engine.host",
+                  "--port": "rollout.engine.port"}
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine reaches `host`, as far as its name tells."""
+    return host is not None and (host in ("localhost", "::1") or host.startswith("127."))
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The SGLang servers: given URLs are used as they are, otherwise `count` servers are started here.
 
-    Servers started here listen on `host` (another than loopback only inside a private network: no key is asked for),
-    are watched, and are started again when they die or do not answer for
+    Servers started here listen on `host`, are watched, and are started again when they die or do not answer for
     hang_timeout_s, max_restarts times each. A request waits up to wait_timeout_s for a server that holds the
-    current weights; pausing, joining a broadcast and the like may take control_timeout_s. api_key_env names the
-    environment variable that holds the key of servers elsewhere; the key itself is never written down.
+    current weights; pausing, joining a broadcast and the like may take control_timeout_s.
+    On another host than loopback a server asks for a key: that of servers started here is drawn for each run, unless
+    api_key_env names an environment variable that holds one, as it must for servers elsewhere. Keys are never written
+    down; whoever sees the network between the machines sees them, unless the URLs are https.
+    tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
+    others follow. Ranks of the trainer take the GPUs from 0, so leave them room or share them on purpose.
     """
 
     urls: tuple[str, ...] = ()
     count: int = 1
     host: str = "127.0.0.1"
+    tp: int = 1
+    first_gpu: int = 0
     api_key_env: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -48,6 +66,16 @@ class EngineConfig:
                 f"rollout.engine.port={self.port} is one port for rollout.engine.count={self.count} servers: leave it "
                 "unset to have free ones found")
         require(len(set(self.urls)) == len(self.urls), "rollout.engine.urls names an engine twice")
+        require(self.tp >= 1, f"rollout.engine.tp={self.tp} must be at least 1")
+        require(self.first_gpu >= 0, f"rollout.engine.first_gpu={self.first_gpu} must not be negative")
+        require(self.tp == 1 or self.device != "cpu", f"rollout.engine.tp={self.tp} needs rollout.engine.device=cuda")
+        for flag, key in RESERVED_FLAGS.items():
+            require(not any(arg.split("=")[0] == flag for arg in self.extra_args),
+                    f"rollout.engine.extra_args: {flag} is set by {key}")
+        elsewhere = [url for url in self.urls if not is_loopback(urlsplit(url).hostname)]
+        require(not elsewhere or self.api_key_env is not None,
+                f"rollout.engine.urls names {', '.join(elsewhere)} on another machine, which must ask for a key: start "
+                "it with one and set rollout.engine.api_key_env to the environment variable that holds it here")
         require(self.max_restarts >= 0, f"rollout.engine.max_restarts={self.max_restarts} must not be negative")
         for name in ("health_interval_s", "hang_timeout_s", "wait_timeout_s", "control_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.engine.{name}={getattr(self, name)} must be positive")

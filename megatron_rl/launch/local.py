@@ -20,7 +20,7 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.observe import RunProgress
-from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.engines import EngineProcess, with_key
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
 
 STOP_GRACE_S = 20.0
@@ -43,20 +43,21 @@ class RunInterrupted(RuntimeError):
 def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Config]:
     """`config` with the URLs of running engines in it: the given ones, or rollout.engine.count started here on
     `model_path`, which are watched and started again when they fail."""
-    engine = config.rollout.engine
+    engine = with_key(config.rollout.engine)
     if engine.urls:
         yield config
         return
+    started = dataclasses.replace(config.rollout, engine=engine)
     processes: list[EngineProcess] = []
     for number in range(engine.count):
         log = log_path if engine.count == 1 else log_path.with_stem(f"{log_path.stem}-{number}")
         processes.append(EngineProcess.from_config(
-            config.rollout, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
+            started, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
             weight_version=NOTHING_PUBLISHED, return_routed_experts=config.c3po.router_replay == "rollout",
-            taken_ports=[process.port for process in processes]))
+            taken_ports=[process.port for process in processes], number=number))
     with Supervisor(processes, engine):
         served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
-        yield dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=served))
+        yield dataclasses.replace(config, rollout=dataclasses.replace(started, engine=served))
 
 
 def run_ranks(recipe: str, config: Config) -> None:

@@ -20,10 +20,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.recipes.stop import STOPPED
+from megatron_rl.rollout.engines import with_key
 
 POLL_S = 0.5
 HARDWARE = re.compile(r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus",
@@ -68,6 +70,9 @@ class Job:
         """URLs of the engines, once all answer. A given rollout.engine.urls is used as it is."""
         if self.config.rollout.engine.urls:
             return self.config.rollout.engine.urls
+        spread = len(set(self.engine_hosts + self.trainer_hosts)) > 1
+        if spread:
+            with_key(dataclasses.replace(self.config.rollout.engine, host=self.engine_hosts[0]))  # the steps inherit it
         ready = [self.folder / f"engine-{index}.url" for index in range(self.config.rollout.engine.count)]
         for index, path in enumerate(ready):
             path.unlink(missing_ok=True)
@@ -75,7 +80,7 @@ class Job:
             self.engines.append(self.step(
                 f"engine-{index}", ["--nodes=1", "--ntasks=1", f"--nodelist={host}"],
                 [sys.executable, "-m", "megatron_rl.launch.slurm_step", "engine", str(self.folder / "launch.json"),
-                 str(index), host if len(set(self.engine_hosts + self.trainer_hosts)) > 1 else "127.0.0.1"]))
+                 str(index), str(index // len(self.engine_hosts)), host if spread else "127.0.0.1"]))
         while not all(path.exists() for path in ready):
             for index, engine in enumerate(self.engines):
                 if engine.poll() is not None:
@@ -168,7 +173,8 @@ class Job:
 
 
 def with_engines(config: Config, urls: tuple[str, ...], *, resume: bool) -> Config:
-    engine = dataclasses.replace(config.rollout.engine, urls=urls)
+    engine = with_key(dataclasses.replace(config.rollout.engine, host=urlsplit(urls[0]).hostname))
+    engine = dataclasses.replace(engine, urls=urls)
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine),
                                run=dataclasses.replace(config.run, resume=config.run.resume or resume))
 

@@ -1,4 +1,4 @@
-"""What srun starts: `... slurm_step rank CONFIG.json` on every task, `... slurm_step engine CONFIG.json INDEX HOST`."""
+"""What srun starts: `slurm_step rank CONFIG.json` on every task, `slurm_step engine CONFIG.json INDEX PLACE HOST`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ def rank(config_path: str) -> None:
     rl.run(from_json(config_path))
 
 
-def engine(config_path: str, index: str, host: str) -> None:
-    """One server until SIGTERM, started again when it fails; its URL goes into engine-INDEX.url when it answers."""
+def engine(config_path: str, index: str, place: str, host: str) -> None:
+    """One server until SIGTERM, started again when it fails; its URL goes into engine-INDEX.url when it answers.
+
+    place: its number among those on its node.
+    """
     config = from_json(config_path)
-    options = dataclasses.replace(config.rollout.engine, count=1, host=host, port=None)
+    engines = config.rollout.engine
+    options = dataclasses.replace(engines, count=1, host=host, port=None,
+                                  first_gpu=engines.first_gpu + int(place) * engines.tp)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=options))
     folder = Path(config_path).parent
     over = threading.Event()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megatron_rl.rollout.collectors import (
     Prompts,
     SyncCollector,
 )
+from megatron_rl.rollout.engines import engine_key
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers
@@ -54,9 +54,7 @@ def engine_clients(config: Config) -> list[EngineClient]:
     if not engine.urls:
         raise ValueError("rollout.engine.urls is empty: start through `megatron-rl rl`, which starts an engine, "
                          "or give the URLs of running SGLang servers")
-    key = None if engine.api_key_env is None else os.environ.get(engine.api_key_env)
-    if engine.api_key_env is not None and not key:
-        raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set")
+    key = engine_key(engine)
     return [EngineClient(url, timeout_s=config.rollout.request_timeout_s, control_timeout_s=engine.control_timeout_s,
                          api_key=key) for url in engine.urls]
 

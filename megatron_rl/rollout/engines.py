@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,7 +22,7 @@ import psutil
 import torch
 
 import megatron_rl
-from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig, is_loopback
 
 PORTS = range(20000, 32768)
 """Below Linux's ephemeral ports, any of which another program may be given before a slow server binds its own."""
@@ -69,16 +71,20 @@ def _can_bind(host: str, port: int) -> bool:
 def engine_command(
     engine: EngineConfig, rollout: RolloutConfig, model_path: str | Path, port: int, *,
     model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
-    return_routed_experts: bool = False,
+    return_routed_experts: bool = False, number: int = 0,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line and the whole environment of the server.
+    """The command line and the whole environment of the server. number: of this server on its machine, from 0.
 
     `engine.dtype` overrides `model_dtype`. `seed` seeds SGLang's own sampler, which is reproducible only for
     the same arrival order of requests; `engine.deterministic` makes it a function of each request's seed.
     return_routed_experts: keep the experts that tokens take, for requests that ask for them.
     """
     device = resolve_device(engine.device)
-    module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
+    environment = _engine_environment(engine, device)
+    if ENGINE_KEY in environment:
+        module = "megatron_rl.compat.sglang_key"
+    else:
+        module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
     # One request at a time: on CPU the last bits of a matmul depend on how many rows it has. On CUDA SGLang's
     # own batch-invariant kernels make that unnecessary.
     alone = engine.deterministic and device == "cpu"
@@ -109,18 +115,51 @@ def engine_command(
     if device == "cpu":
         flags |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
         switches.append("--disable-overlap-schedule")
+    else:
+        flags |= {"--tp-size": engine.tp, "--base-gpu-id": engine.first_gpu + number * engine.tp}
     argv = [sys.executable, "-m", module]
     for name, value in flags.items():
         argv += [name, str(value)]
-    return [*argv, *switches, *engine.extra_args], _engine_environment(engine, device)
+    return [*argv, *switches, *engine.extra_args], environment
+
+
+def engine_key(engine: EngineConfig) -> str | None:
+    """What the engines' requests carry, or None. ValueError when the variable that should hold it is not set."""
+    if engine.api_key_env is None:
+        return None
+    key = os.environ.get(engine.api_key_env)
+    if not key:
+        raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set")
+    return key
+
+
+def with_key(engine: EngineConfig) -> EngineConfig:
+    """Engines that we start on another host than loopback ask for a key: one drawn for this run if none was given.
+
+    It is put into this process's environment, from which engines and ranks inherit it.
+    """
+    if engine.api_key_env is not None or is_loopback(engine.host):
+        return engine
+    os.environ.setdefault(ENGINE_KEY, secrets.token_hex(32))
+    return dataclasses.replace(engine, api_key_env=ENGINE_KEY)
+
+
+def _check_gpus(engine: EngineConfig, number: int) -> None:
+    needed, found = engine.first_gpu + (number + 1) * engine.tp, torch.cuda.device_count()
+    if resolve_device(engine.device) == "cuda" and needed > found:
+        raise ValueError(f"rollout.engine.count={engine.count} engines of rollout.engine.tp={engine.tp} GPUs from "
+                         f"rollout.engine.first_gpu={engine.first_gpu} on need {needed} GPUs, this machine has {found}")
 
 
 def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in TRAINER_VARIABLES and not name.startswith("TORCHELASTIC_")
+        if name not in (*TRAINER_VARIABLES, ENGINE_KEY) and not name.startswith("TORCHELASTIC_")
     }
+    key = engine_key(engine)
+    if key is not None:
+        environment[ENGINE_KEY] = key
     source_root = str(Path(megatron_rl.__path__[0]).resolve().parent)
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = source_root if inherited is None else source_root + os.pathsep + inherited
@@ -153,16 +192,18 @@ class EngineProcess:
     def from_config(
         cls, rollout: RolloutConfig, model_path: str | Path, *, log_path: str | Path,
         model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
-        return_routed_experts: bool = False, taken_ports: Sequence[int] = (),
+        return_routed_experts: bool = False, taken_ports: Sequence[int] = (), number: int = 0,
     ) -> EngineProcess:
-        """Not yet started. taken_ports: of servers that have not been started yet either.
+        """Not yet started. taken_ports: of servers that have not been started yet either; number: how many they are.
 
-        Raises ValueError when rollout.engine.port is taken.
+        Raises ValueError when rollout.engine.port is taken or there are too few GPUs.
         """
         engine = rollout.engine
+        _check_gpus(engine, number)
         port = choose_port(engine.port, taken_ports, engine.host)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
-                                   weight_version=weight_version, return_routed_experts=return_routed_experts)
+                                   weight_version=weight_version, return_routed_experts=return_routed_experts,
+                                   number=number)
         return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
                    stop_timeout_s=engine.stop_timeout_s, host=engine.host)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -14,10 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
-from megatron_rl.config.rollout import EngineConfig
-from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
+from megatron_rl.compat.sglang_key import HIDDEN
+from megatron_rl.config.load import to_dict
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig
+from megatron_rl.config.schema import Config, ModelConfig
+from megatron_rl.launch.local import engines_for
+from megatron_rl.recipes.serving import engine_clients
+from megatron_rl.rollout.client import EngineClient, EngineHTTPError, GenerateResult, SamplingParams
 from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, engine_command, group_members
 from tests.engine.conftest import PROMPTS, ROLLOUT
 
@@ -172,6 +180,55 @@ def test_engine_does_not_inherit_torchruns_rendezvous(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, "1")
     _, environment = engine_command(ROLLOUT.engine, ROLLOUT, "model", 1234)
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"} & environment.keys()
+
+
+def test_cuda_engines_take_the_gpus_one_after_the_other():
+    engine = replace(ROLLOUT.engine, device="cuda", count=2, tp=2, first_gpu=3)
+    argv, _ = engine_command(engine, ROLLOUT, "model", 1234, number=1)
+    assert argv[argv.index("--tp-size") + 1] == "2"
+    assert argv[argv.index("--base-gpu-id") + 1] == "5"  # 3 and 4 belong to the first
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 99, reason="there are as many GPUs")
+def test_too_few_gpus_are_named_by_their_keys():
+    config = replace(ROLLOUT, engine=replace(ROLLOUT.engine, device="cuda", count=2, first_gpu=99))
+    with pytest.raises(ValueError, match=r"count=2 .*tp=1 .*first_gpu=99 .*need 101 GPUs, this machine has"):
+        EngineProcess.from_config(config, "model", log_path="unused.log", number=1)
+
+
+def test_the_key_is_in_the_environment_and_not_in_the_arguments(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("THEIR_KEY", "secret")
+    argv, environment = engine_command(replace(ROLLOUT.engine, api_key_env="THEIR_KEY"), ROLLOUT, "model", 1234)
+    assert environment[ENGINE_KEY] == "secret" and "secret" not in " ".join(argv)
+    argv, environment = engine_command(ROLLOUT.engine, ROLLOUT, "model", 1234)
+    assert ENGINE_KEY not in environment
+
+
+def test_an_engine_off_loopback_asks_for_a_key_that_nobody_sees(model_folder: Path, tmp_path: Path, monkeypatch):
+    """Not in its log, nor in the list of processes, nor in the configuration that is written down."""
+    monkeypatch.setenv(ENGINE_KEY, "")
+    monkeypatch.delenv(ENGINE_KEY)
+    rollout = replace(ROLLOUT, engine=replace(ROLLOUT.engine, host="0.0.0.0"))
+    config = Config(model=ModelConfig(path=str(model_folder)), rollout=rollout)
+    with engines_for(config, str(model_folder), tmp_path / "engine.log") as served:
+        key, (url,) = os.environ[ENGINE_KEY], served.rollout.engine.urls
+        sampling = SamplingParams(temperature=1.0, max_new_tokens=2)
+        for client, refused in ((EngineClient(url), True), (engine_clients(served)[0], False)):
+
+            async def ask(client=client) -> GenerateResult:
+                async with client:
+                    return await client.generate((5, 6), rid="r", sampling=sampling)
+
+            if refused:
+                with pytest.raises(EngineHTTPError, match="HTTP 401"):
+                    asyncio.run(ask())
+            else:
+                assert len(asyncio.run(ask()).output_ids) == 2
+        shown = "".join(" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True))
+        assert url.rsplit(":", 1)[1] in shown and key not in shown
+        assert key not in json.dumps(to_dict(served))
+    log = (tmp_path / "engine.log").read_text()
+    assert HIDDEN in log and key not in log
 
 
 def test_cuda_engine_is_plain_sglang():
