@@ -32,7 +32,8 @@ class EngineConfig:
     api_key_env names an environment variable that holds one, as it must for servers elsewhere. Keys are never written
     down; whoever sees the network between the machines sees them, unless the URLs are https.
     tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
-    others follow. Ranks of the trainer take the GPUs from 0, so leave them room or share them on purpose.
+    others follow. Ranks of the trainer take the GPUs from 0, so leave them room, or share the GPUs with colocate: the
+    engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).
     """
 
     urls: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class EngineConfig:
     host: str = "127.0.0.1"
     tp: int = 1
     first_gpu: int = 0
+    colocate: bool = False
     api_key_env: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -144,6 +146,9 @@ class RolloutConfig:
         require(self.max_staleness >= 0, f"rollout.max_staleness={self.max_staleness} must not be negative")
         require(self.environment_timeout_s > 0,
                 f"rollout.environment_timeout_s={self.environment_timeout_s} must be positive")
+        require(not (self.engine.colocate and self.collector == "async" and self.max_staleness > 0),
+                f"rollout.engine.colocate=true with rollout.max_staleness={self.max_staleness}: engines that gave "
+                "up their memory cannot sample while the trainer trains; use another collector than async")
         require(not (self.collector == "partial" and self.environment),
                 f"rollout.environment={self.environment} with rollout.collector=partial: turns are not carried from "
                 "step to step; use another collector")

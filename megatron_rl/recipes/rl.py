@@ -19,6 +19,7 @@ from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
 from megatron_rl.recipes import stop
+from megatron_rl.recipes.colocated import ColocatedLearner, engine_memory
 from megatron_rl.recipes.evaluation import Evaluator
 from megatron_rl.recipes.learner import PolicyLearner
 from megatron_rl.recipes.parts import BroadcastRollouts, RunRecord
@@ -34,7 +35,7 @@ class RunParts:
     """What loop.run needs, built for this rank."""
 
     rollouts: BroadcastRollouts
-    learner: PolicyLearner
+    learner: loop.Learner
     weights: PublishedWeights
     record: RunRecord
     first_step: int
@@ -80,7 +81,8 @@ def build_run(config: Config) -> Iterator[RunParts]:
         record = RunRecord(config, here, network=learner.policy.config,
                            log=main.log if main else None, evaluator=main.evaluator if main else None,
                            serving=serving, rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
-        yield RunParts(rollouts, learner, weights, record, first_step, learner.exporter, checkpoints, here)
+        learning = ColocatedLearner(learner, weights) if config.rollout.engine.colocate else learner
+        yield RunParts(rollouts, learning, weights, record, first_step, learner.exporter, checkpoints, here)
 
 
 class MainRank:
@@ -98,7 +100,9 @@ class MainRank:
             config, self.serving.responder(config, tokenizer, rewards, engine_routing(config)),
             build_sampler(source, config.data, config.run.seed))
         self.clients = engine_clients(config)
-        self.publisher = stack.enter_context(contextlib.closing(build_publisher(config, self.clients, here.device)))
+        self.memory = engine_memory(config, here.device)
+        self.publisher = stack.enter_context(contextlib.closing(
+            build_publisher(config, self.clients, here.device, self.memory)))
         self.evaluator = Evaluator(config, self.serving, tokenizer, rewards)
         self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
                                                   resume_step=log_until))
@@ -106,7 +110,7 @@ class MainRank:
 
     def channel(self, probe: Probe) -> Channel:
         return Channel(self._config, asdict(read_config(self._config.model.path)), self.serving, self.clients,
-                       self.publisher, probe.token_ids)
+                       self.publisher, probe.token_ids, self.memory)
 
 
 def log_until(config: Config, state: dict | None) -> int | None:

@@ -20,6 +20,7 @@ from megatron_rl.recipes.serving import Serving
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import NamedTensor
+from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.publish import DiskPublisher, Publisher, PublishError, TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engine
 from megatron_rl.topology import Topology
@@ -54,6 +55,12 @@ class PublishedWeights:
         """The version published last, to engines that answer and do not hold it. Between updates of the policy only."""
         self._send(self._channel.behind() if self._channel is not None else None, last=False)
 
+    def make_room(self) -> None:
+        """Collective: engines that share the trainer's GPUs give up their memory until the next publish."""
+        if self._channel is not None:
+            self._channel.make_room()
+        self._topology.barrier()
+
     def _send(self, only: Sequence[str] | None, *, last: bool) -> bool:
         """Collective. Whether some engine has the weights now."""
         reference = self._probe()
@@ -66,8 +73,8 @@ class PublishedWeights:
         return self._topology.broadcast_object(done)
 
     def metrics(self) -> dict[str, float]:
-        """Of the last publish; rank 0 only."""
-        return self._channel.metrics
+        """Of the last publish, and the memory that was free in each phase of a colocated step; rank 0 only."""
+        return {**self._channel.metrics, **self._channel.free_bytes()}
 
 
 class Channel:
@@ -77,10 +84,11 @@ class Channel:
     """
 
     def __init__(self, config: Config, network: Mapping[str, Any], serving: Serving,
-                 clients: Sequence[EngineClient], publisher: Publisher, probe_tokens: Sequence[int]):
+                 clients: Sequence[EngineClient], publisher: Publisher, probe_tokens: Sequence[int],
+                 memory: EngineMemory | None = None):
         rollout = config.rollout
         engine_dtype = DTYPES[rollout.engine.dtype or config.model.dtype]
-        self._serving, self._clients, self._publisher = serving, clients, publisher
+        self._serving, self._clients, self._publisher, self._memory = serving, clients, publisher, memory
         self._expected = (ExpectedChecksums(network, engine_dtype=engine_dtype)
                           if rollout.verify_checksums else None)
         self._probe_tokens = list(map(int, probe_tokens))
@@ -90,6 +98,25 @@ class Channel:
 
     def behind(self) -> list[str]:
         return self._serving.fleet.behind()
+
+    def make_room(self) -> None:
+        """The engines that answer release all memory and serve nothing until the next publish."""
+        answering = self._serving.fleet.answering()
+
+        async def release() -> list[str]:
+            clients = [client for client in self._clients if client.base_url in answering]
+            try:
+                return await self._memory.release(clients)
+            finally:
+                await asyncio.gather(*(client.close() for client in clients))
+
+        self._serving.tell(self._serving.fleet.emptied, answering)
+        asyncio.run(release())
+
+    def free_bytes(self) -> dict[str, float]:
+        if self._memory is None:
+            return {}
+        return {f"memory/free_bytes_{phase}": free for phase, free in self._memory.free_bytes.items()}
 
     def send(self, tensors: Iterable[NamedTensor], version: int, only: Sequence[str] | None, reference: np.ndarray, *,
              last: bool) -> bool:
@@ -158,9 +185,10 @@ class Channel:
         return asyncio.run(ask_all())
 
 
-def build_publisher(config: Config, clients: Sequence[EngineClient], device: torch.device) -> Publisher:
+def build_publisher(config: Config, clients: Sequence[EngineClient], device: torch.device,
+                    memory: EngineMemory | None = None) -> Publisher:
     """The transport that rollout.publish names."""
-    shared = {"bucket_bytes": config.rollout.bucket_bytes}
+    shared = {"bucket_bytes": config.rollout.bucket_bytes, "memory": memory}
     if config.rollout.publish == "tensor":
         return TensorPublisher(clients, **shared)
     if config.rollout.publish == "broadcast":

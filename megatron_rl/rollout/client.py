@@ -209,6 +209,13 @@ class EngineClient:
         """Drops the prefix cache. Refused while requests run (not while paused with `retract`)."""
         await self._post("/flush_cache", None)
 
+    async def release_memory_occupation(self, tags: Sequence[str]) -> None:
+        """Memory of these kinds, with what it holds. The server dies if a request runs (sync/memory.py)."""
+        await self._post("/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory_occupation(self, tags: Sequence[str]) -> None:
+        await self._post("/resume_memory_occupation", {"tags": list(tags)})
+
     async def checksums(self) -> list[dict[str, str]]:
         """Per engine rank: parameter name -> 16 hex digits, computed from the weights in use."""
         answer = await self._post("/weights_checker", {"action": "checksum"}, timeout_s=self.timeout_s)

@@ -117,6 +117,8 @@ def engine_command(
         switches.append("--disable-overlap-schedule")
     else:
         flags |= {"--tp-size": engine.tp, "--base-gpu-id": engine.first_gpu + number * engine.tp}
+        if engine.colocate:
+            switches.append("--enable-memory-saver")
     argv = [sys.executable, "-m", module]
     for name, value in flags.items():
         argv += [name, str(value)]

@@ -170,6 +170,11 @@ class Fleet:
             self._failed(member, why, began=member.update_began)
             self._lost(member)
 
+    def emptied(self, urls: Sequence[str]) -> None:
+        """These engines gave their weights away: they serve nothing until the next publish has reached them."""
+        for member in self._named(urls):
+            member.version = None
+
     def _named(self, urls: Sequence[str]) -> list[Member]:
         return [member for member in self._members if member.client.base_url in urls]
 

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import (
 
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
+from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.publish import Check, EnginePublisher, PublishError, PublishReport
 
 POLL_S = 0.001
@@ -42,8 +43,9 @@ class BroadcastPublisher(EnginePublisher):
     def __init__(
         self, clients: Sequence[EngineClient], *, bucket_bytes: int, backend: Literal["gloo", "nccl"],
         device: torch.device | str, master_address: str = "127.0.0.1", timeout_s: float = 300.0,
+        memory: EngineMemory | None = None,
     ):
-        super().__init__(clients, bucket_bytes=bucket_bytes)
+        super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
         self._backend = backend
         self._device = torch.device(device)
         self._master_address = master_address

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata, make_buckets
+from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.verify import WeightMismatchError
 
 Check = Callable[[EngineClient], Coroutine[Any, Any, None]]
@@ -65,13 +66,17 @@ class Publisher(Protocol):
 
 
 class EnginePublisher:
-    """What all publishers share: versions, pausing and resuming, engines that drop out, and the report."""
+    """What all publishers share: versions, pausing and resuming, engines that drop out, and the report.
 
-    def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int):
+    memory: of engines that share the trainer's GPUs, which get it back before the weights arrive.
+    """
+
+    def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int, memory: EngineMemory | None = None):
         if not clients:
             raise ValueError("rollout.engine.urls is empty: a publisher needs at least one engine")
         self._clients = tuple(clients)
         self._bucket_bytes = bucket_bytes
+        self._memory = memory
         self._version: int | None = None
         self._active: list[EngineClient] = []
         self._failures: dict[str, str] = {}
@@ -120,6 +125,8 @@ class EnginePublisher:
         what = f"publishing version {version}"
         await self._prepare(what)
         await self._on_all(f"{what}: pause", lambda client: client.pause_generation("retract"))
+        if self._memory is not None:
+            await self._on_all(f"{what}: memory of the weights", self._memory.resume_weights)
         await self._begin(what)
         tensors = num_bytes = buckets = 0
         for bucket in make_buckets(named_tensors, self._bucket_bytes):
@@ -128,6 +135,8 @@ class EnginePublisher:
             num_bytes += bucket.num_bytes
             buckets += 1
         await self._finish(version, what)
+        if self._memory is not None:
+            await self._on_all(f"{what}: memory of the cache", self._memory.resume_cache)
         await self._on_all(f"{what}: flush", lambda client: client.flush_cache())
         if check is not None:
             await self._on_all(f"{what}: check", check)
@@ -160,8 +169,8 @@ async def _begin_afresh(client: EngineClient) -> None:
 class TensorPublisher(EnginePublisher):
     """Buckets in shared memory of this machine; only their address travels over HTTP."""
 
-    def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int):
-        super().__init__(clients, bucket_bytes=bucket_bytes)
+    def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int, memory: EngineMemory | None = None):
+        super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
         self._tp_sizes: dict[EngineClient, int] = {}
 
     async def _prepare(self, what: str) -> None:
@@ -192,9 +201,10 @@ class DiskPublisher(EnginePublisher):
     """
 
     def __init__(
-        self, clients: Sequence[EngineClient], *, bucket_bytes: int, folder: str | Path, config_folder: str | Path
+        self, clients: Sequence[EngineClient], *, bucket_bytes: int, folder: str | Path, config_folder: str | Path,
+        memory: EngineMemory | None = None,
     ):
-        super().__init__(clients, bucket_bytes=bucket_bytes)
+        super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
         self._folder = Path(folder).resolve()
         self._config_folder = Path(config_folder)
         self._weight_map: dict[str, str] = {}

@@ -129,6 +129,21 @@ def test_another_layout_runs_the_same_step(layout, whole_run, model, engine_url,
     assert second["mismatch/max_abs"] < 1e-4
 
 
+def test_a_colocated_run_takes_the_same_step(whole_run, model, engine_url, tmp_path):
+    """On CPU the engine is told when to release its memory and keeps it, which the log says."""
+    done = run("rollout.engine.colocate=true", "run.steps=2", "eval.every_steps=0", f"model.path={model}",
+               f"run.dir={tmp_path}", f"rollout.engine.urls=[{engine_url}]")
+    assert done.returncode == 0, done.stderr
+    first, second = rows(tmp_path)
+    reference = timeless(rows(whole_run)[0])
+    for key in ("rollout/generated_tokens", "train/loss", "train/grad_norm"):
+        assert first[key] == reference[key], key
+    assert second["mismatch/max_abs"] < 1e-4
+    assert all(row[f"memory/free_bytes_{phase}"] > 0 for row in (first, second)
+               for phase in ("generating", "training", "publishing", "serving"))
+    assert "SGLang has no memory saver on CPU" in (tmp_path / "trainer.log").read_text()
+
+
 def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
     config = load([*SMALL, "parallel=single", "run.steps=3", f"run.dir={tmp_path}", f"model.path={model}",
                    "observe.mismatch_alarm=1e-5", f"rollout.engine.urls=[{engine_url}]"])

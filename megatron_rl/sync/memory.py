@@ -1,0 +1,100 @@
+"""Engines on the trainer's own GPUs: they give up their memory while it trains and get it back in two phases.
+
+generating -> release everything -> training -> resume the weights -> publishing -> resume the cache -> serving
+
+Releasing throws the contents away, so an engine serves nothing until the next publish has reached it. Free bytes are
+noted after every phase, on rank 0's device. Written for SGLang 0.5.23
+(sglang/srt/managers/scheduler_components/weight_updater.py: release_memory_occupation), started with
+--enable-memory-saver. Its server dies when it is asked to release while a request runs, or to resume what it has not
+released: hence the order of calls here. On CPU it obeys and keeps its memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch
+
+from megatron_rl.rollout.client import EngineClient, EngineHTTPError, EngineUnreachableError
+
+WEIGHTS = ("weights",)
+CACHE = ("kv_cache", "cuda_graph")
+IDLE_POLL_S = 0.1
+
+_LOG = logging.getLogger(__name__)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the GPU, for all its processes; of the machine, when `device` is a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+class EngineMemory:
+    """What the engines have released and not got back, by URL. free_bytes: phase -> bytes, of the last step."""
+
+    def __init__(self, measure: Callable[[], int]):
+        self._measure = measure
+        self._released: dict[str, set[str]] = {}
+        self.free_bytes: dict[str, int] = {}
+
+    async def release(self, clients: Sequence[EngineClient]) -> list[str]:
+        """URLs of the engines that released; one that fails is named in a warning and keeps what it has."""
+        self._note("generating")
+        answers = await asyncio.gather(*map(self._release, clients), return_exceptions=True)
+        self._note("training")
+        released = []
+        for client, answer in zip(clients, answers, strict=True):
+            if isinstance(answer, EngineHTTPError):
+                _LOG.warning("an engine did not release its memory for training: %s", answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                released.append(client.base_url)
+        return released
+
+    async def _release(self, client: EngineClient) -> None:
+        await _until_idle(client)
+        held = [tag for tag in (*CACHE, *WEIGHTS) if tag not in self._released.get(client.base_url, ())]
+        self._released[client.base_url] = {*CACHE, *WEIGHTS}
+        if held:
+            await client.release_memory_occupation(held)
+
+    async def resume_weights(self, client: EngineClient) -> None:
+        """Before new weights are sent. An engine that was started again meanwhile has nothing to get back."""
+        label = await client.weight_version()
+        if label is None or label < 0:
+            self._released.pop(client.base_url, None)
+        await self._resume(client, WEIGHTS)
+        self._note("publishing")
+
+    async def resume_cache(self, client: EngineClient) -> None:
+        """Before it serves."""
+        await self._resume(client, CACHE)
+        self._note("serving")
+
+    async def _resume(self, client: EngineClient, tags: Sequence[str]) -> None:
+        mine = self._released.get(client.base_url, set())
+        missing = [tag for tag in tags if tag in mine]
+        mine.difference_update(missing)  # beforehand: one that fails is not asked twice
+        if missing:
+            await client.resume_memory_occupation(missing)
+
+    def _note(self, phase: str) -> None:
+        self.free_bytes[phase] = self._measure()
+        _LOG.info("%s: %.2f GiB of memory free", phase, self.free_bytes[phase] / 2**30)
+
+
+async def _until_idle(client: EngineClient) -> None:
+    """Flushing the prefix cache is refused while requests run: those that were aborted end with their next token."""
+    deadline = time.monotonic() + client.control_timeout_s
+    while True:
+        try:
+            return await client.flush_cache()
+        except EngineHTTPError as error:
+            if isinstance(error, EngineUnreachableError) or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(IDLE_POLL_S)

@@ -1,0 +1,98 @@
+"""Engines that share the trainer's GPUs give up their memory and get it back, in an order that they survive.
+
+On CPU the engine obeys every call and keeps its memory; tested is when it is asked, and that it goes on serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import pytest
+
+from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
+from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
+from megatron_rl.sync.publish import TensorPublisher
+from tests.engine.conftest import PROMPTS, LiveEngine
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
+
+
+class Recording(EngineClient):
+    """Keeps what it asks the engine to do, and of which memory."""
+
+    def __init__(self, url: str):
+        super().__init__(url, timeout_s=60.0)
+        self.asked: list[str] = []
+
+    async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
+        self.asked.append(" ".join([path.strip("/"), *(body or {}).get("tags", ())]))
+        return await super()._post(path, body, timeout_s=timeout_s)
+
+
+@pytest.fixture()
+def client(live_engine: LiveEngine) -> Recording:
+    return Recording(live_engine.process.base_url)
+
+
+@pytest.fixture()
+def memory() -> EngineMemory:
+    """Of which one byte less is free at every look."""
+    return EngineMemory(itertools.count(1000, -1).__next__)
+
+
+async def release(memory: EngineMemory, client: EngineClient) -> list[str]:
+    async with client:
+        return await memory.release([client])
+
+
+def test_memory_is_released_for_training_and_given_back_around_the_publish(live_engine, client, memory):
+    publisher = TensorPublisher([client], bucket_bytes=1 << 30, memory=memory)
+    live_engine.publish(live_engine.new_weights(), publisher)
+    assert not any("memory" in call for call in client.asked)  # nothing had been released
+    for _ in range(2):
+        client.asked.clear()
+        assert asyncio.run(release(memory, client)) == [client.base_url]
+        live_engine.publish(live_engine.new_weights(), publisher)
+        assert client.asked == [
+            "flush_cache", " ".join(["release_memory_occupation", *CACHE, *WEIGHTS]),
+            "pause_generation", " ".join(["resume_memory_occupation", *WEIGHTS]),
+            "begin_weight_update", "update_weights_from_tensor", "end_weight_update",
+            " ".join(["resume_memory_occupation", *CACHE]), "flush_cache", "continue_generation"]
+        assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
+    phases = [memory.free_bytes[phase] for phase in ("generating", "training", "publishing", "serving")]
+    assert phases == sorted(phases, reverse=True) and len(set(phases)) == 4
+
+
+def test_it_is_not_released_under_a_running_request(live_engine, client, memory):
+    async def both() -> GenerateResult:
+        async with client:
+            request = asyncio.create_task(client.generate(
+                PROMPTS[0], rid="running.", sampling=SamplingParams(1.0, 150, ignore_eos=True)))
+            await asyncio.sleep(0.2)
+            assert not request.done()
+            await memory.release([client])
+            assert request.done()
+            return await request
+
+    assert len(asyncio.run(both()).output_ids) == 150
+    live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
+    assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
+
+
+def test_an_engine_that_was_started_again_has_nothing_to_get_back(live_engine, client, memory):
+    async def release_and_relabel() -> None:
+        async with client:
+            await memory.release([client])
+            await client._post("/update_weight_version", {"new_version": "-1"})
+
+    asyncio.run(release_and_relabel())
+    live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
+    assert not any(call.startswith("resume_memory") for call in client.asked)
+    asyncio.run(client_resumes(client))  # in truth it was not
+
+
+async def client_resumes(client: EngineClient) -> None:
+    async with client:
+        await client.resume_memory_occupation([*CACHE, *WEIGHTS])
