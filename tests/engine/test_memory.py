@@ -55,7 +55,7 @@ def test_memory_is_released_for_training_and_given_back_around_the_publish(live_
         client.asked.clear()
         assert asyncio.run(release(memory, client)) == [client.base_url]
         live_engine.publish(live_engine.new_weights(), publisher)
-        assert client.asked == [
+        assert [call for call, _ in itertools.groupby(client.asked)] == [  # it flushes until the engine is at rest
             "flush_cache", " ".join(["release_memory_occupation", *CACHE, *WEIGHTS]),
             "pause_generation", " ".join(["resume_memory_occupation", *WEIGHTS]),
             "begin_weight_update", "update_weights_from_tensor", "end_weight_update",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,6 +163,49 @@ def test_a_publish_broken_off_anywhere_is_made_good_by_the_next(live_engine: Liv
         found = live_engine.call(live_engine.client.input_logprobs(probe, rid="probe."))
         expected = response_logprobs(new, live_engine.config, probe[:1], probe[1:]).numpy()
         assert np.abs(found - expected).max() < 1e-4
+
+
+class Breaking(EngineClient):
+    """Breaks off at its call number `at`, before the engine has heard of it or after the engine has obeyed."""
+
+    def __init__(self, url: str, at: int, *, obeyed: bool):
+        super().__init__(url, timeout_s=60.0)
+        self._left, self._obeyed = at, obeyed
+
+    async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
+        self._left -= 1
+        if self._left or self._obeyed:
+            answer = await super()._post(path, body, timeout_s=timeout_s)
+        if not self._left:
+            raise Killed(path)
+        return answer
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("obeyed", [False, True], ids=["before", "after"])
+def test_a_publish_broken_off_at_any_call_is_made_good_by_the_next(live_engine: LiveEngine, obeyed: bool):
+    """Pause, begin, every bucket, end, flush, continue; by a publisher that knows nothing of the one before."""
+    probe, calls = list(range(10, 40)), []
+    for at in itertools.count(1):
+        new = live_engine.new_weights()
+        client = Breaking(live_engine.process.base_url, at, obeyed=obeyed)
+        breaking = TensorPublisher([client], bucket_bytes=SMALL_BUCKET)
+        try:
+            breaking.publish(new.items(), live_engine.version + 1)
+            break
+        except Killed as killed:
+            calls.append(str(killed))
+        live_engine.publish(new)
+        found = live_engine.call(live_engine.client.input_logprobs(probe, rid="probe."))
+        expected = response_logprobs(new, live_engine.config, probe[:1], probe[1:]).numpy()
+        assert np.abs(found - expected).max() < 1e-4
+    live_engine.weights, live_engine.version = new, live_engine.version + 1
+    buckets = ["/update_weights_from_tensor"] * len(list(make_buckets(new.items(), SMALL_BUCKET)))
+    assert calls == ["/pause_generation", "/begin_weight_update", *buckets, "/end_weight_update", "/flush_cache",
+                     "/continue_generation"]
 
 
 def test_an_engine_that_fails_is_named_and_the_others_get_the_weights(live_engine: LiveEngine, tmp_path: Path):
