@@ -12,14 +12,14 @@ examples:
   megatron-rl quickstart                                      a small MoE from nothing to C3PO, with a report
   megatron-rl rl experiment=quickstart c3po.phi=2048          choose an experiment, change single keys
   megatron-rl rl experiment=quickstart resume=true            go on from the last checkpoint
-  megatron-rl rl --check experiment=ring_lite_stage1          resolve and validate for 256 GPUs, start nothing
-  megatron-rl plan experiment=ring_lite_stage1 --gpu-memory 80   what it needs of each GPU, and which layouts fit
+  megatron-rl rl --check experiment=ring_lite_rl_stage1          resolve and validate for 256 GPUs, start nothing
+  megatron-rl plan experiment=ring_lite_rl_stage1 --gpu-memory 80   what it needs of each GPU, and which layouts fit
   megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution run.dir=runs/mine
   megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf
   megatron-rl ablate fig7_8_c3po_vs_grpo scale=tiny           a figure of the paper: arms x seeds, table, verdicts
   megatron-rl report runs/quickstart/rl
   megatron-rl config diff runs/quickstart/rl 'experiment=quickstart'
-  megatron-rl slurm experiment=ring_lite_stage1 slurm.partition=gpu slurm.nodes=32 slurm.gpus_per_node=8 --dry-run
+  megatron-rl slurm experiment=ring_lite_rl_stage1 slurm.partition=gpu slurm.nodes=32 slurm.gpus_per_node=8 --dry-run
 keys: docs/configuration.md; groups (experiment=, parallel=, algo=): the folders under conf/
 """
 

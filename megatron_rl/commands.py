@@ -22,6 +22,7 @@ from megatron_rl.model.checkpoint_files import preflight
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
+from megatron_rl.recipes import stages
 from megatron_rl.rollout.engines import EngineError
 
 __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
@@ -60,7 +61,8 @@ def validate(config: Config, *, start: bool) -> Sizes:
         check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
     check_layout(network, config.parallel)
     sizes = sizes_of(network)
-    check_rl(config, sizes)
+    for each in stages.stage_configs(config):
+        check_rl(each, sizes)
     return sizes
 
 
@@ -69,11 +71,13 @@ def sizes_of(network: Network) -> Sizes:
 
 
 def print_summary(config: Config, sizes: Sizes) -> None:
-    print_rows(config, summary(config, sizes))
+    names = [f"{config.run.name}: {stage.name}" for stage in config.stages] or [config.run.name]
+    for name, each in zip(names, stages.stage_configs(config), strict=True):
+        print_rows(name, summary(each, sizes))
 
 
-def print_rows(config: Config, rows: list[tuple[str, str]]) -> None:
-    table = Table(title=config.run.name, show_header=False)
+def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False)
     for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
@@ -96,8 +100,13 @@ def train_rl(config: Config) -> None:
     refuse_earlier_run(config)
     preflight(config.run, asdict(read_config(config.model.path)))
     check_data(config)
-    with terminable(), engine_errors(), engines_for(config, config.model.path, run_dir / "engine.log") as served:
-        run_ranks("rl", served)
+    with terminable(), engine_errors(), \
+            engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:
+        engine = served.rollout.engine
+        config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
+        run_ranks("rl", config)
+        while config.stages and not stages.current(config := stages.resumed(config)).done:
+            run_ranks("rl", config)
     print_evaluations(run_dir)
     write_run_report([run_dir])
 
@@ -140,8 +149,9 @@ def check_data(config: Config) -> None:
 
     tokenizer = load_tokenizer(config.model.path)
     with RewardPool(config.reward) as rewards:
-        for data in (config.data, *evaluation_data(config).values()):
-            rewards.check_domains(prompt_source(config, data, tokenizer).domains)
+        for each in stages.stage_configs(config):
+            for data in (each.data, *evaluation_data(each).values()):
+                rewards.check_domains(prompt_source(each, data, tokenizer).domains)
 
 
 def refuse_earlier_run(config: Config) -> None:
@@ -157,7 +167,7 @@ def sft(options) -> int:
     check_layout(network, config.parallel)
     sizes = sizes_of(network)
     check_sft(config, sizes)
-    print_rows(config, sft_summary(config, sizes))
+    print_rows(config.run.name, sft_summary(config, sizes))
     if not options.check:
         train_sft(config)
     return 0

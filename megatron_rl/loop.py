@@ -45,6 +45,10 @@ class Record(Protocol):
 
     def save(self, step: int) -> None: ...
 
+    def over(self, step: int) -> bool:
+        """Whether the run, or its stage, ends after `step` steps; the same answer on every rank."""
+        ...
+
     def stop_asked(self) -> bool:
         """Whether the run was asked to end early; the same answer on every rank."""
         ...
@@ -56,11 +60,10 @@ def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weight
 
     Version v of the weights is the policy after v rollouts.
     """
-    last = config.run.steps
     weights.publish(first_step)
     if first_step == 0:
         record.evaluate(0, "before_rl")
-    for step in range(first_step, last):
+    for step in range(first_step, config.run.steps):
         with timers("step"):
             groups, batches = collect_budget(config, rollouts, step, timers)
             results = learner.learn(batches, timers)
@@ -68,13 +71,14 @@ def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weight
                 weights.publish(step + 1)
         record.step(step, groups, batches, results, timers)
         done = step + 1
-        if done == last or (config.eval.every_steps and done % config.eval.every_steps == 0):
-            record.evaluate(done, "after_rl" if done == last else "during")
-        stopping = done < last and record.stop_asked()
-        if stopping or done == last or done % config.run.save_every_steps == 0:
+        over = record.over(done)
+        if over or (config.eval.every_steps and done % config.eval.every_steps == 0):
+            record.evaluate(done, "after_rl" if over else "during")
+        stopping = not over and record.stop_asked()
+        if stopping or over or done % config.run.save_every_steps == 0:
             record.save(done)
-        if stopping:
-            return False
+        if over or stopping:
+            return over
     return True
 
 

@@ -23,10 +23,14 @@ Set keys on any command line by their path (`c3po.phi=4096`), choose groups by n
 
 
 def markdown() -> str:
-    return HEADER + "".join(_section(Config, ""))
+    return HEADER + "".join(_section(Config, "", set()))
 
 
-def _section(cls, path: str) -> Iterator[str]:
+def _section(cls, path: str, seen: set[type]) -> Iterator[str]:
+    """The keys of one class and of those inside it; a class that several keys hold is described at the first."""
+    if cls in seen:
+        return
+    seen.add(cls)
     hints = typing.get_type_hints(cls)
     if path:
         text = inspect.getdoc(cls) or ""
@@ -36,10 +40,14 @@ def _section(cls, path: str) -> Iterator[str]:
         key, hint = f"{path}.{field.name}" if path else field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
             nested.append((hint, key))
-        else:
+            continue
+        if path:
             yield f"| `{key}` | {_type(hint)} | {_default(field)} |\n"
+        element = {tuple: 0, dict: 1}.get(typing.get_origin(hint))
+        if element is not None and dataclasses.is_dataclass(inside := typing.get_args(hint)[element]):
+            nested.append((inside, f"{key}[i]" if element == 0 else f"{key}.<name>"))
     for hint, key in nested:
-        yield from _section(hint, key)
+        yield from _section(hint, key, seen)
 
 
 def _type(hint) -> str:

@@ -15,6 +15,7 @@ from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.rules import require
+from megatron_rl.config.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -273,3 +274,11 @@ class Config:
     select: SelectConfig = field(default_factory=SelectConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    stages: tuple[StageConfig, ...] = ()
+
+    def __post_init__(self):
+        total = sum(stage.steps for stage in self.stages)
+        require(not self.stages or total == self.run.steps,
+                f"run.steps={self.run.steps} must be the sum of the stages' steps, {total}")
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), f"stages: {', '.join(names)}: two have the same name")

@@ -22,7 +22,8 @@ def rank(config_path: str) -> None:
 
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"],
                    "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
-    rl.run(from_json(config_path))
+    if not rl.run(from_json(config_path)):  # the next stage is another start of this job
+        sys.exit(stop.STOPPED)
 
 
 def engine(config_path: str, index: str, place: str, host: str) -> None:
@@ -30,7 +31,9 @@ def engine(config_path: str, index: str, place: str, host: str) -> None:
 
     place: its number among those on its node.
     """
-    config = from_json(config_path)
+    from megatron_rl.recipes import stages
+
+    config = stages.widest(from_json(config_path))
     engines = config.rollout.engine
     options = dataclasses.replace(engines, count=1, host=host, port=None,
                                   first_gpu=engines.first_gpu + int(place) * engines.tp)

@@ -186,6 +186,14 @@ class Checkpoints:
         self._topology.barrier()
         return state
 
+    def reset_optimizer(self) -> None:
+        """Adam as at the start: moments and step counters are zero. Weights stay."""
+        for shard in self._shards.values():
+            tensors = shard.tensors()
+            for kind in KINDS[1:]:
+                tensors[kind].zero_()
+        set_step_count(self._optimizer, 0)
+
     def _verified(self, checkpoint: Path) -> dict[str, Any]:
         """The manifest; every rank reads its share of the files, and all raise what one has found."""
         here, error, manifest = self._topology, None, {}

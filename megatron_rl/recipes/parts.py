@@ -19,10 +19,13 @@ from megatron_rl.model.network import Network
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.alarm import mismatch_alarm
 from megatron_rl.observe.flops import train_flops
+from megatron_rl.observe.jsonl import read_jsonl
+from megatron_rl.observe.sinks import METRICS
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.evaluation import Evaluator
 from megatron_rl.recipes.routing import without_routed_experts
 from megatron_rl.recipes.serving import Serving, style
+from megatron_rl.recipes.stages import Stage, plateaued
 from megatron_rl.recipes.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Collector, Ledger
 from megatron_rl.topology import Topology
@@ -98,11 +101,16 @@ class RunRecord:
 
     def __init__(self, config: Config, topology: Topology, *, network: Network, log: MetricsLog | None,
                  evaluator: Evaluator | None, serving: Serving | None, rollouts: BroadcastRollouts,
-                 weights: PublishedWeights, save: Callable[[int], None], poll_save: Callable[[], None]):
+                 weights: PublishedWeights, save: Callable[[int, bool], None], poll_save: Callable[[], None],
+                 stage: Stage):
         self._config, self._topology, self._sizes = config, topology, asdict(network)
         self._log, self._evaluator, self._serving = log, evaluator, serving
         self._rollouts, self._weights = rollouts, weights
-        self._save, self._poll_save = save, poll_save
+        self._save, self._poll_save, self._stage = save, poll_save, stage
+        self._plateau, self._rewards = False, []
+        if log is not None and stage.options is not None:
+            rows = read_jsonl(log.directory / METRICS)
+            self._rewards = [row["reward/mean"] for row in rows if row["step"] > stage.first_step]
 
     def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
              results: Sequence[StepResult], timers: Timers) -> None:
@@ -119,16 +127,28 @@ class RunRecord:
         flops = train_flops(self._sizes, lengths)
         metrics["flops/model_tflops_per_s"] = flops / seconds["time/train"] / 1e12
         metrics |= mismatch_alarm(step + 1, metrics, self._config.observe.mismatch_alarm)
+        if self._stage.options is not None:
+            metrics["stage/index"] = self._stage.index
+            self._rewards.append(metrics["reward/mean"])
         self._log.log(step + 1, metrics)
 
     def evaluate(self, step: int, label: str) -> None:
+        if label == "after_rl" and not self._stage.is_last:
+            label = "during"
         values = while_serving(self._topology, self._weights, self._serving,
                                self._evaluator and self._evaluator.evaluate(step))
         if self._log is not None:
             self._log.log_eval(step, label, values)
 
     def save(self, step: int) -> None:
-        self._save(step)
+        self._save(step, self._plateau or step == self._config.run.steps)
+
+    def over(self, step: int) -> bool:
+        stage = self._stage.options
+        if stage is not None and stage.plateau_steps:
+            mine = plateaued(self._rewards, stage.plateau_steps, stage.plateau_gain)
+            self._plateau = self._topology.broadcast_object(mine if self._topology.is_main else None)
+        return self._plateau or step == self._config.run.steps
 
     def stop_asked(self) -> bool:
         return any(self._topology.gather_objects(stop.asked()))

@@ -18,7 +18,7 @@ from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
-from megatron_rl.recipes import stop
+from megatron_rl.recipes import stages, stop
 from megatron_rl.recipes.colocated import ColocatedLearner, engine_memory
 from megatron_rl.recipes.evaluation import Evaluator
 from megatron_rl.recipes.learner import PolicyLearner
@@ -26,6 +26,7 @@ from megatron_rl.recipes.parts import BroadcastRollouts, RunRecord
 from megatron_rl.recipes.probe import Probe
 from megatron_rl.recipes.routing import engine_routing
 from megatron_rl.recipes.serving import Serving, build_collector, engine_clients, load_tokenizer, prompt_source
+from megatron_rl.recipes.stages import Stage
 from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
 from megatron_rl.reward import RewardPool
 
@@ -44,43 +45,53 @@ class RunParts:
     topology: topology.Topology
 
 
-def run(config: Config) -> None:
-    """Train from model.path (or the last checkpoint, run.resume) for run.steps steps; see loop.run."""
-    with build_run(config) as parts:
+def run(config: Config) -> bool:
+    """Train from model.path (or the last checkpoint, run.resume) for run.steps steps, see loop.run; or, with `stages`,
+    to the end of the stage that is next. Returns whether nothing is left to do."""
+    stage = stages.current(config)
+    config = stage.config
+    with build_run(stage) as parts:
         finished = loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=parts.weights,
                             record=parts.record, timers=Timers(), first_step=parts.first_step)
         parts.checkpoints.finish()
-        if finished and config.run.export_hf:
+        if finished and stage.is_last and config.run.export_hf:
             export(config, parts.exporter, parts.topology, Path(config.run.dir) / "hf")
     topology.stop()
     if not finished:
         sys.exit(stop.STOPPED)
+    return stage.is_last
 
 
 @contextlib.contextmanager
-def build_run(config: Config) -> Iterator[RunParts]:
+def build_run(stage: Stage) -> Iterator[RunParts]:
     """Everything of one run on this rank; what speaks to the outside is closed at the end."""
+    config = stage.config
     here = topology.start(config.parallel, seed=config.run.seed)
     learner = PolicyLearner(config, here)
     checkpoints = Checkpoints(config.run, learner.policy, learner.optimizer, here)
     state = checkpoints.restore()
     first_step = 0 if state is None else state["step"]
     with contextlib.ExitStack() as stack:
-        main = MainRank(config, here, stack, log_until=log_until(config, state)) if here.is_main else None
+        main = MainRank(stage, here, stack, log_until=log_until(config, state)) if here.is_main else None
         serving = main.serving if main else None
         probe = Probe(learner, config, here)
         weights = PublishedWeights(learner.exporter, here, probe, main.channel(probe) if main else None)
         rollouts = BroadcastRollouts(here, weights, serving, main.collector if main else None)
         if state is not None:
             learner.load_state_dict(state)
-            rollouts.load_state_dict(state["rollouts"])
+            if stage.keeps_order:
+                rollouts.load_state_dict(state["rollouts"])
+            if stage.resets_optimizer:
+                checkpoints.reset_optimizer()
+                learner.updates_done = 0
 
-        def save(step: int) -> None:
-            checkpoints.save(step, learner.state_dict(), rollouts.state_dict())
+        def save(step: int, over: bool) -> None:
+            checkpoints.save(step, {**learner.state_dict(), **stage.state(over=over)}, rollouts.state_dict())
 
         record = RunRecord(config, here, network=learner.policy.config,
                            log=main.log if main else None, evaluator=main.evaluator if main else None,
-                           serving=serving, rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll)
+                           serving=serving, rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll,
+                           stage=stage)
         learning = ColocatedLearner(learner, weights) if config.rollout.engine.colocate else learner
         yield RunParts(rollouts, learning, weights, record, first_step, learner.exporter, checkpoints, here)
 
@@ -88,8 +99,9 @@ def build_run(config: Config) -> Iterator[RunParts]:
 class MainRank:
     """What only rank 0 has: prompts, rewards, engines, the log. Closed with `stack`."""
 
-    def __init__(self, config: Config, here: topology.Topology, stack: contextlib.ExitStack, *,
+    def __init__(self, stage: Stage, here: topology.Topology, stack: contextlib.ExitStack, *,
                  log_until: int | None):
+        config = stage.config
         tokenizer = load_tokenizer(config.model.path)
         source = prompt_source(config, config.data, tokenizer)
         rewards = stack.enter_context(RewardPool(config.reward))
@@ -104,7 +116,7 @@ class MainRank:
         self.publisher = stack.enter_context(contextlib.closing(
             build_publisher(config, self.clients, here.device, self.memory)))
         self.evaluator = Evaluator(config, self.serving, tokenizer, rewards)
-        self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
+        self.log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(stage.whole),
                                                   resume_step=log_until))
         self._config = config
 

@@ -5,6 +5,7 @@ import sys
 from megatron_rl import loop, topology
 from megatron_rl.config.load import from_json
 from megatron_rl.observe import Timers
+from megatron_rl.recipes import stages
 from megatron_rl.recipes.rl import build_run
 
 
@@ -21,7 +22,7 @@ class Forgetful:
 
 if __name__ == "__main__":
     config = from_json(sys.argv[1])
-    with build_run(config) as parts:
+    with build_run(stages.current(config)) as parts:
         loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=Forgetful(parts.weights),
                  record=parts.record, timers=Timers(), first_step=parts.first_step)
     topology.stop()

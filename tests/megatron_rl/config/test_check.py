@@ -1,10 +1,15 @@
 """Rules between sections: each names the keys, and the values of the report pass."""
 
+import json
+import re
+
 import pytest
 
 from megatron_rl import cli, commands
 from megatron_rl.config.check import Sizes, check_rl, summary
-from megatron_rl.config.load import load
+from megatron_rl.config.load import CONF_DIR, load
+from megatron_rl.model.architectures import HF_FILES
+from megatron_rl.recipes.stages import stage_configs
 
 SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters=1)
 
@@ -64,7 +69,7 @@ def test_phi_per_rank_is_multiplied_by_the_data_parallel_size():
 
 
 def test_the_report_layout_checks_without_a_gpu(capsys):
-    assert cli.main(["rl", "--check", "experiment=ring_lite_stage1"]) == 0
+    assert cli.main(["rl", "--check", "experiment=ring_lite_rl_stage1"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "16.80B parameters, 2.75B active" in shown
     assert "256 = tp 1 x pp 1 x cp 1 x dp 256" in shown
@@ -73,7 +78,7 @@ def test_the_report_layout_checks_without_a_gpu(capsys):
 
 
 def test_ring_lite_values_are_the_reports():
-    config = load(["experiment=ring_lite_stage1"])
+    config = load(["experiment=ring_lite_rl_stage1"])
     assert config.c3po.phi * config.c3po.updates_per_rollout == 409_600
     assert (config.rollout.prompts_per_step, config.rollout.responses_per_prompt) == (512, 16)
     assert config.rollout.max_context_tokens == 24_576
@@ -83,14 +88,46 @@ def test_ring_lite_values_are_the_reports():
     assert (config.c3po.balance_coef, config.c3po.z_loss_coef) == (1e-5, 1e-7)
 
 
+def test_ring_lite_stages_and_sft_are_the_reports(capsys):
+    for command in (["rl", "--check", "experiment=ring_lite_rl_stage2"], ["rl", "--check", "experiment=ring_lite_rl"],
+                    ["sft", "--check", "experiment=ring_lite_sft"]):
+        assert cli.main(command) == 0
+        assert "256 = tp 1 x pp 1 x cp 1 x dp 256" in " ".join(capsys.readouterr().out.split())
+    first, second, both = (load([f"experiment=ring_lite_{name}"]) for name in ("rl_stage1", "rl_stage2", "rl"))
+    assert second.rollout.max_context_tokens == 32_768 and set(second.data.mix) == {"math", "code", "science"}
+    assert (second.c3po, second.optimizer) == (first.c3po, first.optimizer)
+    early, late = stage_configs(both)
+    assert (early.rollout, early.batch, early.run.steps) == (first.rollout, first.batch, first.run.steps)
+    assert early.data.weights == {"math": 1} and late.data == second.data and late.rollout == second.rollout
+    assert first.eval.benchmarks["aime24"].samples == 32 and (first.eval.temperature, first.eval.top_p) == (1.0, 0.95)
+    sft = load(["experiment=ring_lite_sft"])
+    optimizer = sft.optimizer
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_fraction, optimizer.weight_decay) == (
+        3e-4, "cosine", 0.01, 0.1)
+    assert (sft.sft.batch_size, sft.sft.epochs, sft.rollout.max_context_tokens) == (256, 3, 32_768)
+    assert read_config_of("ling_lite")["rope_theta"] == 600_000
+
+
+@pytest.mark.parametrize("name", ["rl_stage1", "rl_stage2", "rl", "sft"])
+def test_every_ring_lite_value_says_where_it_is_from(name):
+    lines = (CONF_DIR / "experiment" / f"ring_lite_{name}.yaml").read_text().splitlines()
+    values = [line for line in lines if re.match(r"\s*(- )?[\w.]+: \S", line)]
+    unsaid = [line for line in values if not re.search(r"# (report|ours|Sec\. |Fig\. |Table )", line)]
+    assert len(values) > 8 and not unsaid
+
+
+def read_config_of(architecture):
+    return json.loads((HF_FILES / f"{architecture}.json").read_text())
+
+
 @pytest.mark.parametrize("overrides, message", [
     ([], "model.path is not set"),
     (["model.path=/nowhere"], "model.path=/nowhere: no config.json there"),
     (["model.architecture=ling_light"], "no such file, and no shipped one of that name"),
-    (["experiment=ring_lite_stage1", "parallel.ep=7", "parallel.world_size=7"],
+    (["experiment=ring_lite_rl_stage1", "parallel.ep=7", "parallel.world_size=7"],
      "parallel.ep=7 does not divide num_experts=64"),
-    (["experiment=ring_lite_stage1", "parallel.tp=8"], "parallel.tp=8 does not divide num_key_value_heads=4"),
-    (["experiment=ring_lite_stage1", "parallel.pp=3", "parallel.world_size=24"],
+    (["experiment=ring_lite_rl_stage1", "parallel.tp=8"], "parallel.tp=8 does not divide num_key_value_heads=4"),
+    (["experiment=ring_lite_rl_stage1", "parallel.pp=3", "parallel.world_size=24"],
      "parallel.pp=3 does not divide num_hidden_layers=28"),
 ])
 def test_a_wrong_model_or_layout_ends_with_exit_code_2(overrides, message, capsys):

@@ -22,7 +22,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
 
 @pytest.fixture(scope="module")
 def ring_lite():
-    return load(["experiment=ring_lite_stage1", "parallel.world_size=8"])
+    return load(["experiment=ring_lite_rl_stage1", "parallel.world_size=8"])
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +110,14 @@ def test_without_a_budget_every_response_is_counted(ring_lite):
 
 
 def test_where_nothing_fits_the_smallest_are_shown(capsys):
-    assert main(["plan", "experiment=ring_lite_stage1", "parallel.world_size=8", "--gpu-memory", "16"]) == 0
+    assert main(["plan", "experiment=ring_lite_rl_stage1", "parallel.world_size=8", "--gpu-memory", "16"]) == 0
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown and "no layout fits" in shown
 
 
 def test_an_engine_on_the_same_gpus_takes_its_share(capsys):
     """mem_fraction_static 0.85 of 80 GB."""
-    assert main(["plan", "experiment=ring_lite_stage1", "parallel.world_size=8", "--colocated"]) == 0
+    assert main(["plan", "experiment=ring_lite_rl_stage1", "parallel.world_size=8", "--colocated"]) == 0
     assert re.search(r"^engine +68\.00 GB", capsys.readouterr().out, flags=re.MULTILINE)
 
 

@@ -1,0 +1,38 @@
+"""Section `stages` of the configuration: an RL run in several parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rl.config.rules import require
+
+STAGED = ("batch", "c3po", "data", "eval", "optimizer", "reward", "rollout")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: `steps` steps with the keys of `set` changed, e.g. {c3po.phi: 8192, data.weights: {math: 1}}.
+
+    The stages' steps add up to run.steps. plateau_steps, if not 0: the stage ends sooner, when the mean reward of its
+    last so many steps is less than plateau_gain above that of as many before. optimizer: AdamW's moments and the place
+    in the learning-rate schedule are kept from the stage before, or begin anew. Weights, step numbers, log and
+    checkpoints go on; so does the order of prompts, unless data other than weights and curriculum changes.
+    """
+
+    name: str = ""
+    steps: int = 1
+    plateau_steps: int = 0
+    plateau_gain: float = 0.0
+    optimizer: Literal["keep", "reset"] = "keep"
+    set: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        require(bool(self.name), "stages: every stage needs a name")
+        require(self.steps >= 1, f"stages: {self.name}: steps={self.steps} must be at least 1")
+        require(self.plateau_steps >= 0,
+                f"stages: {self.name}: plateau_steps={self.plateau_steps} must not be negative")
+        for key in self.set:
+            require(key.split(".")[0] in STAGED and "." in key and not key.startswith("rollout.engine"),
+                    f"stages: {self.name}: set.{key} cannot change between stages; keys of "
+                    f"{', '.join(STAGED)} can (but for rollout.engine)")

@@ -1,0 +1,138 @@
+"""An RL run in stages: which one a checkpoint is in, what it changes, and when it is over.
+
+Every stage is a start of the ranks of its own that goes on from the last checkpoint; that checkpoint's loop.json says
+which stage saved it, where that began and whether it was over. So a run that was stopped anywhere goes on there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_rl.config.load import build, to_dict
+from megatron_rl.config.schema import Config
+from megatron_rl.config.stage import StageConfig
+from megatron_rl.model import checkpoint_files as files
+
+__all__ = ["Stage", "current", "plateaued", "resumed", "stage_configs", "widest"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a run is. config: what holds in this stage (run.steps is its last step); whole: as it was given.
+
+    options None: a run without stages. fresh: nothing of this stage has been saved yet. done: the last one, and over.
+    """
+
+    whole: Config
+    config: Config
+    index: int = 0
+    first_step: int = 0
+    fresh: bool = False
+    done: bool = False
+    options: StageConfig | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.index >= len(self.whole.stages) - 1
+
+    @property
+    def resets_optimizer(self) -> bool:
+        return self.fresh and self.options is not None and self.options.optimizer == "reset"
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the collector's state of the last checkpoint still holds."""
+        if not self.fresh or self.index == 0:
+            return True
+        before = stage_config(self.whole, self.index - 1, 0)
+        return (_source(before), before.rollout.collector) == (_source(self.config), self.config.rollout.collector)
+
+    def state(self, *, over: bool) -> dict:
+        """What a checkpoint of this stage says of it; {} without stages."""
+        if self.options is None:
+            return {}
+        return {"stage": {"name": self.options.name, "index": self.index, "first_step": self.first_step, "over": over}}
+
+
+def current(config: Config) -> Stage:
+    """The stage that comes next by the checkpoint that run.resume means; the last one, done, when all are over.
+
+    ValueError when the checkpoint is of a run with other stages, or a stage's keys are wrong.
+    """
+    if not config.stages:
+        return Stage(config, config)
+    checkpoint = files.choose(config.run)
+    if checkpoint is None:
+        return _stage(config, 0, 0, fresh=True)
+    state = json.loads((checkpoint / "loop.json").read_text())
+    place = state.get("stage", {"name": None, "index": 0})
+    names = [stage.name for stage in config.stages]
+    if place["index"] >= len(names) or names[place["index"]] != place["name"]:
+        raise ValueError(f"{checkpoint} was saved in stage {place['index']} ({place['name'] or 'of a run without'}), "
+                         f"but stages are {', '.join(names)}: they must stay the same up to there")
+    following = place["index"] + 1
+    if place["over"] and following < len(names):
+        return _stage(config, following, state["step"], fresh=True)
+    stage = _stage(config, place["index"], place["first_step"], fresh=False)
+    if not place["over"]:
+        return stage
+    ended = replace(stage.config, run=replace(stage.config.run, steps=state["step"]))
+    return replace(stage, config=ended, done=True)
+
+
+def _stage(config: Config, index: int, first_step: int, *, fresh: bool) -> Stage:
+    return Stage(config, stage_config(config, index, first_step), index, first_step, fresh,
+                 options=config.stages[index])
+
+
+def stage_config(config: Config, index: int, first_step: int) -> Config:
+    """The configuration of stage `index` when it begins after `first_step` steps. ValueError names stage and key."""
+    stage, raw = config.stages[index], to_dict(config)
+    raw["stages"], raw["run"]["steps"] = [], first_step + stage.steps
+    try:
+        for dotted, value in stage.set.items():
+            *sections, key = dotted.split(".")
+            place = raw
+            for section in sections:
+                place = place.get(section)
+                if not isinstance(place, dict):
+                    raise ValueError(f"{dotted}: {section} is no section")
+            place[key] = value
+        return build(raw)
+    except ValueError as error:
+        raise ValueError(f"stages: {stage.name}: {error}") from error
+
+
+def stage_configs(config: Config) -> list[Config]:
+    """Of every stage in order, if none ends early; of a run without stages its own."""
+    first, configs = 0, []
+    for index, stage in enumerate(config.stages):
+        configs.append(stage_config(config, index, first))
+        first += stage.steps
+    return configs or [config]
+
+
+def widest(config: Config) -> Config:
+    """`config` with the longest context of any stage: what the engines, which serve all of them, are started with."""
+    longest = max((each.rollout for each in stage_configs(config)), key=lambda rollout: rollout.max_context_tokens)
+    return replace(config, rollout=replace(config.rollout, max_context_tokens=longest.max_context_tokens))
+
+
+def resumed(config: Config) -> Config:
+    """`config` to be started again from its newest checkpoint."""
+    return replace(config, run=replace(config.run, resume=True, resume_from=None))
+
+
+def plateaued(rewards: Sequence[float], steps: int, gain: float) -> bool:
+    """Whether the last `steps` mean rewards are on average less than `gain` above the `steps` before them."""
+    if steps == 0 or len(rewards) < 2 * steps:
+        return False
+    last, before = sum(rewards[-steps:]) / steps, sum(rewards[-2 * steps:-steps]) / steps
+    return last - before < gain
+
+
+def _source(config: Config):
+    """What the order of prompts depends on."""
+    return replace(config.data, weights={}, curriculum=())

@@ -1,0 +1,87 @@
+"""Stages of an RL run: what each changes, which one a checkpoint is in, and when one is over."""
+
+import json
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.recipes.stages import current, plateaued, resumed, stage_configs, widest
+
+STAGES = ("stages=[{name:math,steps:4,set:{c3po.phi:100,rollout.max_context_tokens:120}},"
+          "{name:mixed,steps:3,optimizer:reset,set:{optimizer.lr:1e-4,data.seed:8}}]")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load(["experiment=quickstart", "run.steps=7", STAGES, f"run.dir={tmp_path}"])
+
+
+def saved(config, tmp_path, step, stage):
+    """As a checkpoint of that step leaves the run's folder, as far as stages are concerned."""
+    folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "loop.json").write_text(json.dumps({"step": step, **stage}))
+    return resumed(config)
+
+
+def test_a_stage_changes_its_keys_and_nothing_else(config):
+    first, second = stage_configs(config)
+    assert (first.c3po.phi, first.rollout.max_context_tokens, first.run.steps) == (100, 120, 4)
+    assert (second.c3po.phi, second.optimizer.lr, second.data.seed, second.run.steps) == (4096, 1e-4, 8, 7)
+    assert (second.rollout, second.model, first.optimizer) == (config.rollout, config.model, config.optimizer)
+    assert widest(config).rollout.max_context_tokens == 128
+
+
+def test_a_checkpoint_says_which_stage_comes_next(config, tmp_path):
+    start = current(config)
+    assert (start.index, start.first_step, start.fresh, start.is_last) == (0, 0, True, False)
+    config = saved(config, tmp_path, 2, start.state(over=False))
+    middle = current(config)
+    assert (middle.index, middle.first_step, middle.fresh) == (0, 0, False) and middle.keeps_order
+    config = saved(config, tmp_path, 3, middle.state(over=True))  # a step before its time: a plateau
+    second = current(config)
+    assert (second.index, second.first_step, second.fresh, second.is_last) == (1, 3, True, True)
+    assert second.config.run.steps == 6 and second.resets_optimizer and not second.keeps_order
+    config = saved(config, tmp_path, 5, second.state(over=False))
+    second_again = current(config)
+    assert not second_again.resets_optimizer and second_again.keeps_order and second_again.config.run.steps == 6
+    end = current(saved(config, tmp_path, 6, second.state(over=True)))
+    assert end.done and end.is_last and end.config.run.steps == 6  # nothing is left but the export
+    assert not second.done and not start.done
+
+
+def test_a_checkpoint_of_other_stages_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="saved in stage 0 .of a run without.*stages are math, mixed"):
+        current(saved(config, tmp_path, 2, {}))
+    with pytest.raises(ValueError, match=r"saved in stage 1 .other."):
+        current(saved(config, tmp_path, 3, {"stage": {"name": "other", "index": 1, "first_step": 2, "over": False}}))
+
+
+def test_without_stages_a_run_is_one(tmp_path):
+    config = load(["experiment=quickstart", f"run.dir={tmp_path}"])
+    stage = current(config)
+    assert stage.config == config and stage.is_last and not stage.fresh and stage.state(over=True) == {}
+    assert stage_configs(config) == [config]
+
+
+@pytest.mark.parametrize(("stages", "message"), [
+    ("[{name:a,steps:4}]", "run.steps=7 must be the sum of the stages' steps, 4"),
+    ("[{steps:7}]", "every stage needs a name"),
+    ("[{name:a,steps:4},{name:a,steps:3}]", "two have the same name"),
+    ("[{name:a,steps:7,set:{parallel.ep:2}}]", r"a: set.parallel.ep cannot change between stages"),
+    ("[{name:a,steps:7,set:{rollout.engine.count:2}}]", r"set.rollout.engine.count cannot change"),
+    ("[{name:a,steps:7,set:{c3po.phy:2}}]", r"stages: a: unknown key c3po.phy \(did you mean c3po.phi"),
+    ("[{name:a,steps:7,set:{c3po.phi:0}}]", r"stages: a: c3po.phi=0 must be at least 1"),
+    ("[{name:a,steps:7,set:{c3po.phi.x:1}}]", r"stages: a: c3po.phi.x: phi is no section"),
+])
+def test_a_wrong_stage_names_itself_and_its_key(stages, message):
+    with pytest.raises(ValueError, match=message):
+        stage_configs(load(["experiment=quickstart", "run.steps=7", f"stages={stages}"]))
+
+
+def test_a_plateau_compares_two_windows():
+    rewards = [0.1, 0.3, 0.4, 0.4, 0.45, 0.45]
+    assert not plateaued(rewards[:3], 2, 0.1)  # fewer than two windows
+    assert not plateaued(rewards[:4], 2, 0.1)  # 0.4 after 0.2
+    assert plateaued(rewards, 2, 0.1)  # 0.45 after 0.4
+    assert not plateaued(rewards, 2, 0.04) and not plateaued(rewards, 0, 1.0)
