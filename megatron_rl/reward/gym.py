@@ -15,6 +15,10 @@ from megatron_rl.types import Prompt, Score
 
 __all__ = ["ReasoningGymScorer", "judge_gym"]
 
+# Their checkers give full marks to wrong answers, so only the answer itself counts.
+# game_of_life_halting.py `score_answer` compares bool(text) with bool("True" or "False"): every text is right
+LENIENT = frozenset({"game_of_life_halting"})
+
 
 class ReasoningGymScorer:
     """1 only for the checker's full mark: several checkers give part marks to a text that merely holds the answer.
@@ -49,6 +53,8 @@ class ReasoningGymScorer:
 
 def judge_gym(task: str, config_json: str, answer: str, entry: dict[str, Any]) -> Score:
     """The task's own verdict on `answer`; raises what the checker raises (some do, on nonsense)."""
+    if task in LENIENT:
+        return verdict(answer.strip().casefold() == str(entry["answer"]).strip().casefold())
     return verdict(_dataset(task, config_json).score_answer(answer, entry) == 1.0)
 
 

@@ -115,6 +115,28 @@ def test_a_gym_checker_that_raises_is_an_error_and_not_a_wrong_answer():
     assert score.status == "error" and score.detail.startswith("ValueError") and score.value == 0.0
 
 
+@pytest.mark.slow
+def test_no_task_of_the_gym_takes_nonsense_for_an_answer_and_each_takes_its_own():
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    from megatron_rl.data.gym import REFUSED
+
+    taken, refused, judged = [], [], 0
+    for task in sorted(DATASETS.keys() - REFUSED.keys() - {"composite"}):  # that one needs a config
+        dataset = reasoning_gym.create_dataset(task, size=2, seed=3)
+        for entry in dataset:
+            problem = Prompt("g", (1,), entry["question"], entry["answer"] or "", "reasoning_gym",
+                             {"task": task, "task_config": {}, "entry": entry})
+            scores = [ReasoningGymScorer().score(problem, text) for text in (
+                "nonsense", "I do not know", "\\boxed{0 0 0}", "{}", "[]", "\\boxed{-999999}")]
+            taken += [task] if any(score.value for score in scores) else []
+            if entry["answer"] is not None:
+                judged += 1
+                refused += [] if ReasoningGymScorer().score(problem, entry["answer"]).value else [task]
+    assert taken == [] and refused == [] and judged > 180
+
+
 def test_the_gym_memo_key_holds_all_that_the_checker_reads():
     def key(problem, response):
         return ReasoningGymScorer().prepare(problem, response).memo_key
