@@ -23,6 +23,10 @@ from megatron_rl.data.rows import BadRow, Row, read_file
 __all__ = ["BENCHMARKS", "read_benchmark"]
 
 LETTERS = "ABCD"
+# what the benchmark's own starter code takes for granted, such as List
+PYTHON_IMPORTS = ("from typing import *\nfrom collections import *\nfrom functools import *\nfrom itertools import *\n"
+                  "from math import ceil, floor, gcd, inf, sqrt\nfrom heapq import *\nfrom bisect import *\n"
+                  "import bisect, collections, functools, heapq, itertools, math, random, re, string, sys\n")
 QUESTION = ("problem", "Problem", "question", "Question", "prompt")
 ANSWER = ("answer", "Answer")
 IDENTIFIER = ("id", "ID", "Record ID", "question_id", "unique_id")
@@ -71,7 +75,8 @@ def _livecodebench(row: Row, fields: dict[str, Any], domain: str) -> Problem:
     cases = [*_cases(fields, "public_test_cases"), *_cases(fields, "private_test_cases")]
     if not cases:
         raise BadRow("no test case")
-    metadata = {"language": "python", **{name: fields.get(name) for name in ("difficulty", "contest_date")}}
+    metadata = {"language": "python", "context": PYTHON_IMPORTS,
+                **{name: fields.get(name) for name in ("difficulty", "contest_date")}}
     try:
         if starter.strip():
             metadata |= {"mode": "function", "entry_point": json.loads(fields.get("metadata") or "{}")["func_name"],

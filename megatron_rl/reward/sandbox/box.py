@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ __all__ = ["Bubblewrap", "Running"]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
                "OPENBLAS_NUM_THREADS": "1"}
 SHM_BYTES = 8 << 20
+END_S = 10.0
 GET_IT = ("install bubblewrap 0.8 or later (apt-get install bubblewrap) and allow unprivileged user namespaces "
           "(in a container: --security-opt seccomp=unconfined, or run where they are allowed). To run generated code "
           "without any isolation, with your rights and your files, say so: reward.sandbox=unsafe")
@@ -98,11 +100,12 @@ def _end(process: subprocess.Popen[bytes], ended: int) -> None:
     """Kills what is left and waits until its first process is gone (the pipe closes); all others go with it."""
     if process.poll() is None:
         process.kill()
-    os.read(ended, 1)
     process.wait()
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()
+    if not select.select([ended], [], [], END_S)[0]:
+        raise RuntimeError(f"a sandbox lives on after its end (it was started as process {process.pid})")
 
 
 def _as_user(uid: int | None) -> list[str]:

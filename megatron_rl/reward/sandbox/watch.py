@@ -14,6 +14,7 @@ from megatron_rl.reward.sandbox.limits import Limits, Outcome
 __all__ = ["watch"]
 
 SAMPLE_S = 0.03
+GRACE_S = 10.0  # between the kill and the end
 STDERR_BYTES = 1 << 18
 MAX_FILES = 20_000
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -40,7 +41,7 @@ def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits) -> Outco
                 os.set_blocking(stream.fileno(), False)
                 selector.register(stream.fileno(), selectors.EVENT_READ, name)
         alive, sample_at = True, started + SAMPLE_S
-        while alive:
+        while alive and time.monotonic() < started + limits.deadline_s + GRACE_S:
             for key, _ in selector.select(max(0.0, sample_at - time.monotonic())):
                 if key.data == "ended":
                     alive = False

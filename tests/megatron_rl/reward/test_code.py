@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_rl.config.schema import RewardConfig
+from megatron_rl.data.benchmarks import PYTHON_IMPORTS
 from megatron_rl.reward import RewardPool, Routes
 from megatron_rl.reward.code import CodeScorer, last_code_block
 from megatron_rl.reward.languages import java_class
@@ -51,6 +52,8 @@ FAST = [
 SLOW = [
     ("timeout", "python", SUMS | {"time_s": 1}, "while True: pass"),
     ("correct", "python", ASSERTS, "def f(x): return x * x"),
+    ("correct", "python", SQUARES | {"context": PYTHON_IMPORTS},
+     "class Solution:\n    def f(self, x: Optional[int]) -> List[int]: return math.prod(islice(repeat(x), 2))"),
     ("correct", "python", SQUARES, "class Solution:\n    def f(self, x): return x * x"),
     ("correct", "python", SQUARES | {"context": "import math\ndef f(x):\n"}, "    return int(math.pow(x, 2))"),
     ("runtime_error", "python", CALLS, "def f(x, s): return x.y"),

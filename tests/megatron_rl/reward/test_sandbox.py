@@ -154,6 +154,7 @@ def test_two_runs_at_a_time_have_two_user_ids():
         assert first != second and min(first, second) >= 60000
 
 
+@pytest.mark.slow
 @needs_sandbox
 def test_nothing_is_left_when_the_parent_is_killed():
     source = ("from megatron_rl.reward.sandbox import *\nBubblewrap().run(['/usr/bin/sleep', '87654'], {}, "
