@@ -30,6 +30,7 @@ def dedup(items: Sequence[Item], *, threshold: float = 0.7, same_numbers: bool =
     removed: dict[int, Removal] = {}
     first: dict[str, int] = {}
     shingles: dict[int, frozenset[str]] = {}
+    numbers = [sorted(_NUMBER.findall(problem_text(item.problem))) for item in items]
     # Candidates below the threshold are dropped by their true similarity, so the index may be generous.
     index = MinHashLSH(threshold=max(0.1, threshold - 0.15), num_perm=PERMUTATIONS, weights=(0.2, 0.8))
     for place, item in enumerate(items):
@@ -41,7 +42,7 @@ def dedup(items: Sequence[Item], *, threshold: float = 0.7, same_numbers: bool =
         own, sketch = _shingles(text), MinHash(num_perm=PERMUTATIONS)
         sketch.update_batch([piece.encode() for piece in own])
         alike = [(_jaccard(own, shingles[other]), -other) for other in index.query(sketch)
-                 if not same_numbers or _numbers(items[other]) == _numbers(item)]
+                 if not same_numbers or numbers[other] == numbers[place]]
         best, other = max(alike, default=(0.0, 0))
         if best >= threshold:
             removed[place] = _removal("near_duplicate", items, -other, item, f", similarity {best:.2f}")
@@ -64,7 +65,3 @@ def _shingles(text: str) -> frozenset[str]:
 
 def _jaccard(left: frozenset[str], right: frozenset[str]) -> float:
     return len(left & right) / len(left | right)
-
-
-def _numbers(item: Item) -> list[str]:
-    return sorted(_NUMBER.findall(problem_text(item.problem)))

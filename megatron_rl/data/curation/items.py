@@ -19,7 +19,8 @@ from megatron_rl.data.rows import FILE_SOURCES, BadRow, Row, read_rows
 __all__ = ["Item", "Removal", "Split", "problem_text", "read_items", "words", "write_split"]
 
 KEPT, REMOVED, REPORT = "kept.jsonl", "removed.jsonl", "report.json"
-_WORD = re.compile(r"[^\W_]+|[-+*/=<>^]")
+_CJK = "\\u3040-\\u30ff\\u3400-\\u9fff\\uac00-\\ud7af"  # written without spaces: each character is a word
+_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+|[-+*/=<>^]")
 
 
 @dataclass(frozen=True)

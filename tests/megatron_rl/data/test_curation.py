@@ -78,6 +78,7 @@ def test_layout_of_latex_does_not_hide_a_repetition():
     spelled = words("Let $\\left( x \\right) = \\dfrac{1}{2}$, find $x$.")
     assert spelled == words("let (x)=\\frac{1}{2}  Find x") == ["let", "x", "=", "frac", "1", "2", "find", "x"]
     assert words("A\u00a0B \uff11") == ["a", "b", "1"]
+    assert words("\u6c42x\u7684\u503c") == ["\u6c42", "x", "\u7684", "\u503c"]  # Chinese has no spaces
 
 
 def test_every_row_is_written_once_as_it_was_read(tmp_path):
