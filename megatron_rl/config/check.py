@@ -40,6 +40,9 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
     if algo.has_budget:
         _check_budget(config)
     _check_collector(config)
+    require(not (rollout.engine.router and algo.router_replay == "rollout"),
+            "rollout.engine.router drops the wish for routed experts from requests, which c3po.router_replay=rollout "
+            "needs; leave the router unset or use c3po.router_replay=trainer")
     require(not (algo.corrects_mismatch and rollout.top_p < 1.0),
             "rollout.top_p < 1 changes the sampled distribution but not the reported log-probabilities, so "
             "c3po.mismatch and c3po.sequence_* cannot correct for it; use rollout.top_p=1.0")

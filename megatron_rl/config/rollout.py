@@ -34,6 +34,8 @@ class EngineConfig:
     tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
     others follow. Ranks of the trainer take the GPUs from 0, so leave them room, or share the GPUs with colocate: the
     engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).
+    router: `local` starts an sglang-router (a package of its own), a URL names one; it then chooses an engine for
+    each request by router_policy, where otherwise the one with the fewest requests is taken.
     """
 
     urls: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ class EngineConfig:
     tp: int = 1
     first_gpu: int = 0
     colocate: bool = False
+    router: str | None = None
+    router_policy: Literal["cache_aware", "round_robin", "random"] = "cache_aware"
     api_key_env: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -74,7 +78,8 @@ class EngineConfig:
         for flag, key in RESERVED_FLAGS.items():
             require(not any(arg.split("=")[0] == flag for arg in self.extra_args),
                     f"rollout.engine.extra_args: {flag} is set by {key}")
-        elsewhere = [url for url in self.urls if not is_loopback(urlsplit(url).hostname)]
+        routers = () if self.router in (None, "local") else (self.router,)
+        elsewhere = [url for url in (*self.urls, *routers) if not is_loopback(urlsplit(url).hostname)]
         require(not elsewhere or self.api_key_env is not None,
                 f"rollout.engine.urls names {', '.join(elsewhere)} on another machine, which must ask for a key: start "
                 "it with one and set rollout.engine.api_key_env to the environment variable that holds it here")

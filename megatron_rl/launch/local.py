@@ -21,6 +21,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.observe import RunProgress
 from megatron_rl.rollout.engines import EngineProcess, with_key
+from megatron_rl.rollout.router import router_process
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
 
 STOP_GRACE_S = 20.0
@@ -55,8 +56,12 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
             started, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
             weight_version=NOTHING_PUBLISHED, return_routed_experts=config.c3po.router_replay == "rollout",
             taken_ports=[process.port for process in processes], number=number))
+    served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
+    if engine.router == "local":
+        processes.append(router_process(engine, log_path.with_stem(f"{log_path.stem}-router"),
+                                        [process.port for process in processes]))
+        served = dataclasses.replace(served, router=processes[-1].base_url)
     with Supervisor(processes, engine):
-        served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
         yield dataclasses.replace(config, rollout=dataclasses.replace(started, engine=served))
 
 

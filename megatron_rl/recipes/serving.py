@@ -28,6 +28,7 @@ from megatron_rl.rollout.engines import engine_key
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers
+from megatron_rl.rollout.router import RoutedFleet, RouterClient
 from megatron_rl.types import RolloutGroup
 
 
@@ -59,11 +60,25 @@ def engine_clients(config: Config) -> list[EngineClient]:
                          api_key=key) for url in engine.urls]
 
 
+def build_fleet(config: Config) -> Fleet:
+    """With the router's choice of engine, if there is one, or our own."""
+    clients, engine = engine_clients(config), config.rollout.engine
+    if engine.router is None:
+        return Fleet(clients, config.rollout)
+    if engine.router == "local":
+        raise ValueError("rollout.engine.router=local is started with the engines; with rollout.engine.urls give the "
+                         "router's URL")
+    key = engine_key(engine)
+    router = RouterClient(engine.router, timeout_s=config.rollout.request_timeout_s,
+                          control_timeout_s=engine.control_timeout_s, api_key=key)
+    return RoutedFleet(clients, router, config.rollout, key=key)
+
+
 class Serving:
     """The engines of a run, spoken to on an event loop in the background. `with Serving(config) as serving:`"""
 
     def __init__(self, config: Config):
-        self.fleet = Fleet(engine_clients(config), config.rollout)
+        self.fleet = build_fleet(config)
         self.background = EventLoopThread()
 
     def __enter__(self) -> Serving:

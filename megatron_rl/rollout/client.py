@@ -176,7 +176,7 @@ class EngineClient:
             },
             timeout_s=self.timeout_s,
         )
-        with _well_formed():
+        with well_formed():
             pairs = answer["meta_info"]["input_token_logprobs"][1:]
             if [pair[1] for pair in pairs] != list(input_ids[1:]):
                 raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities of other tokens than asked")
@@ -185,7 +185,7 @@ class EngineClient:
     async def weight_version(self, *, timeout_s: float | None = None) -> int | None:
         """The version of the last publish that reached its end, or None when the engine's label is not a number."""
         info = await self._request("GET", "/model_info", None, timeout_s=timeout_s)
-        with _well_formed():
+        with well_formed():
             label = info["weight_version"]
             return int(label) if re.fullmatch(r"-?\d+", label) else None
 
@@ -300,7 +300,7 @@ class EngineClient:
                 method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
             ) as response:
                 text = await response.text()
-                if response.status != 200:
+                if not 200 <= response.status < 300:
                     raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
                 return json.loads(text) if response.content_type == "application/json" else text
         except ValueError as error:  # not JSON, or not text
@@ -324,7 +324,7 @@ def _version_to_wire(version: int | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _well_formed() -> Iterator[None]:
+def well_formed() -> Iterator[None]:
     """An answer that is not shaped as the API says becomes an EngineHTTPError."""
     try:
         yield
@@ -333,7 +333,7 @@ def _well_formed() -> Iterator[None]:
 
 
 def _parse_generate(answer: Mapping[str, Any]) -> GenerateResult:
-    with _well_formed():
+    with well_formed():
         return _read_generate(answer)
 
 

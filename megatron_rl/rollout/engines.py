@@ -181,10 +181,11 @@ class EngineProcess:
     def __init__(
         self, argv: Sequence[str], env: dict[str, str], *, port: int, log_path: str | Path,
         start_timeout_s: float = 240.0, stop_timeout_s: float = 30.0, host: str = "127.0.0.1",
+        health_path: str = "/health",
     ):
         self.argv = tuple(argv)
         self.env = dict(env)
-        self.host, self.port = host, port
+        self.host, self.port, self._health_path = host, port, health_path
         self.log_path = Path(log_path)
         self.start_timeout_s = start_timeout_s
         self.stop_timeout_s = stop_timeout_s
@@ -245,7 +246,7 @@ class EngineProcess:
             )
 
     def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
-        """Blocks until /health answers 200.
+        """Blocks until its health is answered with 200.
 
         Raises EngineError if the server dies, start_timeout_s passes, or `give_up` is set meanwhile.
         """
@@ -294,7 +295,7 @@ class EngineProcess:
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=5.0)
         try:
-            connection.request("GET", "/health")
+            connection.request("GET", self._health_path)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False

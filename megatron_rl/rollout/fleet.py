@@ -182,16 +182,24 @@ class Fleet:
         """The serving engine with the fewest requests; waits while there is none."""
         deadline = time.monotonic() + self._config.engine.wait_timeout_s
         while True:
-            now = time.monotonic()
-            ready = [member for member in self._members
-                     if member.reachable and member.unanswered_since is None and member.version == self._version
-                     and member.resting_until <= now and not (member.quarantined and member.in_flight)]
+            ready = self._ready()
             if ready:
                 return min(ready, key=lambda member: member.in_flight)
-            if now > deadline:
+            if time.monotonic() > deadline:
                 raise FleetError(f"request {rid}: no engine served for rollout.engine.wait_timeout_s="
                                  f"{self._config.engine.wait_timeout_s:g}; {self.describe()}")
             await asyncio.sleep(CHOICE_POLL_S)
+
+    def _ready(self) -> list[Member]:
+        return self._rested([member for member in self._members if member.version == self._version])
+
+    @staticmethod
+    def _rested(members: Sequence[Member]) -> list[Member]:
+        """Those of them that may get a request now."""
+        now = time.monotonic()
+        return [member for member in members
+                if member.reachable and member.unanswered_since is None and member.resting_until <= now
+                and not (member.quarantined and member.in_flight)]
 
     async def _attempt(self, member: Member, input_ids: Sequence[int], rid: str,
                        sampling: SamplingParams, tally: Tally,
@@ -255,15 +263,23 @@ class Fleet:
         member.failed_at = time.monotonic()
         member.resting_until = member.failed_at + min(FIRST_REST_S * 2 ** (member.failures - 1), LONGEST_REST_S)
 
-    def _lost(self, member: Member) -> None:
+    @staticmethod
+    def _lost(member: Member) -> None:
         """Its requests go elsewhere at once."""
         member.reachable = False
         member.gone.set()
 
+    @staticmethod
+    def _found(member: Member) -> None:
+        member.reachable, member.gone = True, asyncio.Event()
+
     async def _watch_members(self) -> None:
         while True:
-            await asyncio.gather(*(self._look_at(member) for member in self._members if not member.updating))
+            await self._look_around()
             await asyncio.sleep(self._config.engine.health_interval_s)
+
+    async def _look_around(self) -> None:
+        await asyncio.gather(*(self._look_at(member) for member in self._members if not member.updating))
 
     async def _look_at(self, member: Member) -> None:
         """Asks one engine for its label, which a server that is stopped or gone does not give."""
@@ -281,7 +297,7 @@ class Fleet:
             return
         member.unanswered_since = None
         if not member.reachable:
-            member.reachable, member.gone = True, asyncio.Event()
+            self._found(member)
         if self._version is not None and label != member.version:
             member.version = None
 

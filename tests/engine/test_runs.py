@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -142,6 +143,17 @@ def test_a_colocated_run_takes_the_same_step(whole_run, model, engine_url, tmp_p
     assert all(row[f"memory/free_bytes_{phase}"] > 0 for row in (first, second)
                for phase in ("generating", "training", "publishing", "serving"))
     assert "SGLang has no memory saver on CPU" in (tmp_path / "trainer.log").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
+def test_a_run_through_a_router_takes_the_same_step(whole_run, model, tmp_path):
+    """With an engine and a router that the command starts itself, and a key between them."""
+    done = run("rollout.engine.router=local", "rollout.engine.host=0.0.0.0", "run.steps=1", "eval.every_steps=0",
+               f"model.path={model}", f"run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (row,), reference = rows(tmp_path), timeless(rows(whole_run)[0])
+    for key in ("rollout/generated_tokens", "train/grad_norm"):
+        assert row[key] == reference[key], key
 
 
 def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):

@@ -60,7 +60,8 @@ def test_an_engine_that_comes_back_during_evaluation_catches_up():
 
         record = RunRecord(None, ALONE, network=NETWORK, evaluator=SimpleNamespace(evaluate=evaluate),
                            log=SimpleNamespace(log_eval=lambda *row: logged.append(row)), serving=serving,
-                           rollouts=None, weights=weights, save=None, poll_save=None)
+                           rollouts=None, weights=weights, save=None, poll_save=None,
+                           stage=SimpleNamespace(options=None))
         record.evaluate(3, "during")
         assert weights.caught_up == 1
 

@@ -34,9 +34,7 @@ class Engine:
     @asynccontextmanager
     async def serving(self):
         app = web.Application()
-        app.router.add_get("/model_info", self._info)
-        app.router.add_post("/generate", self._generate)
-        app.router.add_post("/abort_request", self._abort)
+        self.add_routes(app)
         runner = self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
@@ -44,6 +42,11 @@ class Engine:
             yield self
         finally:
             await runner.cleanup()
+
+    def add_routes(self, app: web.Application) -> None:
+        app.router.add_get("/model_info", self._info)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
 
     async def die(self) -> None:
         """Every open connection breaks, and nobody listens any more."""

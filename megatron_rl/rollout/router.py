@@ -1,0 +1,109 @@
+"""Requests spread by sglang-router instead of by us; it knows the engines that serve, and no other.
+
+Written for sglang-router 0.3.2. It is a proxy: which engine answered is not known here. So what fails is counted
+against the router, an abort goes to every engine, and when one fails a publish, whatever was under way is asked again.
+Engines are registered and removed as the watch sees them come and go (rollout.engine.health_interval_s). The router
+drops fields of a request that it does not know, return_routed_experts among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.rollout.client import EngineClient, EngineHTTPError, well_formed
+from megatron_rl.rollout.engines import EngineProcess, choose_port
+from megatron_rl.rollout.fleet import ABORT_GRACE_S, Fleet, Member
+
+
+def router_process(engine: EngineConfig, log_path: Path, taken_ports: Sequence[int]) -> EngineProcess:
+    """A router on loopback, not yet started. ValueError when the package is not installed."""
+    if importlib.util.find_spec("sglang_router") is None:
+        raise ValueError("rollout.engine.router=local needs the package sglang-router, which is not installed: "
+                         "pip install sglang-router, or leave rollout.engine.router unset")
+    port = choose_port(None, taken_ports)
+    metrics_port = choose_port(None, [*taken_ports, port])
+    argv = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+            "--policy", engine.router_policy, "--disable-retries", "--log-level", "warn",
+            "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
+    return EngineProcess(argv, dict(os.environ), port=port, log_path=log_path, health_path="/liveness",
+                         start_timeout_s=engine.start_timeout_s, stop_timeout_s=engine.stop_timeout_s)
+
+
+class RouterClient(EngineClient):
+    """The router's own calls, beside those that it passes on to an engine."""
+
+    async def workers(self) -> dict[str, str]:
+        """URL -> id of the engines that it sends requests to."""
+        answer = await self._request("GET", "/workers", None)
+        with well_formed():
+            return {worker["url"]: worker["id"] for worker in answer["workers"]}
+
+    async def add_worker(self, url: str, key: str | None) -> None:
+        """Takes effect a moment later."""
+        await self._post("/workers", {"url": url} | ({} if key is None else {"api_key": key}))
+
+    async def remove_worker(self, worker_id: str) -> None:
+        await self._request("DELETE", f"/workers/{worker_id}", None)
+
+
+class RoutedFleet(Fleet):
+    """A Fleet whose router chooses. It is this fleet's one member to send to; the engines are only watched."""
+
+    def __init__(self, clients: Sequence[EngineClient], router: RouterClient, config: RolloutConfig, *,
+                 key: str | None):
+        super().__init__(clients, config)
+        self._router, self._key = router, key
+        self._front = Member(router, reachable=False)
+
+    async def close(self) -> None:
+        await super().close()
+        await self._router.close()
+
+    def describe(self) -> str:
+        return f"router {self._front.describe(None)}; {super().describe()}"
+
+    def updating(self, version: int, urls: Sequence[str]) -> None:
+        super().updating(version, urls)
+        self._front.updating = True
+
+    def published(self, version: int, urls: Sequence[str], failures: dict[str, str]) -> None:
+        super().published(version, urls, failures)
+        self._front.updating = False
+        if failures and self._front.reachable:
+            self._lost(self._front)
+            self._found(self._front)
+
+    def _ready(self) -> list[Member]:
+        """The router, while some engine serves and it answers."""
+        return self._rested([self._front]) if super()._ready() else []
+
+    async def _abort(self, member: Member, rid: str, request: asyncio.Task) -> None:
+        await asyncio.gather(*(each.client.abort(rid) for each in self._members if each.reachable),
+                             return_exceptions=True)
+        await asyncio.wait({request}, timeout=ABORT_GRACE_S)
+
+    async def _look_around(self) -> None:
+        await super()._look_around()
+        serving = {member.client.base_url for member in self._members
+                   if member.reachable and member.version == self._version}
+        try:
+            known = await self._router.workers()
+        except EngineHTTPError as error:
+            self._front.last_failure = str(error)
+            self._lost(self._front)
+            return
+        # what it refuses, for example to register an engine twice, is tried again at the next look
+        await asyncio.gather(*(self._router.add_worker(url, self._key) for url in serving - known.keys()),
+                             *(self._router.remove_worker(known[url]) for url in known.keys() - serving),
+                             return_exceptions=True)
+        self._front.unanswered_since = None
+        if not serving & known.keys():
+            self._lost(self._front)
+        elif not self._front.reachable:
+            self._found(self._front)
