@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -14,9 +15,9 @@ import psutil
 import pytest
 
 from megatron_rl.reward.languages import build
-from megatron_rl.reward.sandbox import Bubblewrap, Limits, Outcome
+from megatron_rl.reward.sandbox import Bubblewrap, Limits, Outcome, box, watch
 from megatron_rl.reward.sandbox.slots import leased_uid
-from tests.megatron_rl.reward.attacks import ATTACKS
+from tests.megatron_rl.reward.attacks import ATTACKS, Attack
 from tests.sandboxes import needs_language, needs_sandbox
 
 SECRET = "a-value-of-the-host"
@@ -113,10 +114,7 @@ def test_no_attack_succeeds_or_disturbs_a_neighbour(attack, host, neighbour):
     started = time.monotonic()
     limits = TIGHT if "timeout" in attack.status else ROOMY
     outcome = run_program(attack.language, host.fill_in(attack.source), limits)
-    assert b"ESCAPED" not in outcome.stdout + outcome.stderr, outcome
-    assert outcome.status in attack.status or b"held" in outcome.stdout, outcome
-    assert "ok" not in attack.status or b"held" in outcome.stdout, outcome
-    assert SECRET.encode() not in outcome.stdout + outcome.stderr
+    assert _held(attack, outcome), outcome
     assert time.monotonic() - started < 30
     host.check()
 
@@ -181,3 +179,50 @@ def test_an_exception_while_a_program_runs_leaves_nothing():
     with pytest.raises(KeyError), Bubblewrap().start(["/usr/bin/sleep", "76543"], {}, stdin=b"", limits=TIGHT):
         raise KeyError
     assert not [each for each in psutil.process_iter(["cmdline"]) if "76543" in (each.info["cmdline"] or [])]
+
+
+def _without(wall: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes one wall down."""
+    walls, placed = box._walls, box._placed
+    nothing_denied = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)  # one instruction: allow
+    if wall == "seccomp":
+        monkeypatch.setattr(box, "deny_filter", lambda: nothing_denied)
+    elif wall == "cover of /proc/1":
+        monkeypatch.setattr(box, "_memory", lambda path, size: () if path == "/proc/1" else ("--tmpfs", path))
+        monkeypatch.setattr(box, "_placed", lambda data: [word for word in placed(data) if word not in (
+            "--remount-ro", "/proc/1", "/dev", "/")])
+    elif wall == "read-only root":
+        monkeypatch.setattr(box, "_placed", lambda data: placed(data)[:-2])
+    elif wall == "empty environment":
+        monkeypatch.setattr(box, "ENVIRONMENT", box.ENVIRONMENT | {"CANARY": SECRET})
+    elif wall == "process name space":
+        monkeypatch.setattr(box, "_walls", lambda limits: ["--unshare-net", "--unshare-uts", *walls(limits)[1:]])
+    elif wall == "limit of processes":
+        commands = Limits.commands
+        monkeypatch.setattr(Limits, "commands", lambda limits: [w for w in commands(limits) if "nproc" not in w])
+    elif wall == "watch over memory":
+        monkeypatch.setattr(watch, "_beyond", lambda pid, limits, seconds: "timeout" if seconds > 1.0 else "")
+    else:
+        monkeypatch.setattr(box, "_memory", lambda path, size: ("--tmpfs", path))
+
+
+@pytest.mark.slow
+@needs_sandbox
+@pytest.mark.parametrize(("wall", "name"), [
+    ("seccomp", "sockets of every family"), ("seccomp", "ptrace"),
+    ("cover of /proc/1", "the memory of the first process"),
+    ("read-only root", "a full root"), ("empty environment", "the environment"),
+    ("process name space", "/proc of the host"), ("limit of processes", "zombies that nobody waits for"),
+    ("watch over memory", "memory in many processes"), ("size of /tmp", "a full /tmp")])
+def test_each_wall_is_needed_and_its_absence_seen(wall, name, host, monkeypatch):
+    attack = next(attack for attack in ATTACKS if attack.name == name)
+    source = host.fill_in(attack.source)
+    assert _held(attack, run_program("python", source, ROOMY))
+    _without(wall, monkeypatch)
+    assert not _held(attack, run_program("python", source, ROOMY))
+
+
+def _held(attack: Attack, outcome: Outcome) -> bool:
+    output = outcome.stdout + outcome.stderr
+    return b"ESCAPED" not in output and SECRET.encode() not in output and outcome.status in attack.status and (
+        "ok" not in attack.status or b"held" in outcome.stdout)
