@@ -23,7 +23,7 @@ GENERATION_OVER_GRADING = 4.0  # generation takes this many times as long as gra
 
 
 def items(count: int, turn: int) -> list[tuple[Prompt, str]]:
-    """Pairs of the test set; `0 turn i` added to the text outside the answer's value keeps memo keys apart."""
+    """Pairs of the test set. Each reference is followed by another number of blanks, so no two memo keys are equal."""
     rows = [row for row in map(json.loads, ANSWERS.read_text("utf-8").splitlines()) if row[0] == "math_verify"]
     chosen = [rows[i % len(rows)] for i in range(count)]
     return [(Prompt(f"{turn}-{i}", (1,), "question", f"{{{reference}}}{' ' * (1 + i // len(rows) + count * turn)}{{}}",

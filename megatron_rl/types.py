@@ -79,7 +79,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Score:
-    """A judged response. status: correct | wrong | no_answer | timeout | error."""
+    """A judged response. status: correct | wrong | no_answer | timeout | error, or one of programs (reward/base.py)."""
 
     value: float
     status: str
