@@ -197,45 +197,17 @@ def evaluate(options) -> int:
 
 def data(options) -> int:
     """One step of curation: OUT/kept.jsonl, OUT/removed.jsonl with the reasons, OUT/report.json with the counts."""
-    from megatron_rl.data.curation.clean import clean
-    from megatron_rl.data.curation.contamination import decontaminate
-    from megatron_rl.data.curation.duplicates import dedup
-    from megatron_rl.data.curation.items import read_items, write_split
-    from megatron_rl.recipes import curate
+    from megatron_rl.recipes import curation
 
-    overrides = options.overrides
-    if options.step == "clean":  # a bad row is one more thing to clean
-        overrides = [*overrides, "data.on_error=skip"]
-    config, folder = load(overrides), Path(options.out)
-    items, bad = read_items(config.data)
-    samples = sampled(config, items, options.samples, folder) if getattr(options, "samples", 0) else []
-    if options.step == "clean":
-        split = clean(items)
-    elif options.step == "dedup":
-        split = dedup(items, threshold=options.threshold, same_numbers=not options.ignore_numbers)
-    elif options.step == "decontaminate":
-        split = decontaminate(items, curate.benchmark_problems(options.against), ngram=options.ngram,
-                              share=options.share)
-    elif options.step == "verify":
-        split = curate.verify(items, config, samples, agreement=options.agreement)
-    else:
-        split = curate.difficulty(items, samples, model=config.model.path, keep_never_solved=options.keep_never_solved,
-                                  keep_always_solved=options.keep_always_solved)
+    skip = ["data.on_error=skip"] if options.step == "clean" else []  # a bad row is one more thing to clean
+    config = load([*options.overrides, *skip])
+    with engine_errors():
+        counts = curation.run(config, options)
     table = Table("rows", "number", title=f"{options.step} {config.data.path}")
-    for name, count in write_split(folder, split, bad).items():
+    for name, count in counts.items():
         table.add_row(name, str(count))
     Console().print(table)
     return 0
-
-
-def sampled(config: Config, items: list, num_samples: int, folder: Path) -> list:
-    """Judged samples of each problem by the model of model.path, served here or at rollout.engine.urls."""
-    from megatron_rl.recipes import curate
-
-    network_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with terminable(), engine_errors(), engines_for(config, config.model.path, folder / "engine.log") as served:
-        return curate.sample(items, served, num_samples, folder)
 
 
 def select_checkpoint(options) -> int:
