@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -100,6 +102,7 @@ def train_rl(config: Config) -> None:
     refuse_earlier_run(config)
     preflight(config.run, asdict(read_config(config.model.path)))
     check_data(config)
+    check_memory(config)
     with terminable(), engine_errors(), \
             engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:
         engine = served.rollout.engine
@@ -152,6 +155,28 @@ def check_data(config: Config) -> None:
         for each in stages.stage_configs(config):
             for data in (each.data, *evaluation_data(each).values()):
                 rewards.check_domains(prompt_source(each, data, tokenizer).domains)
+
+
+def check_memory(config: Config) -> None:
+    """Before anything is started: ValueError where what the ranks hold all along exceeds this machine's memory.
+
+    That part of the plan is exact. Where only the peak exceeds it, which is an estimate, a line says so.
+    """
+    from megatron_rl.plan import plan_memory
+
+    plan = plan_memory(read_config(config.model.path), config)
+    if torch.cuda.is_available():
+        whose, ranks, have = "one GPU", 1, torch.cuda.get_device_properties(0).total_memory
+    else:
+        whose, ranks, have = "this machine", config.parallel.world_size, psutil.virtual_memory().total
+    stays, peak = ranks * plan.stays, ranks * plan.total
+    text = (f"weights, gradients and optimiser of parallel.world_size={config.parallel.world_size} ranks take "
+            f"{stays / 1e9:.1f} GB, at their peak {peak / 1e9:.1f} GB, and {whose} has {have / 1e9:.1f} GB; "
+            "`megatron-rl plan` with the same overrides shows what takes it and which layouts take less")
+    if stays > have:
+        raise ValueError(text)
+    if peak > have:
+        Console(stderr=True).print(f"megatron-rl: {text}")
 
 
 def refuse_earlier_run(config: Config) -> None:

@@ -12,6 +12,7 @@ import torch
 from megatron_rl.batch.schedule import plan_microbatches
 from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.network import Network
+from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan.activations import chunk_bytes, chunks_in_flight, recomputed_bytes
 from megatron_rl.plan.parameters import Chunk, stage_chunks
 from rl_kernels.linear_logprob.chunked import block_columns
@@ -100,7 +101,7 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
         weights=weights, gradients=gradients, optimizer=optimizer,
         reference=parameters * element if config.c3po.loss.kl_coef > 0 else 0,
         activations=activation_bytes(model, config, stage, num_microbatches), logits=logits,
-        publishing=config.rollout.bucket_bytes, engine=engine_bytes)
+        publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes)
 
 
 def state_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig, element: int) -> tuple[int, int, int]:

@@ -218,8 +218,10 @@ def test_a_second_run_in_the_same_folder_is_refused(whole_run, model, engine_url
     assert "resume=true" in again.stderr
 
 
-def test_ctrl_c_keeps_the_checkpoint_and_leaves_no_process(model, tmp_path):
-    """On the user's own JSONL, with an engine that the command starts itself."""
+@pytest.mark.parametrize(("struck", "exit_code", "said"), [
+    ("launcher", 130, "stopped"), ("rank", 1, "a rank was killed (SIGKILL), most likely because memory ran out")])
+def test_what_ends_a_run_keeps_the_checkpoint_and_leaves_no_process(struck, exit_code, said, model, tmp_path):
+    """Ctrl-C, and the death of one rank. On the user's own JSONL, with an engine that the command starts itself."""
     run_dir = tmp_path / "interrupted"
     process = subprocess.Popen(
         command(f"model.path={model}", f"run.dir={run_dir}", "run.steps=500", "data.source=jsonl", "data.split=all",
@@ -229,10 +231,14 @@ def test_ctrl_c_keeps_the_checkpoint_and_leaves_no_process(model, tmp_path):
     wait_for_rows(run_dir, 3, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 5  # torchrun, two ranks, the engine and its children
-    os.kill(process.pid, signal.SIGINT)
+    if struck == "launcher":
+        os.kill(process.pid, signal.SIGINT)
+    else:
+        ranks = [one for one in family if "megatron_rl.train" in one.cmdline() and one.environ().get("RANK") == "1"]
+        ranks[-1].kill()
     _, errors = process.communicate(timeout=90)
-    assert process.returncode == 130, errors
-    assert "resume=true" in errors and "step 2" in errors, errors
+    assert process.returncode == exit_code, errors
+    assert said in errors and "resume=true" in errors and "step 2" in errors, errors
     _, alive = psutil.wait_procs(family, timeout=20)  # torch_shm_manager ends by itself a moment after its users
     assert not alive
     assert (run_dir / "checkpoints" / "step_00000002" / "loop.json").is_file()
