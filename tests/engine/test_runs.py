@@ -74,7 +74,7 @@ def weights_digest(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "hf" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_s: float = 150.0) -> None:
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_s: float = 400.0) -> None:
     deadline = time.monotonic() + timeout_s
     while len(rows(run_dir)) < count:
         assert process.poll() is None, f"the run ended early:\n{process.stderr.read()}"
