@@ -13,6 +13,7 @@ from megatron_rl.ablations.report import publish, write_result
 from megatron_rl.ablations.spec import Ablation, load_ablation
 from megatron_rl.config.check import check_rl
 from megatron_rl.launch.slurm import submit
+from megatron_rl.preflight import validate
 
 OUT = "runs/ablations"
 OWN_SETTINGS = ("scale", "seeds", "arms", "out", "start")
@@ -70,7 +71,7 @@ def check(ablation: Ablation, todo: Plan) -> None:
     table = Table("arm", "seed", "Phi", "steps", title=str(todo.root))
     for each in todo.runs:
         if each.config.model.architecture or (Path(each.config.model.path) / "config.json").is_file():
-            commands.validate(each.config, start=False)
+            validate(each.config, start=False)
         else:
             check_rl(each.config, None)
         algo = each.config.c3po

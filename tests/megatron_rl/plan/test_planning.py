@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.cli import main
-from megatron_rl.commands import network_of
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.model.slots import count_parameters
@@ -16,6 +15,7 @@ from megatron_rl.plan import Hardware, plan_memory, propose, stage_chunks
 from megatron_rl.plan.activations import chunks_in_flight
 from megatron_rl.plan.layouts import variants
 from megatron_rl.plan.memory import expected_microbatches, padded
+from megatron_rl.preflight import network_of
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"
 

@@ -8,10 +8,10 @@ import psutil
 import pytest
 import torch
 
-from megatron_rl.commands import check_memory
 from megatron_rl.config.load import load
 from megatron_rl.model.architectures import read_config
 from megatron_rl.plan import plan_memory
+from megatron_rl.preflight import check_memory
 from tests.tiny_models import write_tiny_bailing
 
 

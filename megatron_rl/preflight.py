@@ -1,0 +1,101 @@
+"""What is looked at before anything is started: every ValueError here costs seconds, not hours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+
+from megatron_rl.config.check import Sizes, check_rl
+from megatron_rl.config.schema import Config
+from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
+from megatron_rl.model.hf_folder import HFReader, check_checkpoint
+from megatron_rl.model.network import Network, check_layout
+from megatron_rl.model.slots import count_parameters
+from megatron_rl.recipes import stages
+
+__all__ = ["check_data", "check_memory", "network_of", "refuse_earlier_run", "sizes_of", "validate"]
+
+
+def network_of(config: Config) -> Network:
+    """The network that the configuration names: model.path's, or model.architecture's when that is all there is.
+
+    ValueError when neither is there, or when they disagree.
+    """
+    at_hand = (Path(config.model.path) / "config.json").is_file()
+    if config.model.architecture is None:
+        if not config.model.path:
+            raise ValueError("model.path is not set: give a checkpoint's folder, "
+                             "or an experiment that names one (experiment=quickstart)")
+        return read_config(config.model.path)
+    shipped = HF_FILES / f"{config.model.architecture}.json"
+    path = shipped if shipped.is_file() else Path(config.model.architecture)
+    if not path.is_file():
+        raise ValueError(f"model.architecture={config.model.architecture}: no such file, and no shipped one of that "
+                         f"name (there are {', '.join(sorted(p.stem for p in HF_FILES.glob('*.json')))})")
+    declared = parse_config(json.loads(path.read_text()), str(path))
+    if at_hand and read_config(config.model.path) != declared:
+        raise ValueError(f"model.path={config.model.path} is not the network of "
+                         f"model.architecture={config.model.architecture}")
+    return declared
+
+
+def validate(config: Config, *, start: bool) -> Sizes:
+    """All rules that need no rank. start: the checkpoint must be here (False: --check)."""
+    network = network_of(config)
+    if start:
+        check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
+    check_layout(network, config.parallel)
+    sizes = sizes_of(network)
+    for each in stages.stage_configs(config):
+        check_rl(each, sizes)
+    return sizes
+
+
+def sizes_of(network: Network) -> Sizes:
+    return Sizes(network.max_position_embeddings, *count_parameters(network))
+
+
+def check_data(config: Config) -> None:
+    """Read prompts, templates and reward routes before anything is started. ValueError as the parts raise it."""
+    from megatron_rl.recipes.evaluation import evaluation_data
+    from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+    from megatron_rl.reward import RewardPool
+
+    tokenizer = load_tokenizer(config.model.path)
+    with RewardPool(config.reward) as rewards:
+        for each in stages.stage_configs(config):
+            for data in (each.data, *evaluation_data(each).values()):
+                rewards.check_domains(prompt_source(each, data, tokenizer).domains)
+
+
+def check_memory(config: Config) -> None:
+    """Before anything is started: ValueError where what the ranks hold all along exceeds this machine's memory.
+
+    That part of the plan is exact. Where only the peak exceeds it, which is an estimate, a line says so.
+    """
+    from megatron_rl.plan import plan_memory
+
+    plan = plan_memory(read_config(config.model.path), config)
+    if torch.cuda.is_available():
+        whose, ranks, have = "one GPU", 1, torch.cuda.get_device_properties(0).total_memory
+    else:
+        whose, ranks, have = "this machine", config.parallel.world_size, psutil.virtual_memory().total
+    stays, peak = ranks * plan.stays, ranks * plan.total
+    text = (f"weights, gradients and optimiser of parallel.world_size={config.parallel.world_size} ranks take "
+            f"{stays / 1e9:.1f} GB, at their peak {peak / 1e9:.1f} GB, and {whose} has {have / 1e9:.1f} GB; "
+            "`megatron-rl plan` with the same overrides shows what takes it and which layouts take less")
+    if stays > have:
+        raise ValueError(text)
+    if peak > have:
+        Console(stderr=True).print(f"megatron-rl: {text}")
+
+
+def refuse_earlier_run(config: Config) -> None:
+    """Before an engine is started: an existing run is only continued on request."""
+    metrics = Path(config.run.dir) / "metrics.jsonl"
+    if not config.run.resume and metrics.is_file() and metrics.stat().st_size:
+        raise ValueError(f"{metrics} holds an earlier run: continue it with resume=true, or choose another run.dir")
