@@ -275,10 +275,11 @@ def print_evaluations(run_dir: Path) -> None:
 
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
     table = Table("stage", "step", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning")
-    for row in rows:
-        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}",
-                      f"{row['low']:.3f} - {row['high']:.3f}", f"{row['direct_share']:.2f}",
-                      f"{row.get('reasoning_accuracy', float('nan')):.3f}")
+    for row in rows:  # with benchmarks alone there is an accuracy, their mean, and nothing more
+        interval = f"{row['low']:.3f} - {row['high']:.3f}" if "low" in row else "-"
+        style = [f"{row[key]:.{digits}f}" if key in row else "-"
+                 for key, digits in (("direct_share", 2), ("reasoning_accuracy", 3))]
+        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}", interval, *style)
     Console().print(table)
 
 

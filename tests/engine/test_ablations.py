@@ -18,11 +18,10 @@ pytestmark = pytest.mark.slow
 
 SHORT = [
     "parallel=single", "run.steps=2", "run.save_every_steps=1", "run.keep_checkpoints=2", "eval.every_steps=0",
-    "eval.problems=4",
-    "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2", "rollout.max_response_tokens=16",
-    "rollout.max_context_tokens=96", "c3po.phi=64", "c3po.dynamic_sampling=false", "c3po.underfull=train_short",
-    "reward.routes.math=tests.rewards.brevity", "reward.routes.arithmetic=tests.rewards.brevity",
-    "observe.progress=false", "rollout.stop=[]",
+    "eval.bootstrap_resamples=50", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2",
+    "rollout.max_response_tokens=16", "rollout.max_context_tokens=96", "rollout.stop=[]", "c3po.phi=64",
+    "c3po.dynamic_sampling=false", "c3po.underfull=train_short", "reward.routes.math=tests.rewards.brevity",
+    "reward.routes.arithmetic=tests.rewards.brevity", "observe.progress=false",
 ]
 
 
@@ -44,7 +43,9 @@ def engine_url(model, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in spec.names() if spec.load_ablation(name).same_runs_as is None])
 def test_two_arms_run_to_a_result_and_an_interrupted_run_goes_on(name, model, engine_url, tmp_path, capsys):
     arms = [list(spec.load_ablation(name).arms)[place] for place in (0, -1)]  # a statement compares them
-    settings = ["seeds=0", f"arms={','.join(arms)}", f"out={tmp_path}", f"start={model}", *SHORT,
+    few = [f"eval.benchmarks.{domain}.problems=4" for domain in ("math", "code", "science")]
+    few = few if "table" in name else ["eval.problems=4"]
+    settings = ["seeds=0", f"arms={','.join(arms)}", f"out={tmp_path}", f"start={model}", *SHORT, *few,
                 f'rollout.engine.urls=["{engine_url}"]']
     assert main(["ablate", name, *settings]) == 0
     assert "cannot tell" in capsys.readouterr().out, "one seed proves nothing"
@@ -73,7 +74,8 @@ def test_arms_begin_from_a_supervised_start_that_is_trained_once(engine_url, tmp
         f"arms: {{a: A}}\nscales: {{tiny: {{common: [experiment=quickstart], starts: {{short: {start}}}, "
         "arms: {a: {start: short}}}}\ncolumns: [{label: reward, metric: reward/mean}]\n")
     monkeypatch.setattr(spec, "EXAMPLES", tmp_path)
-    settings = [f"out={tmp_path / 'out'}", *SHORT, "run.steps=1", f'rollout.engine.urls=["{engine_url}"]']
+    settings = [f"out={tmp_path / 'out'}", *SHORT, "run.steps=1", "eval.problems=4",
+                f'rollout.engine.urls=["{engine_url}"]']
     assert main(["ablate", "mine", *settings]) == 0
     folder = tmp_path / "out" / "mine" / "tiny"
     config = json.loads((folder / "a" / "seed_0" / "config.json").read_text())
