@@ -116,7 +116,7 @@ def test_cancel_leaves_no_process(cluster, model, tmp_path):
     assert running_in(tmp_path / "run")
     slurm(cluster, "scancel", job)
     wait_until(lambda: not running_in(tmp_path / "run"), "the job's processes to go", 60)
-    assert "JobState=CANCELLED" in slurm(cluster, "scontrol", "show", "job", job)
+    wait_until(lambda: "JobState=CANCELLED" in slurm(cluster, "scontrol", "show", "job", job), "the job's end", 60)
     assert "back into the queue" not in job_log(tmp_path / "run", job)
 
 

@@ -1,0 +1,37 @@
+"""What the ranks of a Slurm job are told of its engines."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from megatron_rl.config.rollout import ENGINE_KEY
+from megatron_rl.config.schema import Config
+from megatron_rl.launch.slurm_job import with_engines
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.setenv(ENGINE_KEY, "")  # so that whatever is set below is undone
+    monkeypatch.delenv(ENGINE_KEY)
+
+
+def test_engines_on_other_nodes_get_one_key_for_the_run_in_the_environment():
+    ranks = with_engines(Config(), ("http://node1:20001", "http://node2:20001"), resume=False)
+    assert ranks.rollout.engine.api_key_env == ENGINE_KEY
+    key = os.environ[ENGINE_KEY]
+    assert len(key) == 64 and key not in repr(ranks)
+    with_engines(Config(), ("http://node1:20001",), resume=True)
+    assert os.environ[ENGINE_KEY] == key
+
+
+def test_engines_on_the_ranks_own_node_need_none():
+    ranks = with_engines(Config(), ("http://127.0.0.1:20001",), resume=False)
+    assert ranks.rollout.engine.api_key_env is None and ENGINE_KEY not in os.environ
+
+
+def test_a_key_of_the_users_is_kept():
+    config = Config()
+    config = replace(config, rollout=replace(config.rollout, engine=replace(config.rollout.engine, api_key_env="MINE")))
+    ranks = with_engines(config, ("https://node1",), resume=False)
+    assert ranks.rollout.engine.api_key_env == "MINE" and ENGINE_KEY not in os.environ
