@@ -181,7 +181,7 @@ class EngineProcess:
     def __init__(
         self, argv: Sequence[str], env: dict[str, str], *, port: int, log_path: str | Path,
         start_timeout_s: float = 240.0, stop_timeout_s: float = 30.0, host: str = "127.0.0.1",
-        health_path: str = "/health",
+        health_path: str = "/health", hang_timeout_s: float = 30.0,
     ):
         self.argv = tuple(argv)
         self.env = dict(env)
@@ -189,6 +189,7 @@ class EngineProcess:
         self.log_path = Path(log_path)
         self.start_timeout_s = start_timeout_s
         self.stop_timeout_s = stop_timeout_s
+        self.hang_timeout_s = hang_timeout_s
         self._process: subprocess.Popen | None = None
 
     @classmethod
@@ -208,7 +209,7 @@ class EngineProcess:
                                    weight_version=weight_version, return_routed_experts=return_routed_experts,
                                    number=number)
         return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
-                   stop_timeout_s=engine.stop_timeout_s, host=engine.host)
+                   stop_timeout_s=engine.stop_timeout_s, host=engine.host, hang_timeout_s=engine.hang_timeout_s)
 
     def __enter__(self) -> EngineProcess:
         self.start()
@@ -248,11 +249,18 @@ class EngineProcess:
     def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
         """Blocks until its health is answered with 200.
 
-        Raises EngineError if the server dies, start_timeout_s passes, or `give_up` is set meanwhile.
+        Raises EngineError if the server dies, start_timeout_s passes, it answers and then stops to for hang_timeout_s,
+        or `give_up` is set meanwhile.
         """
         assert self._process is not None, "start() comes first"
         deadline = time.monotonic() + self.start_timeout_s
-        while not self._answers():
+        answered: float | None = None
+        while (status := self._health()) != 200:
+            if status is not None:
+                answered = time.monotonic()
+            if answered is not None and time.monotonic() - answered > self.hang_timeout_s:
+                raise EngineError(self._with_log(f"the engine on port {self.port} answered and then did not for "
+                                                 f"rollout.engine.hang_timeout_s={self.hang_timeout_s:g}"))
             code = self._process.poll()
             if code is not None:
                 raise EngineError(self._with_log(f"the engine on port {self.port} exited with code {code}"))
@@ -292,13 +300,14 @@ class EngineProcess:
             return ""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
-    def _answers(self) -> bool:
+    def _health(self) -> int | None:
+        """The HTTP status of its health, None without an answer."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=5.0)
         try:
             connection.request("GET", self._health_path)
-            return connection.getresponse().status == 200
+            return connection.getresponse().status
         except (OSError, http.client.HTTPException):
-            return False
+            return None
         finally:
             connection.close()
 

@@ -25,6 +25,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
+STARTING_FOR_EVER = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    def do_GET(self):
+        time.sleep(600 * Handler.asked)
+        Handler.asked += 1
+        self.send_response(503); self.end_headers()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
 
 def server(tmp_path, code: str = SERVER) -> EngineProcess:
     port = choose_port(None)
@@ -34,7 +45,7 @@ def server(tmp_path, code: str = SERVER) -> EngineProcess:
 
 def wait_for_another_pid(process: EngineProcess, supervisor: Supervisor, restarts: int) -> None:
     deadline = time.monotonic() + 60.0
-    while supervisor.restarts < restarts or not process.alive or not process._answers():
+    while supervisor.restarts < restarts or not process.alive or process._health() != 200:
         assert time.monotonic() < deadline, "not started again"
         time.sleep(0.05)
 
@@ -50,6 +61,19 @@ def test_it_is_started_again_and_the_other_is_left_alone(blow, tmp_path):
         assert group_members(first) == []
         groups = [victim.pid, other.pid]
     assert [group_members(group) for group in groups] == [[], []]
+
+
+def test_one_that_hangs_before_it_is_healthy_is_noticed_soon(tmp_path):
+    process = server(tmp_path, STARTING_FOR_EVER)
+    process.hang_timeout_s = 1.0
+    process.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(EngineError, match="answered and then did not for rollout.engine.hang_timeout_s=1"):
+            process.wait_until_healthy()
+    finally:
+        process.stop()
+    assert time.monotonic() - began < 40.0  # start_timeout_s is 60
 
 
 def test_it_is_given_up_after_max_restarts(tmp_path, caplog):
