@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.ablations.draw import draw
 from megatron_rl.ablations.driver import Plan
@@ -29,9 +30,9 @@ def write_result(ablation: Ablation, todo: Plan, folder: Path, *, scale: str, co
     folder.mkdir(parents=True, exist_ok=True)
     if ablation.panels:
         draw(ablation, todo, table, seeds, folder / "figure.png")
-    (folder / "result.json").write_text(json.dumps({
+    (folder / "result.json").write_text(json.dumps(_plain({
         "title": ablation.title, "scale": scale, "command": command, "seeds": seeds, "rule": RULE, "values": table,
-        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts], "versions": versions}, indent=2) + "\n")
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts], "versions": versions}), indent=2) + "\n")
     text = markdown(ablation, table, verdicts, seeds, versions, scale=scale, command=command,
                     unfinished=sum(not run.finished() for run in todo.runs))
     (folder / "result.md").write_text(text, encoding="ascii")
@@ -40,12 +41,17 @@ def write_result(ablation: Ablation, todo: Plan, folder: Path, *, scale: str, co
 
 def markdown(ablation: Ablation, table: Table, verdicts: Sequence[Verdict], seeds: Sequence[int], versions: dict, *,
              scale: str, command: str, unfinished: int) -> str:
-    """The result as it stands in a README: table, verdicts, figure, machine; all of it computed."""
+    """The result as it stands in a README: table, verdicts, figure, machine; all of it computed.
+
+    A column that no run of this scale has measured is left out.
+    """
     machine, packages = versions["machine"], versions["packages"]
     made_with = ", ".join(f"{name} {packages[name]}" for name in NAMED_PACKAGES if packages.get(name))
+    measured = [column for column in ablation.columns
+                if any(math.isfinite(value) for values in table.values() for value in values[column.label])]
     parts = [f"`{command}`: seeds {', '.join(map(str, seeds))}; mean and standard deviation over seeds.",
-             _rows(["arm", *(column.label for column in ablation.columns)],
-                   [[ablation.arms[arm], *(_cell(values[column.label], column.digits) for column in ablation.columns)]
+             _rows(["arm", *(column.label for column in measured)],
+                   [[ablation.arms[arm], *(_cell(values[column.label], column.digits) for column in measured)]
                     for arm, values in table.items()])]
     if unfinished:
         parts.insert(1, f"**Not run to its end**: {unfinished} runs are missing; only whole seeds are counted.")
@@ -79,6 +85,15 @@ def publish(name: str, folder: Path, *, scale: str) -> Path:
         shutil.copyfile(folder / "figure.png", readme.parent / f"result-{scale}.png")
     readme.write_text(f"{before}{begin}\n{block}{end}{after}", encoding="utf-8")
     return readme
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN: null stands for what was not measured."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

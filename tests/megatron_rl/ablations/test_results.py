@@ -87,7 +87,8 @@ def test_a_folder_with_another_run_is_refused_by_the_key_that_differs(tmp_path):
 def test_the_result_has_table_figure_verdict_and_goes_between_the_readmes_markers(tmp_path, monkeypatch):
     ablation = Ablation(
         title="A and B", arms={"a": "Arm A", "b": "Arm B"}, scales={"tiny": Scale(arms={"a": Arm(), "b": Arm()})},
-        columns=(Column("score", "score", "last"), Column("gain", "held_out/accuracy", "gain")),
+        columns=(Column("score", "score", "last"), Column("gain", "held_out/accuracy", "gain"),
+                 Column("of another scale", "held_out/aime24/accuracy", "last")),
         panels=(Panel("Score", "points", metric="score"), Panel("Gain", "x", column="gain", paper={"a": 3.0})),
         statements=(STATEMENT,), paper=PaperTable("Table 9:", ("x",), {"theirs": ("36.60 (+1)",)}))
     runs = [write_run(tmp_path, arm, seed, scores=[0.0, value + seed])
@@ -101,6 +102,7 @@ def test_the_result_has_table_figure_verdict_and_goes_between_the_readmes_marker
     assert "Not run to its end" in text and "| theirs | 36.60 (+1) |" in text
     assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
     result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["values"]["a"]["of another scale"] == [None] * 3
     assert result["values"]["a"]["score"] == [2.0, 3.0, 4.0] and result["verdicts"][0]["verdict"] == "supports"
 
     monkeypatch.setattr(report, "EXAMPLES", tmp_path)
