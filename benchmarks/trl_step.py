@@ -4,7 +4,8 @@ Both load the same Hugging Face folder and get the same prompts, responses (heav
 is generated. Advantages are rewards less their group's mean; the loss is the clipped surrogate summed over all response
 tokens over their number (TRL's `dapo`, C3PO with Phi = the step's tokens), no KL, AdamW, clipping at 1. TRL's part is
 its training_step calls and the optimiser, without _generate_and_score_completions; ours is everything between
-assembled samples and updated weights, the old-log-probability pass included. Losses and gradient norms are compared.
+assembled samples and updated weights; neither needs a pass for old log-probabilities (one update to a rollout). Losses
+and gradient norms are compared.
 
 TRL is no dependency of this project. Into a folder of its own, from the package index:
 
