@@ -115,7 +115,8 @@ def test_what_the_corrections_report_is_documented():
         reported |= evaluate(AlgoConfig(loss=PLAIN, mismatch=mismatch, sequence_ratio_low=0.5, sequence_ratio_high=2.0,
                                         sequence_min_token_ratio=0.1))[1].keys()
     page = (CONF_DIR.parent / "docs" / "metrics.md").read_text()
-    documented = set(re.findall(r"^\| `([^`]+)` \|", page.split("## Only with a correction")[1], flags=re.MULTILINE))
+    section = page.split("## Only with a correction")[1].split("\n## ")[0]
+    documented = set(re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE))
     assert {_name(key) for key in reported - evaluate(AlgoConfig(loss=PLAIN))[1].keys()} == documented
 
 
