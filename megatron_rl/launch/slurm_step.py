@@ -23,7 +23,7 @@ def rank(config_path: str) -> None:
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"],
                    "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
     if not rl.run(from_json(config_path)):  # the next stage is another start of this job
-        sys.exit(stop.STOPPED)
+        stop.leave()
 
 
 def engine(config_path: str, index: str, place: str, host: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ def run(config: Config) -> bool:
             export(config, parts.exporter, parts.topology, Path(config.run.dir) / "hf")
     topology.stop()
     if not finished:
-        sys.exit(stop.STOPPED)
+        stop.leave()
     return stage.is_last
 
 

@@ -7,7 +7,9 @@ run.resume=true then goes on from that step.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 STOPPED = 75
 """Exit code of ranks that saved and left on request (EX_TEMPFAIL of sysexits.h: try again later)."""
@@ -19,6 +21,14 @@ def listen(signals: Sequence[signal.Signals] = (signal.SIGUSR1,)) -> None:
     """From here on each of `signals` asks this process's run to stop. Main thread only."""
     for number in signals:
         signal.signal(number, _ask)
+
+
+def leave() -> NoReturn:
+    """Exit with STOPPED, whatever comes: srun ends the other ranks as soon as one has left, and a SIGTERM that finds
+    Python's handlers already gone would end this one with 143."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(STOPPED)
 
 
 def asked() -> bool:

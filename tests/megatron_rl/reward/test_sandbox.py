@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -157,7 +158,7 @@ def test_two_runs_at_a_time_have_two_user_ids():
 def test_nothing_is_left_when_the_parent_is_killed():
     source = ("from megatron_rl.reward.sandbox import *\nBubblewrap().run(['/usr/bin/sleep', '87654'], {}, "
               "limits=Limits(wall_s=60.0))")
-    parent = subprocess.Popen(["python", "-c", source])
+    parent = subprocess.Popen([sys.executable, "-c", source])
 
     def sleepers() -> list[psutil.Process]:
         return [each for each in psutil.process_iter(["cmdline", "name"])
