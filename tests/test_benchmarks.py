@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.common import Row, format_table, interleaved, variation
+from tests.sandboxes import needs_sandbox
 
 
 def test_a_limit_judges_the_ratio_in_its_direction():
@@ -32,7 +33,9 @@ def test_variation_is_the_sample_deviation_over_the_mean():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("trl_")])  # need TRL
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[needs_sandbox] if name == "sandbox" else [])
+    for name in BENCHMARKS if not name.startswith("trl_")])  # need TRL
 def test_a_quick_run_prints_its_table_and_misses_nothing_that_is_exact(name):
     result = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], capture_output=True, text=True,
                             timeout=280)
