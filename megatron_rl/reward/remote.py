@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config.reward import RemoteConfig
-from megatron_rl.reward.sandbox import Limits, Outcome
+from megatron_rl.reward.sandbox import Limits, Outcome, out_of_memory
 
 __all__ = ["Remote", "RemoteProgram"]
 
 FIRST_PAUSE_S = 0.2
 BUSY = (408, 425, 429)
-OUT_OF_MEMORY = ("MemoryError", "std::bad_alloc", "OutOfMemoryError")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ def _outcome(result: Mapping[str, Any], failed: str, output_bytes: int) -> Outco
         status = "ok"
     else:
         text = stderr.decode(errors="replace")
-        memory = any(sign in text[-4096:] for sign in OUT_OF_MEMORY)
         syntax = not text.startswith("Traceback") and "SyntaxError: " in text
-        status = "memory_limit" if memory else "compile_error" if syntax else failed
+        status = "memory_limit" if out_of_memory(stderr) else "compile_error" if syntax else failed
     return Outcome(status, stdout[:output_bytes], stderr, result.get("execution_time") or 0.0)

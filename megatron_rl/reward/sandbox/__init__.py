@@ -1,7 +1,7 @@
 """Runs programs that a model wrote: isolated by bubblewrap, or not at all where the user says so."""
 
 from megatron_rl.reward.sandbox.box import Bubblewrap
-from megatron_rl.reward.sandbox.limits import Limits, Outcome
+from megatron_rl.reward.sandbox.limits import Limits, Outcome, out_of_memory
 from megatron_rl.reward.sandbox.unsafe import Unsafe
 
-__all__ = ["Bubblewrap", "Limits", "Outcome", "Unsafe"]
+__all__ = ["Bubblewrap", "Limits", "Outcome", "Unsafe", "out_of_memory"]

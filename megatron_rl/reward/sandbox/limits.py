@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits", "Outcome"]
+__all__ = ["Limits", "Outcome", "out_of_memory"]
 
 SLACK_WALL_S = 2.0
+OUT_OF_MEMORY = (b"MemoryError", b"std::bad_alloc", b"OutOfMemoryError", b"Cannot allocate memory",
+                 b"virtual memory exhausted", b"out of memory", b"Could not reserve enough space")
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ class Outcome:
         """The last line of standard error that says something."""
         lines = [line for line in self.stderr.decode(errors="replace").splitlines() if line.strip()]
         return lines[-1].strip()[:300] if lines else ""
+
+
+def out_of_memory(stderr: bytes) -> bool:
+    """Whether a program that failed says at its end that it had no memory left."""
+    return any(sign in stderr[-4096:] for sign in OUT_OF_MEMORY)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rl.reward.sandbox.limits import Limits, Outcome
+from megatron_rl.reward.sandbox.limits import Limits, Outcome, out_of_memory
 
 __all__ = ["watch"]
 
@@ -20,8 +20,6 @@ MAX_FILES = 20_000
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 KILLED_BY_CPU_LIMIT = 128 + 24  # SIGXCPU
 KILLED = 128 + 9
-OUT_OF_MEMORY = (b"MemoryError", b"std::bad_alloc", b"OutOfMemoryError", b"Cannot allocate memory",
-                 b"virtual memory exhausted", b"out of memory", b"Could not reserve enough space")
 
 
 def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits) -> Outcome:
@@ -112,11 +110,15 @@ def _private_pages(pid: int) -> int:
 
 
 def _files(pid: int) -> int:
+    """Files under the process's own /tmp; 0 while that is still, or is, the one that everybody has."""
+    own = f"/proc/{pid}/root/tmp"
     try:
-        space = os.statvfs(f"/proc/{pid}/root/tmp")
+        if os.stat(own).st_dev == os.stat("/tmp").st_dev:
+            return 0
+        space = os.statvfs(own)
     except OSError:
         return 0
-    return space.f_files - space.f_ffree if space.f_blocks * space.f_frsize <= 1 << 30 else 0
+    return space.f_files - space.f_ffree
 
 
 def _status(code: int, stderr: bytes, seconds: float, limits: Limits) -> str:
@@ -124,4 +126,4 @@ def _status(code: int, stderr: bytes, seconds: float, limits: Limits) -> str:
         return "ok"
     if code == KILLED_BY_CPU_LIMIT or code == -24 or (code in (KILLED, -9) and seconds >= limits.cpu_s):
         return "timeout"
-    return "memory_limit" if any(sign in stderr[-4096:] for sign in OUT_OF_MEMORY) else "runtime_error"
+    return "memory_limit" if out_of_memory(stderr) else "runtime_error"
