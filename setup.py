@@ -48,6 +48,7 @@ setup(
         "matplotlib==3.11.2",
         "pyarrow==26.0.1",
         "datasketch==2.0.0",
+        "scipy==1.18.1",
     ],
     extras_require={
         "cpu": requirements("requirements-cpu-engine.txt"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from megatron_rl.ablations.driver import Plan
 from megatron_rl.ablations.spec import Ablation, Statement, Take
@@ -21,8 +22,6 @@ MIN_SEEDS = 3
 RULE = ("For each seed the difference of the two arms; its mean over the seeds with the 95% interval of Student's t. "
         "The whole interval on the claimed side of zero: supports; on the other side: contradicts; an interval with "
         f"zero in it, or fewer than {MIN_SEEDS} seeds: cannot tell.")
-# The 97.5% quantile of Student's t by degrees of freedom; more seeds use the last, which is wider than needed.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]
 """arm -> column label -> one value per finished seed, in the order of the seeds."""
@@ -91,7 +90,7 @@ def judge(statement: Statement, table: Table) -> Verdict | None:
         mean = statistics.fmean(differences) if differences else math.nan
         return Verdict(statement, "cannot tell", differences, mean)
     mean = statistics.fmean(differences)
-    half = T_QUANTILES[min(number - 1, len(T_QUANTILES)) - 1] * statistics.stdev(differences) / math.sqrt(number)
+    half = float(student_t.ppf(0.975, number - 1)) * statistics.stdev(differences) / math.sqrt(number)
     low, high = mean - half, mean + half
     claimed_sign = 1 if statement.direction == "higher" else -1
     verdict = "cannot tell" if low <= 0 <= high else "supports" if mean * claimed_sign > 0 else "contradicts"
