@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rl import cli
 from megatron_rl.config.load import load
-from megatron_rl.recipes.curate import Sampled, difficulty, verify
+from megatron_rl.recipes.curation import Sampled, difficulty, verify
 from tests.megatron_rl.data.curation_sets import GOOD, UNUSABLE, items, rates
 
 
