@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl import commands
 from megatron_rl.ablations.driver import Plan, Run, continued, plan, run_all
 from megatron_rl.ablations.report import publish, write_result
 from megatron_rl.ablations.spec import Ablation, load_ablation
 from megatron_rl.config.check import check_rl
+from megatron_rl.launch.local import RunInterrupted
 from megatron_rl.launch.slurm import submit
 from megatron_rl.preflight import validate
 
@@ -39,8 +39,8 @@ def run(options) -> int:
     if not options.collect:
         try:
             run_all(ablation, todo, Console())
-        except commands.RunInterrupted:
-            raise commands.RunInterrupted("stopped; the same command goes on with what is not finished") from None
+        except RunInterrupted:
+            raise RunInterrupted("stopped; the same command goes on with what is not finished") from None
     folder = out / options.name / scale_name
     text = write_result(ablation, todo, folder, scale=scale_name,
                         command=" ".join(["megatron-rl ablate", options.name, *options.settings]))

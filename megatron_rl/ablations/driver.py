@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_rl import commands
 from megatron_rl.ablations.spec import Ablation, Scale
 from megatron_rl.config.load import from_json, load
 from megatron_rl.config.rules import require
@@ -23,6 +22,7 @@ from megatron_rl.launch.local import engines_for, terminable
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS
 from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.runs import engine_errors, prepare_model, train_rl, train_sft
 
 MAY_DIFFER = {"run.resume", "run.resume_from", "run.dir", "rollout.engine.urls"}
 """Keys in which a run that goes on may differ from its first start."""
@@ -108,20 +108,20 @@ def run_all(ablation: Ablation, todo: Plan, console: Console) -> None:
     for run in todo.starts:
         if not run.finished():
             console.print(f"[bold]start {run.config.run.name}[/bold]: {run.steps} supervised steps in {run.folder}")
-            commands.train_sft(continued(run))
+            train_sft(continued(run))
     waiting = [run for run in todo.runs if not run.finished()]
     console.print(f"{len(todo.runs) - len(waiting)} of {len(todo.runs)} runs are finished")
     if not waiting:
         return
-    commands.prepare_model(waiting[0].config)
+    prepare_model(waiting[0].config)
     first = waiting[0].config
-    with terminable(), commands.engine_errors(), engines_for(first, first.model.path, engine_log(todo)) as served:
+    with terminable(), engine_errors(), engines_for(first, first.model.path, engine_log(todo)) as served:
         for number, run in enumerate(waiting, 1):
             console.print(f"[bold]{number} of {len(waiting)}[/bold]: {ablation.arms[run.arm]}, seed {run.seed}, "
                           f"{run.steps} steps in {run.folder}")
             config = continued(run)
             engine = dataclasses.replace(config.rollout.engine, urls=served.rollout.engine.urls)
-            commands.train_rl(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine)))
+            train_rl(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine)))
 
 
 def continued(run: Run) -> Config:

