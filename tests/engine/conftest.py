@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.sync.publish import Publisher, TensorPublisher
@@ -89,6 +90,14 @@ class LiveEngine:
             for prompt, result in zip(prompts, results, strict=True)
         ]
         return max(errors)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """What the quick start begins with, for whole runs."""
+    folder = tmp_path_factory.mktemp("model") / "init"
+    make_random_model(folder, seed=0)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from megatron_rl.ablations import spec
 from megatron_rl.cli import main
 from megatron_rl.config.load import load
-from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.engines import EngineProcess
 
 pytestmark = pytest.mark.slow
@@ -23,13 +21,6 @@ SHORT = [
     "c3po.dynamic_sampling=false", "c3po.underfull=train_short", "reward.routes.math=tests.rewards.brevity",
     "reward.routes.arithmetic=tests.rewards.brevity", "observe.progress=false",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "init"
-    make_random_model(folder, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="module")

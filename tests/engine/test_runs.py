@@ -20,7 +20,6 @@ import pytest
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment
 from megatron_rl.model.checkpoint_files import saved_steps
-from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.engines import EngineProcess
 from tests.engine.kills import Kill, differences, last_words, run_ranks, was_killed
 
@@ -34,13 +33,6 @@ SMALL = [
     "rollout.max_context_tokens=64", f"c3po.phi={PHI}", "c3po.updates_per_rollout=1",
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "init"
-    make_random_model(folder, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="module")

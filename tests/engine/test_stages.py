@@ -11,7 +11,6 @@ import pytest
 from tests.engine.test_runs import command as run_command
 from tests.engine.test_runs import (  # noqa: F401 (fixtures)
     engine_url,
-    model,
     rows,
     run,
     timeless,

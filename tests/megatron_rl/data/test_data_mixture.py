@@ -48,9 +48,9 @@ CURRICULUM = [{"weights": {"sums": 1}, "prompts": 5}, {"weights": {"sums": 1, "s
 
 
 def test_a_curriculum_changes_after_its_prompts():
-    config = load(["experiment=quickstart", "data.source=mix",
-                   *(f"data.mix.{name}.{key}={value}" for name, part in PARTS.items() for key, value in part.items()),
-                   f"data.curriculum={json.dumps(CURRICULUM).replace('"', '')}"])
+    curriculum = json.dumps(CURRICULUM).replace('"', "")
+    config = load(["experiment=quickstart", "data.source=mix", f"data.curriculum={curriculum}",
+                   *(f"data.mix.{name}.{key}={value}" for name, part in PARTS.items() for key, value in part.items())])
     assert [stage.prompts for stage in config.data.curriculum] == [5, 6, None]
 
 
