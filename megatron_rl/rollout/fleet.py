@@ -103,8 +103,12 @@ class Fleet:
         self._watch = asyncio.create_task(self._watch_members())
 
     async def close(self) -> None:
+        """Raises what the watch itself has died of."""
         self._watch.cancel()
-        await asyncio.gather(self._watch, *(member.client.close() for member in self._members), return_exceptions=True)
+        watch, *_ = await asyncio.gather(self._watch, *(member.client.close() for member in self._members),
+                                         return_exceptions=True)
+        if isinstance(watch, Exception):
+            raise watch
 
     async def generate(self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams,
                        tally: Tally, routed_layers: RoutedLayers | None = None) -> GenerateResult:

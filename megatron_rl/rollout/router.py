@@ -12,8 +12,9 @@ import asyncio
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError, well_formed
@@ -84,8 +85,7 @@ class RoutedFleet(Fleet):
         return self._rested([self._front]) if super()._ready() else []
 
     async def _abort(self, member: Member, rid: str, request: asyncio.Task) -> None:
-        await asyncio.gather(*(each.client.abort(rid) for each in self._members if each.reachable),
-                             return_exceptions=True)
+        await _tried(each.client.abort(rid) for each in self._members if each.reachable)
         await asyncio.wait({request}, timeout=ABORT_GRACE_S)
 
     async def _look_around(self) -> None:
@@ -99,11 +99,17 @@ class RoutedFleet(Fleet):
             self._lost(self._front)
             return
         # what it refuses, for example to register an engine twice, is tried again at the next look
-        await asyncio.gather(*(self._router.add_worker(url, self._key) for url in serving - known.keys()),
-                             *(self._router.remove_worker(known[url]) for url in known.keys() - serving),
-                             return_exceptions=True)
+        await _tried([*(self._router.add_worker(url, self._key) for url in serving - known.keys()),
+                      *(self._router.remove_worker(known[url]) for url in known.keys() - serving)])
         self._front.unanswered_since = None
         if not serving & known.keys():
             self._lost(self._front)
         elif not self._front.reachable:
             self._found(self._front)
+
+
+async def _tried(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """All at once; what an engine or the router refuses is left at that."""
+    for answer in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(answer, BaseException) and not isinstance(answer, EngineHTTPError):
+            raise answer
