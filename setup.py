@@ -27,7 +27,7 @@ setup(
         *find_packages(where="kernels", include=["rl_kernels", "rl_kernels.*"]),
     ],
     package_dir={"rl_kernels": "kernels/rl_kernels"},
-    package_data={"megatron_rl.model": ["hf_files/*"]},
+    package_data={"megatron_rl.model": ["hf_files/*"], "megatron_rl.observe": ["page.css", "page.js"]},
     install_requires=[
         "torch==2.14.1",
         "megatron-core==0.19.2",

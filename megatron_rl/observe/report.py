@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.observe import page, plots
+from megatron_rl.observe.canvas import SMOOTH_FROM_STEPS, smoothing_window
 from megatron_rl.observe.jsonl import read_jsonl
+from megatron_rl.observe.panels import GROUPS
 from megatron_rl.observe.progress import duration
 from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS, VERSIONS
 
@@ -51,7 +53,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     runs = _load_runs([Path(directory) for directory in run_dirs])
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     body = [f"<h1>{page.text(title)}</h1>", _subtitle(runs), _summary(runs), *map(_nonfinite_note, runs),
-            _plots(runs), _closing_table(runs), _differences(runs), _configs(runs), _versions(runs)]
+            _closing_table(runs), _differences(runs), _plots(runs), _configs(runs), _versions(runs)]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page.page(f"{title} - megatron_rl", [part for part in body if part]), encoding="utf-8")
@@ -59,10 +61,18 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def _load_runs(directories: Sequence[Path]) -> list[RunRecord]:
-    names = [directory.resolve().name for directory in directories]
-    if len(set(names)) < len(names):
-        names = [str(directory) for directory in directories]
-    return [_load(directory, name) for directory, name in zip(directories, names, strict=True)]
+    return [_load(directory, name) for directory, name in zip(directories, _names(directories), strict=True)]
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Each directory by as many of its last parts as tell them apart, and no fewer than two."""
+    parts = [directory.resolve().parts for directory in directories]
+    longest = max(map(len, parts))
+    for number in range(2, longest + 1):
+        names = ["/".join(each[-number:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _load(directory: Path, name: str) -> RunRecord:
@@ -149,28 +159,32 @@ def _nonfinite_note(run: RunRecord) -> str:
 
 
 def _plots(runs: Sequence[RunRecord]) -> str:
+    """Every group of plots that has any; the first begins with the held-out accuracy, the last ends with times."""
     rows = {run.name: run.rows for run in runs}
-    figures = []
+    groups: dict[str, list[str]] = {heading: [] for heading in GROUPS}
+    first, last = groups[next(iter(GROUPS))], groups[next(reversed(GROUPS))]
     accuracy = plots.draw_accuracy({run.name: run.evaluations for run in runs})
     if accuracy:
-        figures.append(page.figure("Held-out accuracy", accuracy, "Bars: 95% bootstrap interval over problems."))
-    for plot in plots.PLOTS:
-        drawing = plots.draw(plot, rows)
-        if drawing:
-            figures.append(page.figure(plot.title, drawing, plot.note))
+        first.append(page.figure("Held-out accuracy", accuracy, "Bars: 95% bootstrap interval over problems."))
+    for heading, members in GROUPS.items():
+        for plot in members:
+            drawing = plots.draw(plot, rows)
+            if drawing:
+                groups[heading].append(page.figure(plot.title, drawing, plot.note))
     for run in runs:
         title = "Time per phase" if len(runs) == 1 else f"Time per phase: {run.name}"
         drawing = plots.draw_times(run.rows, title)
         if drawing:
-            figures.append(page.figure(title, drawing))
+            last.append(page.figure(title, drawing))
     parts = ["<h2>Step by step</h2>"]
     longest = max(len(run.rows) for run in runs)
-    if longest >= plots.SMOOTH_FROM_STEPS:
+    if longest >= SMOOTH_FROM_STEPS:
         parts.append('<p class="quiet">Faint lines are single steps; strong lines are a centred mean over '
-                     f"{plots.smoothing_window(longest)} steps.</p>")
+                     f"{smoothing_window(longest)} steps.</p>")
     if len(runs) > 1:
-        parts.append(page.legend(plots.run_keys([run.name for run in runs])))
-    return "".join(parts) + f'<div class="plots">{"".join(figures)}</div>'
+        parts.append(f'<div class="keys">{page.legend(plots.run_keys([run.name for run in runs]))}</div>')
+    return "".join(parts) + "".join(f'<h3>{page.text(heading)}</h3><div class="plots">{"".join(figures)}</div>'
+                                    for heading, figures in groups.items() if figures)
 
 
 def _closing_table(runs: Sequence[RunRecord]) -> str:

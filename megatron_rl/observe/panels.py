@@ -1,0 +1,85 @@
+"""What a report shows step by step: groups of plots, in the order in which one asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["GROUPS", "PHASES", "Plot"]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines over steps. series: metric name -> legend label, in drawing order; constants are drawn dotted.
+
+    per_layer: a prefix instead of series; a line per layer that follows it, faint for the first, strong for the last.
+    from_zero: the axis begins at 0, as it should where the size counts and not only the change. smooth: long runs also
+    get a running mean.
+    """
+
+    title: str
+    unit: str
+    series: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    per_layer: str = ""
+    from_zero: bool = False
+    smooth: bool = True
+
+
+GROUPS: Mapping[str, tuple[Plot, ...]] = {
+    "Learning": (
+        Plot("Reward", "mean reward", {"reward/mean": "mean reward"}),
+        Plot("Responses judged correct", "fraction", {"reward/pass_rate": "pass rate"}),
+        Plot("Groups with a signal", "fraction", {"rollout/groups_mixed_fraction": "mixed groups"}, from_zero=True,
+             note="A group teaches something only if its responses differ in reward."),
+        Plot("Direct answers", "fraction", {"style/direct_share": "answered without reasoning",
+                                            "style/reasoning_accuracy": "accuracy of those that reason"},
+             from_zero=True),
+        Plot("Response length", "tokens", {"rollout/response_tokens_mean": "mean length"}),
+    ),
+    "Policy": (
+        Plot("Policy entropy", "nats per token", {"train/entropy": "entropy"}),
+        Plot("KL to the reference", "nats per token", {"train/kl": "KL"}, from_zero=True),
+        Plot("Clipped tokens", "fraction", {"train/clip_low_fraction": "at the lower bound",
+                                            "train/clip_high_fraction": "at the upper bound"}, from_zero=True),
+    ),
+    "Token budget": (
+        Plot("Budget fill", "selected / Phi", {"budget/fill": "fill"}, from_zero=True),
+        Plot("Tokens per step", "tokens", {"rollout/generated_tokens": "generated",
+                                           "budget/selected_tokens": "trained"},
+             constants={"budget/phi": "Phi"}, from_zero=True),
+        Plot("Truncated responses", "fraction", {"rollout/truncated_fraction": "cut at the length limit"},
+             from_zero=True),
+    ),
+    "Optimiser": (
+        Plot("Gradient norm", "L2 norm", {"train/grad_norm": "gradient norm"}, from_zero=True),
+        Plot("Loss", "loss", {"train/loss": "loss"}),
+        Plot("Learning rate", "per step", {"train/lr": "learning rate"}, from_zero=True, smooth=False),
+    ),
+    "Engine and trainer": (
+        Plot("Trainer against engine", "log-probability gap", {"mismatch/mean_abs": "mean",
+                                                               "mismatch/max_abs": "largest"}, from_zero=True),
+        Plot("Staleness", "versions", {"rollout/staleness_mean": "mean", "rollout/staleness_max": "largest"},
+             note="Publishes since the weights that sampled a token were new.", from_zero=True),
+        Plot("Engines", "number", {"rollout/engines_serving": "serving", "rollout/retries": "requests sent again"},
+             from_zero=True, smooth=False),
+    ),
+    "Router": (
+        Plot("Expert load", "max / mean", {"router/load_max_over_mean": "mean over layers"},
+             note="1 is perfect balance; the number of experts over top-k is the worst case."),
+        Plot("Expert load by layer", "max / mean", per_layer="router/load_max_over_mean/layer_"),
+        Plot("Router entropy", "nats", {"router/entropy": "entropy"}),
+        Plot("Balance loss", "before its coefficient", {"train/balance_loss": "balance loss"}),
+        Plot("Router z-loss", "before its coefficient", {"train/z_loss": "z-loss"}),
+    ),
+    "Speed": (
+        Plot("Throughput", "tokens/s", {"tokens_per_s/rollout": "rollout", "tokens_per_s/train": "training"},
+             from_zero=True),
+        Plot("Model FLOPs", "TFLOP/s", {"flops/model_tflops_per_s": "training"}, from_zero=True),
+    ),
+}
+"""Heading -> plots. The first group begins with the held-out accuracy, the last ends with the time per phase."""
+
+PHASES = ("generate", "logprobs", "train", "publish", "release")
+"""The phases that follow each other in a step; time/step holds them all."""
