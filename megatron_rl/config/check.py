@@ -27,6 +27,7 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
     require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
             f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
+    _check_kernels(config)
     over_cp = f" x parallel.cp={parallel.cp}" if parallel.cp > 1 else ""
     require(rollout.max_context_tokens <= batch.tokens_per_microbatch * parallel.cp,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch}{over_cp} is less than one sequence may have "
@@ -54,9 +55,17 @@ def check_sft(config: Config, sizes: Sizes) -> None:
     require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
             f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
+    _check_kernels(config)
     require(config.rollout.max_context_tokens <= sizes.max_position_embeddings,
             f"rollout.max_context_tokens={config.rollout.max_context_tokens} exceeds the model's "
             f"max_position_embeddings={sizes.max_position_embeddings}")
+
+
+def _check_kernels(config: Config) -> None:
+    logprob, tp = config.model.kernels.logprob, config.parallel.tp
+    require(tp == 1 or logprob not in ("liger", "reference"),
+            f"model.kernels.logprob={logprob} knows the whole head only, which parallel.tp={tp} cuts; use chunked or "
+            "triton")
 
 
 def _check_collector(config: Config) -> None:

@@ -53,6 +53,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class KernelConfig:
+    """Which implementation computes a part of the step (docs/performance.md); none falls back to another in silence.
+
+    experts: `megatron` is its SequentialMLP, the others are rl_kernels.grouped_experts'. router: `megatron` is its
+    TopKRouter, the others rl_kernels.router_topk's. logprob: rl_kernels.linear_logprob's; `liger` and `reference`
+    need parallel.tp=1. `triton` needs a GPU.
+    auto: the best that was measured, which so far is on a CPU: `megatron`, `megatron` and `chunked`, on a GPU too.
+    Parameters and checkpoints are the same under every choice.
+    """
+
+    experts: Literal["auto", "megatron", "triton", "grouped_mm", "loop", "reference"] = "auto"
+    router: Literal["auto", "megatron", "triton", "reference"] = "auto"
+    logprob: Literal["auto", "triton", "chunked", "liger", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Hugging Face folder (docs/models.md lists the kinds of model), and how the trainer holds it.
 
@@ -66,6 +82,7 @@ class ModelConfig:
     reference_path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: Literal["none", "full"] = "none"
+    kernels: KernelConfig = field(default_factory=KernelConfig)
 
 
 @dataclass(frozen=True)

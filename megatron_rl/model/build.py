@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from megatron.core import parallel_state
@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
 from megatron_rl.model.config import transformer_config
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.router import BudgetRouter, RouterLosses
@@ -24,7 +24,7 @@ class Policy:
     """One rank's share of the network.
 
     chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
-    DistributedDataParallel. gpt_models: the GPTModel inside each chunk.
+    DistributedDataParallel. gpt_models: the GPTModel inside each chunk. kernels: those that were asked for.
     """
 
     config: Network
@@ -32,6 +32,7 @@ class Policy:
     chunks: list[torch.nn.Module]
     gpt_models: list[GPTModel]
     router_losses: RouterLosses
+    kernels: KernelConfig
 
     @property
     def moe_layers(self) -> list[int]:
@@ -52,26 +53,37 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
     check_layout(model, parallel)
+    _check_triton(options.kernels)
     config = transformer_config(model, options, parallel)
     losses = RouterLosses()
     stages = range(parallel.vpp) if parallel.vpp else (None,)
-    gpt_models = [_gpt_model(model, config, losses, stage) for stage in stages]
+    gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, options.kernels, stage), stage)
+                  for stage in stages]
     chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
     if with_gradients:
         chunks = [_data_parallel(config, parallel, chunk) for chunk in chunks]
     else:
         for chunk in chunks:
             chunk.requires_grad_(False)
-    return Policy(model, config, chunks, gpt_models, losses)
+    return Policy(model, config, chunks, gpt_models, losses, options.kernels)
 
 
-def _gpt_model(model: Network, config: TransformerConfig, losses: RouterLosses, stage: int | None) -> GPTModel:
+def _check_triton(kernels: KernelConfig) -> None:
+    """ValueError, naming the key, where Triton could not run. The interpreter is how tests run it on a CPU."""
+    chosen = [field.name for field in fields(kernels) if getattr(kernels, field.name) == "triton"]
+    if chosen and not torch.cuda.is_available():
+        from rl_kernels.triton_impl import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(f"model.kernels.{chosen[0]}=triton needs a GPU, and there is none; leave it at auto")
+
+
+def _gpt_model(model: Network, config: TransformerConfig, spec, stage: int | None) -> GPTModel:
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
     gpt = GPTModel(
-        config=config, transformer_layer_spec=block_spec(model, config, losses, stage),
-        vocab_size=model.vocab_size, max_sequence_length=model.max_position_embeddings,
-        pre_process=first, post_process=last, parallel_output=True,
+        config=config, transformer_layer_spec=spec, vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_embeddings, pre_process=first, post_process=last, parallel_output=True,
         share_embeddings_and_output_weights=model.tie_word_embeddings, vp_stage=stage,
         position_embedding_type="none")  # the attention rotates, see model/attention.py
     return gpt.cuda() if torch.cuda.is_available() else gpt

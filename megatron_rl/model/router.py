@@ -20,6 +20,7 @@ p is the live router's: the loss moves probability away from the experts that we
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -66,6 +67,43 @@ class RouterLosses:
         store[key] = store[key] + value if key in store else value
 
 
+class RouterSums(Protocol):
+    """Over the real tokens of a micro-batch on this rank, fp32: choices of each expert and sums of its probability
+    [E], sum of logsumexp(logits)^2, sum of the entropy of the probabilities (no gradient). rl_kernels.Routed is one."""
+
+    counts_E: torch.Tensor
+    prob_sums_E: torch.Tensor
+    z_sum: torch.Tensor
+    entropy_sum: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EagerSums:
+    """RouterSums computed when they are read. logits fp32 [T, E], routing_map bool [T, E], real fp32 [T, 1]."""
+
+    logits_TE: torch.Tensor
+    routing_map_TE: torch.Tensor
+    real_T1: torch.Tensor
+
+    @property
+    def counts_E(self) -> torch.Tensor:
+        return (self.routing_map_TE.float() * self.real_T1).sum(0)
+
+    @property
+    def prob_sums_E(self) -> torch.Tensor:
+        return (self.logits_TE.softmax(-1) * self.real_T1).sum(0)
+
+    @property
+    def z_sum(self) -> torch.Tensor:
+        return (self.logits_TE.logsumexp(-1).square() * self.real_T1[:, 0]).sum()
+
+    @property
+    @torch.no_grad()
+    def entropy_sum(self) -> torch.Tensor:
+        log_probs = self.logits_TE.log_softmax(-1)
+        return -((log_probs.exp() * log_probs).sum(-1) * self.real_T1[:, 0]).sum()
+
+
 class BudgetRouter(TopKRouter):
     """Megatron's TopKRouter with the two losses above; which experts it takes may be replayed."""
 
@@ -82,13 +120,17 @@ class BudgetRouter(TopKRouter):
         """(probs, routing_map), both [tokens, E], as TopKRouter.routing; padding_mask True = padding."""
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         logits_TE = logits.view(-1, self.config.num_moe_experts).float()
-        real_T1 = self._real(padding_mask, logits_TE)
-        if self.losses.counting is torch.is_grad_enabled():
-            self._count(logits_TE, routing_map, real_T1)
-        if self.training and torch.is_grad_enabled() and (self.losses.balance_coef or self.losses.z_coef):
-            loss = self._losses(logits_TE, routing_map, real_T1)
-            probs = MoEAuxLossAutoScaler.apply(probs, loss)
-        return probs, routing_map
+        return self._account(probs, EagerSums(logits_TE, routing_map, self._real(padding_mask, logits_TE))), routing_map
+
+    def _account(self, probs: torch.Tensor, sums: RouterSums) -> torch.Tensor:
+        """probs, with the losses of this micro-batch attached; counts what is to be counted."""
+        losses = self.losses
+        if losses.counting is torch.is_grad_enabled():
+            losses.add(losses.counts.experts, self.layer_number, sums.counts_E)
+            losses.add(losses.counts.entropies, self.layer_number, sums.entropy_sum)
+        if self.training and torch.is_grad_enabled() and (losses.balance_coef or losses.z_coef):
+            probs = MoEAuxLossAutoScaler.apply(probs, self._losses(sums))
+        return probs
 
     @staticmethod
     def _real(padding_mask: torch.Tensor | None, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -96,28 +138,19 @@ class BudgetRouter(TopKRouter):
             return torch.ones(logits_TE.shape[0], 1, dtype=torch.float32, device=logits_TE.device)
         return (~padding_mask.reshape(-1, 1)).float()
 
-    @torch.no_grad()
-    def _count(self, logits_TE, routing_map, real_T1) -> None:
-        losses, layer = self.losses, self.layer_number
-        losses.add(losses.counts.experts, layer, (routing_map.float() * real_T1).sum(0))
-        log_probs = logits_TE.log_softmax(-1)
-        entropy_T = -(log_probs.exp() * log_probs).sum(-1)
-        losses.add(losses.counts.entropies, layer, (entropy_T * real_T1[:, 0]).sum())
-
-    def _losses(self, logits_TE, routing_map, real_T1) -> torch.Tensor:
+    def _losses(self, sums: RouterSums) -> torch.Tensor:
         losses = self.losses
-        z = (logits_TE.logsumexp(-1).square() * real_T1[:, 0]).sum() / losses.step_tokens
-        fractions_E = self._load_fractions(routing_map, real_T1)
-        probs_E = (logits_TE.softmax(-1) * real_T1).sum(0)
-        balance = self.config.num_moe_experts * (fractions_E * probs_E).sum() / losses.step_tokens
+        z = sums.z_sum / losses.step_tokens
+        balance = self.config.num_moe_experts * (self._load_fractions(sums) * sums.prob_sums_E).sum() \
+            / losses.step_tokens
         losses.add(losses.loss_sums, "z_loss", z.detach())
         losses.add(losses.loss_sums, "balance_loss", balance.detach())
         return losses.scale * (losses.z_coef * z + losses.balance_coef * balance)
 
     @torch.no_grad()
-    def _load_fractions(self, routing_map, real_T1) -> torch.Tensor:
+    def _load_fractions(self, sums: RouterSums) -> torch.Tensor:
         if self.layer_number in self.losses.load_fractions:
             return self.losses.load_fractions[self.layer_number]
-        counts_E = (routing_map.float() * real_T1).sum(0)
+        counts_E = sums.counts_E.clone()
         torch.distributed.all_reduce(counts_E, group=self.tp_dp_cp_group)
         return counts_E / counts_E.sum().clamp(min=1)

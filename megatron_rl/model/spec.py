@@ -20,10 +20,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import nn
 
+from megatron_rl.config.schema import KernelConfig
 from megatron_rl.model.attention import PackedSelfAttention
+from megatron_rl.model.kernel_layers import KernelExperts, KernelRouter
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.routing_replay import RoutedTransformerLayer
+
+MEGATRON = ("auto", "megatron")
+"""What "auto" stands for: on a CPU Megatron's own are as fast or faster, on a GPU nothing was measured yet."""
 
 
 class RMSNorm(nn.Module):
@@ -39,17 +44,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def _moe(losses: RouterLosses):
+def _moe(losses: RouterLosses, kernels: KernelConfig):
+    """Experts and router are Megatron's own unless `kernels` names an implementation of ours."""
     backend = LocalSpecProvider()
     mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear(),
                         activation_func=backend.activation_func())
+    experts = backend.grouped_mlp_modules(False) if kernels.experts in MEGATRON else \
+        partial(KernelExperts, submodules=mlp, impl=kernels.experts)
+    router = BudgetRouter if kernels.router in MEGATRON else partial(KernelRouter, impl=kernels.router)
     return partial(MoELayer, submodules=MoESubmodules(
-        experts=backend.grouped_mlp_modules(False),
-        shared_experts=partial(SharedExpertMLP, submodules=mlp),
-        router=partial(BudgetRouter, losses=losses)))
+        experts=experts, shared_experts=partial(SharedExpertMLP, submodules=mlp),
+        router=partial(router, losses=losses)))
 
 
-def _layer(model: Network, layer: int, losses: RouterLosses) -> ModuleSpec:
+def _layer(model: Network, layer: int, losses: RouterLosses, kernels: KernelConfig) -> ModuleSpec:
     num_experts = None if model.is_dense_layer(layer) else model.num_experts
     submodules = get_gpt_layer_local_submodules(num_experts=num_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
@@ -59,13 +67,14 @@ def _layer(model: Network, layer: int, losses: RouterLosses) -> ModuleSpec:
     attention.q_layernorm = attention.k_layernorm = RMSNorm if model.qk_norm else None
     if num_experts is None:
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    submodules.mlp = _moe(losses)
+    submodules.mlp = _moe(losses, kernels)
     return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
 
 
-def block_spec(model: Network, config, losses: RouterLosses, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(model: Network, config, losses: RouterLosses, kernels: KernelConfig,
+               vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, dense or MoE by their global number."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [_layer(model, layer, losses) for layer in range(first, first + count)]
+    layers = [_layer(model, layer, losses, kernels) for layer in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

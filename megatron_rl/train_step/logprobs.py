@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import tensor_parallel
 
-from rl_kernels.linear_logprob import linear_logprob
+from rl_kernels.linear_logprob import Implementation, linear_logprob
 
 NORM_HEAD_EPS = 1e-7
 
@@ -28,6 +28,7 @@ class HeadOptions:
     chunk_tokens: int
     tp_group: object
     sequence_parallel: bool
+    impl: Implementation = "auto"
     with_entropy: bool = True
 
 
@@ -47,7 +48,7 @@ def head_outputs(*, hidden_states, output_layer, output_weight, labels, context:
     logprobs_T, entropy_T = linear_logprob(
         hidden.squeeze(1), weight, labels.squeeze(0), temperature=context.temperature,
         column_scale_H=scale, group=context.tp_group, chunk_tokens=context.chunk_tokens,
-        with_entropy=context.with_entropy)
+        with_entropy=context.with_entropy, impl=context.impl)
     return torch.stack([logprobs_T, entropy_T]) if context.with_entropy else logprobs_T[None]
 
 

@@ -42,7 +42,8 @@ class TrainStep:
     def __init__(self, policy: Policy, optimizer, topology: Topology, *, temperature: float, chunk_tokens: int):
         self.policy, self.optimizer, self.topology = policy, optimizer, topology
         self._head = HeadOptions(temperature=temperature, norm_head=policy.config.norm_head, chunk_tokens=chunk_tokens,
-                                 tp_group=topology.tp_group, sequence_parallel=policy.transformer.sequence_parallel)
+                                 tp_group=topology.tp_group, sequence_parallel=policy.transformer.sequence_parallel,
+                                 impl=policy.kernels.logprob)
         self._schedule = get_forward_backward_func()
         config = policy.transformer
         config.finalize_model_grads_func = finalize_model_grads

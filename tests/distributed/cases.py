@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from c3po import C3POLossConfig
+from megatron_rl.config.schema import KernelConfig
 from tests.tiny_models import write_tiny_bailing
 
 MODEL = {
@@ -61,6 +62,16 @@ VARIANTS = {
 """Beside the plain optimiser, over whose gradients the layouts are compared. The distributed optimiser holds a reduced
 gradient on the rank that owns it only, so for these the weights after one step are compared."""
 UPDATE_MICROBATCHES = 2
+KERNELS = {
+    "megatron": KernelConfig(),
+    "reference": KernelConfig(experts="reference", router="reference"),
+    "grouped_mm": KernelConfig(experts="grouped_mm", router="reference", logprob="chunked"),
+    "triton": KernelConfig(experts="triton", router="triton", logprob="triton"),
+}
+KERNELS_IN = {"ep2": ("megatron", "reference", "grouped_mm"), "ep2_allgather": ("reference",),
+              "tp2_ep2": ("reference",), "tp2_etp2": ("reference",), "cp2": ("reference",), "one": ("triton",)}
+"""Choices of model/kernel_layers.py that are held against the same float64 reference, by layout. Triton runs in its
+interpreter (TRITON_INTERPRET), where one step takes seconds: it makes the gradients only."""
 MUTATIONS: dict[str, tuple[str, ...]] = {
     "one": ("loss_without_microbatches", "router_scale_without_microbatches", "more_kl", "more_entropy", "wider_clip",
             "larger_phi", "more_balance_loss", "more_z_loss", "padding_is_real", "load_of_each_microbatch",

@@ -16,10 +16,12 @@ class Case:
     layout: str
     distributed: bool = True
     dtype: str = "float32"
+    kernels: str = "megatron"
 
     @property
     def name(self) -> str:
-        return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}"
+        return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}" \
+            f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}"
 
     @property
     def world_size(self) -> int:
@@ -27,13 +29,15 @@ class Case:
 
 
 SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2", dtype="bfloat16"),
-           Case("tp2_pp2_ep2"), Case("cp2"))
+           Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="reference"))
 TARGETS = {
     "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
-    "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS), Case("tp2_ep2", distributed=False)),
+    "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS), Case("tp2_ep2", distributed=False),
+            Case("ep2", kernels="reference")),
     "ep2_plain": (Case("tp2_ep2"), Case("pp2_ep2", distributed=False)),
     "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16")),
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),
+    "ep2_reference": (Case("tp2_ep2"),),
     "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
 }
 PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS[source.name]]

@@ -36,8 +36,8 @@ class Trainer:
         parallel = ParallelConfig(**cases.LAYOUTS[case.layout], distributed_optimizer=case.distributed)
         model = data / "norm_head_True"
         self.here = topology.start(parallel, seed=run.seed)
-        self.policy = build_policy(read_config(model), ModelConfig(path=str(model), dtype=case.dtype), parallel,
-                                   with_gradients=True)
+        options = ModelConfig(path=str(model), dtype=case.dtype, kernels=cases.KERNELS[case.kernels])
+        self.policy = build_policy(read_config(model), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, model)
         self.optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
         if case.dtype == "bfloat16":

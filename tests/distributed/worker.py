@@ -71,13 +71,13 @@ class Runner:
 
     def __init__(self, folder: Path, layout: str, here: topology.Topology, *, distributed_optimizer: bool,
                  overlap: bool = False, recompute: str = "none", checkpoint: str = "norm_head_True",
-                 temperature: float = cases.TEMPERATURE):
+                 temperature: float = cases.TEMPERATURE, kernels: str = "megatron"):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
-        self.policy = build_policy(read_config(checkpoint), ModelConfig(path=str(checkpoint), recompute=recompute),
-                                   parallel, with_gradients=True)
+        options = ModelConfig(path=str(checkpoint), recompute=recompute, kernels=cases.KERNELS[kernels])
+        self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
         optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
         self.train_step = self._train_step(self.policy, optimizer)
@@ -210,7 +210,27 @@ def run_exports(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(logprobs, folder / f"{layout}.exports.pt")
 
 
-RUNS = {"step": run_layout, "networks": run_networks, "exports": run_exports}
+def run_kernels(folder: Path, layout: str, here: topology.Topology) -> None:
+    """The step of step.pt, and that of given.pt with its experts replayed, with each choice of cases.KERNELS_IN; rank 0
+    saves them as LAYOUT.kernels.pt."""
+    results = {}
+    for kernels in cases.KERNELS_IN[layout]:
+        recompute = "none" if kernels == "triton" else "full"
+        runner = Runner(folder, layout, here, distributed_optimizer=False, kernels=kernels, recompute=recompute)
+        result = results[kernels] = {"gradients": runner.gradients(cases.UPDATE_MICROBATCHES)}
+        if kernels == "triton":
+            continue
+        result["without_counting_pass"] = runner.gradients(1, counting_pass=False)
+        result["updated"] = runner.update(cases.UPDATE_MICROBATCHES)
+        load_hf(runner.policy, here, folder / "norm_head_True")
+        runner.step = torch.load(folder / "given.pt", weights_only=False)
+        result["given"] = runner.gradients(cases.UPDATE_MICROBATCHES)
+        result["given_updated"] = runner.update(cases.UPDATE_MICROBATCHES)
+    if here.is_main:
+        torch.save(results, folder / f"{layout}.kernels.pt")
+
+
+RUNS = {"kernels": run_kernels, "step": run_layout, "networks": run_networks, "exports": run_exports}
 
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl_kernels.grouped_experts import grouped_experts, grouped_experts_reference
+from rl_kernels.grouped_experts import grouped_experts, grouped_experts_reference, sorted_experts
 from tests.kernels.conftest import DEVICE
 
 BF16_MARGIN = 1.5
@@ -71,6 +71,26 @@ def test_an_expert_without_tokens_gets_a_zero_gradient(impl):
     assert all(bool(grad[expert].any()) for grad in (grad_gate_up, grad_down) for expert in (0, 2, 3))
 
 
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+def test_sorted_rows_and_separate_matrices_give_what_slots_and_stacked_ones_give(impl):
+    """As in Megatron's layer: each expert's matrices are parameters of their own, with gradients of their own."""
+    hidden_NH, gate_up, down, indices_N1, weights_N1 = problem(*fitting(impl, (20, 1, 3, 16, 16)))
+    indices_N1 = torch.where(indices_N1 < 0, 0, indices_N1).sort(0).values
+    expected = results(grouped_experts_reference, hidden_NH, gate_up, down, indices_N1, weights_N1)
+    counts_E = torch.bincount(indices_N1[:, 0], minlength=3)
+    assert counts_E[1] == 0
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden_NH, *gate_up, *down, weights_N1[:, 0])]
+
+    def sorted_rows(*_, **options):
+        return sorted_experts(leaves[0], leaves[1:4], leaves[4:7], counts_E, leaves[7], **options)
+
+    out_NH = results(sorted_rows, hidden_NH, gate_up, down, indices_N1, weights_N1, impl=impl)[0]
+    grads = [leaf.grad for leaf in leaves]
+    actual = [out_NH, grads[0], torch.stack(grads[1:4]), torch.stack(grads[4:7]), grads[7][:, None]]
+    for name, ours, truth in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-5, msg=name)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_no_slots_at_all_give_zeros(impl, tokens):
@@ -117,7 +137,7 @@ def test_a_fault_in_the_kernel_shows(fault, mutated, monkeypatch):
     tensors = problem(24, 2, 3, 18, 17)
     expected = results(grouped_experts_reference, *tensors)
     broken = mutated(triton_impl, *FAULTS[fault])
-    monkeypatch.setattr(triton_impl, "TritonExperts", broken.TritonExperts)
+    monkeypatch.setattr(triton_impl, "triton_experts", broken.triton_experts)
     errors = [relative_error(a, e) for a, e in zip(results(grouped_experts, *tensors, impl="triton"), expected,
                                                    strict=True)]
     assert not max(errors) <= 1e-3
@@ -135,10 +155,20 @@ GOOD = {"hidden_TH": torch.ones(3, 4), "gate_up_E2FH": torch.ones(2, 6, 4), "dow
     ({"indices_TK": torch.full((3, 1), 2)}, "beyond the 2 experts"),
     ({"indices_TK": torch.zeros(3, 1)}, "int64"),
     ({"impl": "fast"}, "impl='fast'"),
+    ({"gate_up_E2FH": [torch.ones(6, 4), torch.ones(4, 4)]}, "wants"),
+    ({"down_EHF": [torch.ones(4, 3), torch.ones(4, 3).bfloat16()]}, "down_EHF"),
 ])
 def test_bad_input_is_named(changed, message):
     with pytest.raises(ValueError, match=message):
         grouped_experts(**GOOD | changed)
+
+
+@pytest.mark.parametrize(("counts", "message"), [
+    (torch.tensor([1, 1]), "adds up to 2 rows, rows_NH has 3"), (torch.tensor([3]), "int64 .2."),
+    (torch.tensor([1.0, 2.0]), "counts_E must be int64")])
+def test_bad_counts_are_named(counts, message):
+    with pytest.raises(ValueError, match=message):
+        sorted_experts(GOOD["hidden_TH"], GOOD["gate_up_E2FH"], GOOD["down_EHF"], counts, torch.ones(3))
 
 
 @CPU_ONLY

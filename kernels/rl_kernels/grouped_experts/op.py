@@ -6,6 +6,8 @@ H hidden size, F width of an expert. Rows are slots sorted by expert; slots of n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,15 +15,17 @@ import torch.nn.functional as F
 
 from rl_kernels.grouped_experts.reference import grouped_experts_reference
 
-__all__ = ["grouped_experts"]
+__all__ = ["grouped_experts", "sorted_experts"]
 
 Implementation = Literal["auto", "triton", "grouped_mm", "loop", "reference"]
+Matrices = torch.Tensor | Sequence[torch.Tensor]
+"""One tensor [E, ...], or E of them: separate parameters, of which only "grouped_mm" makes a stacked copy."""
 
 
 def grouped_experts(
     hidden_TH: torch.Tensor,
-    gate_up_E2FH: torch.Tensor,
-    down_EHF: torch.Tensor,
+    gate_up_E2FH: Matrices,
+    down_EHF: Matrices,
     indices_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     *,
@@ -31,7 +35,7 @@ def grouped_experts(
 
     hidden_TH, gate_up_E2FH [E, 2F, H] (gate rows above up rows, Megatron's linear_fc1) and down_EHF [E, H, F] of one
     floating dtype; indices_TK int64, an index < 0 is a slot that adds nothing (dropped, or another rank's expert);
-    weights_TK float. Tokens already sorted by expert, as Megatron's dispatcher gives them, are the case K = 1.
+    weights_TK float.
     Gradients: to all but indices. Invariants: an expert without tokens gets a zero gradient; sums run in a fixed order,
     so equal inputs give equal bits.
     impl: "loop" one expert after the other (one host synchronisation); "grouped_mm" torch's grouped product (bfloat16
@@ -39,23 +43,38 @@ def grouped_experts(
     nothing was measured on a GPU yet. Nothing falls back to another in silence.
     ValueError: shapes or dtypes that do not fit, an index >= E, an implementation that cannot run on these tensors.
     """
-    tensors = (hidden_TH, gate_up_E2FH, down_EHF, indices_TK, weights_TK)
-    _validate(*tensors)
+    _validate(hidden_TH, gate_up_E2FH, down_EHF, indices_TK, weights_TK)
     if impl == "reference":
-        return grouped_experts_reference(*tensors).to(hidden_TH.dtype)
-    if impl in ("auto", "loop"):
-        return _torch_experts(*tensors, _loop_product)
-    if impl == "grouped_mm":
-        _require_grouped_mm(hidden_TH, down_EHF)
-        return _torch_experts(*tensors, _grouped_mm_product)
-    if impl != "triton":
-        raise ValueError(f"grouped_experts: impl={impl!r} must be auto, triton, grouped_mm, loop or reference")
-    from rl_kernels.grouped_experts.triton_impl import TritonExperts
-    from rl_kernels.triton_impl import require_device
+        return grouped_experts_reference(hidden_TH, gate_up_E2FH, down_EHF, indices_TK, weights_TK).to(hidden_TH.dtype)
+    order_N, ends_E = sort_slots(indices_TK, len(down_EHF))
+    return _implementation(impl, hidden_TH, down_EHF)(hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E)
 
-    require_device(hidden_TH, "grouped_experts")
-    return TritonExperts.apply(hidden_TH, gate_up_E2FH, down_EHF, weights_TK, *sort_slots(indices_TK,
-                                                                                          gate_up_E2FH.shape[0]))
+
+def sorted_experts(
+    rows_NH: torch.Tensor,
+    gate_up_E2FH: Matrices,
+    down_EHF: Matrices,
+    counts_E: torch.Tensor,
+    weights_N: torch.Tensor,
+    *,
+    impl: Implementation = "auto",
+) -> torch.Tensor:
+    """[N, H]: grouped_experts of rows that lie sorted by expert already, as Megatron's dispatchers leave them.
+
+    counts_E int64: how many rows each expert has, N in sum (on the CPU, where "loop" reads them, no synchronisation).
+    """
+    if counts_E.shape != (len(down_EHF),) or counts_E.dtype != torch.int64:
+        raise ValueError(f"counts_E must be int64 [{len(down_EHF)}], not {counts_E.dtype} {tuple(counts_E.shape)}")
+    if counts_E.device.type == "cpu" and int(counts_E.sum()) != len(rows_NH):
+        raise ValueError(f"counts_E adds up to {int(counts_E.sum())} rows, rows_NH has {len(rows_NH)}")
+    _validate(rows_NH, gate_up_E2FH, down_EHF, None, weights_N[:, None])
+    if impl == "reference":
+        expert_E = torch.arange(len(counts_E), device=rows_NH.device)
+        indices_N1 = expert_E.repeat_interleave(counts_E.to(rows_NH.device), output_size=len(rows_NH))[:, None]
+        return grouped_experts_reference(rows_NH, gate_up_E2FH, down_EHF, indices_N1, weights_N[:, None]).to(
+            rows_NH.dtype)
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    return _implementation(impl, rows_NH, down_EHF)(rows_NH, gate_up_E2FH, down_EHF, weights_N[:, None], None, ends_E)
 
 
 def sort_slots(indices_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,19 +85,40 @@ def sort_slots(indices_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     return order_N, ends_E.to(torch.int32)
 
 
-def _torch_experts(hidden_TH, gate_up_E2FH, down_EHF, indices_TK, weights_TK, product):
-    """Rows past the last expert hold anything; `used` keeps them out of values and, by where's rule, of gradients."""
-    (tokens, choices), hidden = indices_TK.shape, hidden_TH.shape[1]
-    order_N, ends_E = sort_slots(indices_TK, gate_up_E2FH.shape[0])
+def _implementation(impl: Implementation, hidden_TH, down_EHF):
+    """(hidden, gate_up, down, weights_TK, order_N or None: rows are slots, ends_E) -> [T, H]"""
+    if impl in ("auto", "loop"):
+        return partial(_torch_experts, _loop_product)
+    if impl == "grouped_mm":
+        _require_grouped_mm(hidden_TH, down_EHF[0])
+        return partial(_torch_experts, _grouped_mm_product)
+    if impl != "triton":
+        raise ValueError(f"grouped_experts: impl={impl!r} must be auto, triton, grouped_mm, loop or reference")
+    from rl_kernels.grouped_experts.triton_impl import triton_experts
+    from rl_kernels.triton_impl import require_device
+
+    require_device(hidden_TH, "grouped_experts")
+    return triton_experts
+
+
+def _torch_experts(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E):
+    if order_N is None:
+        return _products(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, ends_E)
+    # rows past the last expert hold anything; `used` keeps them out of values and, by where's rule, of gradients
+    (tokens, choices), hidden = weights_TK.shape, hidden_TH.shape[1]
     used_N1 = (torch.arange(tokens * choices, device=order_N.device) < ends_E[-1])[:, None]
     zero = torch.zeros((), dtype=hidden_TH.dtype, device=hidden_TH.device)
     rows_NH = torch.where(used_N1, hidden_TH[order_N // choices], zero)
-    gate_NF, up_NF = product(rows_NH, gate_up_E2FH, ends_E).chunk(2, -1)
     weights_N1 = torch.where(used_N1, weights_TK.flatten()[order_N, None], 0.0)
-    activated_NF = (F.silu(gate_NF) * up_NF * weights_N1).to(hidden_TH.dtype)
-    out_NH = torch.where(used_N1, product(activated_NF, down_EHF, ends_E), zero)
+    out_NH = torch.where(used_N1, _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E), zero)
     slots_NH = torch.zeros_like(out_NH).index_copy(0, order_N, out_NH)
     return slots_NH.view(tokens, choices, hidden).sum(1)
+
+
+def _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E):
+    gate_NF, up_NF = product(rows_NH, gate_up_E2FH, ends_E).chunk(2, -1)
+    activated_NF = (F.silu(gate_NF) * up_NF * weights_N1).to(rows_NH.dtype)
+    return product(activated_NF, down_EHF, ends_E)
 
 
 def _loop_product(rows_NX, weights_EYX, ends_E):
@@ -86,11 +126,13 @@ def _loop_product(rows_NX, weights_EYX, ends_E):
     ends = ends_E.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     *parts, rest = rows_NX.split([*sizes, len(rows_NX) - ends[-1]])
-    outputs = [part @ weight.T for part, weight in zip(parts, weights_EYX.unbind(0), strict=True)]
-    return torch.cat([*outputs, rest.new_zeros(len(rest), weights_EYX.shape[1])])
+    outputs = [part @ weight.T for part, weight in zip(parts, weights_EYX, strict=True)]
+    return torch.cat([*outputs, rest.new_zeros(len(rest), outputs[0].shape[1])])
 
 
 def _grouped_mm_product(rows_NX, weights_EYX, ends_E):
+    weights_EYX = weights_EYX if isinstance(weights_EYX, torch.Tensor) else torch.stack(tuple(weights_EYX))
+    ends_E = ends_E.to(rows_NX.device)
     return _Contiguous.apply(torch._grouped_mm(rows_NX, weights_EYX.transpose(-2, -1), offs=ends_E))
 
 
@@ -106,30 +148,46 @@ class _Contiguous(torch.autograd.Function):
         return grad.contiguous()
 
 
-def _require_grouped_mm(hidden_TH, down_EHF):
+def _require_grouped_mm(hidden_TH, down_HF):
     """ValueError where torch._grouped_mm (2.14) would refuse the dtype or a row of some matrix."""
     if hidden_TH.device.type == "cuda" and hidden_TH.dtype != torch.bfloat16:
         raise ValueError(f"grouped_experts: impl='grouped_mm' takes bfloat16 on CUDA, not {hidden_TH.dtype}")
-    if any(size * hidden_TH.element_size() % 16 for size in down_EHF.shape[1:]):
+    if any(size * hidden_TH.element_size() % 16 for size in down_HF.shape):
         raise ValueError("grouped_experts: impl='grouped_mm' wants rows of a multiple of 16 bytes, not H="
-                         f"{down_EHF.shape[1]}, F={down_EHF.shape[2]} of {hidden_TH.dtype}")
+                         f"{down_HF.shape[0]}, F={down_HF.shape[1]} of {hidden_TH.dtype}")
 
 
 def _validate(hidden_TH, gate_up_E2FH, down_EHF, indices_TK, weights_TK):
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in (
-        ("hidden_TH", hidden_TH), ("gate_up_E2FH", gate_up_E2FH), ("down_EHF", down_EHF), ("indices_TK", indices_TK),
-        ("weights_TK", weights_TK)))
-    if hidden_TH.dim() != 2 or gate_up_E2FH.dim() != 3 or down_EHF.dim() != 3 or indices_TK.dim() != 2:
+    """indices_TK None: rows sorted by expert."""
+    experts = len(down_EHF)
+    shapes = (f"hidden_TH {tuple(hidden_TH.shape)}, gate_up_E2FH {_shape(gate_up_E2FH)}, down_EHF {_shape(down_EHF)}, "
+              f"weights_TK {tuple(weights_TK.shape)}")
+    if hidden_TH.dim() != 2 or len(_shape(gate_up_E2FH)) != 3 or len(_shape(down_EHF)) != 3 or weights_TK.dim() != 2:
         raise ValueError(f"grouped_experts wants [T, H], [E, 2F, H], [E, H, F], [T, K], [T, K]: {shapes}")
-    experts, hidden, width = down_EHF.shape
-    if gate_up_E2FH.shape != (experts, 2 * width, hidden) or hidden_TH.shape[1] != hidden or experts < 1:
+    _, hidden, width = _shape(down_EHF)
+    if _shape(gate_up_E2FH) != (experts, 2 * width, hidden) or hidden_TH.shape[1] != hidden or experts < 1:
         raise ValueError(f"hidden_TH, gate_up_E2FH and down_EHF must share E, F and H: {shapes}")
-    if indices_TK.shape != weights_TK.shape or len(indices_TK) != len(hidden_TH) or indices_TK.shape[1] < 1:
+    if len(weights_TK) != len(hidden_TH) or weights_TK.shape[1] < 1 \
+            or (indices_TK is not None and indices_TK.shape != weights_TK.shape):
         raise ValueError(f"indices_TK and weights_TK must be [T, K] with the T of hidden_TH: {shapes}")
-    if not hidden_TH.dtype == gate_up_E2FH.dtype == down_EHF.dtype or not hidden_TH.is_floating_point():
-        raise ValueError(f"hidden_TH ({hidden_TH.dtype}), gate_up_E2FH ({gate_up_E2FH.dtype}) and down_EHF "
-                         f"({down_EHF.dtype}) must share a floating dtype")
-    if indices_TK.dtype != torch.int64 or not weights_TK.is_floating_point():
-        raise ValueError(f"indices_TK must be int64 ({indices_TK.dtype}) and weights_TK float ({weights_TK.dtype})")
+    for name, matrices in (("gate_up_E2FH", gate_up_E2FH), ("down_EHF", down_EHF)):
+        other = next((m.dtype for m in matrices if m.dtype != hidden_TH.dtype), None)
+        if other is not None or not hidden_TH.is_floating_point():
+            raise ValueError(f"hidden_TH ({hidden_TH.dtype}) and {name} ({other or hidden_TH.dtype}) must share a "
+                             "floating dtype")
+    if not weights_TK.is_floating_point():
+        raise ValueError(f"weights_TK must be float, not {weights_TK.dtype}")
+    if indices_TK is None:
+        return
+    if indices_TK.dtype != torch.int64:
+        raise ValueError(f"indices_TK must be int64, not {indices_TK.dtype}")
     if indices_TK.device.type == "cpu" and indices_TK.numel() and int(indices_TK.max()) >= experts:
         raise ValueError(f"indices_TK holds {int(indices_TK.max())}, beyond the {experts} experts")
+
+
+def _shape(matrices: Matrices) -> tuple[int, ...]:
+    """[E, rows, columns] of one tensor or of E; (E,) where these differ."""
+    if isinstance(matrices, torch.Tensor):
+        return tuple(matrices.shape)
+    shapes = {tuple(matrix.shape) for matrix in matrices}
+    return (len(matrices), *(shapes.pop() if len(shapes) == 1 else ()))

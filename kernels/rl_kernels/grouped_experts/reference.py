@@ -19,7 +19,7 @@ def grouped_experts_reference(hidden_TH, gate_up_E2FH, down_EHF, indices_TK, wei
     dtype = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
     hidden_TH, weights_TK = hidden_TH.to(dtype), weights_TK.to(dtype)
     out_TH = torch.zeros_like(hidden_TH)
-    for expert in range(gate_up_E2FH.shape[0]):
+    for expert in range(len(gate_up_E2FH)):
         tokens, choice = (indices_TK == expert).nonzero(as_tuple=True)
         gate, up = (hidden_TH[tokens] @ gate_up_E2FH[expert].to(dtype).T).chunk(2, -1)
         activated = F.silu(gate) * up * weights_TK[tokens, choice][:, None]

@@ -7,6 +7,8 @@ A program computes BM rows of one expert; which, it reads from a table, because 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -37,14 +39,24 @@ def rows_of_block(table, order, block, num_blocks, choices, BM: tl.constexpr):
 
 
 @triton.jit
-def gate_up_kernel(hidden, gate_up, weights, order, table, saved, activated, num_blocks, choices, H, F,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
+def matrix_of(first, offsets, expert, ALIGNED: tl.constexpr):
+    """Pointer to the expert's matrix: experts may lie anywhere, as separate parameters do. ALIGNED: by 16 elements."""
+    offset = tl.load(offsets + expert)
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return first + offset
+
+
+@triton.jit
+def gate_up_kernel(hidden, gate_up, offsets, weights, order, table, saved, activated, num_blocks, choices, H, F,
+                   ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   INTERPRETED: tl.constexpr):
     """saved[row, :2F] = gate and up; activated[row, :F] = silu(gate) * up * weight."""
     expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
     if expert >= 0:
         columns = tl.program_id(1) * BN + tl.arange(0, BN)
         inside = columns < F
-        matrix = gate_up + expert.to(tl.int64) * 2 * F * H
+        matrix = matrix_of(gate_up, offsets, expert, ALIGNED)
         gate = tl.zeros((BM, BN), tl.float32)
         up = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, H, BK):
@@ -78,27 +90,28 @@ def rows_times_matrix(rows, matrix, r, columns, X, Y, row_mask, stride_x, stride
 
 
 @triton.jit
-def scatter_kernel(rows_NX, matrices, order, table, out, num_blocks, choices, X, Y, stride_x, stride_y,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
+def scatter_kernel(rows_NX, matrices, offsets, order, table, out, num_blocks, choices, X, Y, stride_x, stride_y,
+                   ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                   INTERPRETED: tl.constexpr):
     """out[slot of row, :Y] = rows[row, :X] @ matrices[expert]."""
     expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
     if expert >= 0:
         columns = tl.program_id(1) * BN + tl.arange(0, BN)
-        tile = rows_times_matrix(rows_NX, matrices + expert.to(tl.int64) * X * Y, rows, columns, X, Y, mask, stride_x,
-                                 stride_y, BM, BN, BK, INTERPRETED)
+        tile = rows_times_matrix(rows_NX, matrix_of(matrices, offsets, expert, ALIGNED), rows, columns, X, Y, mask,
+                                 stride_x, stride_y, BM, BN, BK, INTERPRETED)
         store(out + slot[:, None] * Y + columns[None, :], tile, mask[:, None] & (columns[None, :] < Y), INTERPRETED)
 
 
 @triton.jit
-def activation_gradient_kernel(grad_out, down, saved, weights, order, table, grad_saved, activated, grad_weights,
-                               num_blocks, choices, H, F, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                               INTERPRETED: tl.constexpr):
+def activation_gradient_kernel(grad_out, down, offsets, saved, weights, order, table, grad_saved, activated,
+                               grad_weights, num_blocks, choices, H, F, ALIGNED: tl.constexpr, BM: tl.constexpr,
+                               BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
     """grad_saved [N, 2F], the weighted activation [N, F] again, and grad_weights [N, column tiles] to be summed."""
     expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
     if expert >= 0:
         tile = tl.program_id(1)
         columns = tile * BN + tl.arange(0, BN)
-        grad = rows_times_matrix(grad_out, down + expert.to(tl.int64) * H * F, token, columns, H, F, mask, F, 1,
+        grad = rows_times_matrix(grad_out, matrix_of(down, offsets, expert, ALIGNED), token, columns, H, F, mask, F, 1,
                                  BM, BN, BK, INTERPRETED)
         both = mask[:, None] & (columns[None, :] < F)
         place = rows[:, None] * 2 * F + columns[None, :]
@@ -159,13 +172,51 @@ def block_table(ends_E: torch.Tensor, slots: int, rows_per_block: int) -> torch.
     return torch.stack([torch.where(real, expert, -1), start, end]).to(torch.int32).contiguous()
 
 
+@lru_cache(maxsize=4096)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 [E], copied to the device once: parameters stay where they are from step to step."""
+    return torch.tensor(numbers, device=device)
+
+
+class Experts:
+    """One matrix of each expert as the kernels find it: a base tensor and int64 [E] offsets from it, in elements.
+
+    tensors: E contiguous matrices [rows, columns], or one tensor [E, rows, columns].
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]):
+        self.base, self.stacked = tensors[0], tensors[0].dim() == 3
+        *_, self.rows, self.columns = self.base.shape
+        if self.stacked:
+            numbers = tuple(range(0, self.base.numel(), self.rows * self.columns))
+        else:
+            first, size = self.base.data_ptr(), self.base.element_size()
+            numbers = tuple((tensor.data_ptr() - first) // size for tensor in tensors)
+        self.offsets = _on_device(numbers, self.base.device)
+        self.aligned = all(number % 16 == 0 for number in numbers)
+
+    def gradients(self, grad_ERC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (grad_ERC,) if self.stacked else grad_ERC.unbind(0)
+
+
+def triton_experts(hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E) -> torch.Tensor:
+    """[T, H]; gate_up and down as one tensor or E; order_N int64 [N], or None: rows are slots; ends_E int32."""
+    if order_N is None:
+        order_N = torch.arange(weights_TK.numel(), device=hidden_TH.device)
+    gate_up, down = ((matrices,) if isinstance(matrices, torch.Tensor) else tuple(matrices)
+                     for matrices in (gate_up_E2FH, down_EHF))
+    return TritonExperts.apply(hidden_TH, weights_TK, order_N, ends_E.to(hidden_TH.device), len(gate_up), *gate_up,
+                               *down)
+
+
 class TritonExperts(torch.autograd.Function):
-    """hidden [T, H], gate_up [E, 2F, H], down [E, H, F], weights [T, K], order int64 [N], ends int32 [E] -> [T, H]."""
+    """hidden [T, H], weights [T, K], order int64 [N], ends int32 [E], tensors of each kind, gate_up, down -> [T, H]."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E):
-        hidden_TH, gate_up_E2FH, down_EHF = (t.contiguous() for t in (hidden_TH, gate_up_E2FH, down_EHF))
-        (_, hidden, width), choices, slots = down_EHF.shape, weights_TK.shape[1], len(order_N)
+    def forward(ctx, hidden_TH, weights_TK, order_N, ends_E, kinds, *matrices):
+        hidden_TH, *matrices = (tensor.contiguous() for tensor in (hidden_TH, *matrices))
+        gate_up, down = Experts(matrices[:kinds]), Experts(matrices[kinds:])
+        choices, slots, (hidden, width) = weights_TK.shape[1], len(order_N), (down.rows, down.columns)
         weights_N = weights_TK.float().contiguous().view(-1)
         saved_N2F = hidden_TH.new_empty(slots, 2 * width)
         activated_NF = hidden_TH.new_empty(slots, width)
@@ -174,41 +225,49 @@ class TritonExperts(torch.autograd.Function):
             size = tiles(hidden_TH.dtype, accumulators=2)
             table = block_table(ends_E, slots, size["BM"])
             gate_up_kernel[(table.shape[1], triton.cdiv(width, size["BN"]))](
-                hidden_TH, gate_up_E2FH, weights_N, order_N, table, saved_N2F, activated_NF, table.shape[1], choices,
-                hidden, width, INTERPRETED=INTERPRETED, **size)
-            _scatter(activated_NF, down_EHF.transpose(1, 2), order_N, ends_E, choices, out_NH)
-        ctx.save_for_backward(hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E, saved_N2F)
+                hidden_TH, gate_up.base, gate_up.offsets, weights_N, order_N, table, saved_N2F, activated_NF,
+                table.shape[1], choices, hidden, width, ALIGNED=gate_up.aligned, INTERPRETED=INTERPRETED, **size)
+            _scatter(activated_NF, down, order_N, ends_E, choices, out_NH, transposed=True)
+        ctx.save_for_backward(hidden_TH, weights_TK, order_N, ends_E, saved_N2F, *matrices)
+        ctx.kinds = kinds
         return out_NH.view(-1, choices, hidden).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TH):
-        hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E, saved_N2F = ctx.saved_tensors
-        (_, hidden, width), choices, slots = down_EHF.shape, weights_TK.shape[1], len(order_N)
+        hidden_TH, weights_TK, order_N, ends_E, saved_N2F, *matrices = ctx.saved_tensors
+        gate_up, down = Experts(matrices[:ctx.kinds]), Experts(matrices[ctx.kinds:])
+        choices, slots, (hidden, width) = weights_TK.shape[1], len(order_N), (down.rows, down.columns)
         if not slots:
-            return (*(torch.zeros_like(t) for t in (hidden_TH, gate_up_E2FH, down_EHF, weights_TK)), None, None)
+            zeros = [torch.zeros_like(tensor) for tensor in (hidden_TH, weights_TK, *matrices)]
+            return *zeros[:2], None, None, None, *zeros[2:]
         grad_TH = grad_TH.contiguous()
         size = tiles(hidden_TH.dtype, accumulators=2)  # gate, up and the gradient are in registers together
         table, column_tiles = block_table(ends_E, slots, size["BM"]), triton.cdiv(width, size["BN"])
         grad_saved_N2F, activated_NF = torch.empty_like(saved_N2F), saved_N2F.new_empty(slots, width)
         grad_weights_NC = torch.zeros(slots, column_tiles, device=grad_TH.device)
         activation_gradient_kernel[(table.shape[1], column_tiles)](
-            grad_TH, down_EHF, saved_N2F, weights_TK.float().contiguous().view(-1), order_N, table, grad_saved_N2F,
-            activated_NF, grad_weights_NC, table.shape[1], choices, hidden, width, INTERPRETED=INTERPRETED, **size)
+            grad_TH, down.base, down.offsets, saved_N2F, weights_TK.float().contiguous().view(-1), order_N, table,
+            grad_saved_N2F, activated_NF, grad_weights_NC, table.shape[1], choices, hidden, width,
+            ALIGNED=down.aligned, INTERPRETED=INTERPRETED, **size)
         grad_NH = hidden_TH.new_zeros(slots, hidden)
-        _scatter(grad_saved_N2F, gate_up_E2FH, order_N, ends_E, choices, grad_NH)
+        _scatter(grad_saved_N2F, gate_up, order_N, ends_E, choices, grad_NH, transposed=False)
         grad_gate_up = _weight_gradient(grad_saved_N2F, hidden_TH, order_N, ends_E, choices, left_by_token=False)
         grad_down = _weight_gradient(grad_TH, activated_NF, order_N, ends_E, choices, left_by_token=True)
-        return (grad_NH.view(-1, choices, hidden).sum(1), grad_gate_up, grad_down,
-                grad_weights_NC.sum(1).view_as(weights_TK).to(weights_TK.dtype), None, None)
+        return (grad_NH.view(-1, choices, hidden).sum(1),
+                grad_weights_NC.sum(1).view_as(weights_TK).to(weights_TK.dtype), None, None, None,
+                *gate_up.gradients(grad_gate_up), *down.gradients(grad_down))
 
 
-def _scatter(rows_NX, matrices_EXY, order_N, ends_E, choices, out_NY):
-    size, (_, inner, outer) = tiles(rows_NX.dtype), matrices_EXY.shape
+def _scatter(rows_NX, experts: Experts, order_N, ends_E, choices, out_NY, *, transposed: bool):
+    """out[slot] = rows @ matrix of its expert, or @ its transpose."""
+    size, inner, outer, strides = tiles(rows_NX.dtype), experts.rows, experts.columns, (experts.columns, 1)
+    if transposed:
+        inner, outer, strides = outer, inner, strides[::-1]
     table = block_table(ends_E, len(order_N), size["BM"])
     scatter_kernel[(table.shape[1], triton.cdiv(outer, size["BN"]))](
-        rows_NX, matrices_EXY, order_N, table, out_NY, table.shape[1], choices, inner, outer, matrices_EXY.stride(1),
-        matrices_EXY.stride(2), INTERPRETED=INTERPRETED, **size)
+        rows_NX, experts.base, experts.offsets, order_N, table, out_NY, table.shape[1], choices, inner, outer, *strides,
+        ALIGNED=experts.aligned, INTERPRETED=INTERPRETED, **size)
 
 
 def _weight_gradient(left, right, order_N, ends_E, choices, *, left_by_token):

@@ -1,6 +1,6 @@
 """Log-probability of a label and exact entropy, straight from hidden states, without holding [T, V] logits."""
 
-from rl_kernels.linear_logprob.op import linear_logprob
+from rl_kernels.linear_logprob.op import Implementation, linear_logprob
 from rl_kernels.linear_logprob.reference import linear_logprob_reference
 
-__all__ = ["linear_logprob", "linear_logprob_reference"]
+__all__ = ["Implementation", "linear_logprob", "linear_logprob_reference"]

@@ -19,7 +19,7 @@ from rl_kernels.linear_logprob import chunked
 from rl_kernels.linear_logprob.liger import linear_logprob_liger
 from rl_kernels.linear_logprob.reference import linear_logprob_reference
 
-__all__ = ["linear_logprob"]
+__all__ = ["Implementation", "linear_logprob"]
 
 NOT_HERE = -2**30
 """Row of a label that this rank does not hold; stays negative however many rows of a block are subtracted."""

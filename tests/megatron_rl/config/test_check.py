@@ -32,6 +32,7 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
     (["rollout.collector=partial", "c3po.mismatch=kpop", "rollout.budget_tokens=100", "c3po.phi=1000",
       "c3po.max_collect_rounds=9"], r"rollout\.budget_tokens=100 in 9 round\(s\) .* 1000 response tokens"),
     (["rollout.engine.router=local", "c3po.router_replay=rollout"], r"rollout\.engine\.router drops .*router_replay"),
+    (["parallel=tp2", "model.kernels.logprob=liger"], r"model\.kernels\.logprob=liger .*parallel\.tp=2 cuts"),
     (["c3po.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
     (["c3po.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
 ])

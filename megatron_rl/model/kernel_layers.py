@@ -1,0 +1,67 @@
+"""Megatron's router and experts with the arithmetic of rl_kernels in the middle; parameters and interfaces are theirs.
+
+Both are subclasses that replace one forward: names, shapes and sharding of the parameters, and with them checkpoints,
+conversion, publishing and gradient buffers, do not know which of the two ran.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
+
+from megatron_rl.model.router import BudgetRouter
+from rl_kernels.grouped_experts import sorted_experts
+from rl_kernels.router_topk import router_topk
+
+
+class KernelExperts(SequentialMLP):
+    """The experts of one rank through sorted_experts; each expert's two matrices stay parameters of their own.
+
+    Under expert tensor parallelism the dispatcher gathers rows and adds partial outputs, so a rank's slice of each
+    matrix is all that its products need.
+    """
+
+    def __init__(self, *args, impl: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.impl = impl
+
+    def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
+        """(output [N, H], None): rows sorted by expert, int64 [E] rows of each, and their routing weights fp32 [N]."""
+        matrices = [[getattr(expert, name).weight for expert in self.local_experts]
+                    for name in ("linear_fc1", "linear_fc2")]
+        return sorted_experts(permuted_local_hidden_states, *matrices, tokens_per_expert, permuted_probs,
+                              impl=self.impl), None
+
+
+class KernelRouter(BudgetRouter):
+    """BudgetRouter whose logits, choice, weights and sums come from one call of router_topk.
+
+    Megatron's part that stays: the losses ride on the weights' gradient (MoEAuxLossAutoScaler), and the dispatcher
+    wants weights and choice as [T, E].
+    """
+
+    def __init__(self, *args, impl: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.impl = impl
+
+    def forward(self, input, padding_mask=None):
+        """(probs fp32, routing_map bool), both [T, E]; input [T, 1, H], padding_mask True = padding."""
+        hidden_TH = input.reshape(-1, input.shape[-1])
+        route = partial(router_topk, hidden_TH, self.weight, self.topk, impl=self.impl,
+                        normalize=not self.config.moe_router_pre_softmax,
+                        real_T=self._real(padding_mask, hidden_TH)[:, 0].bool())
+        routed = route(indices_TK=self._replayed(route))
+        empty_TE = hidden_TH.new_zeros(len(hidden_TH), self.num_experts, dtype=routed.weights_TK.dtype)
+        probs_TE = empty_TE.scatter(1, routed.indices_TK, routed.weights_TK)
+        return self._account(probs_TE, routed), empty_TE.bool().scatter(1, routed.indices_TK, True)
+
+    def _replayed(self, route) -> torch.Tensor | None:
+        """The recorded choice of this micro-batch, which is compared with the one that the router would make."""
+        record = self.router_replay.microbatch
+        if record is None:
+            return None
+        with torch.no_grad():
+            live = route().indices_TK
+        return record.choose(self.router_replay.moe_layer, live)
