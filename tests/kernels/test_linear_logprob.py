@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rl_kernels.linear_logprob import linear_logprob, linear_logprob_reference
+from rl_kernels.linear_logprob import linear_logprob, linear_logprob_reference, op
+from rl_kernels.linear_logprob.chunked import block_columns
 
 IGNORED = -100
 
@@ -63,6 +64,19 @@ def test_golden_two_word_vocabulary():
     torch.testing.assert_close(grad_of_logprob, torch.tensor([[0.25, -0.25]]))
     slope = 3 / 16 * math.log(3.0)
     torch.testing.assert_close(grad_of_entropy, torch.tensor([[-slope, slope]]))
+
+
+def test_a_label_that_nobody_looked_at_gives_nan(monkeypatch):
+    """On a GPU labels are not looked at, since that would stop the host; a step that is not finite changes nothing."""
+    monkeypatch.setattr(op, "_validate", lambda *_: None)
+    logprobs_T, _ = linear_logprob(torch.ones(3, 2), torch.eye(2), torch.tensor([1, 2, IGNORED]))
+    assert logprobs_T.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows", [1, 700, 1024, 5000, 100_000])
+def test_blocks_start_where_matrix_units_can_load_them(rows, device):
+    assert block_columns(rows, torch.device(device)) % 128 == 0
 
 
 def test_gradcheck_in_float64():

@@ -80,6 +80,23 @@ def test_blocks_of_the_backward_pass_do_not_change_the_result(monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_large_logits_stay_exact(sign):
+    """Growing and falling by hundreds from block to block of the vocabulary, and all far from zero."""
+    hidden_TH = torch.ones(3, 1, device=DEVICE)
+    weight_VH = sign * torch.arange(200.0, 1600.0, 20.0, device=DEVICE)[:, None]
+    labels_T = torch.tensor([0, 33, 69], device=DEVICE)
+    for direction in (weight_VH, weight_VH.flip(0)):
+        *values, grad_hidden, grad_weight = results(triton, hidden_TH, direction, labels_T)
+        *exact, exact_hidden, exact_weight = results(linear_logprob_reference, hidden_TH.double(), direction.double(),
+                                                     labels_T)
+        for actual, expected in zip(values, exact, strict=True):
+            torch.testing.assert_close(actual, expected.float(), rtol=1e-6, atol=1e-6)
+        # a probability is exp(logit - logsumexp), whose float32 rounding at 1600 is 6e-5; a weight is at most 1600
+        torch.testing.assert_close(grad_weight, exact_weight.float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(grad_hidden, exact_hidden.float(), rtol=0, atol=1e-4 * 1600)
+
+
 def test_ignored_rows_are_zero_even_when_they_hold_nan():
     hidden_TH, weight_VH, labels_T = problem(20, 6, 15)
     clean = results(triton, hidden_TH, weight_VH, labels_T)

@@ -200,71 +200,75 @@ class Experts:
 
 
 def triton_experts(hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E) -> torch.Tensor:
-    """[T, H]; gate_up and down as one tensor or E; order_N int64 [N], or None: rows are slots; ends_E int32."""
-    if order_N is None:
+    """[T, H]; gate_up and down as one tensor or E; order_N int64 [N], None: a row is its slot and has an expert."""
+    every_slot = order_N is None
+    if every_slot:
         order_N = torch.arange(weights_TK.numel(), device=hidden_TH.device)
     gate_up, down = ((matrices,) if isinstance(matrices, torch.Tensor) else tuple(matrices)
                      for matrices in (gate_up_E2FH, down_EHF))
-    return TritonExperts.apply(hidden_TH, weights_TK, order_N, ends_E.to(hidden_TH.device), len(gate_up), *gate_up,
-                               *down)
+    ends_E = ends_E.to(hidden_TH.device)
+    table = block_table(ends_E, len(order_N), tiles(hidden_TH.dtype)["BM"])
+    return TritonExperts.apply(hidden_TH, weights_TK, order_N, ends_E, table, every_slot, len(gate_up), *gate_up, *down)
 
 
 class TritonExperts(torch.autograd.Function):
-    """hidden [T, H], weights [T, K], order int64 [N], ends int32 [E], tensors of each kind, gate_up, down -> [T, H]."""
+    """hidden [T, H], weights [T, K], order int64 [N], ends int32 [E], table, every_slot: no slot is without an expert,
+    tensors of each kind, gate_up, down -> [T, H]."""
 
     @staticmethod
-    def forward(ctx, hidden_TH, weights_TK, order_N, ends_E, kinds, *matrices):
+    def forward(ctx, hidden_TH, weights_TK, order_N, ends_E, table, every_slot, kinds, *matrices):
         hidden_TH, *matrices = (tensor.contiguous() for tensor in (hidden_TH, *matrices))
         gate_up, down = Experts(matrices[:kinds]), Experts(matrices[kinds:])
         choices, slots, (hidden, width) = weights_TK.shape[1], len(order_N), (down.rows, down.columns)
         weights_N = weights_TK.float().contiguous().view(-1)
         saved_N2F = hidden_TH.new_empty(slots, 2 * width)
         activated_NF = hidden_TH.new_empty(slots, width)
-        out_NH = hidden_TH.new_zeros(slots, hidden)
+        out_NH = (hidden_TH.new_empty if every_slot else hidden_TH.new_zeros)(slots, hidden)
         if slots:
             size = tiles(hidden_TH.dtype, accumulators=2)
-            table = block_table(ends_E, slots, size["BM"])
             gate_up_kernel[(table.shape[1], triton.cdiv(width, size["BN"]))](
                 hidden_TH, gate_up.base, gate_up.offsets, weights_N, order_N, table, saved_N2F, activated_NF,
                 table.shape[1], choices, hidden, width, ALIGNED=gate_up.aligned, INTERPRETED=INTERPRETED, **size)
-            _scatter(activated_NF, down, order_N, ends_E, choices, out_NH, transposed=True)
-        ctx.save_for_backward(hidden_TH, weights_TK, order_N, ends_E, saved_N2F, *matrices)
-        ctx.kinds = kinds
-        return out_NH.view(-1, choices, hidden).sum(1)
+            _scatter(activated_NF, down, order_N, table, choices, out_NH, transposed=True)
+        ctx.save_for_backward(hidden_TH, weights_TK, order_N, ends_E, table, saved_N2F, *matrices)
+        ctx.every_slot, ctx.kinds = every_slot, kinds
+        return _sum_choices(out_NH, choices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TH):
-        hidden_TH, weights_TK, order_N, ends_E, saved_N2F, *matrices = ctx.saved_tensors
+        hidden_TH, weights_TK, order_N, ends_E, table, saved_N2F, *matrices = ctx.saved_tensors
         gate_up, down = Experts(matrices[:ctx.kinds]), Experts(matrices[ctx.kinds:])
         choices, slots, (hidden, width) = weights_TK.shape[1], len(order_N), (down.rows, down.columns)
         if not slots:
             zeros = [torch.zeros_like(tensor) for tensor in (hidden_TH, weights_TK, *matrices)]
-            return *zeros[:2], None, None, None, *zeros[2:]
+            return *zeros[:2], None, None, None, None, None, *zeros[2:]
         grad_TH = grad_TH.contiguous()
         size = tiles(hidden_TH.dtype, accumulators=2)  # gate, up and the gradient are in registers together
-        table, column_tiles = block_table(ends_E, slots, size["BM"]), triton.cdiv(width, size["BN"])
+        column_tiles = triton.cdiv(width, size["BN"])
         grad_saved_N2F, activated_NF = torch.empty_like(saved_N2F), saved_N2F.new_empty(slots, width)
         grad_weights_NC = torch.zeros(slots, column_tiles, device=grad_TH.device)
         activation_gradient_kernel[(table.shape[1], column_tiles)](
             grad_TH, down.base, down.offsets, saved_N2F, weights_TK.float().contiguous().view(-1), order_N, table,
             grad_saved_N2F, activated_NF, grad_weights_NC, table.shape[1], choices, hidden, width,
             ALIGNED=down.aligned, INTERPRETED=INTERPRETED, **size)
-        grad_NH = hidden_TH.new_zeros(slots, hidden)
-        _scatter(grad_saved_N2F, gate_up, order_N, ends_E, choices, grad_NH, transposed=False)
+        grad_NH = (hidden_TH.new_empty if ctx.every_slot else hidden_TH.new_zeros)(slots, hidden)
+        _scatter(grad_saved_N2F, gate_up, order_N, table, choices, grad_NH, transposed=False)
         grad_gate_up = _weight_gradient(grad_saved_N2F, hidden_TH, order_N, ends_E, choices, left_by_token=False)
         grad_down = _weight_gradient(grad_TH, activated_NF, order_N, ends_E, choices, left_by_token=True)
-        return (grad_NH.view(-1, choices, hidden).sum(1),
-                grad_weights_NC.sum(1).view_as(weights_TK).to(weights_TK.dtype), None, None, None,
-                *gate_up.gradients(grad_gate_up), *down.gradients(grad_down))
+        return (_sum_choices(grad_NH, choices), grad_weights_NC.sum(1).view_as(weights_TK).to(weights_TK.dtype),
+                None, None, None, None, None, *gate_up.gradients(grad_gate_up), *down.gradients(grad_down))
 
 
-def _scatter(rows_NX, experts: Experts, order_N, ends_E, choices, out_NY, *, transposed: bool):
+def _sum_choices(slots_NH, choices):
+    return slots_NH if choices == 1 else slots_NH.view(-1, choices, slots_NH.shape[1]).sum(1)
+
+
+def _scatter(rows_NX, experts: Experts, order_N, table, choices, out_NY, *, transposed: bool):
     """out[slot] = rows @ matrix of its expert, or @ its transpose."""
     size, inner, outer, strides = tiles(rows_NX.dtype), experts.rows, experts.columns, (experts.columns, 1)
     if transposed:
         inner, outer, strides = outer, inner, strides[::-1]
-    table = block_table(ends_E, len(order_N), size["BM"])
     scatter_kernel[(table.shape[1], triton.cdiv(outer, size["BN"]))](
         rows_NX, experts.base, experts.offsets, order_N, table, out_NY, table.shape[1], choices, inner, outer, *strides,
         ALIGNED=experts.aligned, INTERPRETED=INTERPRETED, **size)

@@ -15,7 +15,12 @@ BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 
 def block_columns(chunk_tokens: int, device: torch.device) -> int:
     """Vocabulary rows of one block when it has chunk_tokens rows."""
-    return max(1024, BLOCK_ELEMENTS.get(device.type, 2**27) // chunk_tokens)
+    return max(1024, whole_tiles(BLOCK_ELEMENTS.get(device.type, 2**27) // chunk_tokens))
+
+
+def whole_tiles(columns: int) -> int:
+    """columns rounded down to a multiple of 128, so that rows of a block start where matrix units can load them."""
+    return max(128, columns // 128 * 128)
 
 
 def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens):

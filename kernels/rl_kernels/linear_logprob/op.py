@@ -55,8 +55,9 @@ def linear_logprob(
     Nothing falls back to another in silence.
     Invariants: neither outputs nor gradients depend on chunk_tokens or on the number of ranks; no tensor is
     larger than chunk_tokens * V, T * H or V * H elements (triton: 2**26, T * H or V * H).
-    ValueError: shapes or dtypes that do not fit, temperature or chunk_tokens not positive, a label >= the whole V, an
-    implementation that cannot run on these tensors.
+    ValueError: shapes or dtypes that do not fit, temperature or chunk_tokens not positive, an implementation that
+    cannot run on these tensors, a label >= the whole V (on a GPU, where looking would stop the host, its log-prob is
+    NaN instead).
     """
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     _validate(hidden_TH, weight_VH, labels_T, temperature, column_scale_H, chunk_tokens, world)
@@ -70,7 +71,8 @@ def linear_logprob(
         logprobs_T, entropy_T = linear_logprob_reference(hidden_TH, weight_VH, labels_T, temperature=temperature,
                                                          column_scale_H=scale_H)
         return logprobs_T, entropy_T if with_entropy else None
-    head = _Head(_backend(impl, hidden_TH), temperature, chunk_tokens, rank * weight_VH.shape[0],
+    rows = weight_VH.shape[0]
+    head = _Head(_backend(impl, hidden_TH), temperature, chunk_tokens, rank * rows, world * rows,
                  group if world > 1 else None, with_entropy)
     return _LinearLogprob.apply(hidden_TH, weight_VH, labels_T, scale_H, head)
 
@@ -89,12 +91,14 @@ def _backend(impl: Implementation, tensor: torch.Tensor) -> ModuleType:
 
 @dataclass(frozen=True)
 class _Head:
-    """What forward and backward share besides tensors. first_row: global id of this rank's first weight row."""
+    """What forward and backward share besides tensors. first_row: global id of this rank's first weight row; vocab:
+    rows of the whole head."""
 
     backend: ModuleType
     temperature: float
     chunk_tokens: int
     first_row: int
+    vocab: int
     group: dist.ProcessGroup | None
     with_entropy: bool
 
@@ -103,7 +107,7 @@ class _Head:
         rows = max(1, min(tokens, self.chunk_tokens if self.backend is chunked else TRITON_BLOCK_ELEMENTS // 2048))
         if self.backend is chunked:
             return rows, chunked.block_columns(rows, device)
-        return rows, TRITON_BLOCK_ELEMENTS // rows
+        return rows, chunked.whole_tiles(TRITON_BLOCK_ELEMENTS // rows)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -133,8 +137,9 @@ def _forward(hidden_TH, weight_VH, labels_T, scale_H, head):
     valid_T, zeros_T = labels_T >= 0, torch.zeros_like(max_T)
     log_sum_T = exp_sum_T.log()
     lse_T = max_T + log_sum_T
-    logprobs_T = torch.where(valid_T, label_T - lse_T, zeros_T)
-    # H = lse - E[logit]; with the maximum taken out of both, nothing large cancels.
+    logprobs_T = torch.where(valid_T, (label_T - max_T) - log_sum_T, zeros_T)
+    logprobs_T = torch.where(labels_T < head.vocab, logprobs_T, torch.nan)  # only where _validate does not look
+    # H = lse - E[logit]; with the maximum taken out of both, here as above, nothing large cancels.
     entropy_T = torch.where(valid_T, log_sum_T - dot_T / exp_sum_T, zeros_T) if head.with_entropy else None
     return logprobs_T, entropy_T, lse_T
 
@@ -233,6 +238,6 @@ def _validate(hidden_TH, weight_VH, labels_T, temperature, column_scale_H, chunk
     vocab = world * weight_VH.shape[0]
     if vocab < 1:
         raise ValueError(f"weight_VH has no rows: {shapes}")
-    # on a GPU the look at the labels would make the host wait for everything before it
+    # on a GPU the look at the labels would make the host wait for everything before it; _forward gives NaN there
     if labels_T.device.type == "cpu" and labels_T.numel() and int(labels_T.max()) >= vocab:
         raise ValueError(f"labels_T holds {int(labels_T.max())}, beyond the vocabulary of {vocab} rows")

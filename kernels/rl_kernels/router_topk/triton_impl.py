@@ -54,7 +54,8 @@ def forward_kernel(hidden, weight, replayed, real, logits_out, indices, weights,
     logits = tl.where(expert_mask[None, :], logits, LOWEST)
 
     order = tl.full((BM, EP), K, tl.int32)  # which choice this expert is, K: none
-    left = logits
+    # NaN counts as the lowest expert, and a column of padding as lower still: a choice is always K different experts
+    left = tl.where(expert_mask[None, :], tl.where(logits > LOWEST, logits, LOWEST), 2 * LOWEST)
     for i in tl.static_range(K):
         if REPLAY:
             choice = tl.load(replayed + rows * K + i, mask=row_mask, other=0).to(tl.int32)
@@ -62,7 +63,7 @@ def forward_kernel(hidden, weight, replayed, real, logits_out, indices, weights,
             choice = tl.argmax(left, 1)
         is_choice = experts[None, :] == choice[:, None]
         order = tl.where(is_choice, i, order)
-        left = tl.where(is_choice, 2 * LOWEST, left)
+        left = tl.where(is_choice, 4 * LOWEST, left)
         tl.store(indices + rows * K + i, choice.to(tl.int64), mask=row_mask)
     chosen = order < K
     maximum = tl.max(logits, 1)
