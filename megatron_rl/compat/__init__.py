@@ -15,8 +15,22 @@ class _BeforeMegatron(importlib.abc.MetaPathFinder):
 
     def find_spec(self, fullname, path, target=None):
         if fullname == "megatron.core":
-            sys.meta_path.remove(self)
+            sys.meta_path[sys.meta_path.index(self)] = _NoWandbForMegatron()
             _install()
+        return None
+
+
+class _NoWandbForMegatron(importlib.abc.MetaPathFinder):
+    """Refuses the first import of wandb after that of megatron.core, which is that of megatron/core/timers.py (0.19.2).
+
+    It can do without. The import takes a second in every rank and makes two folders in the system's temporary folder,
+    which a rank that is killed leaves behind.
+    """
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname == "wandb":
+            sys.meta_path.remove(self)
+            raise ModuleNotFoundError("Megatron's timers go without wandb", name="wandb")
         return None
 
 

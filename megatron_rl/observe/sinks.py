@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -81,9 +82,16 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _start_wandb(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> Any:
-    """A wandb run under directory/wandb whose x axis is `step`; a resumed run keeps its id."""
-    import wandb  # only here: it takes a second and starts a process
+    """A wandb run under directory/wandb whose x axis is `step`; a resumed run keeps its id.
 
+    wandb's temporary folders lie there too: it makes them when it is imported, and a run that is killed leaves them.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, str(directory / "wandb")
+    try:
+        (directory / "wandb").mkdir(exist_ok=True)
+        import wandb  # only here: it takes a second and starts a process
+    finally:
+        tempfile.tempdir = before
     id_path = directory / "wandb_id.txt"
     if not id_path.exists():
         id_path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")

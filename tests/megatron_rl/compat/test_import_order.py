@@ -33,3 +33,11 @@ def test_megatron_imported_too_early_is_an_error_that_says_what_to_do():
     done = python("import sys, torch, types\ntorch.cuda.is_available = lambda: False\n"
                   "sys.modules['megatron.core'] = types.ModuleType('megatron.core')\nimport megatron_rl")
     assert "import megatron_rl before megatron.core" in done.stderr
+
+
+@pytest.mark.slow
+def test_megatron_leaves_wandb_alone_and_a_run_can_have_it():
+    done = python("import sys, megatron_rl.train_step.logprobs\n"
+                  "assert 'wandb' not in sys.modules\n"
+                  "import wandb")
+    assert done.returncode == 0, done.stderr

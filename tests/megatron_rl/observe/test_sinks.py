@@ -1,6 +1,7 @@
 """metrics.jsonl and eval.jsonl hold every step once, across crashes and resumes; wandb gets the same numbers."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -66,14 +67,14 @@ def test_config_and_versions_are_written(tmp_path):
     assert versions["packages"]["torch"].startswith("2.") and versions["machine"]["cores"] >= 1
 
 
-def run_script(body, directory, mode):
+def run_script(body, directory, mode, **environment):
     """Logs in a process of its own; returns what it printed. wandb's finish() may return before its service has
     written the offline file (wandb 0.31); the process does not exit before that."""
     script = ("import sys\nfrom megatron_rl.config.schema import ObserveConfig\n"
               "from megatron_rl.observe import MetricsLog\n"
               f"with MetricsLog(sys.argv[1], ObserveConfig(wandb={mode!r}), {{'c3po': {{'phi': 64}}}}) as log:\n{body}")
     done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=True,
-                          timeout=120, cwd=REPOSITORY)
+                          timeout=120, cwd=REPOSITORY, env=os.environ | environment)
     return done.stdout.strip()
 
 
@@ -111,3 +112,14 @@ def test_offline_wandb_holds_the_same_numbers_inside_the_run_directory(tmp_path)
     assert path.is_relative_to(tmp_path / "run" / "wandb")
     rows = wandb_history(path)
     assert [(row["step"], row["reward/mean"], row["train/loss"]) for row in rows] == [(1, 0.25, 1.5), (2, 0.5, 1.0)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_wandb_leaves_nothing_outside_its_directory(tmp_path):
+    """A run that is killed runs no clean-up, so what it made must lie in the run's own folder."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    run_script("    log.log(1, {'a': 1.0})\n    import os\n    os._exit(0)\n", tmp_path / "run", "offline",
+               TMPDIR=str(temporary))
+    assert list((tmp_path / "run" / "wandb").glob("tmp*wandb-media"))
+    assert not list(temporary.glob("tmp*wandb*"))
