@@ -53,6 +53,7 @@ setup(
     extras_require={
         "cpu": requirements("requirements-cpu-engine.txt"),
         "gpu": ["sglang==0.5.23", "transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "slurm": ["hydra-submitit-launcher==1.2.0", "submitit==1.5.4"],
         "dev": [
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

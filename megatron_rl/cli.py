@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 SHELLS = ("bash", "zsh")
+LAUNCHERS = ("basic", "submitit_local", "submitit_slurm")
 EPILOG = """\
 examples:
   megatron-rl quickstart                                      a small MoE from nothing to C3PO, with a report
@@ -90,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("settings", nargs="*", metavar="key=value")
     ablate.add_argument("--check", action="store_true", help="compose and validate every run, start nothing")
     ablate.add_argument("--slurm", action="store_true", help="submit a job per run instead (then --collect)")
+    ablate.add_argument("--multirun", choices=LAUNCHERS, help="as a Hydra multirun: one job for each arm and seed, by "
+                        "this launcher (submitit_slurm: on Slurm, one node each), then the result")
     ablate.add_argument("--collect", action="store_true", help="run nothing, write the result of what is finished")
     ablate.add_argument("--readme", action="store_true", help="put the result into the example's README")
     replay = commands.add_parser("replay-step", help="run a dumped optimiser step again and show where it stops being "
@@ -131,13 +134,20 @@ def add_data(commands) -> None:
             step.add_argument("--keep-never-solved", action="store_true", help="for a stronger model to try")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """SystemExit with the usage when a word is not understood. key=value and options may come in any order."""
     options, more = parser().parse_known_args(arguments)
     if more:  # argparse takes positional arguments before the first option, or after it, but not both
-        if not hasattr(options, "overrides") or any(text.startswith("-") or "=" not in text for text in more):
+        pairs = next((getattr(options, name) for name in ("overrides", "settings") if hasattr(options, name)), None)
+        if pairs is None or any(text.startswith("-") or "=" not in text for text in more):
             parser().error(f"unrecognized arguments: {' '.join(more)}")
-        options.overrides += more
+        pairs += more
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+    options = parse(arguments)
     from megatron_rl import commands
 
     try:

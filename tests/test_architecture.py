@@ -78,7 +78,7 @@ def test_imports_go_downwards(path):
 def test_only_configuration_and_entry_points_know_omegaconf():
     known = {module_name(path) for path in SOURCES
              if {"omegaconf", "hydra"} & {module.split(".")[0] for module in imported_modules(path)}}
-    assert known == {"megatron_rl.config.load"}
+    assert known == {"megatron_rl.config.load", "megatron_rl.ablations.multirun"}
 
 
 def test_only_topology_reads_parallel_state_for_ranks():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.cli import parser
+from megatron_rl.cli import parse
 from megatron_rl.config.load import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value)
 def test_commands_are_taken(page, line):
     words = shlex.split(line, comments=True)[1:]
-    options = parser().parse_args(words)
+    options = parse(words)
     overrides = getattr(options, "overrides", [])
     if overrides and not PLACEHOLDER.search(" ".join(overrides)):
         load(overrides)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.ablations.driver import Plan, Run, continued, plan, run_all
+from megatron_rl.ablations.driver import Plan, Run, continued, plan, run_all, run_starts
 from megatron_rl.ablations.report import publish, write_result
 from megatron_rl.ablations.spec import Ablation, load_ablation
 from megatron_rl.config.check import check_rl
@@ -19,40 +21,66 @@ OUT = "runs/ablations"
 OWN_SETTINGS = ("scale", "seeds", "arms", "out", "start")
 
 
-def run(options) -> int:
-    """Run what is not finished, write the result, and with --readme put it into the example's README."""
-    ablation = load_ablation(options.name)
-    own, overrides = split_settings(options.settings)
+@dataclass(frozen=True)
+class Planned:
+    """What the settings of the command ask for. folder: where the result goes."""
+
+    ablation: Ablation
+    plan: Plan
+    scale: str
+    folder: Path
+
+
+def planned(name: str, settings: Sequence[str]) -> Planned:
+    """ValueError as the ablation and the configuration raise it, or a scale that is not there."""
+    ablation = load_ablation(name)
+    own, overrides = split_settings(settings)
     scale_name, out = own.get("scale", "tiny"), Path(own.get("out", OUT))
     if scale_name not in ablation.scales:
-        raise ValueError(f"scale={scale_name}: {options.name} has {', '.join(ablation.scales)}")
+        raise ValueError(f"scale={scale_name}: {name} has {', '.join(ablation.scales)}")
     scale = ablation.scales[scale_name]
-    todo = plan(ablation.same_runs_as or options.name, scale_name, scale, out=out, start=own.get("start"),
+    todo = plan(ablation.same_runs_as or name, scale_name, scale, out=out, start=own.get("start"),
                 seeds=seeds_of(own["seeds"]) if "seeds" in own else scale.seeds,
                 arms=own["arms"].strip("[]").split(",") if "arms" in own else list(scale.arms), overrides=overrides)
+    return Planned(ablation, todo, scale_name, out / name / scale_name)
+
+
+def run(options) -> int:
+    """Run what is not finished, write the result, and with --readme put it into the example's README."""
+    asked = planned(options.name, options.settings)
     if options.check:
-        check(ablation, todo)
+        check(asked.ablation, asked.plan)
         return 0
     if options.slurm:
-        submit_all(todo)
+        submit_all(asked.plan)
         return 0
     if not options.collect:
         try:
-            run_all(ablation, todo, Console())
+            run_what_is_missing(options, asked)
         except RunInterrupted:
             raise RunInterrupted("stopped; the same command goes on with what is not finished") from None
-    folder = out / options.name / scale_name
-    text = write_result(ablation, todo, folder, scale=scale_name,
+    text = write_result(asked.ablation, asked.plan, asked.folder, scale=asked.scale,
                         command=" ".join(["megatron-rl ablate", options.name, *options.settings]))
     if text is None:
-        raise ValueError(f"{todo.root}: no seed is finished in every arm yet")
+        raise ValueError(f"{asked.plan.root}: no seed is finished in every arm yet")
     print(text)
     if options.readme:
-        print(f"written: {publish(options.name, folder, scale=scale_name)}")
+        print(f"written: {publish(options.name, asked.folder, scale=asked.scale)}")
     return 0
 
 
-def split_settings(settings: list[str]) -> tuple[dict[str, str], list[str]]:
+def run_what_is_missing(options, asked: Planned) -> None:
+    """All of it here with one engine, or the supervised starts here and a job for each arm and seed."""
+    if options.multirun is None:
+        run_all(asked.ablation, asked.plan, Console())
+        return
+    from megatron_rl.ablations.multirun import multirun  # Hydra's application
+
+    run_starts(asked.plan, Console())
+    multirun(options.multirun, options.name, options.settings, asked.plan)
+
+
+def split_settings(settings: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The ablation's own settings, and overrides of the configuration."""
     pairs = [text.partition("=") for text in settings]
     own = {key: value for key, _, value in pairs if key in OWN_SETTINGS}

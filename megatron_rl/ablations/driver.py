@@ -7,6 +7,7 @@ finished is read from its own files, so an interrupted ablation goes on with the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def plan(name: str, scale_name: str, scale: Scale, *, out: Path, seeds: Sequence
          overrides: Sequence[str] = (), start: str | None = None) -> Plan:
     """The runs of some arms of `scale`, composed. start: a checkpoint for all instead of the supervised runs.
 
-    ValueError: as the configuration raises it, an arm that is not there, or arms that one engine cannot serve.
+    ValueError: as the configuration raises it, or an arm that is not there.
     """
     unknown = [arm for arm in arms if arm not in scale.arms]
     require(not unknown, f"arms={','.join(unknown)}: {name}, scale {scale_name} has {', '.join(scale.arms)}")
@@ -94,14 +95,11 @@ def plan(name: str, scale_name: str, scale: Scale, *, out: Path, seeds: Sequence
                 *scale.common, *arm.overrides, *([f"model.path={model}"] if model else []), f"run.seed={seed}",
                 f"run.name={key}_seed_{seed}", f"run.dir={root / key / f'seed_{seed}'}", "run.export_hf=false",
                 "observe.wandb=off", *overrides])))
-    served = {_engine_needs(run.config) for run in runs}
-    require(len(served) == 1, f"{name}, scale {scale_name}: the arms share their engines and must not differ in "
-            "rollout.engine, model.dtype or c3po.router_replay")
     return Plan(root, starts, tuple(runs))
 
 
-def run_all(ablation: Ablation, todo: Plan, console: Console) -> None:
-    """Everything of the plan that is not finished. RunFailed or RunInterrupted leave a state that this goes on from."""
+def run_starts(todo: Plan, console: Console) -> None:
+    """The supervised runs that are not finished, and the model that the arms begin with where the project makes it."""
     if any(not run.finished() for run in todo.starts) and not (todo.root / "init" / "config.json").is_file():
         todo.root.mkdir(parents=True, exist_ok=True)
         make_random_model(todo.root / "init", seed=0)
@@ -109,19 +107,34 @@ def run_all(ablation: Ablation, todo: Plan, console: Console) -> None:
         if not run.finished():
             console.print(f"[bold]start {run.config.run.name}[/bold]: {run.steps} supervised steps in {run.folder}")
             train_sft(continued(run))
+    prepare_model(todo.runs[0].config)
+
+
+def run_all(ablation: Ablation, todo: Plan, console: Console) -> None:
+    """Everything of the plan that is not finished. RunFailed or RunInterrupted leave a state that this goes on from."""
+    run_starts(todo, console)
     waiting = [run for run in todo.runs if not run.finished()]
     console.print(f"{len(todo.runs) - len(waiting)} of {len(todo.runs)} runs are finished")
-    if not waiting:
-        return
-    prepare_model(waiting[0].config)
-    first = waiting[0].config
-    with terminable(), engine_errors(), engines_for(first, first.model.path, engine_log(todo)) as served:
-        for number, run in enumerate(waiting, 1):
-            console.print(f"[bold]{number} of {len(waiting)}[/bold]: {ablation.arms[run.arm]}, seed {run.seed}, "
-                          f"{run.steps} steps in {run.folder}")
-            config = continued(run)
-            engine = dataclasses.replace(config.rollout.engine, urls=served.rollout.engine.urls)
-            train_rl(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine)))
+    number = 0
+    for runs in sharing_engines(waiting):
+        first = runs[0].config
+        with terminable(), engine_errors(), engines_for(first, first.model.path, engine_log(todo)) as served:
+            for run in runs:
+                number += 1
+                console.print(f"[bold]{number} of {len(waiting)}[/bold]: {ablation.arms[run.arm]}, seed {run.seed}, "
+                              f"{run.steps} steps in {run.folder}")
+                config = continued(run)
+                engine = dataclasses.replace(config.rollout.engine, urls=served.rollout.engine.urls)
+                train_rl(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine)))
+
+
+def sharing_engines(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in their order, neighbours together that the same engines can serve."""
+    def needs(run: Run) -> tuple:
+        rollout = run.config.rollout
+        return rollout.engine, rollout.max_context_tokens, run.config.model.dtype, run.config.c3po.router_replay
+
+    return [list(group) for _, group in itertools.groupby(runs, key=needs)]
 
 
 def continued(run: Run) -> Config:
@@ -130,12 +143,10 @@ def continued(run: Run) -> Config:
 
 
 def engine_log(todo: Plan) -> Path:
-    todo.root.mkdir(parents=True, exist_ok=True)
-    return todo.root / "engine.log"
-
-
-def _engine_needs(config: Config) -> tuple:
-    return config.rollout.engine, config.model.dtype, config.c3po.router_replay
+    """Of a plan of one run, which may have neighbours at work, in that run's folder."""
+    folder = todo.root if len(todo.runs) > 1 else todo.runs[0].folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "engine.log"
 
 
 def _last_step(path: Path) -> int | None:

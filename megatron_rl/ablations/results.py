@@ -19,9 +19,9 @@ from megatron_rl.observe.sinks import EVALUATIONS, METRICS
 
 HELD_OUT = "held_out/"
 MIN_SEEDS = 3
-RULE = ("For each seed the difference of the two arms; its mean over the seeds with the 95% interval of Student's t. "
-        "The whole interval on the claimed side of zero: supports; on the other side: contradicts; an interval with "
-        f"zero in it, or fewer than {MIN_SEEDS} seeds: cannot tell.")
+RULE = ("For each seed the difference of the two arms (or of one arm from zero); its mean over the seeds with the 95% "
+        "interval of Student's t. The whole interval on the claimed side of zero: supports; on the other side: "
+        f"contradicts; an interval with zero in it, or fewer than {MIN_SEEDS} seeds: cannot tell.")
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]
 """arm -> column label -> one value per finished seed, in the order of the seeds."""
@@ -81,10 +81,11 @@ def whole_seeds(todo: Plan) -> list[int]:
 
 def judge(statement: Statement, table: Table) -> Verdict | None:
     """RULE on one statement; None where the scale lacks one of its arms."""
-    if not {statement.arm, statement.than} <= table.keys():
+    if not {statement.arm, statement.than} - {None} <= table.keys():
         return None
-    differences = tuple(ours - theirs for ours, theirs in zip(
-        table[statement.arm][statement.column], table[statement.than][statement.column], strict=True))
+    values = table[statement.arm][statement.column]
+    others = [0.0] * len(values) if statement.than is None else table[statement.than][statement.column]
+    differences = tuple(ours - theirs for ours, theirs in zip(values, others, strict=True))
     number = len(differences)
     if number < MIN_SEEDS or not all(map(math.isfinite, differences)):
         mean = statistics.fmean(differences) if differences else math.nan

@@ -73,13 +73,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Statement:
-    """A claim that the data may support or contradict: in `column`, `arm` is `direction` than `than`."""
+    """A claim that the data may support or contradict: in `column`, `arm` is `direction` than `than`, or than 0."""
 
     text: str = ""
     column: str = ""
     arm: str = ""
     direction: Literal["higher", "lower"] = "higher"
-    than: str = ""
+    than: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Ablation:
             require(each.column in labels, f"column {each.column!r} is not under columns")
         for statement in self.statements:
             for arm in (statement.arm, statement.than):
-                require(not self.arms or arm in self.arms, f"statements: {arm!r} is not under arms")
+                require(not self.arms or arm is None or arm in self.arms, f"statements: {arm!r} is not under arms")
 
 
 def names() -> list[str]:

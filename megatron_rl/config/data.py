@@ -28,7 +28,8 @@ class DataConfig:
     splits, `hf_split`) read `path` with the columns named below. aime, gpqa and livecodebench read `path` with the
     columns of those benchmarks' own files. reasoning_gym generates `task` with `task_config`;
     human_eval is HumanEval, built in;
-    chains and arithmetic are the built-in generators of the quick start and of the SmolLM2 example. mix draws from the
+    chains (with `task_config={max_operands: 20}` longer ones, of uneven lengths) and arithmetic are the built-in
+    generators of the quick start and of the SmolLM2 example. mix draws from the
     sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
     on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
     template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.

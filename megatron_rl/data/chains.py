@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,19 +35,28 @@ VOCABULARY_SIZE = 96
 
 
 class Chains:
-    """`size` problems of 2-7 operands with worked responses; problem i depends on (seed, i, split) only."""
+    """`size` problems of 2-7 operands with worked responses; problem i depends on (task_config, seed, i, split) only.
+
+    task_config: {"max_operands": M} draws the number of operands from 2-M with log-uniform chances instead, so that
+    the lengths of responses have a tail. ValueError on anything else in it.
+    """
 
     domains = frozenset({"math"})
 
-    def __init__(self, *, size: int, seed: int, split: str):
+    def __init__(self, *, size: int, seed: int, split: str, task_config: Mapping[str, Any] | None = None):
         self._size, self._seed, self._split = size, seed, split
+        self._longest = (task_config or {}).get("max_operands")
+        if task_config and not (set(task_config) == {"max_operands"} and isinstance(self._longest, int)
+                                and self._longest >= MIN_OPERANDS):
+            raise ValueError(f"data.task_config={dict(task_config)} does not fit data.source=chains, which knows "
+                             f"max_operands, a whole number from {MIN_OPERANDS}")
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> Problem:
         rng = random.Random(f"chains:{self._seed}:{index}")
-        num_operands = rng.randint(MIN_OPERANDS, MAX_OPERANDS)
+        num_operands = self._num_operands(rng)
         for _ in range(MAX_DRAWS):
             expression, steps, total = _draw_chain(rng, num_operands)
             text = f"Q:{expression}\nA:"
@@ -54,6 +65,11 @@ class Chains:
                 return Problem(f"chains-{self._split}-{self._seed}-{index}", text, str(total), "math",
                                {"num_operands": num_operands}, response)
         raise AssertionError(f"no chain of {num_operands} operands in {self._split} after {MAX_DRAWS} draws")
+
+    def _num_operands(self, rng: random.Random) -> int:
+        if self._longest is None:
+            return rng.randint(MIN_OPERANDS, MAX_OPERANDS)
+        return int(MIN_OPERANDS * ((self._longest + 1) / MIN_OPERANDS) ** rng.random())
 
 
 def _draw_chain(rng: random.Random, num_operands: int) -> tuple[str, list[str], int]:

@@ -135,5 +135,5 @@ def _problems(config: DataConfig) -> Problems:
     if config.source == "human_eval":
         return HumanEval(config.split)
     if config.source == "chains":
-        return Chains(size=config.size, seed=config.seed, split=config.split)
+        return Chains(size=config.size, seed=config.seed, split=config.split, task_config=config.task_config)
     return Arithmetic(size=config.size, seed=config.seed, split=config.split)

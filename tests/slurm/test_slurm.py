@@ -5,6 +5,8 @@ Runs as root where Debian's Slurm is installed (cluster.sh says which packages);
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,8 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_rl.config.load import load
 from megatron_rl.launch.local import rank_environment
 from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.rollout.engines import EngineProcess
+from tests.engine.test_ablations import SHORT
 from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +45,13 @@ def cluster():
     yield environment
     subprocess.run(["scancel", "--user=root"], check=True, env=environment)
     subprocess.run(["bash", script, "down"], check=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def engine_url(model, tmp_path_factory):
+    config = load(small(model, tmp_path_factory.mktemp("engine")))
+    with EngineProcess.from_config(config.rollout, model, log_path=Path(config.run.dir) / "engine.log") as engine:
+        yield engine.base_url
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +142,22 @@ def test_a_node_with_a_hardware_fault_is_excluded(cluster, model, tmp_path):
     assert f"ExcNodeList={socket.gethostname().split('.')[0]}" in about
     assert "JobState=PENDING" in about
     slurm(cluster, "scancel", successor)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs submitit: pip install -e '.[slurm]'")
+def test_a_multirun_of_two_arms_and_two_seeds_goes_through_submitit(cluster, model, engine_url, tmp_path):
+    """One job at a time, since all four train against one engine, whose weights a job begins by replacing."""
+    name = "fig7_8_c3po_vs_grpo"
+    command = [sys.executable, "-m", "megatron_rl.cli", "ablate", name, "--multirun=submitit_slurm", "seeds=0,1",
+               "arms=c3po,grpo", f"out={tmp_path}", f"start={model}", *SHORT, "run.steps=1", "eval.problems=4",
+               f'rollout.engine.urls=["{engine_url}"]', "slurm.partition=low", "slurm.time_limit=20:00",
+               "slurm.cpus_per_task=8"]
+    assert "cannot tell" in slurm(cluster, *command), "two seeds prove nothing"
+    folder = tmp_path / name / "tiny"
+    assert json.loads((folder / "result.json").read_text())["seeds"] == [0, 1]
+    jobs = {path.name.split("_")[1] for path in (folder / "multirun" / ".submitit").rglob("*_submitted.pkl")}
+    assert len(jobs) == 4, "each arm and seed was a job of Slurm's own"
+    for arm in ("c3po", "grpo"):
+        for seed in (0, 1):
+            config = json.loads((folder / arm / f"seed_{seed}" / "config.json").read_text())
+            assert (config["c3po"]["objective"], config["run"]["seed"]) == (arm, seed)

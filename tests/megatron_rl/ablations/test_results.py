@@ -51,6 +51,13 @@ def test_the_verdict_follows_the_interval_of_paired_differences():
     assert verdict_of([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]).verdict == "cannot tell"
 
 
+def test_an_arm_alone_is_judged_against_zero():
+    statement = Statement("it falls", column="gain", arm="a", direction="lower")
+    verdict = judge(statement, {"a": {"gain": [-0.9, -1.0, -1.1]}})
+    assert (verdict.verdict, verdict.difference) == ("supports", pytest.approx(-1.0))
+    assert judge(statement, {"b": {"gain": [1.0]}}) is None
+
+
 def test_two_seeds_or_a_missing_number_cannot_tell():
     assert verdict_of([5.0, 5.1], [1.0, 1.0]).verdict == "cannot tell"
     assert verdict_of([5.0, 5.1, math.nan], [1.0, 1.0, 1.0]).verdict == "cannot tell"

@@ -7,8 +7,9 @@ import runpy
 import pytest
 
 from megatron_rl.ablations import spec
-from megatron_rl.ablations.driver import plan
+from megatron_rl.ablations.driver import plan, sharing_engines
 from megatron_rl.cli import main
+from megatron_rl.config.show import differences
 
 
 @pytest.mark.parametrize("name", spec.names())
@@ -34,6 +35,19 @@ def test_arms_differ_in_what_they_compare_and_in_nothing_else():
     assert ours.c3po.loss == theirs.c3po.loss and ours.optimizer == theirs.optimizer
     assert ours.rollout == theirs.rollout and ours.run.seed == theirs.run.seed == 1
     assert ours.model.path == theirs.model.path == str(todo.starts[0].folder / "hf")
+
+
+def test_the_search_for_a_collapse_compares_objectives_in_every_setting():
+    ablation = spec.load_ablation("grpo_collapse")
+    tiny = ablation.scales["tiny"]
+    settings = {arm.rsplit("_", 1)[0] for arm in tiny.arms}
+    assert len(settings) == 8 and len(ablation.statements) == 16
+    for setting in settings:
+        todo = plan("x", "tiny", tiny, out=spec.Path("runs"), seeds=[0], arms=[f"{setting}_grpo", f"{setting}_c3po"])
+        grpo, c3po = (run.config for run in todo.runs)
+        same = {"run.name", "run.dir", "c3po.objective", "c3po.phi"}
+        assert {key for key, *_ in differences(grpo, c3po)} <= same
+        assert c3po.c3po.phi * c3po.c3po.updates_per_rollout == 4096
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -62,10 +76,11 @@ def test_a_wrong_setting_is_refused_before_anything_starts(settings, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_arms_that_need_different_engines_are_refused():
-    scale = spec.Scale(arms={"a": spec.Arm(overrides=("model.dtype=bfloat16",)), "b": spec.Arm()})
-    with pytest.raises(ValueError, match="must not differ in rollout.engine, model.dtype"):
-        plan("x", "tiny", scale, out=spec.Path("runs"), seeds=[0], arms=["a", "b"])
+def test_arms_share_engines_where_one_can_serve_them_and_seeds_stay_together():
+    scale = spec.Scale(arms={"a": spec.Arm(), "b": spec.Arm(), "c": spec.Arm(overrides=("model.dtype=bfloat16",))})
+    todo = plan("x", "tiny", scale, out=spec.Path("runs"), seeds=[0, 1], arms=["a", "b", "c"])
+    assert [[f"{run.arm}{run.seed}" for run in runs] for runs in sharing_engines(todo.runs)] == [
+        ["a0", "b0"], ["c0"], ["a1", "b1"], ["c1"]]
 
 
 def test_the_files_of_the_three_domains_are_what_the_script_writes():

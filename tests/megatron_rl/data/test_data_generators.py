@@ -74,6 +74,15 @@ def test_chains_have_every_length_equally_often_in_each_split(split):
     assert all(abs(count - 500) < 100 for count in lengths.values())
 
 
+def test_longer_chains_have_a_tail():
+    source = Chains(size=2000, seed=1, split="all", task_config={"max_operands": 20})
+    lengths = sorted(source[i].metadata["num_operands"] for i in range(2000))
+    assert (lengths[0], lengths[-1]) == (2, 20)
+    assert lengths[1000] <= 6 and lengths[1800] >= 14, "half of them short, a tenth long"
+    with pytest.raises(ValueError, match="data.task_config=.*max_operands"):
+        Chains(size=1, seed=1, split="all", task_config={"longest": 20})
+
+
 def test_chain_answers_and_every_worked_step_are_right():
     source = Chains(size=500, seed=3, split="all")
     for problem in islice(source, 500):
