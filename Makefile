@@ -20,7 +20,7 @@ ablations: setup  ## every example's ablation, 3 seeds (many hours; interrupted,
 		$(VENV)/megatron-rl ablate $$(basename $$(dirname $$file)) scale=tiny --readme $(ARGS) || exit; done
 
 test: setup  ## all tests (starts real engines and several ranks), file by file in two processes
-	@$(VENV)/python -m pytest -n auto --maxprocesses 2 --dist loadfile $(ARGS)
+	@$(VENV)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup  ## the tests that start neither an engine nor several ranks
 	@$(VENV)/python -m pytest -m "not slow" $(ARGS)

@@ -5,6 +5,7 @@ network: wandb writes files, Hugging Face reads local folders.
 """
 
 import os
+from pathlib import Path
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -22,3 +23,16 @@ if not torch.cuda.is_available():
     import rl_kernels.triton_impl  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+HERE = Path(__file__).resolve().parent
+LONGEST_FIRST = ("slurm", "engine", "distributed")
+"""Folders of tests/ that start real processes."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: of two test processes neither is left alone with one at the end."""
+    def rank(item):
+        folder = item.path.relative_to(HERE).parts[0]
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=rank)
