@@ -1,28 +1,32 @@
-"""Four layers of Ling-lite at their real size on one GPU: C3PO steps on packed sequences of 8k to 24k tokens.
+"""Four layers of Ling-lite at their real size on one GPU: C3PO steps with Megatron's operations and with ours.
 
-Random weights, bfloat16. A step is what the learner does with one batch: the pass for old log-probabilities, then
-forward, backward and AdamW. Reported: tokens/s, model TFLOP/s (observe/flops.py) and peak memory. `--quick` is the
-same program on a small network, for machines without a GPU.
+Packed sequences of 8k to 24k tokens, random weights, bfloat16. A step is what the learner does with one batch: the pass
+for old log-probabilities, then forward, backward and AdamW. Both arms train one model in one process and take turns:
+`megatron` is SequentialMLP, the eager router and chunked log-probabilities, `ours` what --experts, --router and
+--logprob name (model.kernels). Reported: tokens/s, model TFLOP/s (observe/flops.py), peak memory. --trace FOLDER leaves
+a profile of one update of each arm. `--quick` is the same program on a small network, for machines without a GPU, where
+Triton gives way to plain torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common import Row, main, median
+from benchmarks.common import Row, interleaved, main, median
 from c3po import StepTotals
 from megatron_rl import topology
 from megatron_rl.batch import plan_microbatches
 from megatron_rl.batch.pack import pack
-from megatron_rl.config.schema import AlgoConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.schema import AlgoConfig, KernelConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.architectures import HF_FILES, parse_config
-from megatron_rl.model.build import build_policy
+from megatron_rl.model.build import Policy, build_policy
+from megatron_rl.model.kernel_layers import KernelExperts, KernelRouter
+from megatron_rl.model.router import BudgetRouter
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.recipes.objective import TokenObjective
 from megatron_rl.train_step.optimizer import build_optimizer
@@ -30,6 +34,7 @@ from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
 
 LAYERS = 4
+(SequentialMLP,) = KernelExperts.__bases__
 TINY = {"vocab_size": 2048, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "intermediate_size": 256}
 
@@ -60,6 +65,26 @@ def initialise(policy, deviation: float) -> None:
                 torch.nn.init.normal_(parameter, std=deviation)
 
 
+def choose(policy: Policy, step: TrainStep, kernels: KernelConfig) -> None:
+    """Turns a policy that was built with any choice to `kernels`: the layers' parameters are the same."""
+    for gpt in policy.gpt_models:
+        for module in gpt.modules():
+            if isinstance(module, SequentialMLP):
+                module.__class__ = SequentialMLP if kernels.experts == "megatron" else KernelExperts
+                module.impl = kernels.experts
+            elif isinstance(module, BudgetRouter):
+                module.__class__ = BudgetRouter if kernels.router == "megatron" else KernelRouter
+                module.impl = kernels.router
+    step._head = dataclasses.replace(step._head, impl=kernels.logprob)
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -67,10 +92,32 @@ def peak_memory_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(*, quick: bool, recompute: str, sequences: int, steps: int) -> tuple[list[Row], dict]:
-    if not quick and not torch.cuda.is_available():
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def record(arm: str, folder: str, update) -> None:
+    """A profile of one update as FOLDER/ARM.json (chrome://tracing, perfetto), and its dearest operations printed."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        update()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(f"{folder}/{arm}.json")
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(arm, profile.key_averages().table(sort_by=order, row_limit=25), sep="\n")
+
+
+def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts: str, router: str, logprob: str,
+            trace: str) -> tuple[list[Row], dict]:
+    on_gpu = torch.cuda.is_available()
+    if not quick and not on_gpu:
         raise ValueError("the slice at its real size needs a CUDA device; --quick runs without one")
     shortest, longest = (128, 383) if quick else (8_192, 24_575)
+    ours = KernelConfig(experts, router, logprob) if on_gpu else KernelConfig("loop", "reference", "chunked")
+    arms = {"megatron": KernelConfig("megatron", "megatron", "chunked"), "ours": ours}
     raw, parallel = network(small=quick), ParallelConfig()
     here = topology.start(parallel, seed=0)
     model = parse_config(raw, "the slice")
@@ -86,38 +133,47 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int) -> tuple
     algo = dataclasses.replace(algo, loss=dataclasses.replace(algo.loss, kl_coef=0.0))
     objective = TokenObjective(algo, StepTotals(phi=phi, selected_tokens=phi, num_responses=len(made),
                                                 max_response_tokens=longest))
+    batches = [pack([made[i] for i in members], multiple_of=1, device=here.device) for members in plan]
+    peaks, gauges, counts = {}, {}, {}
 
-    def one_step() -> tuple[float, float]:
-        """Seconds of the old-log-probability pass and of the update."""
-        batches = [pack([made[i] for i in members], multiple_of=1, device=here.device) for members in plan]
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        old, counts = step.count_routing(batches)
+    def old_logprobs(arm: str) -> None:
+        choose(policy, step, arms[arm])
+        old, counts[arm] = step.count_routing(batches)
         for batch, logprobs_T in zip(batches, old, strict=True):
             batch.old_logprobs = logprobs_T
-        torch.cuda.synchronize()
-        between = time.perf_counter()
-        result = step.update(batches, objective, lr=1e-6, balance_coef=algo.balance_coef,
-                             z_loss_coef=algo.z_loss_coef, counts=counts)
-        torch.cuda.synchronize()
-        assert not result.skipped and result.gauges["train/selected_tokens"] == phi
-        return between - started, time.perf_counter() - between
+        wait()
 
-    one_step()
-    passes, updates = zip(*(one_step() for _ in range(steps)), strict=True)
+    def update(arm: str) -> None:
+        choose(policy, step, arms[arm])
+        reset_peak_memory()
+        result = step.update(batches, objective, lr=1e-6, balance_coef=algo.balance_coef,
+                             z_loss_coef=algo.z_loss_coef, counts=counts[arm])
+        wait()
+        assert not result.skipped and result.gauges["train/selected_tokens"] == phi
+        peaks[arm], gauges[arm] = peak_memory_bytes(), dict(result.gauges)
+
+    passes = interleaved({arm: lambda arm=arm: old_logprobs(arm) for arm in arms}, repeats=steps)
+    updates = interleaved({arm: lambda arm=arm: update(arm) for arm in arms}, repeats=steps)
+    for arm in arms if trace else ():
+        record(arm, trace, lambda arm=arm: update(arm))
     tokens, flops = sum(lengths), train_flops(raw, lengths)
-    whole = median([a + b for a, b in zip(passes, updates, strict=True)])
-    network_name = f"{LAYERS} layers of {'a small network' if quick else 'Ling-lite'}"
-    name = f"ling_lite_slice: {network_name}, {tokens} tokens in {len(plan)} micro-batches"
-    rows = [Row(f"{name}: update", tokens / median(updates), None, "tokens/s"),
-            Row(f"{name}: old log-probabilities and update", tokens / whole, None, "tokens/s"),
-            Row(f"{name}: update", flops / median(updates) / 1e12, None, "model TFLOP/s"),
-            Row(f"{name}: peak memory", peak_memory_bytes() / 1e9, None, "GB")]
+    name = (f"ling_lite_slice: {LAYERS} layers of {'a small network' if quick else 'Ling-lite'}, {tokens} tokens in "
+            f"{len(plan)} micro-batches")
+
+    def rates(work: float, seconds: dict[str, list[float]]) -> tuple[float, float]:
+        return work / median(seconds["ours"]), work / median(seconds["megatron"])
+
+    rows = [Row(f"{name}: update", *rates(tokens, updates), "tokens/s"),
+            Row(f"{name}: update", *rates(flops / 1e12, updates), "model TFLOP/s"),
+            Row(f"{name}: old log-probabilities", *rates(tokens, passes), "tokens/s"),
+            Row(f"{name}: peak memory of an update", peaks["ours"] / 1e9, peaks["megatron"] / 1e9, "GB")]
     parameters = sum(parameter.numel() for gpt in policy.gpt_models for parameter in gpt.parameters())
     topology.stop()
     return rows, {"device": str(here.device), "lengths": lengths, "parameters": parameters, "recompute": recompute,
-                  "logprob_seconds": passes, "update_seconds": updates}
+                  "ours": dataclasses.asdict(ours), "logprob_seconds": passes, "update_seconds": updates,
+                  "peak_bytes": peaks, "last_gauges": gauges}
 
 
 if __name__ == "__main__":
-    main("ling_lite_slice", measure, recompute="full", sequences=8, steps=3)
+    main("ling_lite_slice", measure, recompute="full", sequences=8, steps=3, experts="triton", router="triton",
+         logprob="triton", trace="")

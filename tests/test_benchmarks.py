@@ -35,7 +35,7 @@ def test_variation_is_the_sample_deviation_over_the_mean():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[needs_sandbox] if name == "sandbox" else [])
-    for name in BENCHMARKS if not name.startswith("trl_")])  # need TRL
+    for name in (*BENCHMARKS, "ling_lite_slice") if not name.startswith("trl_")])  # need TRL
 def test_a_quick_run_prints_its_table_and_misses_nothing_that_is_exact(name):
     result = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], capture_output=True, text=True,
                             timeout=280)
