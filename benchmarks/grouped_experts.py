@@ -1,4 +1,4 @@
-"""Our grouped expert MLP against Megatron's SequentialMLP: the same sorted rows, weights and routing weights.
+"""Our grouped expert MLP against Megatron's SequentialMLP: the same sorted rows, parameters and routing weights.
 
 Forward and backward to hidden states, weights and routing weights, float32 on a CPU. The Triton path is not timed
 here: its interpreter is for correctness.
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import moe_layer, workload
 from benchmarks.common import Row, interleaved, main, median
-from rl_kernels.grouped_experts import grouped_experts
+from rl_kernels.grouped_experts import sorted_experts
 
 
 def measure(*, quick: bool, tokens: int, repeats: int) -> tuple[list[Row], dict]:
@@ -20,15 +20,11 @@ def measure(*, quick: bool, tokens: int, repeats: int) -> tuple[list[Row], dict]
     layer, network = moe_layer.build(config)
     experts, top = network.num_experts, network.num_experts_per_tok
     generator = torch.Generator().manual_seed(2)
-    indices_N1 = torch.randint(experts, (tokens * top, 1), generator=generator).sort(0).values
-    counts_E = torch.bincount(indices_N1[:, 0], minlength=experts)
+    counts_E = torch.bincount(torch.randint(experts, (tokens * top,), generator=generator), minlength=experts)
     weights_N = torch.rand(tokens * top, generator=generator).requires_grad_()
     rows_NH = moe_layer.hidden_states(tokens * top, network.hidden_size)
     local = layer.experts.local_experts
-    gate_up = torch.stack([expert.linear_fc1.weight.detach() for expert in local]).requires_grad_()
-    down = torch.stack([expert.linear_fc2.weight.detach() for expert in local]).requires_grad_()
-    for parameter in (weights_N, rows_NH, gate_up, down):
-        parameter.grad = None
+    gate_up, down = ([getattr(expert, name).weight for expert in local] for name in ("linear_fc1", "linear_fc2"))
 
     def megatron() -> torch.Tensor:
         out, _ = layer.experts(rows_NH, counts_E, weights_N)
@@ -36,7 +32,7 @@ def measure(*, quick: bool, tokens: int, repeats: int) -> tuple[list[Row], dict]
         return out
 
     def ours(impl: str) -> torch.Tensor:
-        out = grouped_experts(rows_NH, gate_up, down, indices_N1, weights_N[:, None], impl=impl)
+        out = sorted_experts(rows_NH, gate_up, down, counts_E, weights_N, impl=impl)
         out.sum().backward()
         return out
 

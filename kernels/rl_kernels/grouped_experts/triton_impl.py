@@ -2,7 +2,9 @@
 
 Letters: T tokens, K choices of a token, N = T * K slots, E experts, H hidden size, F width of an expert.
 Forward keeps the two halves before the SwiGLU [N, 2F]; backward makes the activation from them again.
-A program computes BM rows of one expert; which, it reads from a table, because the sizes are on the device only.
+A program computes BM rows of one expert; which, it reads from a table, because the sizes are on the device only. The
+columns are the grid's first index: programs that run together share one expert's matrix and few rows, which the L2
+cache holds (11.5 MB and 0.5 MB a block at Ling-lite's sizes), so that either comes from memory about once.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ def gate_up_kernel(hidden, gate_up, offsets, weights, order, table, saved, activ
                    ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                    INTERPRETED: tl.constexpr):
     """saved[row, :2F] = gate and up; activated[row, :F] = silu(gate) * up * weight."""
-    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
+    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(1), num_blocks, choices, BM)
     if expert >= 0:
-        columns = tl.program_id(1) * BN + tl.arange(0, BN)
+        columns = tl.program_id(0) * BN + tl.arange(0, BN)
         inside = columns < F
         matrix = matrix_of(gate_up, offsets, expert, ALIGNED)
         gate = tl.zeros((BM, BN), tl.float32)
@@ -94,9 +96,9 @@ def scatter_kernel(rows_NX, matrices, offsets, order, table, out, num_blocks, ch
                    ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                    INTERPRETED: tl.constexpr):
     """out[slot of row, :Y] = rows[row, :X] @ matrices[expert]."""
-    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
+    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(1), num_blocks, choices, BM)
     if expert >= 0:
-        columns = tl.program_id(1) * BN + tl.arange(0, BN)
+        columns = tl.program_id(0) * BN + tl.arange(0, BN)
         tile = rows_times_matrix(rows_NX, matrix_of(matrices, offsets, expert, ALIGNED), rows, columns, X, Y, mask,
                                  stride_x, stride_y, BM, BN, BK, INTERPRETED)
         store(out + slot[:, None] * Y + columns[None, :], tile, mask[:, None] & (columns[None, :] < Y), INTERPRETED)
@@ -107,9 +109,9 @@ def activation_gradient_kernel(grad_out, down, offsets, saved, weights, order, t
                                grad_weights, num_blocks, choices, H, F, ALIGNED: tl.constexpr, BM: tl.constexpr,
                                BN: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr):
     """grad_saved [N, 2F], the weighted activation [N, F] again, and grad_weights [N, column tiles] to be summed."""
-    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(0), num_blocks, choices, BM)
+    expert, rows, mask, slot, token = rows_of_block(table, order, tl.program_id(1), num_blocks, choices, BM)
     if expert >= 0:
-        tile = tl.program_id(1)
+        tile = tl.program_id(0)
         columns = tile * BN + tl.arange(0, BN)
         grad = rows_times_matrix(grad_out, matrix_of(down, offsets, expert, ALIGNED), token, columns, H, F, mask, F, 1,
                                  BM, BN, BK, INTERPRETED)
@@ -120,7 +122,7 @@ def activation_gradient_kernel(grad_out, down, offsets, saved, weights, order, t
         weight = tl.load(weights + slot, mask=mask, other=0.0)[:, None]
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        tl.store(grad_weights + slot * tl.num_programs(1) + tile, tl.sum(grad * silu * up, 1), mask=mask)
+        tl.store(grad_weights + slot * tl.num_programs(0) + tile, tl.sum(grad * silu * up, 1), mask=mask)
         store(activated + rows[:, None] * F + columns[None, :], silu * up * weight, both, INTERPRETED)
         grad = grad * weight
         store(grad_saved + place, grad * up * sigmoid * (1.0 + gate - silu), both, INTERPRETED)
@@ -134,9 +136,9 @@ def weight_gradient_kernel(left, right, order, starts, out, choices, X, Y, LEFT_
 
     One of the two is indexed by the row's token, the other by the row.
     """
-    expert = tl.program_id(0)
-    x = tl.program_id(1) * BM + tl.arange(0, BM)
-    y = tl.program_id(2) * BN + tl.arange(0, BN)
+    x = tl.program_id(0) * BM + tl.arange(0, BM)
+    y = tl.program_id(1) * BN + tl.arange(0, BN)
+    expert = tl.program_id(2)
     end = tl.load(starts + expert + 1)
     accumulator = tl.zeros((BM, BN), tl.float32)
     for r0 in range(tl.load(starts + expert), end, BK):
@@ -226,7 +228,7 @@ class TritonExperts(torch.autograd.Function):
         out_NH = (hidden_TH.new_empty if every_slot else hidden_TH.new_zeros)(slots, hidden)
         if slots:
             size = tiles(hidden_TH.dtype, accumulators=2)
-            gate_up_kernel[(table.shape[1], triton.cdiv(width, size["BN"]))](
+            gate_up_kernel[(triton.cdiv(width, size["BN"]), table.shape[1])](
                 hidden_TH, gate_up.base, gate_up.offsets, weights_N, order_N, table, saved_N2F, activated_NF,
                 table.shape[1], choices, hidden, width, ALIGNED=gate_up.aligned, INTERPRETED=INTERPRETED, **size)
             _scatter(activated_NF, down, order_N, table, choices, out_NH, transposed=True)
@@ -248,7 +250,7 @@ class TritonExperts(torch.autograd.Function):
         column_tiles = triton.cdiv(width, size["BN"])
         grad_saved_N2F, activated_NF = torch.empty_like(saved_N2F), saved_N2F.new_empty(slots, width)
         grad_weights_NC = torch.zeros(slots, column_tiles, device=grad_TH.device)
-        activation_gradient_kernel[(table.shape[1], column_tiles)](
+        activation_gradient_kernel[(column_tiles, table.shape[1])](
             grad_TH, down.base, down.offsets, saved_N2F, weights_TK.float().contiguous().view(-1), order_N, table,
             grad_saved_N2F, activated_NF, grad_weights_NC, table.shape[1], choices, hidden, width,
             ALIGNED=down.aligned, INTERPRETED=INTERPRETED, **size)
@@ -269,7 +271,7 @@ def _scatter(rows_NX, experts: Experts, order_N, table, choices, out_NY, *, tran
     size, inner, outer, strides = tiles(rows_NX.dtype), experts.rows, experts.columns, (experts.columns, 1)
     if transposed:
         inner, outer, strides = outer, inner, strides[::-1]
-    scatter_kernel[(table.shape[1], triton.cdiv(outer, size["BN"]))](
+    scatter_kernel[(triton.cdiv(outer, size["BN"]), table.shape[1])](
         rows_NX, experts.base, experts.offsets, order_N, table, out_NY, table.shape[1], choices, inner, outer, *strides,
         ALIGNED=experts.aligned, INTERPRETED=INTERPRETED, **size)
 
@@ -277,7 +279,7 @@ def _scatter(rows_NX, experts: Experts, order_N, table, choices, out_NY, *, tran
 def _weight_gradient(left, right, order_N, ends_E, choices, *, left_by_token):
     size, starts = tiles(left.dtype), torch.cat([ends_E.new_zeros(1), ends_E])
     out = left.new_empty(len(ends_E), left.shape[1], right.shape[1])
-    grid = (len(ends_E), triton.cdiv(left.shape[1], size["BM"]), triton.cdiv(right.shape[1], size["BN"]))
+    grid = (triton.cdiv(left.shape[1], size["BM"]), triton.cdiv(right.shape[1], size["BN"]), len(ends_E))
     weight_gradient_kernel[grid](
         left, right, order_N, starts, out, choices, left.shape[1], right.shape[1], LEFT_BY_TOKEN=left_by_token,
         INTERPRETED=INTERPRETED, **size)
