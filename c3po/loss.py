@@ -23,7 +23,9 @@ __all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss", "policy_loss"]
 class C3POLossConfig:
     """Surrogate and coefficients of the objective; defaults are the paper's (arXiv 2506.14731 Sec. 4.3.3).
 
-    The ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]; clip_eps_low=1 is no lower bound.
+    surrogate: whose term a token adds (surrogate.py). kl_coef, kl_estimator: of the KL to the reference; entropy_coef:
+    of the entropy bonus. The ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]; clip_eps_low=1 is no lower
+    bound.
     """
 
     surrogate: Surrogate = "ppo"

@@ -20,6 +20,11 @@ from megatron_rl.recipes import stages
 __all__ = ["check_data", "check_memory", "network_of", "refuse_earlier_run", "sizes_of", "validate"]
 
 
+MADE_BY = {"runs/quickstart/": "`make quickstart` makes it",
+           "models/smollm2-moe": "`megatron-rl convert smollm2 models/smollm2-moe` makes it"}
+"""Beginnings of model.path that the project's own experiments name, and where that model comes from."""
+
+
 def network_of(config: Config) -> Network:
     """The network that the configuration names: model.path's, or model.architecture's when that is all there is.
 
@@ -30,6 +35,9 @@ def network_of(config: Config) -> Network:
         if not config.model.path:
             raise ValueError("model.path is not set: give a checkpoint's folder, "
                              "or an experiment that names one (experiment=quickstart)")
+        for begins, how in MADE_BY.items():
+            if not at_hand and config.model.path.startswith(begins):
+                raise ValueError(f"model.path={config.model.path} is not there yet: {how}")
         return read_config(config.model.path)
     shipped = HF_FILES / f"{config.model.architecture}.json"
     path = shipped if shipped.is_file() else Path(config.model.architecture)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.cli import parse
+from megatron_rl.cli import main, parse
 from megatron_rl.config.load import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"),
                 *(ROOT / "kernels").rglob("*.md"), *(ROOT / "c3po").rglob("*.md")])
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 BLOCK = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ASSIGNMENTS = re.compile(r"^(?:[A-Z_]+=\S+ +)+")
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]{2,}\b|\.\.\.|<")
 
 
@@ -25,17 +27,30 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
-                line = line.strip().removeprefix("$ ")
+                line = ASSIGNMENTS.sub("", line.strip().removeprefix("$ "))
                 if line.startswith("megatron-rl "):
                     found.append((str(page.relative_to(ROOT)), line))
     return found
 
 
+def anchors(page: Path) -> set[str]:
+    """What headings are called in links: lower case, words joined by hyphens, punctuation left out."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(page.read_text())}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files(page):
-    targets = [target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target]
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert not missing, f"{page}: no such file: {missing}"
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page}: no such file: {target}"
+        assert not anchor or anchor in anchors(file), f"{page}: {file.name} has no heading #{anchor}"
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {target for target, _ in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
 
 
 def test_there_are_commands_to_check():
@@ -49,3 +64,17 @@ def test_commands_are_taken(page, line):
     overrides = getattr(options, "overrides", [])
     if overrides and not PLACEHOLDER.search(" ".join(overrides)):
         load(overrides)
+
+
+def needs_nothing(line: str) -> bool:
+    """Whether a command of the pages needs no checkpoint, no engine and no file that a reader has yet to make."""
+    return (" --check " in f"{line} " or " --dry-run" in line
+            or "=examples/" in line and line.startswith("megatron-rl data ")) and " ablate " not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", sorted({line for _, line in commands() if needs_nothing(line)}))
+def test_commands_that_need_nothing_run(line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from megatron_rl.ablations.driver import Plan
@@ -84,6 +85,7 @@ def job(config: DictConfig) -> None:
     from megatron_rl.ablations.command import planned
     from megatron_rl.ablations.driver import run_all
 
+    GlobalHydra.instance().clear()  # the run's own configuration is composed by Hydra too
     request = json.loads(Path(config.request).read_text())
     todo = planned(request["name"], [*request["settings"], f"arms={config.arm}", f"seeds={config.seed}"])
     run_all(todo.ablation, todo.plan, Console())

@@ -13,6 +13,11 @@ from megatron_rl.config.rules import require
 class AlgoConfig:
     """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`.
 
+    phi: tokens of one optimiser step, of the cluster or of each data-parallel rank (scope). cutoff: the response that
+    reaches it is cut there (`token`), or taken whole (`response`). underfull: what a step does that has fewer.
+    updates_per_rollout: optimiser steps on one rollout, among which its responses are dealt.
+    balance_coef, z_loss_coef: of the router's losses. truncated: a response that the length limit cut is trained on,
+    left out of the loss, or fined in the last overlong_buffer_tokens before the limit (DAPO).
     objective: what the loss of a step is divided by, and with c3po alone also the cut at Phi; the others keep every
     response token. grpo: each response's length and their number; dr_grpo: their number times
     rollout.max_response_tokens (with advantage_scale=none); token_mean (DAPO): the step's tokens.
@@ -21,9 +26,9 @@ class AlgoConfig:
     dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
     much more is generated to fill it, or without a budget to have rollout.prompts_per_step groups of mixed reward.
     mismatch: weight old / rollout of each token, capped at tis_cap, or 0 outside icepop_low..icepop_high, or 0 where
-    the binary KL exceeds kpop_max_kl (nats). sequence_ratio_low, _high (both or none): reject a sequence whose
-    geometric mean of old / rollout lies outside; sequence_min_token_ratio: or whose smallest lies below (e.g. 1e-4).
-    All of them act on the policy gradient only; each is independent of the objective and of c3po.loss.surrogate.
+    the binary KL exceeds kpop_max_kl (nats). sequence_ratio_low, sequence_ratio_high (both or none): reject a sequence
+    whose geometric mean of old / rollout lies outside; sequence_min_token_ratio: or whose smallest lies below (e.g.
+    1e-4). All of them act on the policy gradient only; each is independent of the objective and of c3po.loss.surrogate.
     router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
     own of the pass before the first update, `none` each forward's own. It goes with every objective and mismatch.
     """

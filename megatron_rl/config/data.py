@@ -31,6 +31,8 @@ class DataConfig:
     chains (with `task_config={max_operands: 20}` longer ones, of uneven lengths) and arithmetic are the built-in
     generators of the quick start and of the SmolLM2 example. mix draws from the
     sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
+    prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key and id_key are columns; `domain` is that
+    of rows without one. Generators make `size` problems from `seed`. shuffle: a new order every epoch.
     on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
     template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
     split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
@@ -107,7 +109,8 @@ class EvalConfig:
 
     The held-out set is the first `problems` of eval.data, or of the training data's held-out split under eval.seed;
     0: none. benchmarks: more sets, by name. Accuracy is the mean over samples_per_problem samples (avg@n), beside it
-    pass@k and maj@k for k up to their number. max_response_tokens null: that of `rollout`.
+    pass@k and maj@k for k up to their number, with intervals of bootstrap_resamples resamples. every_steps: of
+    training; 0: at its ends alone. temperature, top_p: of the samples. max_response_tokens null: that of `rollout`.
     """
 
     data: DataConfig | None = None

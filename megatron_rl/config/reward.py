@@ -50,8 +50,9 @@ class RemoteConfig:
 class RewardConfig:
     """How responses are judged.
 
-    routes: domain -> scorer, which is math_verify, science, code, exact, reasoning_gym, or the dotted path of a
-    function. relative_tolerance: of science answers that are numbers.
+    workers: processes that judge; timeout_s: for one response, of a scorer other than code. routes: domain -> scorer,
+    which is math_verify, science, code, exact, reasoning_gym, or the dotted path of a function. relative_tolerance: of
+    science answers that are numbers.
     sandbox: where the programs of `code` run. bubblewrap isolates them on this machine and is refused where it
     cannot; remote sends them to reward.remote.url; unsafe runs them as they are, with your rights and your files.
     """

@@ -25,15 +25,19 @@ def is_loopback(host: str | None) -> bool:
 class EngineConfig:
     """The SGLang servers: given URLs are used as they are, otherwise `count` servers are started here.
 
-    Servers started here listen on `host`, are watched, and are started again when they die or do not answer for
-    hang_timeout_s, max_restarts times each. A request waits up to wait_timeout_s for a server that holds the
-    current weights; pausing, joining a broadcast and the like may take control_timeout_s.
-    On another host than loopback a server asks for a key: that of servers started here is drawn for each run, unless
-    api_key_env names an environment variable that holds one, as it must for servers elsewhere. Keys are never written
-    down; whoever sees the network between the machines sees them, unless the URLs are https.
+    urls: of servers that run already. Servers started here listen on `host` (at `port`, or at a free one), have
+    start_timeout_s to answer, are watched every health_interval_s, and are started again when they die or do not
+    answer for hang_timeout_s, max_restarts times each; at the end they have stop_timeout_s. A request waits up to
+    wait_timeout_s for a server that holds the current weights; pausing, joining a broadcast and the like may take
+    control_timeout_s. On another host than loopback a server asks for a key: that of servers started here is drawn for
+    each run, unless api_key_env names an environment variable that holds one, as it must for servers elsewhere. Keys
+    are never written down; whoever sees the network between the machines sees them, unless the URLs are https.
     tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
     others follow. Ranks of the trainer take the GPUs from 0, so leave them room, or share the GPUs with colocate: the
     engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).
+    device, dtype (None: model.dtype), max_running_requests, max_total_tokens (of the key-value cache; None: SGLang's
+    choice), mem_fraction_static (of GPU memory, weights and cache) and threads are the server's own settings;
+    extra_args: more of its flags. deterministic: a response depends on its own seed alone, at a cost of speed.
     router: `local` starts an sglang-router (a package of its own), a URL names one; it then chooses an engine for
     each request by router_policy, where otherwise the one with the fewest requests is taken.
     """
@@ -92,6 +96,8 @@ class EngineConfig:
 class RolloutConfig:
     """What is sampled for one step, by which engines, and how weights reach them.
 
+    A step takes prompts_per_step prompts, responses_per_prompt responses to each, of at most max_response_tokens, with
+    their prompt max_context_tokens; sampled at temperature and top_p until the end token or one of `stop`.
     collector: `sync` samples every response of the step's prompts; `budgeted` stops as soon as the groups first in
     order fill c3po.phi (needs c3po.order=groups); `partial` samples budget_tokens per step (None: Phi of the step)
     in slices of slice_tokens and carries unfinished responses on, for retention_steps at most; `async` samples up
@@ -100,7 +106,8 @@ class RolloutConfig:
     max_turns - 1 times per response; all turns and answers together have max_response_tokens. It is called in up to
     environment_threads threads at a time and has environment_timeout_s for an answer.
     overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
-    concurrency: requests in flight over all engines.
+    concurrency: requests in flight over all engines; each has request_timeout_s and is sent again `retries` times.
+    publish: how weights travel, in buckets of bucket_bytes; verify_checksums: each engine proves what it got.
     probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
     trainer's after a publish before the engine is left out; None only logs the difference (sync/probe_max_abs).
     """

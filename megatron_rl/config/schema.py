@@ -20,10 +20,13 @@ from megatron_rl.config.stage import StageConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What one run is called, where it writes and how long it goes on.
+    """What one run is called (name), where it writes (dir) and how long it goes on (steps).
 
-    resume: go on from the newest checkpoint. resume_from: from the one of this name (step_00000020); newer ones are
-    set aside under other names. async_save: write checkpoints in the background, for a copy of the state in memory.
+    seed: of prompts, samples, the order of the cut and random weights. A checkpoint is written every
+    save_every_steps steps and at the end, the newest keep_checkpoints stay; export_hf: at the end also a Hugging Face
+    folder, <dir>/hf. resume: go on from the newest checkpoint. resume_from: from the one of this name (step_00000020);
+    newer ones are set aside under other names. async_save: write checkpoints in the background, for a copy of the state
+    in memory.
     max_skipped_in_a_row: a step whose loss or gradient is NaN or infinite changes nothing; more of them than this in
     a row end the run. keep_dumps: so many of them are kept in <dir>/dumps for `megatron-rl replay-step`, with the
     weights; 0 writes none. dump_steps: optimiser steps (from 1) that are dumped in any case.
@@ -70,8 +73,10 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Hugging Face folder (docs/models.md lists the kinds of model), and how the trainer holds it.
+    """A Hugging Face folder, path (docs/models.md lists the kinds of model), and how the trainer holds it.
 
+    dtype: of weights and activations; the optimiser's are float32. recompute: `full` keeps the inputs of layers alone
+    and computes the rest again in the backward pass.
     reference_path: the frozen policy of the KL term (Eq. 2); None means the starting weights.
     architecture: a config.json to check sizes against where the checkpoint is not at hand (`--check`), or the
     name of one that ships with the project: ling_lite.
@@ -89,6 +94,8 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of Megatron's parallel groups. Data parallelism is what is left of world_size.
 
+    tp: tensor, pp: pipeline (vpp: parts of a rank, interleaved), cp: context, ep: expert, etp: tensor within experts.
+    distributed_optimizer: data-parallel ranks share the optimiser's state among them.
     sequence_parallel None means: on when tp > 1 (Megatron refuses MoE under TP without it). cp cuts every sequence
     over that many ranks; each holds the keys and values of the whole micro-batch while a layer computes. overlap:
     gradients are reduced while the backward pass goes on. token_dispatcher: how tokens reach their experts' ranks;
@@ -145,6 +152,7 @@ class BatchConfig:
     """How sequences are packed. One packed micro-batch holds at most tokens_per_microbatch tokens on a rank.
 
     Under context parallelism a sequence is spread over parallel.cp ranks and may be that many times longer.
+    logprob_chunk_tokens: tokens whose logits exist at a time.
     """
 
     tokens_per_microbatch: int = 8192
@@ -159,7 +167,12 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as Megatron runs it, and the learning-rate schedule."""
+    """AdamW as Megatron runs it, and the learning-rate schedule.
+
+    lr is reached after warmup_steps optimiser steps, or after warmup_fraction of them all; `cosine` then falls to
+    min_lr_ratio of it at the end. beta1, beta2, eps and weight_decay are Adam's; clip_grad: the largest norm of the
+    gradient.
+    """
 
     lr: float = 3e-6
     schedule: Literal["constant", "cosine"] = "constant"
@@ -183,9 +196,10 @@ class OptimizerConfig:
 class SFTConfig:
     """Supervised fine-tuning: packed, prompt-masked, token-level mean loss; a checkpoint after every epoch.
 
-    examples: the first so many of `data`, in a new order every epoch. export_epochs: also write each epoch as a
-    Hugging Face folder, <run.dir>/epochs/epoch_01 and so on, for `megatron-rl select-checkpoint`. A prompt and its
-    response may have batch.tokens_per_microbatch tokens (times parallel.cp).
+    batch_size: examples of one optimiser step. balance_coef, z_loss_coef: of the router's losses. examples: the first
+    so many of `data`, in a new order every epoch. export_epochs: also write each epoch as a Hugging Face folder,
+    <run.dir>/epochs/epoch_01 and so on, for `megatron-rl select-checkpoint`. A prompt and its response may have
+    batch.tokens_per_microbatch tokens (times parallel.cp).
     schedule_epochs: length of the learning-rate schedule, None for `epochs`; longer than `epochs` stops early on
     it, as the report does when it takes an early checkpoint of a long run (Sec. 4.3.2).
     """
@@ -224,7 +238,9 @@ class SFTConfig:
 class ObserveConfig:
     """Where metrics go besides metrics.jsonl, which is always written.
 
-    mismatch_alarm: mean difference of engine and trainer log-probabilities, in nats, above which a step warns.
+    wandb: to files under <run.dir>/wandb, to its server, or not at all; project: its project there. progress: the
+    display on the terminal. mismatch_alarm: mean difference of engine and trainer log-probabilities, in nats, above
+    which a step warns.
     """
 
     wandb: Literal["offline", "online", "off"] = "offline"
@@ -240,10 +256,12 @@ class ObserveConfig:
 class SlurmConfig:
     """The job that `megatron-rl slurm` submits: `nodes` run trainer ranks, `engine_nodes` more run engines.
 
+    partition, account, qos, exclude, gpus_per_node and cpus_per_task (of a rank, and of an engine) are sbatch's.
     engine_nodes 0: the engines (rollout.engine.count of them) share the trainers' nodes.
     time_limit: Slurm's format. signal_lead_s before that limit, and on preemption, the run is told to save and is
     requeued. max_restarts bounds the new starts after a fault of a node, which is excluded from then on.
-    container: pyxis (srun --container-image) or apptainer around every rank and engine; container_image its image.
+    container: pyxis (srun --container-image) or apptainer around every rank and engine; container_image its image,
+    container_mounts the folders it sees (/data:/data).
     setup: shell lines of the batch script before anything else (module load, exports). extra: more #SBATCH lines.
     """
 
@@ -275,7 +293,7 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, whole and validated. Sections are the keys of conf/config.yaml."""
+    """One run, whole and validated. Sections are the keys of conf/config.yaml; stages: parts of an RL run in turn."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

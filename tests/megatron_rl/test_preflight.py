@@ -11,7 +11,7 @@ import torch
 from megatron_rl.config.load import load
 from megatron_rl.model.architectures import read_config
 from megatron_rl.plan import plan_memory
-from megatron_rl.preflight import check_memory
+from megatron_rl.preflight import check_memory, network_of
 from tests.tiny_models import write_tiny_bailing
 
 
@@ -30,3 +30,10 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_might_not_is_warned_about
         on_a_machine_of(2 * plan.stays - 1)
     assert "at their peak" in on_a_machine_of(2 * plan.stays)
     assert on_a_machine_of(2 * plan.total) == ""
+
+
+@pytest.mark.parametrize(("experiment", "how"), [("quickstart", "make quickstart"), ("smollm2", "convert smollm2")])
+def test_a_model_still_to_be_made_is_said_with_the_command_that_makes_it(experiment, how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"model.path=.* is not there yet: `.*{how}"):
+        network_of(load([f"experiment={experiment}"]))

@@ -1,6 +1,7 @@
 """Composition is Hydra's; the schema is strict and says where the mistake is."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -80,3 +81,15 @@ def test_the_configuration_page_is_written_from_the_schema():
 
     page = (CONF_DIR.parent / "docs" / "configuration.md").read_text()
     assert page == markdown(), "run: python -m megatron_rl.config.reference > docs/configuration.md"
+
+
+def test_every_key_is_told_of_in_the_text_of_its_section():
+    from megatron_rl.config.reference import markdown
+
+    sections = re.split(r"^## ", markdown(), flags=re.MULTILINE)[1:]
+    assert len(sections) > 15
+    for section in sections:
+        told, table = section.split("| key |", 1)
+        untold = [key for key in re.findall(r"^\| `\S+?\.?(\w+)` \|", table, flags=re.MULTILINE)
+                  if not re.search(rf"\b{key}\b", told)]
+        assert not untold, f"{section.split()[0]}: the docstring says nothing of {', '.join(untold)}"
