@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 SHELLS = ("bash", "zsh")
-LAUNCHERS = ("basic", "submitit_local", "submitit_slurm")
+LAUNCHERS = ("basic", "submitit_slurm")
 EPILOG = """\
 examples:
   megatron-rl quickstart                                      a small MoE from nothing to C3PO, with a report

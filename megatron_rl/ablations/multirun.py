@@ -2,12 +2,13 @@
 the Hydra application.
 
 Every job runs its arm at its seed as `megatron-rl ablate` does on one machine, with an engine of its own. launcher
-basic: one after the other, here. submitit_slurm: jobs of Slurm, of one node each, described by section slurm;
-submitit_local: the same without Slurm, side by side. A run that needs several nodes is `ablate --slurm`'s.
+basic: one after the other, here. submitit_slurm: jobs of Slurm, of one node each, described by section slurm. A run
+that needs several nodes is `ablate --slurm`'s.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -46,23 +47,20 @@ def multirun(launcher: str, name: str, settings: Sequence[str], todo: Plan) -> N
 
 
 def resources(launcher: str, config: Config) -> list[str]:
-    """Section slurm as the launcher takes it. ValueError where one node cannot hold the run."""
+    """Section slurm as the launcher takes it. ValueError without submitit, or where one node cannot hold the run."""
     if launcher == "basic":
         return []
-    try:
-        import hydra_plugins.hydra_submitit_launcher  # noqa: F401
-    except ImportError:
-        raise ValueError(f"--multirun={launcher} needs submitit: pip install -e '.[slurm]'") from None
-    slurm = config.slurm
-    processes = config.parallel.world_size + config.rollout.engine.count * (not config.rollout.engine.urls)
-    keys = {"timeout_min": minutes(slurm.time_limit), "cpus_per_task": processes * slurm.cpus_per_task}
-    if launcher == "submitit_slurm":
-        require(slurm.nodes == 1 and slurm.engine_nodes == 0,
-                f"slurm.nodes={slurm.nodes}, slurm.engine_nodes={slurm.engine_nodes}: a job of --multirun is one "
-                "node; runs of several nodes are submitted by --slurm")
-        keys |= {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "exclude": slurm.exclude,
-                 "gpus_per_node": slurm.gpus_per_node or None, "signal_delay_s": slurm.signal_lead_s,
-                 "max_num_timeout": slurm.max_restarts, "setup": list(slurm.setup) or None}
+    require(importlib.util.find_spec("submitit") is not None,
+            f"--multirun={launcher} needs submitit: pip install -e '.[slurm]'")
+    slurm, engine = config.slurm, config.rollout.engine
+    require(slurm.nodes == 1 and slurm.engine_nodes == 0,
+            f"slurm.nodes={slurm.nodes}, slurm.engine_nodes={slurm.engine_nodes}: a job of --multirun is one node; "
+            "runs of several nodes are submitted by --slurm")
+    processes = config.parallel.world_size + (0 if engine.urls else engine.count)
+    keys = {"timeout_min": minutes(slurm.time_limit), "cpus_per_task": processes * slurm.cpus_per_task,
+            "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "exclude": slurm.exclude,
+            "gpus_per_node": slurm.gpus_per_node or None, "signal_delay_s": slurm.signal_lead_s,
+            "max_num_timeout": slurm.max_restarts, "setup": list(slurm.setup) or None}
     return [f"hydra.launcher.{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 
