@@ -68,12 +68,12 @@ def run(config: Config) -> None:
                 if log is not None:
                     log.log(done, {**reduce_metrics(result.sums, None), **result.gauges,
                                    "tokens_per_s/train": in_step / (time.perf_counter() - started)})
-            checkpoints.save(done, {"epoch": epoch + 1, "tokens": tokens})
-            if options.export_epochs:
+            if options.export_epochs:  # before its checkpoint, from which a killed run goes on with the next epoch
                 folder = epoch_folder(config, epoch + 1)
                 export(config, exporter, here, folder)
                 if here.is_main:
                     (folder / EPOCH).write_text(json.dumps({"epoch": epoch + 1, "step": done, "tokens": tokens}))
+            checkpoints.save(done, {"epoch": epoch + 1, "tokens": tokens})
         checkpoints.finish()
         if config.run.export_hf:
             export(config, exporter, here, Path(config.run.dir) / "hf")
