@@ -16,6 +16,7 @@ examples:
   megatron-rl rl --check experiment=ring_lite_rl_stage1          resolve and validate for 256 GPUs, start nothing
   megatron-rl plan experiment=ring_lite_rl_stage1 --gpu-memory 80   what it needs of each GPU, and which layouts fit
   megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution run.dir=runs/mine
+  megatron-rl pipeline experiment=ring_lite_tiny              SFT -> choice by entropy -> two RL stages -> general SFT
   megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf
   megatron-rl ablate fig7_8_c3po_vs_grpo scale=tiny           a figure of the paper: arms x seeds, table, verdicts
   megatron-rl report runs/quickstart/rl
@@ -24,10 +25,22 @@ examples:
 keys: docs/configuration.md; groups (experiment=, parallel=, algo=): the folders under conf/
 """
 
+PIPELINE_EPILOG = """\
+examples:
+  megatron-rl pipeline experiment=ring_lite_tiny                        every stage with a tiny random model, minutes
+  megatron-rl pipeline experiment=ring_lite_tiny                        again after Ctrl-C or a kill: goes on there
+  megatron-rl pipeline experiment=ring_lite_tiny run.dir=runs/mine run.seed=1     another one beside it
+  megatron-rl pipeline experiment=ring_lite_tiny run.dir=runs/mine math_rl.run.steps=80     a key of one stage
+  megatron-rl pipeline experiment=ring_lite_tiny run.dir=runs/mine model.path=HF_FOLDER     your own base checkpoint
+  megatron-rl pipeline experiment=ring_lite --check                     the paper's scale: validate every stage
+stages, their folders, records and the report: docs/pipeline.md
+"""
+
 COMMANDS = {
     "quickstart": "the whole story on this machine: random model -> SFT -> C3PO RL -> report",
     "rl": "C3PO reinforcement learning: starts an SGLang engine and torchrun, stops both",
     "sft": "supervised fine-tuning, same Megatron step",
+    "pipeline": "every stage of the report in one command, from SFT and the choice by entropy to RL; resumable",
     "plan": "memory of each GPU by kind, and layouts that fit; needs no GPU and no checkpoint",
     "evaluate": "held-out accuracy and benchmarks of a checkpoint, through an engine",
     "select-checkpoint": "which epoch of an SFT run RL should start from, by its entropy on the RL prompts",
@@ -48,10 +61,11 @@ def parser() -> argparse.ArgumentParser:
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, epilog=EPILOG,
+        epilog = PIPELINE_EPILOG if name == "pipeline" else EPILOG
+        command = commands.add_parser(name, help=text, description=text, epilog=epilog,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. c3po.phi=4096")
-        if name in ("rl", "sft"):
+        if name in ("rl", "sft", "pipeline"):
             command.add_argument("--check", action="store_true",
                                  help="validate, print the resolved layout, start nothing")
         if name == "plan":

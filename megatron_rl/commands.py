@@ -159,6 +159,12 @@ def ablate(options) -> int:
     return command.run(options)
 
 
+def pipeline(options) -> int:
+    from megatron_rl.pipeline import command
+
+    return command.run(options)
+
+
 def plan(options) -> int:
     from megatron_rl.plan import Hardware, estimate, propose
     from megatron_rl.plan.report import GB, plan_text
@@ -219,6 +225,6 @@ def completion(options) -> int:
 
 
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "replay-step": replay_step,
-            "ablate": ablate, "quickstart": quickstart, "report": report, "data": data,
+            "ablate": ablate, "pipeline": pipeline, "quickstart": quickstart, "report": report, "data": data,
             "select-checkpoint": select_checkpoint, "config": config, "slurm": slurm, "doctor": doctor,
             "completion": completion}

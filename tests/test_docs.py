@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rl.cli import main, parse
 from megatron_rl.config.load import load
+from megatron_rl.pipeline.plan import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"),
@@ -63,7 +64,7 @@ def test_commands_are_taken(page, line):
     options = parse(words)
     overrides = getattr(options, "overrides", [])
     if overrides and not PLACEHOLDER.search(" ".join(overrides)):
-        load(overrides)
+        (plan if options.command == "pipeline" else load)(overrides)
 
 
 def needs_nothing(line: str) -> bool:

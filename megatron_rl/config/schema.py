@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
+from megatron_rl.config.pipeline import PipelineConfig
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.rules import require
@@ -309,6 +310,7 @@ class Config:
     select: SelectConfig = field(default_factory=SelectConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     stages: tuple[StageConfig, ...] = ()
 
     def __post_init__(self):

@@ -260,3 +260,13 @@ def _versions(runs: Sequence[RunRecord]) -> str:
     rows = [[key.replace(".", ": ", 1), *(versions.get(key, "-") for versions in flat)] for key in keys]
     shown = [[key, *("none" if value in ("null", "[]") else value for value in values)] for key, *values in rows]
     return "<h2>Versions and machine</h2>" + page.table(header, shown)
+
+
+def run_sections(directory: Path) -> str:
+    """What the report of one run shows between title and configuration, for a page about more than that run."""
+    runs = [_load(directory, directory.name)]
+    return "".join([_summary(runs), _nonfinite_note(runs[0]), _closing_table(runs), _plots(runs)])
+
+
+def versions_section(directories: Sequence[Path]) -> str:
+    return _versions(_load_runs(directories)) if directories else ""

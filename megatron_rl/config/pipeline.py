@@ -1,0 +1,53 @@
+"""Section `pipeline` of the configuration: several runs, each from the model of the one before."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rl.config.rules import require
+
+BASE = "base"
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """One stage: what is run, and what it is called.
+
+    recipe: `sft` and `rl` train; `select` takes one epoch of the last sft stage by its entropy on the RL prompts
+    (section select), with the overrides of the next rl stage under its own. title: for readers; empty: the name.
+    overrides: they compose its configuration, usually an experiment's name and little else.
+    """
+
+    recipe: Literal["sft", "select", "rl"] = "rl"
+    title: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What `megatron-rl pipeline` runs: `stages` in their order; the other sections are those of its evaluations.
+
+    Stage NAME lives in <run.dir>/NAME and begins from the model of the stage before it, the first from model.path.
+    random_base: without a model.path, that is the quick start's random model. Every stage's model is evaluated by
+    section eval. run.seed, observe and rollout.engine hold for all stages, whose engine is the same one. note: what
+    the report says on top.
+    """
+
+    random_base: bool = False
+    note: str = ""
+    stages: dict[str, PipelineStage] = field(default_factory=dict)
+
+    def __post_init__(self):
+        trained = False
+        for place, (name, stage) in enumerate(self.stages.items()):
+            require(NAME.fullmatch(name) is not None and name != BASE,
+                    f"pipeline.stages: {name!r} must be a word of lower-case letters, digits and _, and not {BASE}")
+            require(stage.recipe != "select" or trained,
+                    f"pipeline.stages.{name}.recipe=select needs an sft stage before it")
+            later = list(self.stages.values())[place + 1:]
+            require(stage.recipe != "select" or any(each.recipe == "rl" for each in later),
+                    f"pipeline.stages.{name}.recipe=select needs an rl stage after it, whose prompts it uses")
+            trained = trained or stage.recipe == "sft"

@@ -1,0 +1,96 @@
+"""All of a pipeline's stages validated before the first one starts, since each may take days."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.table import Table
+
+from megatron_rl.config.check import check_rl, check_sft
+from megatron_rl.config.rules import require
+from megatron_rl.config.schema import Config
+from megatron_rl.model.architectures import parse_config
+from megatron_rl.model.hf_folder import HFReader, bailing_config, check_checkpoint
+from megatron_rl.model.network import Network, check_layout
+from megatron_rl.pipeline.plan import Plan, Stage
+from megatron_rl.preflight import check_data, network_of, sizes_of
+from megatron_rl.recipes import stages as rl_stages
+from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+
+__all__ = ["check", "check_start", "table"]
+
+
+def check(plan: Plan) -> None:
+    """Every rule that needs neither rank nor data. ValueError names stage and key."""
+    network = base_network(plan)
+    for stage in sorted(plan.stages, key=lambda stage: stage.recipe == "select"):  # which repeats an rl stage
+        try:
+            _check_stage(stage, network)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name}: {error}") from error
+
+
+def check_start(plan: Plan, place: int) -> None:
+    """`check`, the base checkpoint, and the data of every stage from `place` on, read with the base's tokenizer."""
+    check(plan)
+    base = plan.stages[0].model
+    check_checkpoint(network_of(at(plan.whole, base)), HFReader(base))
+    check_data(at(plan.whole, base))
+    for stage in plan.stages[max(place, 1):]:
+        try:
+            if stage.recipe == "sft":
+                source = prompt_source(stage.config, stage.config.data, load_tokenizer(base))
+                if len(source) < stage.config.sft.examples:
+                    raise ValueError(f"sft.examples={stage.config.sft.examples}, but data has {len(source)} examples")
+                source.sft_example(0)
+            else:
+                check_data(at(stage.config, base))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stage {stage.name}: {error}") from error
+
+
+def base_network(plan: Plan) -> Network:
+    """Every stage's: training changes no size. ValueError when the base model is neither here nor described."""
+    base = plan.stages[0].model
+    if plan.whole.pipeline.random_base and not plan.whole.model.path and not (base / "config.json").is_file():
+        return parse_config(bailing_config(), "the quick start's model")
+    return network_of(at(plan.whole, base))
+
+
+def at(config: Config, folder: Path) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+def _check_stage(stage: Stage, network: Network) -> None:
+    config, sizes = stage.config, sizes_of(network)
+    if stage.recipe == "base":
+        return
+    check_layout(network, config.parallel)
+    if stage.recipe == "sft":
+        check_sft(config, sizes)
+        return
+    for each in rl_stages.stage_configs(config):
+        check_rl(each, sizes)
+    if stage.recipe == "select":
+        require(config.rollout.temperature == 1.0,
+                f"rollout.temperature={config.rollout.temperature}: the entropy is that of the policy at 1.0")
+
+
+def table(plan: Plan) -> Table:
+    """A line for each stage: what it resolves to."""
+    shown = Table("stage", "recipe", "ranks", "steps", "Phi", "context", "learning rate",
+                  title=f"{plan.whole.run.name}: {plan.folder}")
+    for stage in plan.stages:
+        config = stage.config
+        cells = ["-"] * 5
+        if stage.recipe in ("sft", "rl"):
+            rl = stage.recipe == "rl"
+            budget = rl and config.c3po.has_budget
+            cells = [str(config.parallel.world_size), f"{config.run.steps if rl else config.sft.total_steps:,}",
+                     f"{config.c3po.phi_global(config.parallel.dp):,}" if budget else "-",
+                     f"{rl_stages.widest(config).rollout.max_context_tokens:,}", f"{config.optimizer.lr:g}"]
+        elif stage.recipe == "select":
+            cells[3] = f"{config.rollout.max_context_tokens:,}"
+        shown.add_row(stage.name, stage.recipe, *cells)
+    return shown

@@ -1,0 +1,166 @@
+"""Runs the stages that are not finished, one engine for all of them, and evaluates the model that each leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config.schema import Config
+from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, terminable
+from megatron_rl.pipeline.check import check_start
+from megatron_rl.pipeline.plan import Plan, Stage
+from megatron_rl.pipeline.record import Record, begin, finish, next_stage, records
+from megatron_rl.pipeline.report import write_result
+from megatron_rl.recipes import evaluate, select_checkpoint
+from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.recipes.serving import engine_clients
+from megatron_rl.rollout.client import EngineHTTPError
+from megatron_rl.rollout.fleet import FleetError
+from megatron_rl.runs import engine_errors, train_rl, train_sft
+
+LOADED = -2
+"""The label of weights that an engine read from a folder; after a restart it says -1 (rollout/supervisor.py)."""
+
+
+def run(plan: Plan, console: Console) -> Path:
+    """Everything that is not finished; returns the report's path. RunFailed and RunInterrupted leave a state from
+    which this goes on."""
+    found = records(plan)
+    first = next_stage(found)
+    if first is None:
+        console.print(f"all {len(plan.stages)} stages are finished")
+        return write_result(plan, found)
+    if first:
+        console.print(f"{first} of {len(plan.stages)} stages are finished")
+    base = plan.stages[0]
+    if not plan.whole.model.path and (found[0] is None or not has_model(base)):
+        make_random_model(base.model, plan.whole.run.seed)
+    check_start(plan, first)
+    current = plan.stages[first]
+    try:
+        with terminable(), engine_errors(), \
+                engines_for(plan.engine_config, str(base.model), plan.folder / "engine.log") as served:
+            for place, current in enumerate(plan.stages[first:], first):
+                console.rule(f"[bold]{place + 1} of {len(plan.stages)}: {current.title}[/bold]")
+                found[place] = run_stage(plan, current, found[place - 1] if place else None, found[place], served,
+                                         console)
+                report = write_result(plan, found)
+    except (RunInterrupted, KeyboardInterrupt):
+        raise RunInterrupted(f"stopped in stage {current.name}; the same command goes on there") from None
+    except (RunFailed, FleetError) as error:
+        raise RunFailed(f"stage {current.name}: {error}\nWhen the cause is gone, the same pipeline command goes on "
+                        "there") from error
+    return report
+
+
+def run_stage(plan: Plan, stage: Stage, before: Record | None, earlier: Record | None, served: Config,
+              console: Console) -> Record:
+    """before: what it begins from; earlier: its own record of a start that did not end."""
+    record, seconds = begin(stage, before, earlier), {}
+    with timed(seconds, "train"):
+        make_model(stage, served, console)
+    with timed(seconds, "evaluate"):
+        evaluation = evaluate_model(plan, stage, served, console)
+    return finish(stage, record, evaluation, seconds)
+
+
+def has_model(stage: Stage) -> bool:
+    """Whether it is there whole: a model's folder appears under its name when all of it is written."""
+    return (stage.model / "config.json").is_file()
+
+
+def make_model(stage: Stage, served: Config, console: Console) -> None:
+    """Train or choose, unless that was done when an earlier start was stopped."""
+    if has_model(stage):
+        return
+    config = stage.config
+    engine = dataclasses.replace(config.rollout, engine=served.rollout.engine)
+    config = dataclasses.replace(config, rollout=engine, run=dataclasses.replace(config.run, resume=True))
+    if stage.recipe == "sft":
+        train_sft(config)
+    elif stage.recipe == "rl":
+        train_rl(config)
+    else:
+        choose(stage, served, console)
+
+
+def choose(stage: Stage, served: Config, console: Console) -> None:
+    """Link the chosen epoch as this stage's model."""
+
+    @contextlib.contextmanager
+    def loaded(config: Config, path: str, _: Path) -> Iterator[Config]:
+        console.print(f"sampling from {path}")
+        config = dataclasses.replace(
+            config, rollout=dataclasses.replace(config.rollout, engine=served.rollout.engine))
+        with serving_model(config, Path(path)):
+            yield config
+
+    own = dataclasses.replace(stage.config.rollout.engine, urls=())
+    config = dataclasses.replace(stage.config, rollout=dataclasses.replace(stage.config.rollout, engine=own))
+    decision = select_checkpoint.run(config, loaded)
+    console.print(select_checkpoint.table(decision))
+    console.print(f"chosen: {decision.chosen} ({decision.why})")
+    target, link = Path(decision.chosen).resolve(), stage.model.with_name("hf.partial")
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent.resolve()))
+    os.replace(link, stage.model)
+
+
+def evaluate_model(plan: Plan, stage: Stage, served: Config, console: Console) -> dict[str, Any]:
+    """Set -> values of the stage's model; all responses in <stage>/evaluation."""
+    whole = plan.whole
+    config = dataclasses.replace(
+        whole, model=dataclasses.replace(whole.model, path=str(stage.model)),
+        run=dataclasses.replace(whole.run, dir=str(stage.folder / "evaluation")),
+        rollout=dataclasses.replace(whole.rollout, engine=served.rollout.engine))
+    with serving_model(config, stage.model):
+        measured = evaluate.measure(config)
+    shown = Table("set", "accuracy", "95% interval", "problems", title="the model is right in")
+    for each in measured:
+        values = each.values
+        shown.add_row(each.name, f"{values['accuracy']:.3f}", f"{values['low']:.3f} - {values['high']:.3f}",
+                      f"{values['problems']} x {values['samples_per_problem']}")
+    console.print(shown)
+    return {each.name: each.values for each in measured}
+
+
+@contextlib.contextmanager
+def serving_model(config: Config, folder: Path) -> Iterator[None]:
+    """The engines of `config` hold the model of `folder`, at the end still. RunFailed if one does not."""
+    asyncio.run(_on_engines(config, folder, load=True))
+    yield
+    asyncio.run(_on_engines(config, folder, load=False))
+
+
+async def _on_engines(config: Config, folder: Path, *, load: bool) -> None:
+    clients = engine_clients(config)
+
+    async def load_or_look(client) -> None:
+        if load:
+            await client.update_weights_from_disk(str(folder.resolve()), version=LOADED)
+        elif await client.weight_version() != LOADED:
+            raise RunFailed(f"{client.base_url} was started again while it served {folder}, so what it said may be "
+                            "the base model's; its log says why")
+
+    try:
+        await asyncio.gather(*map(load_or_look, clients))
+    except EngineHTTPError as error:
+        raise RunFailed(f"the engines could not serve {folder}: {error}") from error
+    finally:
+        await asyncio.gather(*(client.close() for client in clients))
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started

@@ -1,0 +1,130 @@
+"""What is known of each stage, so that the same command goes on wherever the last one was stopped.
+
+<stage>/stage.json is written whole or not at all: when the stage begins, and when its model has been evaluated. A
+finished stage is not run again; one that began is, and goes on from its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_rl.config.load import build
+from megatron_rl.config.rules import require
+from megatron_rl.config.schema import Config
+from megatron_rl.config.show import differences
+from megatron_rl.pipeline.plan import Plan, Stage
+
+__all__ = ["Record", "begin", "finish", "next_stage", "read", "records", "write_whole"]
+
+FILE = "stage.json"
+MAY_DIFFER = ("run.resume", "observe.", "rollout.engine.", "slurm.", "pipeline.")
+"""Keys, or beginnings of keys, that do not change what a stage makes."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stage. after: the `id` of the record that it began from, None for the base; starts: how often it was begun.
+
+    evaluation: set -> values (docs/metrics.md); seconds: of the last start, in parts. Both empty until finished.
+    """
+
+    name: str
+    recipe: str
+    status: Literal["begun", "finished"]
+    config: Config
+    id: str
+    after: str | None = None
+    starts: int = 1
+    model: str = ""
+    evaluation: dict[str, object] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+
+def read(stage: Stage) -> Record | None:
+    """None for a stage that never began. ValueError names a file that is no record."""
+    path = stage.folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return build(json.loads(path.read_text(encoding="utf-8")), Record)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a stage: {error}; remove {stage.folder} to run the stage again"
+                         ) from error
+
+
+def records(plan: Plan) -> list[Record | None]:
+    """Of every stage in order, checked: ValueError when one was made with another configuration or from another model.
+
+    Only what is there is compared: a stage that began after one that is missing or unfinished counts as stale.
+    """
+    found = [read(stage) for stage in plan.stages]
+    for place, (stage, record) in enumerate(zip(plan.stages, found, strict=True)):
+        if record is None:
+            continue
+        _check_config(plan, place, record)
+        before = found[place - 1] if place else None
+        require(not place or (before is not None and before.finished and record.after == before.id),
+                f"{stage.folder} was made from an earlier result of stage {plan.stages[place - 1].name}: remove "
+                f"{_folders(plan, place)} to run from there again")
+    return found
+
+
+def next_stage(found: Sequence[Record | None]) -> int | None:
+    """The place of the first stage that is not finished, None when all are."""
+    return next((place for place, record in enumerate(found) if record is None or not record.finished), None)
+
+
+def begin(stage: Stage, before: Record | None, earlier: Record | None) -> Record:
+    """Note that the stage starts; earlier: its record of a start that did not end."""
+    record = Record(stage.name, stage.recipe, "begun", stage.config,
+                    uuid.uuid4().hex if earlier is None else earlier.id, None if before is None else before.id,
+                    1 if earlier is None else earlier.starts + 1)
+    return _write(stage, record)
+
+
+def finish(stage: Stage, record: Record, evaluation: Mapping[str, Any], seconds: Mapping[str, float]) -> Record:
+    return _write(stage, replace(record, status="finished", model=str(stage.model), evaluation=dict(evaluation),
+                                 seconds=dict(seconds)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears with all of `text`, on the disk, or stays as it was."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _write(stage: Stage, record: Record) -> Record:
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(stage.folder / FILE, json.dumps(asdict(record), indent=2) + "\n")
+    return record
+
+
+def _check_config(plan: Plan, place: int, record: Record) -> None:
+    stage = plan.stages[place]
+    changed = [row for row in differences(record.config, stage.config) if not row[0].startswith(MAY_DIFFER)]
+    if not changed:
+        return
+    prefix = "" if stage.recipe == "base" else f"{stage.name}."
+    shown = ", ".join(f"{prefix}{key}={now!r} (was {then!r})" for key, then, now in changed[:5])
+    more = f" and {len(changed) - 5} more keys" if len(changed) > 5 else ""
+    done = "is finished" if record.finished else "has begun"
+    raise ValueError(f"stage {stage.name} {done} with another configuration: {shown}{more}. Give the earlier values, "
+                     f"remove {_folders(plan, place)} to run again from there, or choose another run.dir")
+
+
+def _folders(plan: Plan, place: int) -> str:
+    return " ".join(str(stage.folder) for stage in plan.stages[place:] if stage.folder.exists())

@@ -1,0 +1,103 @@
+"""What a pipeline's stages are composed of, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.config.show import differences
+from megatron_rl.data.problems import in_split
+from megatron_rl.pipeline.check import check
+from megatron_rl.pipeline.plan import GIVEN, plan
+
+FILES = Path(__file__).resolve().parents[3] / "examples" / "ring_lite_tiny" / "problems.py"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return plan(["experiment=ring_lite_tiny", "run.seed=3", "run.dir=runs/here", "rollout.engine.threads=2",
+                 "math_rl.run.steps=7", "code_science_rl.parallel=dp2"])
+
+
+def test_every_stage_begins_from_the_model_of_the_one_before(tiny):
+    assert [stage.name for stage in tiny.stages] == [
+        "base", "long_cot_sft", "choice", "math_rl", "code_science_rl", "general_sft"]
+    assert all(after.config.model.path == str(before.model)
+               for before, after in zip(tiny.stages, tiny.stages[1:], strict=False))
+    assert all(stage.model == Path("runs/here") / stage.name / "hf" for stage in tiny.stages)
+
+
+def test_seed_and_engine_hold_for_all_and_a_stages_keys_for_it_alone(tiny):
+    assert {stage.config.run.seed for stage in tiny.stages} == {3}
+    assert {stage.config.rollout.engine.threads for stage in tiny.stages} == {2}
+    configs = {stage.name: stage.config for stage in tiny.stages}
+    assert (configs["math_rl"].run.steps, configs["code_science_rl"].run.steps) == (7, 50)
+    assert (configs["math_rl"].parallel.ep, configs["code_science_rl"].parallel.ep) == (2, 1)
+
+
+def test_the_choice_is_made_on_the_prompts_of_the_rl_stage_after_it(tiny):
+    choice, rl = (next(stage.config for stage in tiny.stages if stage.name == name) for name in ("choice", "math_rl"))
+    assert {key for key, *_ in differences(choice, rl)} == {"run.dir", "run.name", "model.path", "select.folder"}
+    assert choice.select.folder == "runs/here/long_cot_sft"
+
+
+def test_every_domain_that_a_stage_meets_has_a_judge(tiny):
+    for config in (*(stage.config for stage in tiny.stages), load(["experiment=domains"])):
+        if config.sft != type(config.sft)():
+            continue  # nothing is judged in supervised fine-tuning
+        domains = {"math", *config.data.mix, *config.eval.benchmarks}
+        assert domains <= config.reward.routes.keys(), config.run.name
+
+
+def test_the_papers_stages_are_the_papers_files_and_valid_for_256_gpus():
+    paper = plan(["experiment=ring_lite"])
+    check(paper)
+    for name, file in (("long_cot_sft", "sft"), ("math_rl", "rl_stage1"), ("code_science_rl", "rl_stage2")):
+        (config,) = (stage.config for stage in paper.stages if stage.name == name)
+        other = [key for key, *_ in differences(load([f"experiment=ring_lite_{file}"]), config) if key not in GIVEN]
+        assert all(key.startswith("rollout.engine.") for key in other), name  # the pipeline's engine is the RL stages'
+        assert config.parallel.world_size == 256
+
+
+def test_the_engine_serves_the_longest_context_of_any_stage():
+    longer = plan(["experiment=ring_lite_tiny", "math_rl.rollout.max_context_tokens=160",
+                   "long_cot_sft.rollout.max_context_tokens=300"])
+    assert longer.engine_config.rollout.max_context_tokens == 160  # SFT asks no engine
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["foo.run.steps=3"], r"foo\.run\.steps=3: neither a section .* nor a stage; the stages are long_cot_sft, choice"),
+    (["math_rl.run.dir=x"], r"math_rl\.run\.dir follows from the pipeline: set run\.dir"),
+    (["math_rl.c3po.fi=3"], r"stage math_rl: unknown key c3po\.fi"),
+    (["long_cot_sft.sft.export_epochs=false"], "stage long_cot_sft: choice .* needs sft.export_epochs=true"),
+    (["code_science_rl.model.dtype=bfloat16"], "stage code_science_rl: model.dtype=bfloat16.* one engine"),
+    (["pipeline.random_base=false"], "model.path is not set"),
+    (["pipeline.stages.data={recipe: sft}"], "pipeline.stages.data: there is a section of that name"),
+    (["pipeline.stages.Last={recipe: sft}"], "pipeline.stages: 'Last' must be a word of lower-case letters"),
+    (["pipeline.stages.again={recipe: select}"], "again.recipe=select needs an rl stage after it"),
+])
+def test_a_mistake_is_named_before_anything_starts(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan(["experiment=ring_lite_tiny", *overrides])
+
+
+def test_a_stage_that_cannot_work_is_named():
+    with pytest.raises(ValueError, match=r"stage math_rl: c3po\.phi: 1000000 response tokens"):
+        check(plan(["experiment=ring_lite_tiny", "math_rl.c3po.phi=1000000"]))
+
+
+def test_a_base_checkpoint_of_ones_own_is_where_the_first_stage_begins(tmp_path):
+    own = plan(["experiment=ring_lite_tiny", f"model.path={tmp_path}"])
+    assert own.stages[0].model == tmp_path and own.stages[1].config.model.path == str(tmp_path)
+
+
+def test_the_files_of_the_general_stage_are_what_the_script_writes_and_hold_nothing_out():
+    script = runpy.run_path(str(FILES))
+    for name in ("general", "replay"):
+        assert (FILES.parent / f"{name}.jsonl").read_text() == script["lines"](script[name]())
+    assert all(in_split(row["prompt"], "train") for row in script["replay"]())
+
+

@@ -1,0 +1,130 @@
+"""The bookkeeping of a pipeline: what is finished, what goes on, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+from megatron_rl.pipeline import record as records_module
+from megatron_rl.pipeline.plan import Plan, plan
+from megatron_rl.pipeline.record import FILE, Record, begin, finish, next_stage, read, records
+from megatron_rl.pipeline.report import _summary
+
+SETS = {"math": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}
+
+
+@pytest.fixture(scope="module")
+def composed() -> Plan:
+    return plan(["experiment=ring_lite_tiny"])
+
+
+@pytest.fixture
+def todo(composed, tmp_path) -> Plan:
+    """The plan in a folder of its own."""
+    stages = [dataclasses.replace(stage, config=with_key(stage.config, "run", "dir", str(tmp_path / stage.name)))
+              for stage in composed.stages]
+    return Plan(with_key(composed.whole, "run", "dir", str(tmp_path)), tuple(stages))
+
+
+def with_key(config, section, key, value):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+
+
+def changed(todo: Plan, place: int, section: str, key: str, value: object) -> Plan:
+    stages = list(todo.stages)
+    stages[place] = dataclasses.replace(stages[place], config=with_key(stages[place].config, section, key, value))
+    return Plan(todo.whole, tuple(stages))
+
+
+def finished(todo: Plan, count: int) -> list[Record]:
+    """The first `count` stages, run one after the other."""
+    made: list[Record] = []
+    for stage in todo.stages[:count]:
+        made.append(finish(stage, begin(stage, made[-1] if made else None, None), SETS, {"train": 1.0}))
+    return made
+
+
+def test_stages_come_in_order_and_a_finished_one_does_not_come_again(todo):
+    for count in range(len(todo.stages)):
+        assert next_stage(records(todo)) == count
+        stage, found = todo.stages[count], records(todo)
+        record = begin(stage, found[count - 1] if count else None, None)
+        assert next_stage(records(todo)) == count, "begun is not finished"
+        finish(stage, record, SETS, {})
+    assert next_stage(records(todo)) is None
+
+
+def test_a_stage_that_was_stopped_is_the_same_one_when_it_begins_again(todo):
+    (base,) = finished(todo, 1)
+    first = begin(todo.stages[1], base, None)
+    again = begin(todo.stages[1], base, read(todo.stages[1]))
+    assert (again.id, again.starts, again.after) == (first.id, 2, base.id)
+    assert finish(todo.stages[1], again, SETS, {}) == read(todo.stages[1])
+
+
+def test_a_changed_configuration_is_refused_with_the_key_and_the_way_out(todo):
+    finished(todo, 5)
+    with pytest.raises(ValueError, match=r"stage math_rl is finished with another configuration: math_rl\.run\.steps=9 "
+                       r"\(was 60\).*remove \S+/math_rl \S+/code_science_rl to run again from there"):
+        records(changed(todo, 3, "run", "steps", 9))
+    with pytest.raises(ValueError, match=r"stage base .*: eval\.seed=1 \(was 99\)"):
+        records(changed(todo, 0, "eval", "seed", 1))
+
+
+def test_a_begun_stage_holds_its_configuration_too(todo):
+    begin(todo.stages[1], *finished(todo, 1), None)
+    with pytest.raises(ValueError, match=r"stage long_cot_sft has begun .* long_cot_sft\.sft\.epochs=2 \(was 6\)"):
+        records(changed(todo, 1, "sft", "epochs", 2))
+
+
+def test_what_changes_no_result_may_change(todo):
+    finished(todo, 6)
+    engine = dataclasses.replace(todo.whole.rollout.engine, urls=("http://127.0.0.1:1",), threads=2)
+    for section, key, value in (("rollout", "engine", engine), ("run", "resume", True)):
+        assert next_stage(records(changed(todo, 3, section, key, value))) is None
+    observe = dataclasses.replace(todo.whole.observe, progress=False)
+    stages = [dataclasses.replace(stage, config=dataclasses.replace(stage.config, observe=observe))
+              for stage in todo.stages]
+    assert next_stage(records(Plan(todo.whole, tuple(stages)))) is None
+
+
+def test_a_stage_made_anew_makes_those_after_it_stale(todo):
+    made = finished(todo, 4)
+    sft = todo.stages[1]
+    finish(sft, begin(sft, made[0], None), SETS, {})  # its folder was removed and it ran again
+    with pytest.raises(ValueError, match=r"choice was made from an earlier result of stage long_cot_sft: remove "
+                       r"\S+/choice \S+/math_rl"):
+        records(todo)
+    (sft.folder / FILE).unlink()
+    with pytest.raises(ValueError, match="earlier result of stage long_cot_sft"):
+        records(todo)
+
+
+def test_a_record_is_written_whole_or_not_at_all(todo, monkeypatch):
+    (base,) = finished(todo, 1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records_module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begin(todo.stages[0], None, base)
+    assert read(todo.stages[0]) == base
+    assert os.listdir(todo.stages[0].folder) != [FILE], "what was being written lies beside it"
+
+
+def test_a_damaged_record_is_named(todo):
+    finished(todo, 2)
+    path = todo.stages[1].folder / FILE
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=r"long_cot_sft/stage\.json is no record of a stage.*remove \S+/long_cot_sft"):
+        records(todo)
+
+
+def test_the_report_sets_the_first_model_beside_the_last(todo):
+    made = finished(todo, 2)
+    last = dataclasses.replace(made[1], evaluation={"math": {"accuracy": 0.75}})
+    shown = _summary(list(zip(todo.stages[:2], [made[0], last], strict=True)))
+    assert "0.500 \u2192 0.750" in shown and "2 s" in shown
