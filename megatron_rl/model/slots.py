@@ -7,6 +7,7 @@ Letters in comments: V vocabulary, H hidden size, D head dimension, E experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -126,6 +127,7 @@ def expected_shapes(network: Network) -> dict[str, Shape]:
     return {name: shape for slot in network_slots(network).values() for name, shape in slot.shapes.items()}
 
 
+@functools.lru_cache(maxsize=16)  # a search for layouts asks a thousand times
 def count_parameters(network: Network) -> tuple[int, int]:
     """(total, active) parameters of the network.
 

@@ -121,7 +121,6 @@ def test_an_engine_on_the_same_gpus_takes_its_share(capsys):
     assert re.search(r"^engine +68\.00 GB", capsys.readouterr().out, flags=re.MULTILINE)
 
 
-@pytest.mark.slow  # three searches
 def test_the_page_shows_what_the_command_prints(capsys):
     blocks = re.findall(r"^```\n\$ megatron-rl (.*)\n([^`]*)^```", PAGE.read_text(), flags=re.MULTILINE)
     assert len(blocks) == 3
