@@ -50,7 +50,8 @@ def compile_instead(kernel: JITFunction, *args, grid, warmup, num_warps=4, num_s
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET,
                               options={"num_warps": num_warps, "num_stages": num_stages})
     dtype = "bf16" if "*bf16" in signature.values() else "fp32"
-    found[f"{kernel.fn.__module__.split('.')[1]}.{kernel.fn.__name__}.{dtype}"] = {
+    padded = f".{values['EP']}" if "EP" in values else ""  # the router's tiles depend on the number of experts
+    found[f"{kernel.fn.__module__.split('.')[1]}.{kernel.fn.__name__}{padded}.{dtype}"] = {
         "shared_bytes": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
 
 
@@ -81,9 +82,10 @@ def main() -> None:
         indices_TK = torch.zeros(256, 2, dtype=torch.int64)
         grouped_experts(hidden_TH, gate_up, down, indices_TK, weights_TK, impl="triton").sum().backward()
 
-        router_EH = torch.zeros(64, 2048, dtype=dtype, requires_grad=True)
-        routed = router_topk(hidden_TH, router_EH, 6, impl="triton")
-        (routed.weights_TK.sum() + routed.prob_sums_E.sum() + routed.z_sum).backward()
+        for experts in (64, 256) if dtype == torch.float32 else (64,):
+            router_EH = torch.zeros(experts, 2048, dtype=dtype, requires_grad=True)
+            routed = router_topk(hidden_TH, router_EH, 6, impl="triton")
+            (routed.weights_TK.sum() + routed.prob_sums_E.sum() + routed.z_sum).backward()
     print(json.dumps(found, indent=1))
 
 

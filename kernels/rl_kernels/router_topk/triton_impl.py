@@ -18,11 +18,13 @@ SPLITS = 8
 """Partial sums of the weight's gradient over tokens; H / BN programs alone would leave a GPU idle."""
 
 
-def tiles() -> dict[str, int]:
-    """Tile sizes and launch options. Chosen by reasoning for sm_80 and sm_90; no timing stands behind them yet."""
+def tiles(padded: int) -> dict[str, int]:
+    """Tile sizes and launch options for that many columns. Chosen by reasoning for sm_80 and sm_90, and so that ptxas
+    spills nothing; no timing stands behind them yet."""
     if INTERPRETED:
         return {"BM": 16, "BK": 16}
-    return {"BM": 32, "BK": 64, "num_warps": 4, "num_stages": 3}
+    return {"BM": 32 if padded <= 64 else 16, "BK": 64 if padded <= 64 else 32, "num_warps": 4 if padded <= 64 else 8,
+            "num_stages": 3}
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def backward_kernel(weight, real, logits, indices, weights, grad_weights, grad_p
     grad = probs * (grad_p - tl.sum(probs * grad_p, 1)[:, None] + slope)
     if NORMALIZE:
         grad += from_choices
-    grad = tl.where(both, grad, 0.0)
+    # columns of padding are zero by their probability
     tl.store(grad_logits + place, grad, mask=both)
     for k0 in range(0, H, BK):
         h = k0 + tl.arange(0, BK)
@@ -162,8 +164,10 @@ class TritonRouter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_EH, replayed_TK, real_T, k, normalize):
         hidden_TH, weight_EH = hidden_TH.contiguous(), weight_EH.contiguous()
-        (tokens, hidden), experts, size = hidden_TH.shape, len(weight_EH), tiles()
-        padded, programs = _padded(experts), triton.cdiv(tokens, size["BM"])
+        (tokens, hidden), experts = hidden_TH.shape, len(weight_EH)
+        padded = _padded(experts)
+        size = tiles(padded)
+        programs = triton.cdiv(tokens, size["BM"])
         real_T = hidden_TH.new_ones(tokens, dtype=torch.bool) if real_T is None else real_T.contiguous()
         empty = hidden_TH.new_empty
         logits_TE, weights_TK = empty(tokens, experts, dtype=torch.float32), empty(tokens, k, dtype=torch.float32)
@@ -185,8 +189,9 @@ class TritonRouter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_weights_TK, _indices, _counts, grad_probs_E, grad_z, _entropy):
         hidden_TH, weight_EH, real_T, logits_TE, indices_TK, weights_TK = ctx.saved_tensors
-        (tokens, hidden), experts, size = hidden_TH.shape, len(weight_EH), tiles()
-        padded, grad_logits_TE = _padded(experts), torch.empty_like(logits_TE)
+        (tokens, hidden), experts, grad_logits_TE = hidden_TH.shape, len(weight_EH), torch.empty_like(logits_TE)
+        padded = _padded(experts)
+        size = tiles(padded)
         grad_hidden_TH = torch.empty_like(hidden_TH)
         if not tokens:
             return grad_hidden_TH, torch.zeros_like(weight_EH), None, None, None, None
