@@ -114,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("folder", metavar="DUMP")
     report = commands.add_parser("report", help="one HTML file with the plots of one or more runs")
     report.add_argument("runs", nargs="+", metavar="RUN_DIR")
-    report.add_argument("--out", default=None, help="file to write (default: report.html in the first run)")
+    report.add_argument("--out", default=None, help="file to write (default: report.html in the run, or "
+                        "comparison.html in the first of several)")
     commands.add_parser("doctor", help="what this machine has and lacks")
     completion = commands.add_parser("completion", help="shell completion: source <(megatron-rl completion bash)")
     completion.add_argument("shell", choices=SHELLS)

@@ -72,9 +72,11 @@ def prepare_smollm2(target: Path) -> None:
 
 
 def write_run_report(runs: list[Path], out: Path | None = None) -> None:
+    """Of several runs beside the first one's own report, which stays."""
     from megatron_rl.observe.report import write_report
 
-    Console().print(f"report: {write_report(runs, out or runs[0] / 'report.html')}")
+    default = runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    Console().print(f"report: {write_report(runs, out or default)}", soft_wrap=True)
 
 
 def print_evaluations(run_dir: Path) -> None:

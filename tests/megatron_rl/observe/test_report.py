@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from megatron_rl.cli import main
 from megatron_rl.observe.canvas import Canvas, Line, running_mean
 from megatron_rl.observe.report import write_report
 from tests.megatron_rl.observe.runs import PLOTS, make_run
@@ -76,6 +77,13 @@ def test_comparison_lists_the_keys_that_differ_and_no_others(tmp_path):
 def test_runs_of_the_same_name_stay_apart(tmp_path):
     text = report(tmp_path, make_short_run(tmp_path / "x" / "rl"), make_short_run(tmp_path / "y" / "rl"))
     assert "<td>x/rl</td>" in text and "<td>y/rl</td>" in text
+
+
+def test_a_comparison_leaves_the_report_of_the_first_run_alone(tmp_path):
+    one, other = make_short_run(tmp_path / "one"), make_short_run(tmp_path / "other")
+    assert main(["report", str(one)]) == main(["report", str(one), str(other)]) == 0
+    assert "2 runs compared" in (one / "comparison.html").read_text()
+    assert "2 runs compared" not in (one / "report.html").read_text()
 
 
 def test_names_are_escaped(tmp_path):
