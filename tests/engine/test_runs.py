@@ -210,30 +210,62 @@ def test_a_second_run_in_the_same_folder_is_refused(whole_run, model, engine_url
     assert "resume=true" in again.stderr
 
 
-@pytest.mark.parametrize(("struck", "exit_code", "said"), [
-    ("launcher", 130, "stopped"), ("rank", 1, "a rank was killed (SIGKILL), most likely because memory ran out")])
-def test_what_ends_a_run_keeps_the_checkpoint_and_leaves_no_process(struck, exit_code, said, model, tmp_path):
-    """Ctrl-C, and the death of one rank. On the user's own JSONL, with an engine that the command starts itself."""
-    run_dir = tmp_path / "interrupted"
+def start(model: Path, run_dir: Path, *overrides: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A run on the user's own JSONL with an engine that the command starts itself, three steps old; and its family."""
     process = subprocess.Popen(
         command(f"model.path={model}", f"run.dir={run_dir}", "run.steps=500", "data.source=jsonl", "data.split=all",
                 f"data.path={ROOT / 'examples/quickstart/problems.jsonl'}", "data.prompt_key=problem",
-                "eval.problems=2"),
+                "eval.problems=2", *overrides),
         cwd=ROOT, env=rank_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_rows(run_dir, 3, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 5  # torchrun, two ranks, the engine and its children
+    return process, family
+
+
+def engine_of(family: list[psutil.Process]) -> psutil.Process:
+    return next(one for one in family if "--model-path" in one.cmdline())
+
+
+@pytest.mark.parametrize(("struck", "exit_code", "said"), [
+    ("launcher", 130, "stopped"),
+    ("rank", 1, "a rank was killed (SIGKILL), most likely because memory ran out"),
+    ("engine", 1, "rollout.engine.wait_timeout_s"),
+])
+def test_what_ends_a_run_keeps_the_checkpoint_and_leaves_no_process(struck, exit_code, said, model, tmp_path):
+    """Ctrl-C, the death of one rank, and of an engine that may not be started again."""
+    run_dir = tmp_path / "interrupted"
+    alone = ["rollout.engine.max_restarts=0", "rollout.engine.wait_timeout_s=4"] if struck == "engine" else []
+    process, family = start(model, run_dir, *alone)
     if struck == "launcher":
         os.kill(process.pid, signal.SIGINT)
-    else:
+    elif struck == "rank":
         ranks = [one for one in family if "megatron_rl.train" in one.cmdline() and one.environ().get("RANK") == "1"]
         ranks[-1].kill()
+    else:
+        engine_of(family).kill()
     _, errors = process.communicate(timeout=90)
     assert process.returncode == exit_code, errors
     assert said in errors and "resume=true" in errors and "step 2" in errors, errors
     _, alive = psutil.wait_procs(family, timeout=20)  # torch_shm_manager ends by itself a moment after its users
     assert not alive
     assert (run_dir / "checkpoints" / "step_00000002" / "loop.json").is_file()
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_engine_is_started_again_and_a_killed_launcher_leaves_no_process(model, tmp_path):
+    process, family = start(model, tmp_path, "rollout.engine.health_interval_s=0.5")
+    before = engine_of(family)
+    before.kill()
+    trained = len(rows(tmp_path)) + 1  # the step under way may have had its responses
+    wait_for_rows(tmp_path, trained + 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert engine_of(family).pid != before.pid
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, f"outlived the launcher: {[one.cmdline() for one in alive]}"
+    process.stderr.close()
 
 
 def test_an_engine_that_cannot_start_shows_its_last_words(model, tmp_path):
@@ -247,6 +279,13 @@ def test_a_taken_port_is_named(model, tmp_path, engine_url):
     failed = run(f"model.path={model}", f"run.dir={tmp_path}", f"rollout.engine.port={port}")
     assert failed.returncode == 2
     assert f"rollout.engine.port={port} is taken" in failed.stderr
+
+
+def test_more_memory_than_the_machine_has_is_said_before_anything_starts(model, tmp_path):
+    failed = run(f"model.path={model}", f"run.dir={tmp_path}", "parallel=single", "parallel.world_size=65536")
+    assert failed.returncode == 2
+    assert "parallel.world_size=65536 ranks take" in failed.stderr and "megatron-rl plan" in failed.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_answer_column_is_named_with_file_and_line(model, tmp_path, engine_url):
