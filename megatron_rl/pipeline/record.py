@@ -25,6 +25,8 @@ __all__ = ["Record", "begin", "finish", "next_stage", "read", "records", "write_
 FILE = "stage.json"
 MAY_DIFFER = ("run.resume", "observe.", "rollout.engine.", "slurm.", "pipeline.")
 """Keys, or beginnings of keys, that do not change what a stage makes."""
+SELECT_ASKS = ("data.", "eval.", "model.", "reward.", "rollout.", "run.seed", "select.")
+"""What a selection depends on, of the configuration that it shares with the rl stage after it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def _write(stage: Stage, record: Record) -> Record:
 
 def _check_config(plan: Plan, place: int, record: Record) -> None:
     stage = plan.stages[place]
-    changed = [row for row in differences(record.config, stage.config) if not row[0].startswith(MAY_DIFFER)]
+    changed = [row for row in differences(record.config, stage.config) if not row[0].startswith(MAY_DIFFER)
+               and (stage.recipe != "select" or row[0].startswith(SELECT_ASKS))]
     if not changed:
         return
     prefix = "" if stage.recipe == "base" else f"{stage.name}."

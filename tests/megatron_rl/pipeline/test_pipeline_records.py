@@ -90,6 +90,14 @@ def test_what_changes_no_result_may_change(todo):
     assert next_stage(records(Plan(todo.whole, tuple(stages)))) is None
 
 
+def test_a_choice_holds_while_only_the_training_after_it_changes(todo):
+    begin(todo.stages[3], finished(todo, 3)[-1], None)
+    with pytest.raises(ValueError, match=r"stage math_rl has begun .* math_rl\.run\.steps=9"):
+        records(changed(changed(todo, 2, "run", "steps", 9), 3, "run", "steps", 9))
+    with pytest.raises(ValueError, match=r"stage choice .* choice\.data\.seed=1"):
+        records(changed(todo, 2, "data", "seed", 1))
+
+
 def test_a_stage_made_anew_makes_those_after_it_stale(todo):
     made = finished(todo, 4)
     sft = todo.stages[1]
