@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list
             model=str(model), reward_funcs=reward, args=arguments, callbacks=[Clock()],
             processing_class=PreTrainedTokenizerFast.from_pretrained(model),
             train_dataset=Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts")).train()
-    return [1000 * (end - begin) / count for begin, end, count in zip(ends, ends[1:], tokens, strict=True)]
+    return [1000 * (end - begin) / count for (begin, end), count in zip(pairwise(ends), tokens, strict=True)]
 
 
 def run_ours(model: Path, prompts: Path, *, steps: int, length: int) -> list[float]:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from benchmarks import workload
 from benchmarks.common import Row, main, median, peak_growth_bytes
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.data.chains import chains_tokenizer
@@ -100,6 +101,7 @@ def timed(once: Callable[[], None], rounds: int) -> list[float]:
 
 
 def measure(*, quick: bool, megabytes: int, rounds: int) -> tuple[list[Row], dict]:
+    workload.set_environment()  # threads of ours that spin would take the core from an engine's
     megabytes, rounds = (12, 1) if quick else (megabytes, rounds)
     rollout = RolloutConfig(max_context_tokens=128, engine=EngineConfig(
         max_running_requests=4, max_total_tokens=1024, start_timeout_s=900.0))

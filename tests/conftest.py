@@ -25,8 +25,8 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 HERE = Path(__file__).resolve().parent
-LONGEST_FIRST = ("slurm", "engine", "distributed")
-"""Folders of tests/ that start real processes."""
+LONGEST_FIRST = ("slurm", "engine", "distributed", "test_benchmarks.py")
+"""Folders and files of tests/ that start real processes."""
 
 
 def pytest_collection_modifyitems(items):
