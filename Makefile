@@ -5,6 +5,7 @@
 
 VENV := .venv/bin
 ARGS ?=
+TWO_FILES := -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,10 +21,10 @@ ablations: setup  ## every example's ablation, 3 seeds (many hours; interrupted,
 		$(VENV)/megatron-rl ablate $$(basename $$(dirname $$file)) scale=tiny --readme $(ARGS) || exit; done
 
 test: setup  ## all tests (starts real engines and several ranks), file by file in two processes
-	@$(VENV)/python -m pytest -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(VENV)/python -m pytest $(TWO_FILES) $(ARGS)
 
 test-fast: setup  ## the tests that start neither an engine nor several ranks
-	@$(VENV)/python -m pytest -m "not slow" $(ARGS)
+	@$(VENV)/python -m pytest $(TWO_FILES) -m "not slow" $(ARGS)
 
 test-layouts: setup  ## one step in every parallel layout against a float64 reference, as a table
 	@$(VENV)/python -m pytest tests/distributed/test_gradients.py tests/distributed/test_convert.py $(ARGS)
