@@ -85,12 +85,12 @@ rm -f $STAMP
 : >$LOG
 say "installing the $VARIANT variant; details in $LOG"
 if [ "$VARIANT" = cpu ]; then
-    install "torch, Megatron-Core, the engine's libraries, test tools (some 6 GB, minutes the first time)" -e ".[cpu,dev]"
+    install "torch, Megatron-Core, the engine's libraries, test tools (some 6 GB, minutes the first time)" -e ".[cpu,slurm,dev]"
     install "SGLang without its CUDA dependencies" --no-deps -r .ci/requirements-cpu-nodeps.txt
 else
-    install "torch, Megatron-Core, test tools (several GB, minutes the first time)" -e ".[dev]"
+    install "torch, Megatron-Core, test tools (several GB, minutes the first time)" -e ".[slurm,dev]"
     # Transformer Engine compiles against the torch just installed, so it must see it.
-    install "SGLang and Transformer Engine (compiles; long)" --no-build-isolation -e ".[gpu,dev]"
+    install "SGLang and Transformer Engine (compiles; long)" --no-build-isolation -e ".[gpu,slurm,dev]"
 fi
 say "checking that it imports"
 TORCHDYNAMO_DISABLE=1 $VENV/bin/python -c 'import megatron_rl, c3po, megatron.core, transformers, hydra' >>$LOG 2>&1 ||

@@ -1,6 +1,6 @@
 """Jobs on a real Slurm of one node: they end, are preempted, stopped and cancelled, and nothing is lost.
 
-Runs as root where Debian's Slurm is installed (cluster.sh says which packages); elsewhere it skips.
+Runs as root where Debian's Slurm is installed (cluster.sh says which packages) and starts; elsewhere it skips.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     environment = rank_environment() | {"SLURM_CONF": str(STATE / "slurm.conf"), "MEGATRON_RL_SLURM": str(STATE)}
     script = str(Path(__file__).with_name("cluster.sh"))
-    subprocess.run(["bash", script, "up"], check=True, env=environment)
-    yield environment
-    subprocess.run(["scancel", "--user=root"], check=True, env=environment)
-    subprocess.run(["bash", script, "down"], check=True, env=environment)
+    said = tmp_path_factory.mktemp("slurm") / "up.log"
+    with said.open("w") as log:  # not a pipe, which the daemons could hold open
+        up = subprocess.run(["bash", script, "up"], stdout=log, stderr=log, env=environment)
+    try:
+        if up.returncode:
+            pytest.skip(f"Slurm's daemons do not start here: {' | '.join(said.read_text().splitlines()[-3:])}")
+        yield environment
+        subprocess.run(["scancel", "--user=root"], check=True, env=environment)
+    finally:
+        subprocess.run(["bash", script, "down"], check=True, env=environment)
 
 
 @pytest.fixture(scope="module")
