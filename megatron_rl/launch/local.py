@@ -100,10 +100,10 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
         ranks.wait()
         return
     total = config.run.steps if recipe == "rl" else config.sft.total_steps
-    files = [JsonlTail(Path(config.run.dir) / name) for name in ("metrics.jsonl", "eval.jsonl")]
     start = choose(config.run)
-    first_step = 0 if start is None else step_of(start)
-    with RunProgress(total, recipe.upper(), config.observe.progress, first_step=first_step) as progress:
+    resumed_at = None if start is None else step_of(start)
+    files = [JsonlTail(Path(config.run.dir) / name, resumed_at) for name in ("metrics.jsonl", "eval.jsonl")]
+    with RunProgress(total, recipe.upper(), config.observe.progress, first_step=resumed_at or 0) as progress:
         running = True
         while running:
             running = ranks.poll() is None
@@ -117,23 +117,29 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
 
 
 class JsonlTail:
-    """The rows that appear in a JSONL file after this object was made; survives the file being rewritten."""
+    """The rows that a run writes to a JSONL file after this object was made.
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+    A run that goes on from the checkpoint of `resumed_at` (None: one that begins) first puts a file without the later
+    rows in the place of the old one (observe/jsonl.py: keep_rows): that one is read from its beginning.
+    """
+
+    def __init__(self, path: Path, resumed_at: int | None):
+        self._path, self._resumed_at = path, resumed_at
+        old = path.stat() if path.exists() else None
+        self._inode, self._offset = (None, 0) if old is None else (old.st_ino, old.st_size)
 
     def new_rows(self) -> list[dict]:
         if not self._path.exists():
             return []
-        self._offset = min(self._offset, self._path.stat().st_size)
         with self._path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._offset = inode, 0
             file.seek(self._offset)
-            whole_lines = file.read().rpartition(b"\n")[0]
-        if not whole_lines:
-            return []
-        self._offset += len(whole_lines) + 1
-        return [json.loads(line) for line in whole_lines.splitlines()]
+            whole_lines, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole_lines + newline)
+        rows = [json.loads(line) for line in whole_lines.splitlines()]
+        return [row for row in rows if self._resumed_at is None or row["step"] > self._resumed_at]
 
 
 def rank_environment() -> dict[str, str]:

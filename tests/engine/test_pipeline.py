@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -56,9 +57,12 @@ def to_the_end(folder: Path, url: str, *more: str) -> subprocess.CompletedProces
 
 
 def kill_at(stage: str, step: int, folder: Path, url: str) -> None:
-    """kill -9 when `step` steps of `stage` are logged; nothing of it is left."""
+    """kill -9 when `stage` has begun and `step` steps of it are logged; nothing of it is left."""
     process = subprocess.Popen(command(folder, url), cwd=ROOT, env=rank_environment(), stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while stage not in records(folder):
+        assert process.poll() is None, f"the pipeline ended early:\n{process.stderr.read()}"
+        time.sleep(0.05)
     wait_for_rows(folder / stage, step, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -79,10 +83,12 @@ def results(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def whole(engine_url, tmp_path_factory):
-    """Killed in the second epoch of SFT, then run to its end."""
+    """Killed in the second epoch of SFT and in the choice, then run to its end."""
     folder = tmp_path_factory.mktemp("pipeline") / "whole"
     kill_at("long_cot_sft", 6, folder, engine_url)
     assert [record["status"] for record in records(folder).values()] == ["finished", "begun"]
+    kill_at("choice", 0, folder, engine_url)
+    assert [record["status"] for record in records(folder).values()] == ["finished", "finished", "begun"]
     done = to_the_end(folder, engine_url)
     assert done.returncode == 0, done.stderr
     return folder
@@ -91,7 +97,8 @@ def whole(engine_url, tmp_path_factory):
 def test_every_stage_runs_once_each_step_once(whole):
     found = records(whole)
     assert list(found) == STAGES and {record["status"] for record in found.values()} == {"finished"}
-    assert {name: record["starts"] for name, record in found.items()} == {**dict.fromkeys(STAGES, 1), "long_cot_sft": 2}
+    assert {name: record["starts"] for name, record in found.items()} == {
+        **dict.fromkeys(STAGES, 1), "long_cot_sft": 2, "choice": 2}
     for name, steps in TRAINED.items():
         assert [row["step"] for row in rows(whole / name)] == list(range(1, steps + 1)), name
     epochs = [json.loads((whole / "long_cot_sft" / "epochs" / f"epoch_{n:02d}" / "epoch.json").read_text())
@@ -127,20 +134,20 @@ def test_a_finished_pipeline_is_not_run_again_and_a_changed_one_is_refused(whole
     assert before == {name: (whole / name / "stage.json").read_bytes() for name in STAGES}
 
 
-def test_killed_in_rl_it_ends_as_if_it_had_not_been(whole, engine_url):
-    """The later stages once more, from the same beginning, with a kill in the middle of the first of them."""
+def test_killed_in_every_later_stage_it_ends_as_if_it_had_not_been(whole, engine_url):
+    """The later stages once more, from the same beginning, with a kill in the middle of each of them."""
     again = STAGES[3:]
     expected = results(whole), {name: [timeless(row) for row in rows(whole / name)] for name in TRAINED}, {
         name: weights_digest(whole / name) for name in again}
     earlier = {name: (whole / name / "stage.json").read_bytes() for name in STAGES[:3]}
     for name in again:
         shutil.rmtree(whole / name)
-    kill_at("math_rl", 2, whole, engine_url)
+    for name, step in (("math_rl", 2), ("code_science_rl", 1), ("general_sft", 1)):
+        kill_at(name, step, whole, engine_url)
     done = to_the_end(whole, engine_url)
     assert done.returncode == 0, done.stderr
-    assert "3 of 6 stages are finished" in done.stdout
+    assert "5 of 6 stages are finished" in done.stdout
     assert earlier == {name: (whole / name / "stage.json").read_bytes() for name in STAGES[:3]}
-    assert {name: records(whole)[name]["starts"] for name in again} == {
-        "math_rl": 2, "code_science_rl": 1, "general_sft": 1}
+    assert {name: records(whole)[name]["starts"] for name in again} == dict.fromkeys(again, 2)
     assert expected == (results(whole), {name: [timeless(row) for row in rows(whole / name)] for name in TRAINED}, {
         name: weights_digest(whole / name) for name in again})

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_rl.launch import local
+from megatron_rl.observe.jsonl import keep_rows
 
 
 def test_the_first_traceback_is_shown_not_what_followed_from_it(tmp_path):
@@ -34,19 +35,30 @@ def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
     assert local.last_words(log, 0).splitlines() == [f"line {i}" for i in range(92, 100)]
 
 
-def test_progress_follows_a_file_that_a_resumed_run_rewrites(tmp_path):
+@pytest.mark.parametrize("saved", [None, 2])
+def test_progress_follows_a_run_that_goes_on(tmp_path, saved):
+    """However much is written between two looks, and whatever was in the log before."""
     path = tmp_path / "metrics.jsonl"
-    rows = [json.dumps({"step": step}) + "\n" for step in range(1, 5)]
-    path.write_text("".join(rows[:3]))
-    follower = local.JsonlTail(path)  # a resumed run: three steps are there already
-    path.write_text("".join(rows[:2]))  # its log drops the step after the checkpoint
+    rows = [{"step": step, "loss": 10.0**step} for step in range(1, 6)]  # each line longer than the one before
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines[:3]))
+    follower = local.JsonlTail(path, saved)
     assert follower.new_rows() == []
+    keep_rows(path, lambda row: row["step"] <= (saved or 0))
+    going_on = saved or 0
     with path.open("a") as file:
-        file.write(rows[2] + rows[3][:5])
-    assert follower.new_rows() == [{"step": 3}]  # the half line waits
+        file.write("".join(lines[going_on:4]) + lines[4][:5])
+    assert follower.new_rows() == rows[going_on:4]  # the half line waits
     with path.open("a") as file:
-        file.write(rows[3][5:])
-    assert follower.new_rows() == [{"step": 4}]
+        file.write(lines[4][5:])
+    assert follower.new_rows() == rows[4:]
+
+
+def test_progress_shows_the_first_rows_of_a_new_run(tmp_path):
+    follower = local.JsonlTail(tmp_path / "eval.jsonl", None)
+    assert follower.new_rows() == []
+    (tmp_path / "eval.jsonl").write_text('{"step": 0}\n')
+    assert follower.new_rows() == [{"step": 0}]
 
 
 def test_no_disk_space_is_said_before_anything_starts(tmp_path, monkeypatch):
