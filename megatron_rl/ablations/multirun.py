@@ -23,6 +23,7 @@ from megatron_rl.ablations.driver import Plan
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, rank_environment
+from megatron_rl.observe.files import write_json
 
 REQUEST = "request.json"
 
@@ -35,7 +36,7 @@ def multirun(launcher: str, name: str, settings: Sequence[str], todo: Plan) -> N
     """
     folder = (todo.root / "multirun").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REQUEST).write_text(json.dumps({"name": name, "settings": list(settings)}, indent=2) + "\n")
+    write_json(folder / REQUEST, {"name": name, "settings": list(settings)})
     product = [f"+{key}={','.join(dict.fromkeys(str(getattr(run, key)) for run in todo.runs))}"
                for key in ("arm", "seed")]
     command = [sys.executable, "-m", "megatron_rl.ablations.multirun", "--multirun", *product,

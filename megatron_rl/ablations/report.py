@@ -14,6 +14,7 @@ from megatron_rl.ablations.draw import draw
 from megatron_rl.ablations.driver import Plan
 from megatron_rl.ablations.results import RULE, Table, Verdict, judge, mean_and_spread, tabulate, whole_seeds
 from megatron_rl.ablations.spec import EXAMPLES, Ablation, PaperTable
+from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.sinks import VERSIONS
 
 NAMED_PACKAGES = ("torch", "megatron-core", "sglang")
@@ -30,12 +31,12 @@ def write_result(ablation: Ablation, todo: Plan, folder: Path, *, scale: str, co
     folder.mkdir(parents=True, exist_ok=True)
     if ablation.panels:
         draw(ablation, todo, table, seeds, folder / "figure.png")
-    (folder / "result.json").write_text(json.dumps(_plain({
+    write_json(folder / "result.json", _plain({
         "title": ablation.title, "scale": scale, "command": command, "seeds": seeds, "rule": RULE, "values": table,
-        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts], "versions": versions}), indent=2) + "\n")
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts], "versions": versions}))
     text = markdown(ablation, table, verdicts, seeds, versions, scale=scale, command=command,
                     unfinished=sum(not run.finished() for run in todo.runs))
-    (folder / "result.md").write_text(text, encoding="ascii")
+    write_whole(folder / "result.md", text)
     return text
 
 
@@ -83,7 +84,7 @@ def publish(name: str, folder: Path, *, scale: str) -> Path:
     block = (folder / "result.md").read_text()
     if (folder / "figure.png").is_file():
         shutil.copyfile(folder / "figure.png", readme.parent / f"result-{scale}.png")
-    readme.write_text(f"{before}{begin}\n{block}{end}{after}", encoding="utf-8")
+    write_whole(readme, f"{before}{begin}\n{block}{end}{after}")
     return readme
 
 

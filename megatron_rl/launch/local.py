@@ -20,6 +20,7 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.observe import RunProgress
+from megatron_rl.observe.files import write_json
 from megatron_rl.rollout.engines import EngineProcess, with_key
 from megatron_rl.rollout.router import router_process
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
@@ -73,7 +74,7 @@ def run_ranks(recipe: str, config: Config) -> None:
     run_dir = Path(config.run.dir)
     check_disk(run_dir)
     launch_config = run_dir / "launch.json"
-    launch_config.write_text(json.dumps(to_dict(config), indent=2))
+    write_json(launch_config, to_dict(config))
     log_path = run_dir / "trainer.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
                f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",

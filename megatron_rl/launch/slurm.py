@@ -6,7 +6,6 @@ One allocation holds trainer ranks and engines; no Ray, no service outside the j
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config, require
 from megatron_rl.launch.local import check_disk, rank_environment
+from megatron_rl.observe.files import write_json, write_whole
 
 CARRIED = ("PYTHONPATH", "TORCHDYNAMO_DISABLE", "HF_HUB_OFFLINE", "PYTHONWARNINGS", "TORCH_CPP_LOG_LEVEL",
            "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
@@ -59,8 +59,8 @@ def submit(config: Config, *, dry_run: bool) -> str:
     check_disk(Path(config.run.dir))
     folder = job_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "launch.json").write_text(json.dumps(to_dict(config), indent=2))
-    (folder / "job.sh").write_text(script)
+    write_json(folder / "launch.json", to_dict(config))
+    write_whole(folder / "job.sh", script)
     done = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], capture_output=True, text=True)
     require(done.returncode == 0, f"sbatch refused {folder / 'job.sh'}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]

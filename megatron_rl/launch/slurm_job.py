@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 
 from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.stop import STOPPED
 from megatron_rl.rollout.engines import with_key
 
@@ -94,7 +94,7 @@ class Job:
         if self.stop_asked:
             return STOPPED
         path = self.folder / "ranks.json"
-        path.write_text(json.dumps(to_dict(with_engines(self.config, urls, resume=self.restarts > 0)), indent=2))
+        write_json(path, to_dict(with_engines(self.config, urls, resume=self.restarts > 0)))
         world, nodes = self.config.parallel.world_size, len(self.trainer_hosts)
         environment = {"MASTER_ADDR": self.trainer_hosts[0] if nodes > 1 else "127.0.0.1",
                        "MASTER_PORT": str(20000 + int(self.id) % 20000)}

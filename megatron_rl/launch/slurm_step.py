@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import from_json
 from megatron_rl.launch.local import engines_for
+from megatron_rl.observe.files import write_whole
 
 
 def rank(config_path: str) -> None:
@@ -43,9 +44,7 @@ def engine(config_path: str, index: str, place: str, host: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     with engines_for(config, config.model.path, folder / f"engine-{index}.server.log") as served:
-        url = folder / f"engine-{index}.url"
-        url.with_suffix(".partial").write_text(served.rollout.engine.urls[0])
-        url.with_suffix(".partial").replace(url)
+        write_whole(folder / f"engine-{index}.url", served.rollout.engine.urls[0])
         over.wait()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.observe.files import write_json
 from megatron_rl.types import PackedMicrobatch
 
 WEIGHTS, RECORD = "weights", "step.json"
@@ -72,10 +73,7 @@ def write_rank(partial: Path, rank: int, inputs: StepInputs) -> None:
 
 def finish(partial: Path, record: StepRecord, *, keep: int) -> Path:
     """Make the dump whole and drop the oldest beyond `keep`; one process calls this when all ranks have written."""
-    with open(partial / RECORD, "w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(partial / RECORD, dataclasses.asdict(record))
     final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megatron_rl.observe.files import write_whole
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -33,6 +34,4 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if not path.exists():
         return
     kept = [row for row in read_jsonl(path) if keep(row)]
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))

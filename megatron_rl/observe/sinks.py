@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_rl.config.schema import ObserveConfig
+from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import keep_rows
 from megatron_rl.observe.versions import collect_versions
 
@@ -39,8 +40,8 @@ class MetricsLog:
         elif metrics_path.exists() and metrics_path.stat().st_size > 0:
             raise ValueError(f"{metrics_path} holds the metrics of an earlier run: "
                              "continue it with run.resume=true, or choose another run.dir")
-        _write_json(self.directory / CONFIG, config_dict)
-        _write_json(self.directory / VERSIONS, collect_versions())
+        write_json(self.directory / CONFIG, config_dict)
+        write_json(self.directory / VERSIONS, collect_versions())
         self._wandb = None if config.wandb == "off" else _start_wandb(self.directory, config, config_dict)
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._evaluations = eval_path.open("a", encoding="utf-8")
@@ -77,10 +78,6 @@ class MetricsLog:
         self.close(exit_code=0 if kind is None else 1)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 def _start_wandb(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> Any:
     """A wandb run under directory/wandb whose x axis is `step`; a resumed run keeps its id.
 
@@ -94,7 +91,7 @@ def _start_wandb(directory: Path, config: ObserveConfig, config_dict: Mapping[st
         tempfile.tempdir = before
     id_path = directory / "wandb_id.txt"
     if not id_path.exists():
-        id_path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        write_whole(id_path, uuid.uuid4().hex[:8] + "\n")
     run = wandb.init(
         mode=config.wandb, project=config.project, name=directory.resolve().name, dir=str(directory),
         id=id_path.read_text(encoding="utf-8").strip(), resume="allow" if config.wandb == "online" else None,

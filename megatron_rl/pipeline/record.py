@@ -7,20 +7,19 @@ finished stage is not run again; one that began is, and goes on from its own che
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rl.config.load import build
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.config.show import differences
+from megatron_rl.observe.files import write_json
 from megatron_rl.pipeline.plan import Plan, Stage
 
-__all__ = ["Record", "begin", "finish", "next_stage", "read", "records", "write_whole"]
+__all__ = ["Record", "begin", "finish", "next_stage", "read", "records"]
 
 FILE = "stage.json"
 MAY_DIFFER = ("run.resume", "observe.", "rollout.engine.", "slurm.", "pipeline.")
@@ -99,19 +98,9 @@ def finish(stage: Stage, record: Record, evaluation: Mapping[str, Any], seconds:
                                  seconds=dict(seconds)))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of `text`, on the disk, or stays as it was."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _write(stage: Stage, record: Record) -> Record:
     stage.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(stage.folder / FILE, json.dumps(asdict(record), indent=2) + "\n")
+    write_json(stage.folder / FILE, asdict(record))
     return record
 
 

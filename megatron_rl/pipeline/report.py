@@ -9,12 +9,13 @@ from typing import Any
 
 from megatron_rl.config.load import to_dict
 from megatron_rl.observe import page
+from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.progress import duration
 from megatron_rl.observe.report import run_sections, versions_section
 from megatron_rl.observe.versions import collect_versions
 from megatron_rl.pipeline.draw import draw_accuracies, draw_entropies, draw_pass_rates, sets
 from megatron_rl.pipeline.plan import Plan, Stage
-from megatron_rl.pipeline.record import Record, write_whole
+from megatron_rl.pipeline.record import Record
 from megatron_rl.recipes import select_checkpoint
 
 RESULT, REPORT = "pipeline.json", "report.html"
@@ -25,7 +26,7 @@ def write_result(plan: Plan, found: Sequence[Record | None]) -> Path:
     """Both files from the stages that are finished; returns the report's path."""
     made = [(stage, record) for stage, record in zip(plan.stages, found, strict=True)
             if record is not None and record.finished]
-    write_whole(plan.folder / RESULT, json.dumps(result(plan, made), indent=2) + "\n")
+    write_json(plan.folder / RESULT, result(plan, made))
     body = [f"<h1>{page.text(plan.whole.run.name)}</h1>", _subtitle(plan, made), _summary(made), _accuracy(made),
             _stages(plan, made), *(_choice(stage) for stage, _ in made if stage.recipe == "select"), _training(made),
             _configs(plan, made), versions_section([stage.folder for stage, _ in made if _trains(stage)])]

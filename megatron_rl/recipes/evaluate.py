@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.evaluation import Evaluator, Measured
 from megatron_rl.recipes.serving import Serving, load_tokenizer
 from megatron_rl.reward import RewardPool
@@ -34,8 +35,7 @@ def measure(config: Config) -> list[Measured]:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = {each.name: each.values for each in measured}
-    (folder / RESULTS).write_text(json.dumps({"model": config.model.path, "results": results,
-                                              "eval": to_dict(config)["eval"]}, indent=2) + "\n")
+    write_json(folder / RESULTS, {"model": config.model.path, "results": results, "eval": to_dict(config)["eval"]})
     with (folder / SAMPLES).open("w", encoding="utf-8") as file:
         for each in measured:
             for group in each.groups:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_rl import topology
 from megatron_rl.config.schema import Config
 from megatron_rl.observe import dump
+from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.learner import build_trainable
 from megatron_rl.train_step.watch import Finding, Watch
 
@@ -29,9 +29,9 @@ def run(config: Config) -> None:
     result = step.measure()
     findings = sorted(finding for rank in here.gather_objects(watch.findings) for finding in rank)
     if here.is_main:
-        (folder / RESULT).write_text(json.dumps({
+        write_json(folder / RESULT, {
             "loss": result.gauges["train/loss"], "grad_norm": result.gauges["train/grad_norm"],
-            "first": [finding.text() for finding in first_of_each_phase(findings)]}, indent=2) + "\n")
+            "first": [finding.text() for finding in first_of_each_phase(findings)]})
     topology.stop()
 
 

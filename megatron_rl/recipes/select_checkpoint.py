@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megatron_rl.config.schema import Config, SelectConfig
 from megatron_rl.observe.estimators import pass_at_k
+from megatron_rl.observe.files import write_json
 from megatron_rl.observe.selection_plot import plot_selection
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.recipes.serving import Serving, load_tokenizer, prompt_source
@@ -90,7 +91,7 @@ def run(config: Config, engines_for: Callable[[Config, str, Path], AbstractConte
             with engines_for(model, str(path), folder(config) / f"engine-{path.name}.log") as served:
                 candidates.append(measure(served, sample(served, rewards), path))
     decision = choose(candidates, config.select)
-    (folder(config) / DECISION).write_text(json.dumps(asdict(decision), indent=2) + "\n")
+    write_json(folder(config) / DECISION, asdict(decision))
     plot_selection([asdict(candidate) for candidate in candidates], config.select.entropy_low,
                    config.select.entropy_high, decision.chosen, folder(config) / PLOT)
     return decision

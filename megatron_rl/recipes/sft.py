@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import MetricsLog, reduce_metrics
 from megatron_rl.observe.dump import StepInputs
+from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.guarded import GuardedStep
 from megatron_rl.recipes.learner import build_trainable, packed_microbatches
 from megatron_rl.recipes.rl import export, log_until
@@ -72,7 +72,7 @@ def run(config: Config) -> None:
                 folder = epoch_folder(config, epoch + 1)
                 export(config, exporter, here, folder)
                 if here.is_main:
-                    (folder / EPOCH).write_text(json.dumps({"epoch": epoch + 1, "step": done, "tokens": tokens}))
+                    write_json(folder / EPOCH, {"epoch": epoch + 1, "step": done, "tokens": tokens})
             checkpoints.save(done, {"epoch": epoch + 1, "tokens": tokens})
         checkpoints.finish()
         if config.run.export_hf:

@@ -15,6 +15,7 @@ from megatron_rl.config.data import DataConfig
 from megatron_rl.data.files import problem_of, report_bad
 from megatron_rl.data.problems import Problem
 from megatron_rl.data.rows import FILE_SOURCES, BadRow, Row, read_rows
+from megatron_rl.observe.files import write_json
 
 __all__ = ["Item", "Removal", "Split", "problem_text", "read_items", "words", "write_split"]
 
@@ -91,7 +92,7 @@ def write_split(folder: Path, split: Split, bad: Sequence[tuple[Row, Removal]] =
     counts = split.counts
     if bad:
         counts |= {"read": counts["read"] + len(bad), "bad_row": len(bad)}
-    (folder / REPORT).write_text(json.dumps(counts, indent=2) + "\n")
+    write_json(folder / REPORT, counts)
     return counts
 
 

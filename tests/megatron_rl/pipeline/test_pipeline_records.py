@@ -7,7 +7,6 @@ import os
 
 import pytest
 
-from megatron_rl.pipeline import record as records_module
 from megatron_rl.pipeline.plan import Plan, plan
 from megatron_rl.pipeline.record import FILE, Record, begin, finish, next_stage, read, records
 from megatron_rl.pipeline.report import _summary
@@ -116,7 +115,7 @@ def test_a_record_is_written_whole_or_not_at_all(todo, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records_module.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         begin(todo.stages[0], None, base)
     assert read(todo.stages[0]) == base

@@ -1,0 +1,23 @@
+"""Files that a later start reads: whole or not there, whenever the process is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears with all of `text`, on the disk, or stays as it was."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value`, indented, through write_whole."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
