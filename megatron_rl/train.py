@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
+from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.rollout.die_with_parent import die_with_parent
 
 RECIPES = ("rl", "sft", "convert", "replay")
@@ -23,8 +24,9 @@ def main() -> None:
     from megatron_rl.recipes import stop
 
     stop.listen()  # before the slow imports: the signal may come at any time
-    from megatron_rl.config.load import from_json
-    from megatron_rl.recipes import convert, replay, rl, sft
+    with quick_imports():
+        from megatron_rl.config.load import from_json
+        from megatron_rl.recipes import convert, replay, rl, sft
 
     {"rl": rl, "sft": sft, "convert": convert, "replay": replay}[recipe].run(from_json(config_path))
 

@@ -9,14 +9,19 @@ ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs 
    installs Triton matmuls: `torch_native` is admitted and the matmuls stay. Bit-equal results then need
    `--max-running-requests 1`, see rollout/engines.py. Delete when SGLang has a deterministic CPU mode.
  - torch.compile is off: SGLang decorates small functions with it, and a compiler costs more than it gives.
+ - the scheduler and the detokenizer are forked, not spawned: without CUDA nothing forbids it, and neither imports
+   everything once more.
+ - Megatron, which a debugging aid of SGLang's would import where it is installed, is not there.
+ - SIGTERM is noticed at once, not up to 5 s later.
 
-Importing this module does nothing. As a program, and again in each of SGLang's spawned children (where the
-module runs as `__mp_main__`), it applies the above before SGLang is imported.
+Importing this module does nothing. As a program it applies the above before SGLang is imported.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.machinery
+import multiprocessing
 import os
 import runpy
 import sys
@@ -24,8 +29,10 @@ import types
 
 import torch
 
-SGLANG_VERSION = "0.5.23"
+from megatron_rl.compat.quick_imports import quick_imports
 
+SGLANG_VERSION = "0.5.23"
+NOTICE_S = 0.1
 
 UINT32 = 0xFFFFFFFF
 
@@ -95,6 +102,19 @@ def _register_hooks() -> None:
         lambda self: None,
         HookType.REPLACE,
     )
+    HookRegistry.register(
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        lambda result, *args: multiprocessing.set_start_method("fork", force=True),
+        HookType.AFTER,
+    )
+    HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", _stop_at_once, HookType.AROUND)
+
+
+async def _stop_at_once(watchdog, manager) -> None:
+    while not manager.gracefully_exit:
+        await asyncio.sleep(NOTICE_S)
+    await watchdog(manager)
 
 
 def _admit_torch_native_for_deterministic_inference() -> None:
@@ -107,12 +127,19 @@ def apply() -> None:
     """Adapts this process; call before anything of SGLang is imported."""
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    sys.modules["megatron.core"] = None  # an ImportError for who asks (sglang.srt.debug_utils.dumper)
     _stand_in_for_sgl_kernel()
     _register_hooks()
     _admit_torch_native_for_deterministic_inference()
 
 
-if __name__ in ("__main__", "__mp_main__"):
-    apply()
-if __name__ == "__main__":
+def serve() -> None:
+    """`sglang.launch_server` with the arguments of this program."""
+    with quick_imports():
+        apply()
+        import sglang.srt.entrypoints.http_server  # noqa: F401  # all that the server imports
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
+
+
+if __name__ == "__main__":
+    serve()

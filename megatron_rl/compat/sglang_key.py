@@ -6,8 +6,7 @@ Written for SGLang 0.5.23, which takes a key as an argument only, and logs all a
 started, where the kernel's list of arguments does not change, and log records hide it. Delete when SGLang reads a key
 from the environment and hides it in its log.
 
-As a program, and again in each of SGLang's spawned children, it also adapts SGLang to a machine without a GPU
-(compat/sglang_cpu.py) where the engine runs on one.
+As a program, and again in each of SGLang's spawned children; where there is no GPU, through compat/sglang_cpu.py.
 """
 
 from __future__ import annotations
@@ -34,17 +33,13 @@ def hide(secret: str) -> None:
     logging.setLogRecordFactory(hiding)
 
 
-def apply() -> None:
-    """Adapts this process; call before anything of SGLang is imported."""
+if __name__ in ("__main__", "__mp_main__"):
     hide(os.environ[ENGINE_KEY])
+if __name__ == "__main__":
+    sys.argv += ["--api-key", os.environ[ENGINE_KEY]]
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         from megatron_rl.compat import sglang_cpu
 
-        sglang_cpu.apply()
-
-
-if __name__ in ("__main__", "__mp_main__"):
-    apply()
-if __name__ == "__main__":
-    sys.argv += ["--api-key", os.environ[ENGINE_KEY]]
-    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
+        sglang_cpu.serve()
+    else:
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.load import from_json
 from megatron_rl.launch.local import engines_for
 from megatron_rl.observe.files import write_whole
@@ -19,7 +20,8 @@ def rank(config_path: str) -> None:
     from megatron_rl.recipes import stop
 
     stop.listen((signal.SIGUSR1, signal.SIGTERM))  # SIGTERM: preempted. Before the slow imports: it may come any time
-    from megatron_rl.recipes import rl
+    with quick_imports():
+        from megatron_rl.recipes import rl
 
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"],
                    "LOCAL_RANK": os.environ["SLURM_LOCALID"]}

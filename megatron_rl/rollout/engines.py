@@ -236,7 +236,7 @@ class EngineProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Returns at once; the server needs about 20 s to answer."""
+        """Returns at once; the server needs some 10 s to answer."""
         assert self._process is None, "the engine has been started already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]

@@ -74,7 +74,7 @@ def test_deterministic_engine_and_its_end(model_folder: Path, tmp_path: Path):
     """Sampling is a function of (weights, prompt, seed), bit for bit, across processes and traffic.
 
     The second engine belongs to a parent that is killed with SIGKILL, the first is stopped with a request in
-    flight; neither leaves a process. One test, because each engine takes 20 s to start; both start together.
+    flight; neither leaves a process. One test, because engines take long to start; both start together.
     """
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(model_folder), str(tmp_path / "second.log")],
