@@ -62,7 +62,7 @@ SlurmctldLogFile=$STATE/slurmctld.log
 SlurmdLogFile=$STATE/slurmd.log
 InactiveLimit=0
 MinJobAge=300
-KillWait=10
+KillWait=4
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000
 PreemptType=preempt/partition_prio

@@ -28,7 +28,7 @@ from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/tmp/megatron_rl_slurm")
-STEPS = 14
+STEPS = 10
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(1200),
@@ -105,10 +105,11 @@ def job_log(run_dir: Path, job: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through(cluster, model, tmp_path):
+def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through(cluster, model, engine_url, tmp_path):
     through, taken = tmp_path / "through", tmp_path / "taken"
-    whole = subprocess.run([sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through)], cwd=ROOT,
-                           env=cluster, capture_output=True, text=True)
+    command = [sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through)]
+    whole = subprocess.run([*command, f"rollout.engine.urls=[{engine_url}]"], cwd=ROOT, env=cluster,
+                           capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
 
     job = submit(cluster, model, taken)
