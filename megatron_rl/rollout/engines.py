@@ -169,6 +169,7 @@ def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
     environment["OMP_NUM_THREADS"] = str(engine.threads)
     if device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch uses huge pages: a bucket's memory is there sooner
     return environment
 
 

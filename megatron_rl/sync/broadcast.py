@@ -54,6 +54,7 @@ class BroadcastPublisher(EnginePublisher):
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
         self._members: list[EngineClient] = []
+        self._loading: list[asyncio.Task[None]] = []
 
     def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
                 check: Check | None = None) -> PublishReport:
@@ -67,6 +68,7 @@ class BroadcastPublisher(EnginePublisher):
         return report
 
     async def _prepare(self, what: str) -> None:
+        self._loading = []
         if self._group is not None and self._members == self._active:
             return
         if self._group is not None:
@@ -109,7 +111,7 @@ class BroadcastPublisher(EnginePublisher):
         self._members = list(self._active)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
-        flat = bucket.flatten().to(self._device)
+        flat = self._flatten(bucket)
         metadata = bucket_metadata(bucket)
 
         async def receive(client: EngineClient) -> None:
@@ -120,16 +122,29 @@ class BroadcastPublisher(EnginePublisher):
                 group_name=self._group_name, load_format=FLATTENED_BUCKET, flush_cache=False,
                 version=version if bucket.last else None)
 
-        receivers = asyncio.create_task(self._on_all_or_none(where, receive))
+        self._loading.append(asyncio.create_task(self._on_all_or_none(where, receive)))
         work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        # An engine that refuses never joins the broadcast: watch both.
-        while not (work.is_completed() or receivers.done()):
+        while not work.is_completed():
+            for loading in self._loading:
+                if loading.done():
+                    loading.result()  # an engine that refuses never joins the broadcast
             await asyncio.sleep(POLL_S)
-        await receivers
+        # All bytes are there: the engines load them while the next bucket is made and asked for.
+        *before, loading = self._loading
+        self._loading = [loading]
+        await asyncio.gather(*before)
         try:
             work.wait()
         except RuntimeError as error:  # an engine's end of the connection is gone
+            await loading  # names the engine
             raise PublishError(f"{where}: {error}; the engines stay paused") from error
+
+    async def _finish(self, version: int, what: str) -> None:
+        await asyncio.gather(*self._loading)
+        await super()._finish(version, what)
+
+    def _new_buffer(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     async def _on_all_or_none(self, where: str, call: Check) -> None:
         """As _on_all, but the first failure ends it for all: the others may wait for the one that failed."""

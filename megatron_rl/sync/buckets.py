@@ -26,9 +26,13 @@ class Bucket:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors)
 
-    def flatten(self) -> torch.Tensor:
-        """All tensors end to end, uint8 [num_bytes], on their device."""
-        return torch.cat([tensor.detach().contiguous().flatten().view(torch.uint8) for _, tensor in self.tensors])
+    def flatten(self, into: torch.Tensor) -> torch.Tensor:
+        """All tensors end to end in the first num_bytes of `into` (uint8, any device), which it returns."""
+        start = 0
+        for _, tensor in self.tensors:
+            into[start : start + tensor.nbytes].copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
+            start += tensor.nbytes
+        return into[:start]
 
     def describe(self) -> str:
         return (f"bucket {self.index} ({self.tensors[0][0]} ... {self.tensors[-1][0]}, "

@@ -16,7 +16,8 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -80,6 +81,7 @@ class EnginePublisher:
         self._version: int | None = None
         self._active: list[EngineClient] = []
         self._failures: dict[str, str] = {}
+        self._buffer: torch.Tensor | None = None
 
     def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
                 check: Check | None = None) -> PublishReport:
@@ -88,12 +90,26 @@ class EnginePublisher:
         start = time.perf_counter()
         self._active = [client for client in self._clients if only is None or client.base_url in only]
         self._failures = {}
-        tensors, num_bytes, buckets = self._run(self._publish(named_tensors, version, check))
+        try:
+            tensors, num_bytes, buckets = self._run(self._publish(named_tensors, version, check))
+        finally:
+            self._buffer = None
         self._version = version
         return PublishReport(version, tensors, num_bytes, buckets, time.perf_counter() - start, dict(self._failures))
 
     def close(self) -> None:
         """Nothing is held between publishes, unless a subclass says so."""
+
+    def _flatten(self, bucket: Bucket) -> torch.Tensor:
+        """The bucket in the publish's one buffer: new memory for each would cost more than the copy (page faults)."""
+        if self._buffer is None or len(self._buffer) < bucket.num_bytes:
+            self._buffer = None
+            self._buffer = self._new_buffer(max(bucket.num_bytes, self._bucket_bytes))
+        return bucket.flatten(self._buffer)
+
+    def _new_buffer(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], where the transport wants it."""
+        raise NotImplementedError
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         async def run_and_close() -> Any:
@@ -180,17 +196,22 @@ class TensorPublisher(EnginePublisher):
         await self._on_all(f"{what}: server_info", ask)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
-        flat = bucket.flatten().cpu()
+        flat = self._flatten(bucket)
         metadata = bucket_metadata(bucket)
 
         async def send(client: EngineClient) -> None:
             # One pickle per receiving rank: each counts as one reader of the shared memory.
-            payloads = [_share({"flattened_tensor": flat, "metadata": metadata})
-                        for _ in range(self._tp_sizes[client])]
+            with _named_shared_memory():
+                payloads = [_pickled({"flattened_tensor": flat, "metadata": metadata})
+                            for _ in range(self._tp_sizes[client])]
             await client.update_weights_from_tensor(
                 payloads, load_format=FLATTENED_BUCKET, flush_cache=False, version=version if bucket.last else None)
 
         await self._on_all(where, send)
+
+    def _new_buffer(self, num_bytes: int) -> torch.Tensor:
+        with _named_shared_memory():
+            return torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
 
 
 class DiskPublisher(EnginePublisher):
@@ -242,13 +263,19 @@ class DiskPublisher(EnginePublisher):
                 shutil.rmtree(other)
 
 
-def _share(payload: object) -> str:
-    """A base64 pickle that refers to tensors by named shared memory, which an unrelated process can open."""
+@contextmanager
+def _named_shared_memory() -> Iterator[None]:
+    """Inside, tensors are shared by name, which an unrelated process can open."""
     strategy = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        buffer = io.BytesIO()
-        ForkingPickler(buffer).dump(payload)
+        yield
     finally:
         torch.multiprocessing.set_sharing_strategy(strategy)
+
+
+def _pickled(payload: object) -> str:
+    """A base64 pickle that holds the addresses of shared tensors."""
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(payload)
     return base64.b64encode(buffer.getvalue()).decode()
