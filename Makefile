@@ -1,11 +1,13 @@
 # `make` alone lists the targets. PYTHON=... and VARIANT=cpu|gpu are read by the set-up; ARGS=... goes to pytest.
+# PROCESSES=... of `make test`: three keep two cores busy, since each waits a good deal, for engines and for Slurm.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart ablations test test-fast test-layouts test-kills test-faults bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
-TWO_FILES := -n auto --maxprocesses 2 --dist loadfile --no-loadscope-reorder
+PROCESSES ?= 3
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,11 +22,11 @@ ablations: setup  ## every example's ablation, 3 seeds (many hours; interrupted,
 	@for file in examples/*/ablation.yaml; do \
 		$(VENV)/megatron-rl ablate $$(basename $$(dirname $$file)) scale=tiny --readme $(ARGS) || exit; done
 
-test: setup  ## all tests (starts real engines and several ranks), file by file in two processes
-	@$(VENV)/python -m pytest $(TWO_FILES) $(ARGS)
+test: setup  ## all tests (starts real engines and several ranks), file by file in PROCESSES
+	@$(VENV)/python -m pytest -n $(PROCESSES) $(BY_FILE) $(ARGS)
 
 test-fast: setup  ## the tests that start neither an engine nor several ranks
-	@$(VENV)/python -m pytest $(TWO_FILES) -m "not slow" $(ARGS)
+	@$(VENV)/python -m pytest -n auto --maxprocesses 2 $(BY_FILE) -m "not slow" $(ARGS)
 
 test-layouts: setup  ## one step in every parallel layout against a float64 reference, as a table
 	@$(VENV)/python -m pytest tests/distributed/test_gradients.py tests/distributed/test_convert.py $(ARGS)

@@ -25,14 +25,16 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 HERE = Path(__file__).resolve().parent
-LONGEST_FIRST = ("slurm", "engine", "distributed", "test_benchmarks.py")
-"""Folders and files of tests/ that start real processes."""
+LONGEST_FIRST = ("engine/test_runs.py", "slurm", "engine/test_ablations.py", "engine", "distributed",
+                 "test_benchmarks.py")
+"""Files, and folders of files, that start real processes."""
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first: of two test processes neither is left alone with one at the end."""
+    """Long files first: no test process is left alone with one at the end."""
     def rank(item):
-        folder = item.path.relative_to(HERE).parts[0]
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+        path = item.path.relative_to(HERE)
+        return next((place for place, start in enumerate(LONGEST_FIRST) if path.is_relative_to(start)),
+                    len(LONGEST_FIRST))
 
     items.sort(key=rank)
