@@ -9,6 +9,7 @@ import psutil
 import torch
 from rich.console import Console
 
+from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.check import Sizes, check_rl
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
@@ -69,9 +70,10 @@ def sizes_of(network: Network) -> Sizes:
 
 def check_data(config: Config) -> None:
     """Read prompts, templates and reward routes before anything is started. ValueError as the parts raise it."""
-    from megatron_rl.recipes.evaluation import evaluation_data
-    from megatron_rl.recipes.serving import load_tokenizer, prompt_source
-    from megatron_rl.reward import RewardPool
+    with quick_imports():
+        from megatron_rl.recipes.evaluation import evaluation_data
+        from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+        from megatron_rl.reward import RewardPool
 
     tokenizer = load_tokenizer(config.model.path)
     with RewardPool(config.reward) as rewards:
