@@ -28,7 +28,7 @@ from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/tmp/megatron_rl_slurm")
-STEPS = 10
+STEPS = 12
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(1200),
