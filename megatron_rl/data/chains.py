@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.data.problems import MAX_DRAWS, Problem, in_split
 
@@ -98,11 +97,14 @@ def is_direct_answer(response_text: str) -> bool:
     return response_text.lstrip().startswith("\\boxed")
 
 
-def chains_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """Writes the 96-token tokenizer into the folder `path` and returns it. End of text and padding are id 0.
+def chains_tokenizer(path: str | Path) -> Any:
+    """Writes the 96-token tokenizer, a transformers fast tokenizer, into the folder `path` and returns it.
 
-    It covers digits, operators, lower-case letters and the words of WORDS; anything else reads as "?".
+    It covers digits, operators, lower-case letters and the words of WORDS; anything else reads as "?". End of text and
+    padding are id 0.
     """
+    from transformers import PreTrainedTokenizerFast  # seconds
+
     pieces = [END_OF_TEXT, *WORDS, *CHARACTERS]
     pieces += [f"<|reserved{index}|>" for index in range(len(pieces), VOCABULARY_SIZE)]
     longest_first = sorted([*WORDS, *CHARACTERS], key=len, reverse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from megatron_rl.batch import BudgetFill
+from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data import PromptSource, build_prompts, is_direct_answer
 from megatron_rl.reward import RewardPool
@@ -34,6 +34,9 @@ from megatron_rl.types import RolloutGroup
 
 def load_tokenizer(folder: str | Path):
     """The tokenizer files of the Hugging Face folder; the model's own class is not needed for it."""
+    with quick_imports():
+        from transformers import AutoTokenizer  # here, because ranks other than 0 have no use for it, and it is slow
+
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
 
 
