@@ -64,6 +64,7 @@ GROUPS: Mapping[str, tuple[Plot, ...]] = {
              note="Publishes since the weights that sampled a token were new.", from_zero=True),
         Plot("Engines", "number", {"rollout/engines_serving": "serving", "rollout/retries": "requests sent again"},
              from_zero=True, smooth=False),
+        Plot("Queue of an engine", "requests", {"rollout/engine_queue": "waiting"}, from_zero=True),
     ),
     "Router": (
         Plot("Expert load", "max / mean", {"router/load_max_over_mean": "mean over layers"},

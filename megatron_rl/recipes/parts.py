@@ -80,12 +80,13 @@ class BroadcastRollouts:
 
     def metrics(self) -> dict[str, float]:
         """The account of the step that was last collected; rank 0 only."""
-        ledger = self._ledger
+        ledger, queue = self._ledger, self._serving.fleet.take_queue_mean()
         return {"budget/collect_rounds": self._rounds,
                 "rollout/generated_tokens": ledger.generated_tokens, "rollout/dropped_tokens": ledger.dropped_tokens,
                 "rollout/dropped_responses": ledger.dropped_responses, "rollout/carried_tokens": ledger.carried_tokens,
                 "rollout/carried_responses": ledger.carried_responses, "rollout/retries": ledger.retries,
-                "rollout/engines_serving": self._serving.fleet.serving}
+                "rollout/engines_serving": self._serving.fleet.serving,
+                **({} if queue is None else {"rollout/engine_queue": queue})}
 
     def state_dict(self) -> dict[str, Any]:
         """What rank 0 needs to go on; may hold arrays (the checkpoint pickles it)."""

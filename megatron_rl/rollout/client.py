@@ -189,6 +189,12 @@ class EngineClient:
             label = info["weight_version"]
             return int(label) if re.fullmatch(r"-?\d+", label) else None
 
+    async def waiting_requests(self, *, timeout_s: float | None = None) -> int:
+        """Requests that the engine has taken and does not work on yet, over its data-parallel ranks."""
+        answer = await self._request("GET", "/v1/loads?include=core", None, timeout_s=timeout_s)
+        with well_formed():
+            return sum(int(load["num_waiting_reqs"]) for load in answer["loads"])
+
     async def server_info(self) -> dict[str, Any]:
         return await self._request("GET", "/server_info", None)
 

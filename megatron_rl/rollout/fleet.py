@@ -97,6 +97,7 @@ class Fleet:
         self._version: int | None = None
         self._upcoming: int | None = None
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._queues: list[int] = []
         self._watch: asyncio.Task | None = None
 
     async def start(self) -> None:
@@ -136,6 +137,11 @@ class Fleet:
         """Engines that answer, hold the newest weights and are not in quarantine."""
         return sum(member.reachable and member.version == self._version and not member.quarantined
                    for member in self._members)
+
+    def take_queue_mean(self) -> float | None:
+        """Requests that waited inside an engine, mean over the watch's looks since the last call; None without any."""
+        seen, self._queues = self._queues, []
+        return sum(seen) / len(seen) if seen else None
 
     def answering(self) -> list[str]:
         return [member.client.base_url for member in self._members if member.reachable]
@@ -304,6 +310,9 @@ class Fleet:
             self._found(member)
         if self._version is not None and label != member.version:
             member.version = None
+            return
+        with contextlib.suppress(EngineHTTPError):  # it counts for nothing but the metric
+            self._queues.append(await member.client.waiting_requests(timeout_s=min(PROBE_TIMEOUT_S, hang_s)))
 
 
 def _count(request: asyncio.Task, tally: Tally) -> None:

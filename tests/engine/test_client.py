@@ -97,6 +97,22 @@ def test_aborted_response_is_returned_as_abort(live_engine: LiveEngine):
     assert 0 < len(result.output_ids) < 250
 
 
+def test_requests_beyond_those_that_run_wait_in_the_engine(live_engine: LiveEngine):
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=100, ignore_eos=True)
+
+    async def longest_queue() -> int:
+        client = live_engine.client
+        requests = [asyncio.create_task(client.generate((5, 6), rid=f"queued-{i}", sampling=sampling))
+                    for i in range(40)]
+        longest = 0
+        while not all(request.done() for request in requests):
+            longest = max(longest, await client.waiting_requests())
+        assert await client.waiting_requests() == 0
+        return longest
+
+    assert 8 <= live_engine.call(longest_queue()) <= 40  # 32 run at a time
+
+
 def test_response_that_outlives_a_publish_says_which_weights_sampled_which_tokens(live_engine: LiveEngine):
     """And each part has the log-probabilities of its own weights: no stale key-value cache."""
     old, new = live_engine.weights, live_engine.new_weights()

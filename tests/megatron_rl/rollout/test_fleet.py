@@ -27,6 +27,7 @@ class Engine:
 
     def __init__(self, version: int = 0, behave: Callable[[], Awaitable[web.Response | None]] | None = None):
         self.label, self.version, self._behave = version, version, behave
+        self.waiting = 0
         self.seen: list[str] = []
         self.aborted: list[str] = []
         self.url = f"http://127.0.0.1:{choose_port(None)}"
@@ -45,6 +46,7 @@ class Engine:
 
     def add_routes(self, app: web.Application) -> None:
         app.router.add_get("/model_info", self._info)
+        app.router.add_get("/v1/loads", self._loads)
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
 
@@ -57,6 +59,9 @@ class Engine:
 
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.label)})
+
+    async def _loads(self, request: web.Request) -> web.Response:
+        return web.json_response({"loads": [{"num_waiting_reqs": self.waiting}]})
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append((await request.json())["rid"])
@@ -114,6 +119,18 @@ def test_requests_go_to_the_engine_with_the_fewest():
 
     with_fleet([first, second], use)
     assert len(first.seen) == len(second.seen) == 4
+
+
+def test_the_queue_is_the_mean_over_engines_and_looks_since_it_was_asked_for():
+    short, long = Engine(7), Engine(7)
+    short.waiting, long.waiting = 2, 6
+
+    async def use(fleet: Fleet) -> None:
+        await until(lambda: len(fleet._queues) == 4)
+        assert fleet.take_queue_mean() == 4.0
+        assert fleet.take_queue_mean() is None
+
+    with_fleet([short, long], use)
 
 
 def test_an_engine_that_missed_a_publish_serves_nothing_until_it_has_caught_up():
