@@ -13,6 +13,7 @@ ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs 
    everything once more.
  - Megatron, which a debugging aid of SGLang's would import where it is installed, is not there.
  - SIGTERM is noticed at once, not up to 5 s later.
+ - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
 Importing this module does nothing. As a program it applies the above before SGLang is imported.
 """
@@ -29,6 +30,7 @@ import types
 
 import torch
 
+from megatron_rl.compat import sglang_cpu_batched as batched
 from megatron_rl.compat.quick_imports import quick_imports
 
 SGLANG_VERSION = "0.5.23"
@@ -109,6 +111,11 @@ def _register_hooks() -> None:
     )
     HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", _stop_at_once, HookType.AROUND)
+    attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    HookRegistry.register(f"{attention}.init_forward_metadata", batched.forget_groups, HookType.AFTER)
+    HookRegistry.register(f"{attention}._run_sdpa_forward_decode", batched.batched_decode, HookType.AROUND)
+    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", batched.grouped_experts,
+                          HookType.AROUND)
 
 
 async def _stop_at_once(watchdog, manager) -> None:
