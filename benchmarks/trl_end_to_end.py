@@ -2,8 +2,9 @@
 
 The same Hugging Face folder, prompts, number and limit of responses, reward, loss (token mean, no KL) and optimiser,
 each as its users start it: TRL's GRPOTrainer with transformers' generate on all cores; ours as `megatron-rl rl` with
-two data-parallel ranks and one SGLang engine, weights published after each step. A random model ends few responses
-early, so times are per 1,000 trained tokens. The first step of each, which warms up, is left out. TRL: see trl_step.
+two data-parallel ranks and one SGLang engine for each core, weights published after each step. A random model ends few
+responses early, so times are per 1,000 trained tokens. The first step of each, which warms up, is left out. The details
+in the baseline say how many of the seconds are generation. TRL: see trl_step.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from benchmarks.trl_step import LEARNING_RATE, RESPONSES_PER_PROMPT, write_token
 
 PROMPTS_PER_STEP = 4
 PROMPT_TOKENS = 32
+Phases = dict[str, float]
+"""Seconds per 1,000 trained tokens: of a `step`, and of its parts."""
 
 
 def parity(response_tokens: int) -> float:
@@ -46,8 +49,8 @@ def write_prompts(path: Path, count: int, vocab: int) -> list[str]:
     return prompts
 
 
-def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list[float]:
-    """Seconds per 1,000 trained tokens of each step."""
+def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list[Phases]:
+    """Of each step."""
     import torch
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -55,7 +58,14 @@ def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(os.cpu_count())
-    tokens, ends = [], []
+    tokens, ends, generating = [], [], []
+
+    class Trainer(GRPOTrainer):
+        def _generate(self, *arguments, **options):
+            started = time.perf_counter()
+            result = super()._generate(*arguments, **options)
+            generating.append(time.perf_counter() - started)
+            return result
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -77,15 +87,16 @@ def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list
             per_device_train_batch_size=responses, num_generations=RESPONSES_PER_PROMPT, logging_steps=1,
             report_to="none", save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
             shuffle_dataset=False, seed=0)
-        GRPOTrainer(
+        Trainer(
             model=str(model), reward_funcs=reward, args=arguments, callbacks=[Clock()],
             processing_class=PreTrainedTokenizerFast.from_pretrained(model),
             train_dataset=Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts")).train()
-    return [1000 * (end - begin) / count for (begin, end), count in zip(pairwise(ends), tokens, strict=True)]
+    return [{"step": 1000 * (end - begin) / count, "generate": 1000 * generated / count}
+            for (begin, end), generated, count in zip(pairwise(ends), generating, tokens, strict=True)]
 
 
-def run_ours(model: Path, prompts: Path, *, steps: int, length: int) -> list[float]:
-    """Seconds per 1,000 trained tokens of each step."""
+def run_ours(model: Path, prompts: Path, *, steps: int, length: int) -> list[Phases]:
+    """Of each step."""
     from megatron_rl.launch.local import rank_environment
 
     run_dir = model.parent / "run"
@@ -98,9 +109,11 @@ def run_ours(model: Path, prompts: Path, *, steps: int, length: int) -> list[flo
         "c3po.loss.entropy_coef=0", f"optimizer.lr={LEARNING_RATE}", "optimizer.warmup_steps=0",
         f"rollout.prompts_per_step={PROMPTS_PER_STEP}", f"rollout.responses_per_prompt={RESPONSES_PER_PROMPT}",
         f"rollout.max_response_tokens={length}", f"rollout.max_context_tokens={length + 2 * PROMPT_TOKENS}",
-        "batch.tokens_per_microbatch=4096"], check=True, env=rank_environment())
+        f"rollout.engine.count={os.cpu_count()}", "batch.tokens_per_microbatch=4096"],
+        check=True, env=rank_environment())
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [1000 * row["time/step"] / row["budget/selected_tokens"] for row in rows]
+    return [{phase: 1000 * row[f"time/{phase}"] / row["budget/selected_tokens"]
+             for phase in ("step", "generate", "train", "publish")} for row in rows]
 
 
 def measure(*, quick: bool, steps: int, length: int) -> tuple[list[Row], dict]:
@@ -115,9 +128,12 @@ def measure(*, quick: bool, steps: int, length: int) -> tuple[list[Row], dict]:
         prompts = write_prompts(Path(folder) / "prompts.jsonl", PROMPTS_PER_STEP * (steps + 2), config["vocab_size"])
         ours = run_ours(model, Path(folder) / "prompts.jsonl", steps=steps, length=length)[1:]
         trl = run_trl(model, prompts, steps=steps, length=length)[1:]
+    (ours_s, ours_generate), (trl_s, trl_generate) = (
+        [[phases[name] for phases in side] for name in ("step", "generate")] for side in (ours, trl))
     return [
-        Row("TRL end to end: seconds per 1,000 trained tokens", median(ours), median(trl), "s"),
-        Row("TRL end to end: median of ratios of the same step", median_ratio(ours, trl), None, "",
+        Row("TRL end to end: seconds per 1,000 trained tokens", median(ours_s), median(trl_s), "s"),
+        Row("TRL end to end: of these, generation", median(ours_generate), median(trl_generate), "s"),
+        Row("TRL end to end: median of ratios of the same step", median_ratio(ours_s, trl_s), None, "",
             None if quick else 1.0),
     ], {"seconds_per_1000_tokens": ours, "trl_seconds_per_1000_tokens": trl,
         "trl": importlib.metadata.version("trl")}

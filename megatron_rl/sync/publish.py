@@ -101,10 +101,13 @@ class EnginePublisher:
         """Nothing is held between publishes, unless a subclass says so."""
 
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
-        """The bucket in the publish's one buffer: new memory for each would cost more than the copy (page faults)."""
+        """The bucket in the publish's one buffer: new memory for each would cost more than the copy (page faults).
+
+        It has room for any bucket, unless none is to come: making memory shared touches all of it.
+        """
         if self._buffer is None or len(self._buffer) < bucket.num_bytes:
             self._buffer = None
-            self._buffer = self._new_buffer(max(bucket.num_bytes, self._bucket_bytes))
+            self._buffer = self._new_buffer(max(bucket.num_bytes, 0 if bucket.last else self._bucket_bytes))
         return bucket.flatten(self._buffer)
 
     def _new_buffer(self, num_bytes: int) -> torch.Tensor:

@@ -41,6 +41,10 @@ def publisher(request: pytest.FixtureRequest, live_engine: LiveEngine, tmp_path:
     made.close()
 
 
+def test_a_model_smaller_than_a_bucket_takes_memory_of_its_own_size(live_engine: LiveEngine):
+    live_engine.publish(live_engine.new_weights(), TensorPublisher([live_engine.client], bucket_bytes=1 << 44))
+
+
 def test_engine_serves_the_published_weights(live_engine: LiveEngine, publisher: Publisher):
     for _ in range(2):
         old, new = live_engine.weights, live_engine.new_weights()
