@@ -38,6 +38,7 @@ SETTINGS = [
 ]
 TIMEOUT_S = 400.0
 LOG = "ranks.log"
+CLOCKED = ("time", "tokens_per_s", "seconds", "flops", "rollout/engine_queue")  # beginnings of metrics' names
 WORKING_FILES = ("random.pt",)  # Python's own generator is drawn from by libraries, as often as they retry
 
 
@@ -102,9 +103,11 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def timeless_rows(path: Path) -> list[dict]:
     """The rows of a JSONL file without what depends on the clock."""
-    clocked = ("time", "tokens_per_s", "seconds", "flops")
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(clocked)}
-            for line in path.read_text().splitlines()]
+    return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def timeless(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith(CLOCKED)}
 
 
 class Engine:

@@ -21,7 +21,7 @@ from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment
 from megatron_rl.model.checkpoint_files import saved_steps
 from megatron_rl.rollout.engines import EngineProcess
-from tests.engine.kills import Kill, differences, last_words, run_ranks, was_killed
+from tests.engine.kills import Kill, differences, last_words, run_ranks, timeless, was_killed
 
 pytestmark = pytest.mark.slow
 
@@ -55,11 +55,6 @@ def run(*overrides: str, timeout_s: float = 200.0) -> subprocess.CompletedProces
 def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     path = run_dir / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def timeless(row: dict) -> dict:
-    clock = ("time", "tokens_per_s", "seconds", "flops")
-    return {key: value for key, value in row.items() if not key.startswith(clock)}
 
 
 def weights_digest(run_dir: Path) -> str:
