@@ -11,6 +11,7 @@ ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs 
  - torch.compile is off: SGLang decorates small functions with it, and a compiler costs more than it gives.
  - the scheduler and the detokenizer are forked, not spawned: without CUDA nothing forbids it, and neither imports
    everything once more.
+ - torch.cuda.synchronize does nothing: giving memory back ends with it, where a torch built for CUDA asks for a driver.
  - Megatron, which a debugging aid of SGLang's would import where it is installed, is not there.
  - SIGTERM is noticed at once, not up to 5 s later.
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
@@ -135,6 +136,7 @@ def apply() -> None:
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     sys.modules["megatron.core"] = None  # an ImportError for who asks (sglang.srt.debug_utils.dumper)
+    torch.cuda.synchronize = torch.cpu.synchronize
     _stand_in_for_sgl_kernel()
     _register_hooks()
     _admit_torch_native_for_deterministic_inference()
