@@ -14,6 +14,7 @@ import gc
 import importlib.metadata
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -44,5 +45,6 @@ def _packages(distribution: importlib.metadata.Distribution) -> set[str]:
     if declared is not None and declared.split():
         return declared.split()
     firsts = {line.partition(",")[0].partition("/") for line in (distribution.read_text("RECORD") or "").splitlines()}
-    names = {first if slash else inspect.getmodulename(first) or first for first, slash, _ in firsts}
+    names = {first if slash else inspect.getmodulename(first) or first for first, slash, _ in firsts
+             if Path(distribution.locate_file(first)).exists()}  # a vendored wheel lists what was left out
     return {name for name in names if "." not in name}
