@@ -2,9 +2,10 @@
 
 The same Hugging Face folder, prompts, number and limit of responses, reward, loss (token mean, no KL) and optimiser,
 each as its users start it: TRL's GRPOTrainer with transformers' generate on all cores; ours as `megatron-rl rl` with
-two data-parallel ranks and one SGLang engine for each core, weights published after each step. A random model ends few
-responses early, so times are per 1,000 trained tokens. The first step of each, which warms up, is left out. The details
-in the baseline say how many of the seconds are generation. TRL: see trl_step.
+two data-parallel ranks and one SGLang engine for each core, weights published after each step. Twice: with a random
+model, which ends almost no response before the limit, and with one whose every token is the last with a probability of
+1/64, so that lengths vary as they do in RL. What is sampled differs, so times are per 1,000 trained tokens. The first
+step of each, which warms up, is left out. The details in the baseline say how the seconds divide. TRL: see trl_step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +30,9 @@ from benchmarks.trl_step import LEARNING_RATE, RESPONSES_PER_PROMPT, write_token
 
 PROMPTS_PER_STEP = 4
 PROMPT_TOKENS = 32
+MEAN_LENGTH = 64
 Phases = dict[str, float]
-"""Seconds per 1,000 trained tokens: of a `step`, and of its parts."""
+"""Seconds per 1,000 trained tokens, of a `step` and of its parts; and how many `tokens` the step trained."""
 
 
 def parity(response_tokens: int) -> float:
@@ -40,6 +43,30 @@ def parity(response_tokens: int) -> float:
 def score(prompt, response_text: str) -> float:
     """For reward.routes.math: words t0 .. t9 count."""
     return parity(sum(len(word) == 2 for word in response_text.split()))
+
+
+def end_responses(folder: Path, config: dict[str, Any]) -> None:
+    """Changes the model so that each token is the end with a probability of about 1 / MEAN_LENGTH.
+
+    A direction that all embeddings share comes out of the last norm with about the same size everywhere; the head's
+    row of the end token is a multiple of it.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    weights = load_file(folder / "model.safetensors")
+    embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    shared = torch.zeros(config["hidden_size"])
+    shared[0] = 1.0
+    embeddings += embeddings.norm(dim=1).mean() / 2 * shared
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        hidden = model.model(torch.randint(1, config["vocab_size"], (8, PROMPT_TOKENS))).last_hidden_state
+    above_the_others = np.log(config["vocab_size"] / MEAN_LENGTH)
+    head[config["eos_token_id"]] = above_the_others / (hidden @ shared).mean() * shared
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_prompts(path: Path, count: int, vocab: int) -> list[str]:
@@ -91,7 +118,7 @@ def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list
             model=str(model), reward_funcs=reward, args=arguments, callbacks=[Clock()],
             processing_class=PreTrainedTokenizerFast.from_pretrained(model),
             train_dataset=Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts")).train()
-    return [{"step": 1000 * (end - begin) / count, "generate": 1000 * generated / count}
+    return [{"step": 1000 * (end - begin) / count, "generate": 1000 * generated / count, "tokens": count}
             for (begin, end), generated, count in zip(pairwise(ends), generating, tokens, strict=True)]
 
 
@@ -112,8 +139,9 @@ def run_ours(model: Path, prompts: Path, *, steps: int, length: int) -> list[Pha
         f"rollout.engine.count={os.cpu_count()}", "batch.tokens_per_microbatch=4096"],
         check=True, env=rank_environment())
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{phase: 1000 * row[f"time/{phase}"] / row["budget/selected_tokens"]
-             for phase in ("step", "generate", "train", "publish")} for row in rows]
+    return [{"tokens": row["budget/selected_tokens"]} | {
+        phase: 1000 * row[f"time/{phase}"] / row["budget/selected_tokens"]
+        for phase in ("step", "generate", "train", "publish")} for row in rows]
 
 
 def measure(*, quick: bool, steps: int, length: int) -> tuple[list[Row], dict]:
@@ -122,21 +150,26 @@ def measure(*, quick: bool, steps: int, length: int) -> tuple[list[Row], dict]:
         return [], {}
     workload.set_environment()
     config, steps, length = (workload.TINY_MOE, 3, 24) if quick else (workload.SMALL_MOE, steps, length)
-    with tempfile.TemporaryDirectory() as folder:
-        model = workload.write_model(Path(folder) / "model", config)
-        write_tokenizer(model, config["vocab_size"])
-        prompts = write_prompts(Path(folder) / "prompts.jsonl", PROMPTS_PER_STEP * (steps + 2), config["vocab_size"])
-        ours = run_ours(model, Path(folder) / "prompts.jsonl", steps=steps, length=length)[1:]
-        trl = run_trl(model, prompts, steps=steps, length=length)[1:]
-    (ours_s, ours_generate), (trl_s, trl_generate) = (
-        [[phases[name] for phases in side] for name in ("step", "generate")] for side in (ours, trl))
-    return [
-        Row("TRL end to end: seconds per 1,000 trained tokens", median(ours_s), median(trl_s), "s"),
-        Row("TRL end to end: of these, generation", median(ours_generate), median(trl_generate), "s"),
-        Row("TRL end to end: median of ratios of the same step", median_ratio(ours_s, trl_s), None, "",
-            None if quick else 1.0),
-    ], {"seconds_per_1000_tokens": ours, "trl_seconds_per_1000_tokens": trl,
-        "trl": importlib.metadata.version("trl")}
+    rows, details = [], {"trl": importlib.metadata.version("trl")}
+    for lengths in ("to the limit", "lengths vary"):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = workload.write_model(folder / "model", config)
+            write_tokenizer(model, config["vocab_size"])
+            if lengths == "lengths vary":
+                end_responses(model, config)
+            prompts = write_prompts(folder / "prompts.jsonl", PROMPTS_PER_STEP * (steps + 2), config["vocab_size"])
+            ours = run_ours(model, folder / "prompts.jsonl", steps=steps, length=length)[1:]
+            trl = run_trl(model, prompts, steps=steps, length=length)[1:]
+        (ours_s, ours_generate), (trl_s, trl_generate) = (
+            [[phases[name] for phases in side] for name in ("step", "generate")] for side in (ours, trl))
+        title = f"TRL end to end ({lengths})"
+        rows += [Row(f"{title}: seconds per 1,000 trained tokens", median(ours_s), median(trl_s), "s"),
+                 Row(f"{title}: of these, generation", median(ours_generate), median(trl_generate), "s"),
+                 Row(f"{title}: median of ratios of the same step", median_ratio(ours_s, trl_s), None, "",
+                     None if quick else 1.0)]
+        details[lengths] = {"per_1000_tokens": ours, "trl_per_1000_tokens": trl}
+    return rows, details
 
 
 if __name__ == "__main__":
