@@ -4,8 +4,9 @@ The same Hugging Face folder, prompts, number and limit of responses, reward, lo
 each as its users start it: TRL's GRPOTrainer with transformers' generate on all cores; ours as `megatron-rl rl` with
 two data-parallel ranks and one SGLang engine for each core, weights published after each step. Twice: with a random
 model, which ends almost no response before the limit, and with one whose every token is the last with a probability of
-1/64, so that lengths vary as they do in RL. What is sampled differs, so times are per 1,000 trained tokens. The first
-step of each, which warms up, is left out. The details in the baseline say how the seconds divide. TRL: see trl_step.
+1/64, so that lengths vary as they do in RL. The learning rate is too small to change that while it is measured. What is
+sampled differs, so times are per 1,000 trained tokens. The first step of each, which warms up, is left out. The details
+in the baseline say how the seconds divide. TRL: see trl_step.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import numpy as np
 
 from benchmarks import workload
 from benchmarks.common import Row, main, median, median_ratio
-from benchmarks.trl_step import LEARNING_RATE, RESPONSES_PER_PROMPT, write_tokenizer
+from benchmarks.trl_step import RESPONSES_PER_PROMPT, write_tokenizer
 
 PROMPTS_PER_STEP = 4
 PROMPT_TOKENS = 32
 MEAN_LENGTH = 64
+LEARNING_RATE = 1e-6
 Phases = dict[str, float]
 """Seconds per 1,000 trained tokens, of a `step` and of its parts; and how many `tokens` the step trained."""
 

@@ -37,6 +37,15 @@ ROLLOUT = RolloutConfig(
 PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13), (14, 15, 16, 17, 18))
 
 
+async def until_running(client: EngineClient) -> None:
+    """Until the engine decodes a request, however fast this machine is."""
+    while True:
+        loads = (await client._request("GET", "/v1/loads?include=core", None))["loads"]
+        if any(load["num_running_reqs"] for load in loads):
+            return
+        await asyncio.sleep(0.005)
+
+
 class LiveEngine:
     """The shared server together with the weights that it is meant to serve."""
 

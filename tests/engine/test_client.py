@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from megatron_rl.rollout.client import EngineClient, EngineHTTPError, SamplingPa
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.sync.publish import TensorPublisher
 from megatron_rl.types import Finish, VersionSpan
-from tests.engine.conftest import PROMPTS, LiveEngine
+from tests.engine.conftest import PROMPTS, LiveEngine, until_running
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import CHARACTERS
 
@@ -74,27 +73,18 @@ def test_nobody_at_the_address_is_reported_with_the_address():
         asyncio.run(ask())
 
 
-async def seconds_of_40_tokens(client: EngineClient) -> float:
-    """How long this machine, as busy as it is, needs to get into the middle of a longer response."""
-    began = time.monotonic()
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=40, ignore_eos=True)
-    await client.generate((5, 6), rid="a-while", sampling=sampling)
-    return time.monotonic() - began
-
-
 def test_aborted_response_is_returned_as_abort(live_engine: LiveEngine):
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=250, ignore_eos=True)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=480, ignore_eos=True)
 
     async def start_and_abort():
-        a_while = await seconds_of_40_tokens(live_engine.client)
         request = asyncio.create_task(live_engine.client.generate((5, 6), rid="to-abort", sampling=sampling))
-        await asyncio.sleep(a_while)
+        await until_running(live_engine.client)
         await live_engine.client.abort("to-abort")
         return await request
 
     result = live_engine.call(start_and_abort())
     assert result.finish is Finish.ABORT
-    assert 0 < len(result.output_ids) < 250
+    assert 0 < len(result.output_ids) < 480
 
 
 def test_requests_beyond_those_that_run_wait_in_the_engine(live_engine: LiveEngine):
@@ -121,9 +111,8 @@ def test_response_that_outlives_a_publish_says_which_weights_sampled_which_token
     async def generate():
         client = EngineClient(live_engine.client.base_url)
         async with client:
-            a_while = await seconds_of_40_tokens(client)
             request = asyncio.create_task(client.generate((5, 6, 7), rid="long", sampling=sampling))
-            await asyncio.sleep(a_while)
+            await until_running(client)
             await asyncio.to_thread(live_engine.publish, new)
             return await request
 

@@ -27,7 +27,7 @@ from megatron_rl.launch.local import engines_for
 from megatron_rl.recipes.serving import engine_clients
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError, GenerateResult, SamplingParams
 from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, engine_command, group_members
-from tests.engine.conftest import PROMPTS, ROLLOUT
+from tests.engine.conftest import PROMPTS, ROLLOUT, until_running
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DETERMINISTIC = replace(ROLLOUT, engine=replace(ROLLOUT.engine, deterministic=True))
@@ -122,12 +122,12 @@ def wait_until_answering(base_url: str) -> None:
 
 
 def leave_a_request_running(base_url: str) -> None:
-    sampling = SamplingParams(temperature=1.0, max_new_tokens=240, ignore_eos=True)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=480, ignore_eos=True)
 
     async def start() -> None:
         async with EngineClient(base_url) as client:
             request = asyncio.create_task(client.generate((5, 6), rid="in-flight", sampling=sampling))
-            await asyncio.sleep(0.2)
+            await until_running(client)
             assert not request.done()
             request.cancel()
 

@@ -14,7 +14,7 @@ import pytest
 from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
 from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
 from megatron_rl.sync.publish import TensorPublisher
-from tests.engine.conftest import PROMPTS, LiveEngine
+from tests.engine.conftest import PROMPTS, LiveEngine, until_running
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
 
@@ -69,14 +69,14 @@ def test_it_is_not_released_under_a_running_request(live_engine, client, memory)
     async def both() -> GenerateResult:
         async with client:
             request = asyncio.create_task(client.generate(
-                PROMPTS[0], rid="running.", sampling=SamplingParams(1.0, 150, ignore_eos=True)))
-            await asyncio.sleep(0.2)
+                PROMPTS[0], rid="running.", sampling=SamplingParams(1.0, 400, ignore_eos=True)))
+            await until_running(client)
             assert not request.done()
             await memory.release([client])
             assert request.done()
             return await request
 
-    assert len(asyncio.run(both()).output_ids) == 150
+    assert len(asyncio.run(both()).output_ids) == 400
     live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
     assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
 
