@@ -13,13 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    Backend,
-    PrefixStore,
-    _new_process_group_helper,
-    _set_pg_timeout,
-    _world,
-)
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
@@ -107,7 +101,7 @@ class BroadcastPublisher(EnginePublisher):
             raise PublishError(f"{where}: {error}") from error
         finally:
             joins.cancel()
-        _set_pg_timeout(timedelta(seconds=self._timeout_s), self._group)
+        dist.set_timeout(timedelta(seconds=self._timeout_s), self._group)
         self._members = list(self._active)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:

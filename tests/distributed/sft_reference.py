@@ -56,7 +56,7 @@ def losses(config: Config, weights: dict[str, torch.Tensor], hf_config: dict, st
             negative = negative + F.cross_entropy(tail, torch.tensor(response), reduction="sum")
             count += len(response)
         balance, _ = router_losses([torch.cat(layer) for layer in zip(*router, strict=True)], hf_config)
-        found.append(float(negative / count))
+        found.append(float(negative.detach() / count))
         optimizer.zero_grad()
         (negative / count + config.sft.balance_coef * balance).backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), options.clip_grad)
