@@ -38,6 +38,9 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
                 f"max_position_embeddings={sizes.max_position_embeddings}")
     require(rollout.responses_per_prompt > 1,
             "rollout.responses_per_prompt=1: a group-relative advantage needs at least 2 responses per prompt")
+    require(algo.truncated != "overlong_penalty" or algo.overlong_buffer_tokens <= rollout.max_response_tokens,
+            f"c3po.overlong_buffer_tokens={algo.overlong_buffer_tokens} is more than a response may have "
+            f"(rollout.max_response_tokens={rollout.max_response_tokens})")
     if algo.has_budget:
         _check_budget(config)
     _check_collector(config)

@@ -131,7 +131,11 @@ class ParallelConfig:
         require(self.token_dispatcher == "alltoall" or self.pp == 1,
                 f"parallel.token_dispatcher=allgather with parallel.pp={self.pp}: Megatron sends micro-batches of "
                 "varying length between stages with alltoall only")
+        require(not (self.tp == 1 and self.sequence_parallel),
+                "parallel.sequence_parallel=true needs parallel.tp > 1; leave it unset")
         require(self.vpp is None or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp > 1")
+        require(self.vpp is None or self.vpp > 1,
+                f"parallel.vpp={self.vpp} must be at least 2 parts of a rank; leave it unset for one")
 
     @property
     def dp(self) -> int:
@@ -172,7 +176,7 @@ class OptimizerConfig:
 
     lr is reached after warmup_steps optimiser steps, or after warmup_fraction of them all; `cosine` then falls to
     min_lr_ratio of it at the end. beta1, beta2, eps and weight_decay are Adam's; clip_grad: the largest norm of the
-    gradient.
+    gradient, 0 for any.
     """
 
     lr: float = 3e-6
@@ -187,8 +191,15 @@ class OptimizerConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self):
-        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
+        require(0 < self.lr < math.inf, f"optimizer.lr={self.lr} must be positive and finite")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive")
+        for name in ("warmup_steps", "weight_decay", "clip_grad"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("min_lr_ratio", "warmup_fraction"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"optimizer.{name}={value} must lie in [0, 1]")
         require(self.warmup_fraction is None or self.warmup_steps == 0,
                 "optimizer.warmup_steps and optimizer.warmup_fraction are both set; keep one")
 
@@ -216,6 +227,8 @@ class SFTConfig:
     def __post_init__(self):
         for name in ("epochs", "examples", "batch_size"):
             require(getattr(self, name) >= 1, f"sft.{name}={getattr(self, name)} must be at least 1")
+        for name in ("balance_coef", "z_loss_coef"):
+            require(getattr(self, name) >= 0, f"sft.{name}={getattr(self, name)} must not be negative")
         require(self.schedule_epochs is None or self.schedule_epochs >= self.epochs,
                 f"sft.schedule_epochs={self.schedule_epochs} is shorter than sft.epochs={self.epochs}")
         require(self.examples >= self.batch_size,

@@ -16,8 +16,9 @@ class StageConfig:
 
     The stages' steps add up to run.steps. plateau_steps, if not 0: the stage ends sooner, when the mean reward of its
     last so many steps is less than plateau_gain above that of as many before. optimizer: AdamW's moments and the place
-    in the learning-rate schedule are kept from the stage before, or begin anew. Weights, step numbers, log and
-    checkpoints go on; so does the order of prompts, unless data other than weights and curriculum changes.
+    in the learning-rate schedule are kept from the stage before, or begin anew; the schedule spans all stages up to the
+    next that begins it anew. Weights, step numbers, log and checkpoints go on; so does the order of prompts, unless
+    data other than weights and curriculum changes.
     """
 
     name: str = ""

@@ -56,10 +56,12 @@ def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology
 
 
 class PolicyLearner:
-    """loop.Learner on Megatron. `updates_done` counts optimiser steps for the learning-rate schedule."""
+    """loop.Learner on Megatron. updates_done: the place in the learning-rate schedule, which spans schedule_updates
+    optimiser steps (None: those of the run)."""
 
-    def __init__(self, config: Config, topology: Topology):
+    def __init__(self, config: Config, topology: Topology, schedule_updates: int | None = None):
         self.config, self.topology = config, topology
+        self._schedule_updates = schedule_updates or config.run.steps * config.c3po.updates_per_rollout
         self.policy, self.optimizer, self.step = build_trainable(
             config, topology, temperature=config.rollout.temperature)
         self.exporter = Exporter(self.policy, topology)
@@ -110,11 +112,10 @@ class PolicyLearner:
 
     def _update(self, batch: StepBatch, microbatches: list[PackedMicrobatch], counts) -> StepResult:
         algo = self.config.c3po
-        total = self.config.run.steps * algo.updates_per_rollout
         totals = StepTotals(phi=batch.selection.phi, selected_tokens=batch.selection.selected_tokens,
                             num_responses=batch.num_responses,
                             max_response_tokens=self.config.rollout.max_response_tokens)
-        lr = learning_rate(self.updates_done, total, self.config.optimizer)
+        lr = learning_rate(self.updates_done, self._schedule_updates, self.config.optimizer)
         self.updates_done += 1
         return self._guarded.update(self.updates_done, StepInputs(
             microbatches, TokenObjective(algo, totals), counts, algo.balance_coef, algo.z_loss_coef), lr=lr)

@@ -49,6 +49,18 @@ class Stage:
         before = stage_config(self.whole, self.index - 1, 0)
         return (_source(before), before.rollout.collector) == (_source(self.config), self.config.rollout.collector)
 
+    @property
+    def schedule_updates(self) -> int:
+        """Optimiser steps that the learning-rate schedule spans: of all stages that share it, if none ends early."""
+        stages = self.whole.stages
+        if not stages:
+            return self.config.run.steps * self.config.c3po.updates_per_rollout
+        anew = [index for index, stage in enumerate(stages) if stage.optimizer == "reset"]
+        first = max((index for index in anew if index <= self.index), default=0)
+        end = min((index for index in anew if index > self.index), default=len(stages))
+        return sum(stage.steps * config.c3po.updates_per_rollout
+                   for stage, config in list(zip(stages, stage_configs(self.whole), strict=True))[first:end])
+
     def state(self, *, over: bool) -> dict:
         """What a checkpoint of this stage says of it; {} without stages."""
         if self.options is None:

@@ -57,9 +57,23 @@ def test_a_checkpoint_of_other_stages_is_refused(config, tmp_path):
         current(saved(config, tmp_path, 3, {"stage": {"name": "other", "index": 1, "first_step": 2, "over": False}}))
 
 
+def test_the_learning_rate_schedule_spans_the_stages_that_share_it(tmp_path):
+    """5 steps of 2 updates each and 3 of 1, then begun anew 2 of 1: 13 optimiser steps and 2."""
+    config = load(["experiment=quickstart", "run.steps=10", f"run.dir={tmp_path}",
+                   "stages=[{name:a,steps:5,set:{c3po.updates_per_rollout:2}},{name:b,steps:3},"
+                   "{name:c,steps:2,optimizer:reset}]"])
+    spans = []
+    for step in (5, 8, 10):
+        stage = current(config)
+        spans.append(stage.schedule_updates)
+        config = saved(config, tmp_path, step, stage.state(over=True))
+    assert spans == [13, 13, 2]
+
+
 def test_without_stages_a_run_is_one(tmp_path):
     config = load(["experiment=quickstart", f"run.dir={tmp_path}"])
     stage = current(config)
+    assert stage.schedule_updates == config.run.steps * config.c3po.updates_per_rollout
     assert stage.config == config and stage.is_last and not stage.fresh and stage.state(over=True) == {}
     assert stage_configs(config) == [config]
 

@@ -23,6 +23,8 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
     (["rollout.max_context_tokens=4096"], r"rollout\.max_context_tokens=4096 exceeds .*max_position_embeddings=512"),
     (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt=1"),
     (["c3po.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
+    (["c3po.truncated=overlong_penalty", "c3po.overlong_buffer_tokens=81"],
+     r"c3po\.overlong_buffer_tokens=81 is more than .*rollout\.max_response_tokens=80"),
     (["c3po.mismatch=icepop", "rollout.top_p=0.9"], r"rollout\.top_p"),
     (["c3po.objective=grpo", "c3po.sequence_min_token_ratio=1e-4", "rollout.top_p=0.9"], r"rollout\.top_p"),
     (["rollout.collector=budgeted"], r"rollout\.collector=budgeted needs c3po\.order=groups"),

@@ -58,6 +58,16 @@ def test_a_config_survives_json():
     (["parallel.tp=3", "parallel.world_size=4"], r"parallel\.tp\*pp\*cp=3 does not divide parallel\.world_size=4"),
     (["parallel.tp=2", "parallel.world_size=2", "parallel.sequence_parallel=false"],
      r"parallel\.sequence_parallel=false"),
+    (["parallel.sequence_parallel=true"], r"parallel\.sequence_parallel=true needs parallel\.tp > 1"),
+    (["parallel.world_size=2", "parallel.pp=2", "parallel.vpp=1"], r"parallel\.vpp=1 must be at least 2"),
+    (["optimizer.lr=inf"], r"optimizer\.lr=inf must be positive and finite"),
+    (["optimizer.beta2=1.0"], r"optimizer\.beta2=1\.0 must lie in \[0, 1\)"),
+    (["optimizer.eps=0.0"], r"optimizer\.eps=0\.0 must be positive"),
+    (["optimizer.weight_decay=-0.1"], r"optimizer\.weight_decay=-0\.1 must not be negative"),
+    (["optimizer.clip_grad=-1.0"], r"optimizer\.clip_grad=-1\.0 must not be negative"),
+    (["optimizer.min_lr_ratio=1.5"], r"optimizer\.min_lr_ratio=1\.5 must lie in \[0, 1\]"),
+    (["optimizer.warmup_fraction=1.5"], r"optimizer\.warmup_fraction=1\.5 must lie in \[0, 1\]"),
+    (["sft.balance_coef=-1.0"], r"sft\.balance_coef=-1\.0 must not be negative"),
     (["c3po.phi"], r"must look like section\.key=value"),
 ])
 def test_a_mistake_is_named_with_its_path(overrides, message):
