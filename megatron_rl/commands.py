@@ -94,6 +94,7 @@ def evaluate(options) -> int:
     config = load(options.overrides)
     validate(config, start=True)
     run_dir = Path(config.run.dir)
+    check_data(config, training=False)
     run_dir.mkdir(parents=True, exist_ok=True)
     with terminable(), engine_errors(), engines_for(config, config.model.path, run_dir / "engine.log") as served:
         measured = recipe.measure(served)
@@ -183,7 +184,6 @@ def replay_step(options) -> int:
     """0 when the replayed loss and gradient norm are those of the run, bit for bit; 1 otherwise."""
     from megatron_rl.config.load import build
     from megatron_rl.observe import dump
-    from megatron_rl.recipes.replay import RESULT
 
     folder = Path(options.folder)
     record = dump.read_record(folder)
@@ -191,7 +191,7 @@ def replay_step(options) -> int:
     run_ranks("replay", dataclasses.replace(
         config, run=dataclasses.replace(config.run, dir=str(folder)),
         model=dataclasses.replace(config.model, path=str(folder / dump.WEIGHTS))))
-    replayed = json.loads((folder / RESULT).read_text())
+    replayed = json.loads((folder / dump.RESULT).read_text())
     same = True
     print(f"optimiser step {record.step}, {'skipped' if record.skipped else 'taken'} by the run")
     for name in ("loss", "grad_norm"):

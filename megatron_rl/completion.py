@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import typing
 from collections.abc import Iterator
 
-from megatron_rl.config.load import CONF_DIR
-from megatron_rl.config.schema import Config
+from megatron_rl.config.load import CONF_DIR, known_keys
 
 SCRIPT = """\
 # completion of megatron-rl, written by `megatron-rl completion {shell}`
@@ -77,18 +75,8 @@ def choices() -> Iterator[tuple[str, list[str]]]:
     """(group or configuration key, the values that it can take where they can be listed)."""
     for folder in sorted(path for path in CONF_DIR.iterdir() if path.is_dir()):
         yield folder.name, sorted(path.stem for path in folder.glob("*.yaml"))
-    yield from _keys(Config, "")
+    yield from ((key, _values(hint)) for key, hint in known_keys())
     yield "resume", ["true", "false"]
-
-
-def _keys(section: type, path: str) -> Iterator[tuple[str, list[str]]]:
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        key, hint = path + field.name, hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _keys(hint, f"{key}.")
-        else:
-            yield key, _values(hint)
 
 
 def _values(hint) -> list[str]:

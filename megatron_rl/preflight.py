@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -11,14 +12,18 @@ from rich.console import Console
 
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.check import Sizes, check_rl
+from megatron_rl.config.load import read_json
+from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
+from megatron_rl.model.checkpoint_files import choose
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.recipes import stages
 
-__all__ = ["check_data", "check_memory", "network_of", "refuse_earlier_run", "sizes_of", "validate"]
+__all__ = ["check_data", "check_devices", "check_folders", "check_memory", "check_sft_data", "network_of",
+           "refuse_earlier_run", "sizes_of", "validate", "warn_of_shared_gpus"]
 
 
 MADE_BY = {"runs/quickstart/": "`make quickstart` makes it",
@@ -45,7 +50,7 @@ def network_of(config: Config) -> Network:
     if not path.is_file():
         raise ValueError(f"model.architecture={config.model.architecture}: no such file, and no shipped one of that "
                          f"name (there are {', '.join(sorted(p.stem for p in HF_FILES.glob('*.json')))})")
-    declared = parse_config(json.loads(path.read_text()), str(path))
+    declared = parse_config(read_json(path), str(path))
     if at_hand and read_config(config.model.path) != declared:
         raise ValueError(f"model.path={config.model.path} is not the network of "
                          f"model.architecture={config.model.architecture}")
@@ -56,7 +61,7 @@ def validate(config: Config, *, start: bool) -> Sizes:
     """All rules that need no rank. start: the checkpoint must be here (False: --check)."""
     network = network_of(config)
     if start:
-        check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
+        check_folders(config)
     check_layout(network, config.parallel)
     sizes = sizes_of(network)
     for each in stages.stage_configs(config):
@@ -64,21 +69,71 @@ def validate(config: Config, *, start: bool) -> Sizes:
     return sizes
 
 
+def check_folders(config: Config) -> None:
+    """ValueError when model.path or model.reference_path is no whole checkpoint, or run.dir cannot be a folder."""
+    check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
+    reference = config.model.reference_path
+    if reference is not None and config.c3po.loss.kl_coef > 0:
+        check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
+    run_dir = Path(config.run.dir)
+    require(run_dir.is_dir() or not run_dir.exists(), f"run.dir={run_dir} is a file: name a folder")
+
+
 def sizes_of(network: Network) -> Sizes:
     return Sizes(network.max_position_embeddings, *count_parameters(network))
 
 
-def check_data(config: Config) -> None:
-    """Read prompts, templates and reward routes before anything is started. ValueError as the parts raise it."""
+def check_devices(config: Config) -> None:
+    """ValueError when this machine has too few GPUs for the ranks, or none for a kernel that needs one."""
+    ranks = config.parallel.world_size
+    if not torch.cuda.is_available():
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            for name, choice in asdict(config.model.kernels).items():
+                require(choice != "triton",
+                        f"model.kernels.{name}=triton needs a GPU, and this machine has none; leave it at auto")
+        return
+    found = torch.cuda.device_count()
+    require(ranks <= found, f"parallel.world_size={ranks} ranks need a GPU each, and this machine has {found}: choose "
+            "a smaller layout (parallel=single), or several machines (`megatron-rl slurm`)")
+
+
+def warn_of_shared_gpus(config: Config) -> None:
+    """A line where ranks and engines would hold memory of the same GPU at the same time."""
+    ranks, engine = config.parallel.world_size, config.rollout.engine
+    if not torch.cuda.is_available():
+        return
+    if not engine.urls and engine.device != "cpu" and not engine.colocate and engine.first_gpu < ranks:
+        Console(stderr=True).print(
+            f"megatron-rl: ranks and engines share GPU {engine.first_gpu}, where an engine takes rollout.engine."
+            f"mem_fraction_static={engine.mem_fraction_static} of the memory; set rollout.engine.first_gpu={ranks} for "
+            "GPUs of its own, or rollout.engine.colocate=true to take turns", soft_wrap=True)
+
+
+def check_sft_data(config: Config) -> None:
+    """Read the examples before ranks are started. ValueError as the parts raise it."""
+    with quick_imports():
+        from megatron_rl.recipes.serving import load_tokenizer, sft_source
+
+    sft_source(config, load_tokenizer(config.model.path))
+
+
+def check_data(config: Config, *, training: bool = True) -> None:
+    """Read prompts, templates, reward routes and environment before anything is started. ValueError as they raise it.
+
+    training=False: those of the evaluation alone.
+    """
     with quick_imports():
         from megatron_rl.recipes.evaluation import evaluation_data
         from megatron_rl.recipes.serving import load_tokenizer, prompt_source
         from megatron_rl.reward import RewardPool
+        from megatron_rl.rollout.environment import load_environment
 
+    for each in stages.stage_configs(config):
+        load_environment(each.rollout.environment)
     tokenizer = load_tokenizer(config.model.path)
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
-            for data in (each.data, *evaluation_data(each).values()):
+            for data in (*[each.data][:training], *evaluation_data(each).values()):
                 rewards.check_domains(prompt_source(each, data, tokenizer).domains)
 
 
@@ -109,3 +164,6 @@ def refuse_earlier_run(config: Config) -> None:
     metrics = Path(config.run.dir) / "metrics.jsonl"
     if not config.run.resume and metrics.is_file() and metrics.stat().st_size:
         raise ValueError(f"{metrics} holds an earlier run: continue it with resume=true, or choose another run.dir")
+    if config.run.resume and choose(config.run) is None:
+        Console(stderr=True).print(f"megatron-rl: run.resume=true, but run.dir={config.run.dir} holds no checkpoint: "
+                                   "the run begins at its start", soft_wrap=True)

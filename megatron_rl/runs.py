@@ -16,7 +16,15 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, engines_for, run_ranks, terminable
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint_files import check_resume
-from megatron_rl.preflight import check_data, check_memory, refuse_earlier_run
+from megatron_rl.preflight import (
+    check_data,
+    check_devices,
+    check_folders,
+    check_memory,
+    check_sft_data,
+    refuse_earlier_run,
+    warn_of_shared_gpus,
+)
 from megatron_rl.recipes import stages
 from megatron_rl.rollout.engines import EngineError
 
@@ -29,6 +37,8 @@ SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
 def train_rl(config: Config) -> None:
     """One RL run on this machine: engine, ranks, report. Everything started is stopped."""
     run_dir = Path(config.run.dir)
+    check_devices(config)
+    warn_of_shared_gpus(config)
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)))
     check_data(config)
@@ -46,8 +56,11 @@ def train_rl(config: Config) -> None:
 
 def train_sft(config: Config) -> None:
     """One supervised run on this machine, to its exported checkpoint."""
+    check_folders(config)
+    check_devices(config)
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)))
+    check_sft_data(config)
     run_ranks("sft", config)
     Console().print(f"checkpoint: {config.run.dir}/hf")
 

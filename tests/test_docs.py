@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl import usage
 from megatron_rl.cli import main, parse
 from megatron_rl.config.load import load
 from megatron_rl.pipeline.plan import plan
@@ -23,7 +24,7 @@ PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]{2,}\b|\.\.\.|<")
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command line) of every `megatron-rl` line in a code block."""
+    """(page, command line) of every `megatron-rl` line in a code block, and of every example of --help."""
     found = []
     for page in PAGES:
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
@@ -31,7 +32,10 @@ def commands() -> list[tuple[str, str]]:
                 line = ASSIGNMENTS.sub("", line.strip().removeprefix("$ "))
                 if line.startswith("megatron-rl "):
                     found.append((str(page.relative_to(ROOT)), line))
-    return found
+    texts = [usage.TOP_EXAMPLES, *(text.examples for part in (usage.COMMANDS, usage.DATA, usage.CONVERT, usage.CONFIG)
+                                   for text in part.values())]
+    lines = (line.strip() for text in texts for line in text.splitlines())
+    return found + [("--help", line) for line in lines if line.startswith("megatron-rl ")]
 
 
 def anchors(page: Path) -> set[str]:
@@ -61,6 +65,8 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value)
 def test_commands_are_taken(page, line):
     words = shlex.split(line, comments=True)[1:]
+    if words[0] == "COMMAND":
+        return
     options = parse(words)
     overrides = getattr(options, "overrides", [])
     if overrides and not PLACEHOLDER.search(" ".join(overrides)):

@@ -147,6 +147,11 @@ def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
                       f"distributed={parallel.distributed_optimizer}"),
     ]
     if sizes is not None:
-        rows.insert(0, ("model", f"{sizes.total_parameters / 1e9:.2f}B parameters, "
-                                 f"{sizes.active_parameters / 1e9:.2f}B active per token, {config.model.dtype}"))
+        rows.insert(0, ("model", f"{_count(sizes.total_parameters)} parameters, {_count(sizes.active_parameters)} "
+                                 f"active per token, {config.model.dtype}"))
     return rows
+
+
+def _count(number: int) -> str:
+    """16.80B, 0.63M."""
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"

@@ -132,6 +132,8 @@ class EvalConfig:
         require("held-out" not in self.benchmarks, "eval.benchmarks.held-out: that name is taken")
         require(self.max_response_tokens is None or self.max_response_tokens >= 1,
                 f"eval.max_response_tokens={self.max_response_tokens} must be at least 1")
+        require(self.temperature >= 0, f"eval.temperature={self.temperature} must not be negative (0: greedy)")
+        require(0 < self.top_p <= 1, f"eval.top_p={self.top_p} must lie in (0, 1]")
         require(self.every_steps >= 0,
                 f"eval.every_steps={self.every_steps} must not be negative (0: only at the ends)")
 

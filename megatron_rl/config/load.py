@@ -11,7 +11,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from megatron_rl.config.schema import Config
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 SHORTHANDS = {"resume": "run.resume", "seed": "run.seed", "steps": "run.steps"}
 """Overrides that may be given without their section."""
+UNREADABLE = ("""text with commas, colons, brackets or quotes needs quotes of its own inside the shell's, """
+              """such as 'data.prompt_suffix="Answer: x, y"' or 'rollout.stop=["a","b"]'""")
 
 
 def load(overrides: Sequence[str]) -> Config:
@@ -31,15 +33,24 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed configuration as plain Python values. ValueError on an override that Hydra cannot read."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if not CONF_DIR.is_dir():
         raise ValueError(f"no configuration folder at {CONF_DIR}; install the project with `pip install -e .`")
+    translated = [_as_hydra(text) for text in overrides]
+    for given, text in zip(overrides, translated, strict=True):
+        try:
+            readable = not OverridesParser.create().parse_override(text).is_sweep_override()
+        except HydraException:
+            readable = False
+        if not readable:
+            raise ValueError(f"cannot read {given!r}: {UNREADABLE}")
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            composed = hydra_compose("config", overrides=[_as_hydra(text) for text in overrides])
+            composed = hydra_compose("config", overrides=translated)
         return OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"cannot read the configuration: {error}") from error
@@ -53,7 +64,9 @@ def _as_hydra(override: str) -> str:
     """`a.b=c` may set a key that no YAML file mentions, so it becomes `++a.b=c`; group choices stay as they are."""
     key, separator, value = override.partition("=")
     if not separator:
-        raise ValueError(f"override {override!r} must look like section.key=value")
+        folder = Path(override) if Path(override).exists() else None
+        hint = f"; for a checkpoint's folder write model.path={folder}" if folder and folder.is_dir() else ""
+        raise ValueError(f"override {override!r} must look like section.key=value{hint}")
     key = SHORTHANDS.get(key, key)
     if key.startswith(("+", "~")) or (key.split("@")[0] in _groups() and "." not in key and _is_choice(key, value)):
         _check_choice(key, value)
@@ -80,7 +93,15 @@ def build(raw: dict[str, Any], cls: type = Config) -> Any:
 
 
 def from_json(path: str | Path) -> Config:
-    return build(json.loads(Path(path).read_text()))
+    return build(read_json(Path(path)))
+
+
+def read_json(path: Path) -> Any:
+    """ValueError naming the file when it does not hold JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -90,17 +111,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def _dataclass(cls, raw: Any, path: str):
     if not isinstance(raw, dict):
-        raise ValueError(f"{path or 'the configuration'} must be a section with keys, not {raw!r}")
+        raise ValueError(f"{path or 'the configuration'} must be a section, not {raw!r}; set its keys, such as "
+                         f"{_join(path, dataclasses.fields(cls)[0].name)}=...")
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in raw:
         if key not in names:
-            raise ValueError(f"unknown key {_join(path, key)}{_suggestion(key, names, path)}")
+            raise ValueError(f"unknown key {_join(path, key)}{_nearest(key, names, path)}")
     try:
         return cls(**{key: _value(hints[key], value, _join(path, key)) for key, value in raw.items()})
     except ValueError as error:
         if path and path.split(".")[0] not in str(error):  # c3po's own classes name the key without its section
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}{'.' if str(error).startswith(tuple(names)) else ': '}{error}") from error
         raise
 
 
@@ -140,6 +162,24 @@ def _scalar(hint, value: Any, path: str) -> Any:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def _nearest(key: str, names: Sequence[str], path: str) -> str:
+    """What an unknown key may have been meant for: one of that name elsewhere, one spelled like it, or any of these."""
+    if elsewhere := [known for known, _ in known_keys() if known.rpartition(".")[2] == key]:
+        return f" (did you mean {' or '.join(elsewhere)}?)"
+    if near := _suggestion(key, names, path):
+        return near
+    return f"; {f'section {path} has' if path else 'there are'} {', '.join(names)}"
+
+
+def known_keys(section: type = Config, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every key but those under a name that the user gives."""
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from known_keys(hint, _join(path, name))
+        else:
+            yield _join(path, name), hint
 
 
 def _suggestion(name: str, known: Sequence[str], path: str = "") -> str:

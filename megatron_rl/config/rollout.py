@@ -75,6 +75,12 @@ class EngineConfig:
         require(self.port is None or self.count == 1,
                 f"rollout.engine.port={self.port} is one port for rollout.engine.count={self.count} servers: leave it "
                 "unset to have free ones found")
+        require(self.port is None or 1 <= self.port <= 65535, f"rollout.engine.port={self.port} must lie in 1 to 65535")
+        routers = () if self.router in (None, "local") else (self.router,)
+        for url in (*self.urls, *routers):
+            require(urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).hostname),
+                    f"{'rollout.engine.router' if url in routers else 'rollout.engine.urls'}: {url!r} must look like "
+                    "http://127.0.0.1:30000")
         require(len(set(self.urls)) == len(self.urls), "rollout.engine.urls names an engine twice")
         require(self.tp >= 1, f"rollout.engine.tp={self.tp} must be at least 1")
         require(self.first_gpu >= 0, f"rollout.engine.first_gpu={self.first_gpu} must not be negative")
@@ -82,7 +88,6 @@ class EngineConfig:
         for flag, key in RESERVED_FLAGS.items():
             require(not any(arg.split("=")[0] == flag for arg in self.extra_args),
                     f"rollout.engine.extra_args: {flag} is set by {key}")
-        routers = () if self.router in (None, "local") else (self.router,)
         elsewhere = [url for url in (*self.urls, *routers) if not is_loopback(urlsplit(url).hostname)]
         require(not elsewhere or self.api_key_env is not None,
                 f"rollout.engine.urls names {', '.join(elsewhere)} on another machine, which must ask for a key: start "

@@ -51,9 +51,12 @@ def read_problems(config: DataConfig) -> FileProblems:
         report_bad(bad, config)
     chosen = FileProblems(problem for problem in problems if in_split(problem.text, config.split))
     chosen.skipped = len(bad)
+    if not problems:
+        raise ValueError(f"data.path={config.path} holds no problem")
     if not chosen:
         raise ValueError(f"data.path={config.path} has {len(problems)} problem(s), none of them in "
-                         f"data.split={config.split}")
+                         f"data.split={config.split}, which parts them by a hash of the text: give more, or train on "
+                         "all (data.split=all) and evaluate on others (eval.data)")
     return chosen
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.load import read_json
 from megatron_rl.config.schema import DataConfig
 
 __all__ = ["FILE_SOURCES", "BadRow", "Row", "data_path", "read_file", "read_rows"]
@@ -68,7 +69,7 @@ def read_file(config: DataConfig) -> Iterator[Row]:
         with path.open(encoding="utf-8", newline="") as file:
             yield from _numbered(path, csv.DictReader(file))
     elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
-        yield from _numbered(path, iter(json.loads(path.read_text(encoding="utf-8"))))
+        yield from _numbered(path, iter(read_json(path)))
     else:
         yield from _json_lines(path)
 

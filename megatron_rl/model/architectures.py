@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_rl.config.load import read_json
 from megatron_rl.model.network import Network
 
 HF_FILES = Path(__file__).parent / "hf_files"
@@ -126,7 +127,10 @@ def read_config(folder: str | Path) -> Network:
     if not path.is_file():
         raise ValueError(f"model.path={folder}: no config.json there; give a Hugging Face folder of a "
                          f"{', '.join(ARCHITECTURES)} model")
-    return parse_config(json.loads(path.read_text()), str(path))
+    raw = read_json(path)
+    if (Path(folder) / "hf" / "config.json").is_file() and "model_type" not in raw:
+        raise ValueError(f"model.path={folder} is a run's folder; the model that it wrote is {folder}/hf")
+    return parse_config(raw, str(path))
 
 
 def architecture_of(raw: Mapping[str, Any], where: str) -> Architecture:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rl.model.architectures import HF_FILES, architecture_of, parse_config
@@ -280,16 +280,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class HFReader:
-    """Tensors of a Hugging Face folder by name, read lazily from its *.safetensors files."""
+def _open(file: Path):
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): copy or convert the checkpoint again") from error
 
-    def __init__(self, folder: str | Path):
+
+class HFReader:
+    """Tensors of a Hugging Face folder, which `key` named, by name; read lazily from its *.safetensors files."""
+
+    def __init__(self, folder: str | Path, key: str = "model.path"):
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
-            raise ValueError(f"model.path={folder}: no *.safetensors file there")
-        self._handles = [safe_open(str(file), framework="pt") for file in files]
+            raise ValueError(f"{key}={folder}: no *.safetensors file there")
+        self._handles = [_open(file) for file in files]
         self._where = {name: handle for handle in self._handles for name in handle.keys()}
-        self.folder = str(folder)
+        self.named = f"{key}={folder}"
 
     @property
     def names(self) -> set[str]:
@@ -314,4 +321,4 @@ def check_checkpoint(config: Network, reader: HFReader, superfluous: Set[str] = 
                  for name, shape in expected.items() if name in reader.names and reader.shape(name) != shape]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"model.path={reader.folder}: the checkpoint does not match its config.json:\n  {shown}")
+        raise ValueError(f"{reader.named}: the checkpoint does not match its config.json:\n  {shown}")

@@ -23,7 +23,7 @@ import torch
 from megatron_rl.observe.files import write_json
 from megatron_rl.types import PackedMicrobatch
 
-WEIGHTS, RECORD = "weights", "step.json"
+WEIGHTS, RECORD, RESULT = "weights", "step.json", "replay.json"  # the last is what a replay writes
 _NAME = re.compile(r"^step_\d{8}$")
 
 

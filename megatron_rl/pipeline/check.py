@@ -16,7 +16,7 @@ from megatron_rl.model.network import Network, check_layout
 from megatron_rl.pipeline.plan import Plan, Stage
 from megatron_rl.preflight import check_data, network_of, sizes_of
 from megatron_rl.recipes import stages as rl_stages
-from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+from megatron_rl.recipes.serving import load_tokenizer, sft_source
 
 __all__ = ["check", "check_start", "table"]
 
@@ -40,10 +40,7 @@ def check_start(plan: Plan, place: int) -> None:
     for stage in plan.stages[max(place, 1):]:
         try:
             if stage.recipe == "sft":
-                source = prompt_source(stage.config, stage.config.data, load_tokenizer(base))
-                if len(source) < stage.config.sft.examples:
-                    raise ValueError(f"sft.examples={stage.config.sft.examples}, but data has {len(source)} examples")
-                source.sft_example(0)
+                sft_source(stage.config, load_tokenizer(base))
             else:
                 check_data(at(stage.config, base))
         except (ValueError, OSError) as error:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
 from megatron_rl.data.curation.clean import clean
@@ -59,6 +60,7 @@ class Sampled:
 def run(config: Config, options: Namespace) -> dict[str, int]:
     """options: of `megatron-rl data STEP` (cli.py). Returns how many rows were read, kept and removed, by reason."""
     folder = Path(options.out)
+    require(folder.is_dir() or not folder.exists(), f"--out {folder} is a file: name a folder")
     items, bad = read_items(config.data)
     return write_split(folder, _split(config, options, items, folder), bad)
 
@@ -82,6 +84,8 @@ def _samples(config: Config, items: Sequence[Item], number: int, folder: Path) -
     """Judged samples of each problem by the model of model.path, served here or at rollout.engine.urls."""
     if number == 0:
         return []
+    if not config.model.path:
+        raise ValueError(f"--samples {number} asks a model: set model.path to its folder")
     read_config(config.model.path)  # ValueError before an engine is started
     folder.mkdir(parents=True, exist_ok=True)
     with terminable(), engines_for(config, config.model.path, folder / "engine.log") as served:

@@ -11,8 +11,6 @@ from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.learner import build_trainable
 from megatron_rl.train_step.watch import Finding, Watch
 
-RESULT = "replay.json"
-
 
 def run(config: Config) -> None:
     """run.dir is the dump and model.path the weights in it; writes <run.dir>/replay.json."""
@@ -29,7 +27,7 @@ def run(config: Config) -> None:
     result = step.measure()
     findings = sorted(finding for rank in here.gather_objects(watch.findings) for finding in rank)
     if here.is_main:
-        write_json(folder / RESULT, {
+        write_json(folder / dump.RESULT, {
             "loss": result.gauges["train/loss"], "grad_norm": result.gauges["train/grad_norm"],
             "first": [finding.text() for finding in first_of_each_phase(findings)]})
     topology.stop()

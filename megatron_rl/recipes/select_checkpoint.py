@@ -78,6 +78,8 @@ def run(config: Config, engines_for: Callable[[Config, str, Path], AbstractConte
                          "own engines; leave it empty")
     if config.rollout.temperature != 1.0:
         raise ValueError(f"rollout.temperature={config.rollout.temperature}: the entropy is that of the policy at 1.0")
+    if not config.select.folder:
+        raise ValueError("select.folder is not set: name the run.dir of an SFT run with sft.export_epochs=true")
     paths = sorted(path.parent for path in Path(config.select.folder).glob("epochs/epoch_*/config.json"))
     if not paths:
         raise ValueError(f"select.folder={config.select.folder} has no epochs/epoch_01 and so on: run SFT with "

@@ -37,12 +37,28 @@ def load_tokenizer(folder: str | Path):
     with quick_imports():
         from transformers import AutoTokenizer  # here, because ranks other than 0 have no use for it, and it is slow
 
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+    except (ValueError, OSError) as error:
+        files = sorted(path.name for path in Path(folder).glob("*token*"))
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path={folder}: no tokenizer can be read there (files: {', '.join(files) or 'none'}); "
+                         f"copy tokenizer.json and tokenizer_config.json into it ({why})") from error
 
 
 def prompt_source(config: Config, data: DataConfig, tokenizer) -> PromptSource:
     rollout = config.rollout
     return build_prompts(data, tokenizer, max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens)
+
+
+def sft_source(config: Config, tokenizer) -> PromptSource:
+    """The examples of supervised fine-tuning. ValueError when there are too few, or the first has no response."""
+    source = prompt_source(config, config.data, tokenizer)
+    if len(source) < config.sft.examples:
+        raise ValueError(f"sft.examples={config.sft.examples}, but data has {len(source)} examples: set "
+                         f"sft.examples={len(source)} or give more")
+    source.sft_example(0)
+    return source
 
 
 def heldout_data(config: Config) -> DataConfig:

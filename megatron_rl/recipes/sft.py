@@ -22,7 +22,7 @@ from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.guarded import GuardedStep
 from megatron_rl.recipes.learner import build_trainable, packed_microbatches
 from megatron_rl.recipes.rl import export, log_until
-from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+from megatron_rl.recipes.serving import load_tokenizer, sft_source
 from megatron_rl.train_step.optimizer import learning_rate
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
@@ -38,10 +38,8 @@ def run(config: Config) -> None:
     state = checkpoints.restore()
     exporter = Exporter(policy, here)
     guarded = GuardedStep(config, here, step, exporter, temperature=1.0)
-    source = prompt_source(config, config.data, load_tokenizer(config.model.path))
+    source = sft_source(config, load_tokenizer(config.model.path))
     options = config.sft
-    if len(source) < options.examples:
-        raise ValueError(f"sft.examples={options.examples}, but data has {len(source)} examples")
     per_epoch = options.steps_per_epoch
     room = config.batch.tokens_per_microbatch * config.parallel.cp
     done, tokens = (0, 0) if state is None else (state["step"], state["tokens"])

@@ -148,6 +148,9 @@ def with_key(engine: EngineConfig) -> EngineConfig:
 
 def _check_gpus(engine: EngineConfig, number: int) -> None:
     needed, found = engine.first_gpu + (number + 1) * engine.tp, torch.cuda.device_count()
+    if engine.tp > 1 and resolve_device(engine.device) == "cpu":
+        raise ValueError(f"rollout.engine.tp={engine.tp} shares a model among GPUs, and this machine has none: "
+                         "leave it at 1")
     if resolve_device(engine.device) == "cuda" and needed > found:
         raise ValueError(f"rollout.engine.count={engine.count} engines of rollout.engine.tp={engine.tp} GPUs from "
                          f"rollout.engine.first_gpu={engine.first_gpu} on need {needed} GPUs, this machine has {found}")

@@ -28,10 +28,15 @@ def load_environment(path: str | None) -> Environment | None:
     if path is None:
         return None
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"rollout.environment={path} must be package.module.function")
     try:
-        found = importlib.import_module(module).__dict__[name]
-    except (ImportError, KeyError, ValueError) as error:
-        raise ValueError(f"rollout.environment={path}: {type(error).__name__}: {error}") from error
+        found = vars(importlib.import_module(module)).get(name)
+    except ImportError as error:
+        raise ValueError(f"rollout.environment={path}: cannot import {module} ({error}); start in the folder that "
+                         "holds it, or put that folder on PYTHONPATH") from error
+    if found is None:
+        raise ValueError(f"rollout.environment={path}: module {module} has no {name}")
     if not callable(found):
         raise ValueError(f"rollout.environment={path} is not a function")
     return found

@@ -8,10 +8,11 @@ import psutil
 import pytest
 import torch
 
+from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.model.architectures import read_config
 from megatron_rl.plan import plan_memory
-from megatron_rl.preflight import check_memory, network_of
+from megatron_rl.preflight import check_devices, check_memory, network_of, warn_of_shared_gpus
 from tests.tiny_models import write_tiny_bailing
 
 
@@ -37,3 +38,96 @@ def test_a_model_still_to_be_made_is_said_with_the_command_that_makes_it(experim
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"model.path=.* is not there yet: `.*{how}"):
         network_of(load([f"experiment={experiment}"]))
+
+
+def _without_weights(model):
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+
+
+def _cut_short(model):
+    file = next(model.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+DAMAGES = {
+    "config.json is not JSON": lambda model: (model / "config.json").write_text("{"),
+    "no *.safetensors file": _without_weights,
+    "is damaged or cut short": _cut_short,
+}
+
+
+@pytest.mark.parametrize("command", ["rl", "sft"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_before_anything_starts(damage, command, tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    DAMAGES[damage](model)
+    assert main([command, f"model.path={model}", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert str(model) in (said := capsys.readouterr().err) and damage in said
+
+
+def test_a_reference_that_is_no_checkpoint_is_named_by_its_key(tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    assert main(["rl", f"model.path={model}", "model.reference_path=nowhere", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "model.reference_path=nowhere: no *.safetensors file" in capsys.readouterr().err
+
+
+def test_a_run_in_place_of_its_model_is_answered_with_the_folder_of_the_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"run": {}}')
+    write_tiny_bailing(tmp_path / "hf")
+    with pytest.raises(ValueError, match=f"is a run's folder; the model that it wrote is {tmp_path}/hf"):
+        network_of(load([f"model.path={tmp_path}"]))
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl is not a file"),
+    (["data.source=chains"], "sft.examples=4000, but data has 20 examples: set sft.examples=20"),
+])
+def test_supervised_examples_are_looked_at_before_ranks_start(overrides, said, tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    assert main(["sft", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.size=20", *overrides]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("no_such_module.step", "cannot import no_such_module"), ("os.no_step", "module os has no no_step"),
+    ("step", "must be package.module.function"), ("os.sep", "is not a function")])
+def test_an_environment_that_is_not_there_is_named_before_an_engine_starts(path, said, tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", f"rollout.environment={path}"]) == 2
+    assert f"rollout.environment={path}" in (err := capsys.readouterr().err) and said in err
+
+
+def test_a_resumed_run_without_a_checkpoint_says_so(tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "resume=true", "data.path=none"]) == 2
+    assert "holds no checkpoint: the run begins at its start" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_a_file_is_named_by_its_key(tmp_path, capsys):
+    model, file = write_tiny_bailing(tmp_path / "model"), tmp_path / "file"
+    file.write_text('{"prompt": "1+1", "answer": "2"}\n')
+    assert main(["rl", f"model.path={model}", f"run.dir={file}"]) == 2
+    assert main(["data", "clean", f"data.path={file}", "--out", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert f"run.dir={file} is a file" in said and f"--out {file} is a file" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what is said without a GPU")
+def test_what_needs_a_gpu_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="model.kernels.router=triton needs a GPU"):
+        check_devices(load(["model.kernels.router=triton"]))
+
+
+def test_ranks_need_a_gpu_each_and_engines_beside_them_one_of_their_own(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="parallel.world_size=4 ranks need a GPU each, and this machine has 2"):
+        check_devices(load(["parallel.world_size=4"]))
+    check_devices(two := load(["parallel=dp2"]))
+    warn_of_shared_gpus(two)
+    assert "set rollout.engine.first_gpu=2" in capsys.readouterr().err
+    for apart in ("rollout.engine.first_gpu=2", "rollout.engine.colocate=true"):
+        warn_of_shared_gpus(load(["parallel=dp2", apart]))
+    assert capsys.readouterr().err == ""

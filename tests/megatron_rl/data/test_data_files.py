@@ -81,7 +81,7 @@ def test_missing_and_empty_files_name_data_path(tmp_path, tokenizer):
         build(None, tokenizer)
     with pytest.raises(ValueError, match="data.path=.*nothing.jsonl is not a file"):
         build(str(tmp_path / "nothing.jsonl"), tokenizer)
-    with pytest.raises(ValueError, match="data.path=.* has 0 problem"):
+    with pytest.raises(ValueError, match="data.path=.* holds no problem"):
         build(write(tmp_path, [""]), tokenizer)
 
 
