@@ -23,7 +23,7 @@ from megatron_rl.model.slots import count_parameters
 from megatron_rl.recipes import stages
 
 __all__ = ["check_data", "check_devices", "check_folders", "check_memory", "check_sft_data", "network_of",
-           "refuse_earlier_run", "sizes_of", "validate", "warn_of_shared_gpus"]
+           "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
 
 
 MADE_BY = {"runs/quickstart/": "`make quickstart` makes it",
@@ -157,6 +157,15 @@ def check_memory(config: Config) -> None:
         raise ValueError(text)
     if peak > have:
         Console(stderr=True).print(f"megatron-rl: {text}")
+
+
+def warn_of_seen_problems(config: Config) -> None:
+    """A line where the held-out set is part of what is trained on."""
+    data = config.data
+    parts = data.mix.values() if data.mix and data.split == "all" else [data]
+    if config.eval.problems and config.eval.data is None and any(part.split != "train" for part in parts):
+        Console(stderr=True).print("megatron-rl: the held-out problems are among those that are trained on: set "
+                                   "data.split=train, or give others in eval.data", soft_wrap=True)
 
 
 def refuse_earlier_run(config: Config) -> None:

@@ -23,6 +23,7 @@ from megatron_rl.preflight import (
     check_memory,
     check_sft_data,
     refuse_earlier_run,
+    warn_of_seen_problems,
     warn_of_shared_gpus,
 )
 from megatron_rl.recipes import stages
@@ -42,6 +43,7 @@ def train_rl(config: Config) -> None:
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)))
     check_data(config)
+    warn_of_seen_problems(config)
     check_memory(config)
     with terminable(), engine_errors(), \
             engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:

@@ -20,6 +20,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 BLOCK = re.compile(r"^```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ASSIGNMENTS = re.compile(r"^(?:[A-Z_]+=\S+ +)+")
+QUOTED = re.compile(r"\$'([^']*)'")
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]{2,}\b|\.\.\.|<")
 
 
@@ -36,6 +37,12 @@ def commands() -> list[tuple[str, str]]:
                                    for text in part.values())]
     lines = (line.strip() for text in texts for line in text.splitlines())
     return found + [("--help", line) for line in lines if line.startswith("megatron-rl ")]
+
+
+def words(line: str) -> list[str]:
+    """As a shell reads them, $'...' with its line breaks."""
+    line = QUOTED.sub(lambda found: shlex.quote(found[1].replace("\\n", "\n")), line)
+    return shlex.split(line, comments=True)[1:]
 
 
 def anchors(page: Path) -> set[str]:
@@ -64,10 +71,9 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value)
 def test_commands_are_taken(page, line):
-    words = shlex.split(line, comments=True)[1:]
-    if words[0] == "COMMAND":
+    if line.startswith("megatron-rl COMMAND"):
         return
-    options = parse(words)
+    options = parse(words(line))
     overrides = getattr(options, "overrides", [])
     if overrides and not PLACEHOLDER.search(" ".join(overrides)):
         (plan if options.command == "pipeline" else load)(overrides)
@@ -84,4 +90,4 @@ def needs_nothing(line: str) -> bool:
 def test_commands_that_need_nothing_run(line, tmp_path, monkeypatch, capsys):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    assert main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
+    assert main(words(line)) == 0, capsys.readouterr().err

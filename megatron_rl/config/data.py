@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_rl.config.rules import require
+from megatron_rl.config.rules import require, require_real_breaks
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class DataConfig:
         require(self.source != "reasoning_gym" or self.task is not None,
                 "data.source=reasoning_gym needs data.task (a reasoning-gym dataset name, e.g. data.task=chain_sum)")
         require(self.size >= 1, f"data.size={self.size} must be at least 1")
+        for name in ("prompt_prefix", "prompt_suffix"):
+            require_real_breaks(f"data.{name}", getattr(self, name))
         self._check_mix()
 
     def _check_mix(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megatron_rl.config.rules import require
+from megatron_rl.config.rules import require, require_real_breaks
 
 ENGINE_KEY = "MEGATRON_RL_ENGINE_KEY"
 """The environment variable that holds the key of engines that we start."""
@@ -147,6 +147,8 @@ class RolloutConfig:
         for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency", "slice_tokens",
                      "retention_steps", "max_turns", "environment_threads"):
             require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be at least 1")
+        for text in self.stop:
+            require_real_breaks("rollout.stop", text)
         require(self.temperature > 0, f"rollout.temperature={self.temperature} must be positive")
         require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must lie in (0, 1]")
         require(self.max_response_tokens < self.max_context_tokens,

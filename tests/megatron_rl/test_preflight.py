@@ -12,7 +12,13 @@ from megatron_rl.cli import main
 from megatron_rl.config.load import load
 from megatron_rl.model.architectures import read_config
 from megatron_rl.plan import plan_memory
-from megatron_rl.preflight import check_devices, check_memory, network_of, warn_of_shared_gpus
+from megatron_rl.preflight import (
+    check_devices,
+    check_memory,
+    network_of,
+    warn_of_seen_problems,
+    warn_of_shared_gpus,
+)
 from tests.tiny_models import write_tiny_bailing
 
 
@@ -131,3 +137,13 @@ def test_ranks_need_a_gpu_each_and_engines_beside_them_one_of_their_own(monkeypa
     for apart in ("rollout.engine.first_gpu=2", "rollout.engine.colocate=true"):
         warn_of_shared_gpus(load(["parallel=dp2", apart]))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("overrides", "seen"), [
+    (["data.path=mine.jsonl"], True), (["data.path=mine.jsonl", "data.split=train"], False),
+    (["data.path=mine.jsonl", "eval.data={path: others.jsonl}"], False),
+    (["experiment=quickstart"], False), (["experiment=domains"], False),
+    (["data.source=mix", "data.mix={a: {path: a.jsonl, split: train}, b: {path: b.jsonl}}"], True)])
+def test_held_out_problems_that_are_trained_on_are_pointed_out(overrides, seen, capsys):
+    warn_of_seen_problems(load(overrides))
+    assert ("held-out problems are among those that are trained on" in capsys.readouterr().err) == seen

@@ -22,6 +22,11 @@ def test_an_override_reaches_a_key_that_no_yaml_mentions():
     assert config.c3po.phi == 4096  # from the experiment
 
 
+def test_a_line_break_in_the_shells_quotes_arrives_and_latex_is_left_alone():
+    config = load(['data.prompt_suffix="\nA: $\\nabla$"', 'rollout.stop=["\n"]'])
+    assert config.data.prompt_suffix == "\nA: $\\nabla$" and config.rollout.stop == ("\n",)
+
+
 def test_groups_are_chosen_by_name():
     config = load(["parallel=tp2_ep2", "algo=grpo"])
     assert (config.parallel.world_size, config.parallel.tp, config.parallel.ep) == (4, 2, 2)
@@ -60,6 +65,8 @@ def test_a_config_survives_json():
     (["data=problems.jsonl"], r"data must be a section, not 'problems\.jsonl'; set its keys, such as data\.source="),
     (["rollout.stop=[a"], r"cannot read 'rollout\.stop=\[a': text with commas"),
     (["data.prompt_suffix=Answer: x, y"], r"cannot read 'data\.prompt_suffix=Answer: x, y': text with commas"),
+    (['data.prompt_suffix="\\nA:"'], r"data\.prompt_suffix='.*' holds a backslash and an n, not a line break"),
+    (['rollout.stop=["\\n"]'], r"rollout\.stop='.*' holds a backslash and an n, not a line break"),
     (["/"], r"override '/' must look like section\.key=value; for a checkpoint's folder write model\.path=/"),
     (["optimizer.beta2=1.0"], r"optimizer\.beta2=1\.0 must lie in \[0, 1\)"),
     (["optimizer.warmup_fraction=2.0"], r"optimizer\.warmup_fraction=2\.0 must lie in \[0, 1\]"),
