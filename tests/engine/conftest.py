@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,13 +37,32 @@ ROLLOUT = RolloutConfig(
 PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13), (14, 15, 16, 17, 18))
 
 
-async def until_running(client: EngineClient) -> None:
-    """Until the engine decodes a request, however fast this machine is."""
-    while True:
-        loads = (await client._request("GET", "/v1/loads?include=core", None))["loads"]
-        if any(load["num_running_reqs"] for load in loads):
-            return
-        await asyncio.sleep(0.005)
+ATTEMPTS = 10
+
+
+async def running(client: EngineClient, prompt: Sequence[int], *, rid: str,
+                  sampling: SamplingParams) -> asyncio.Task[GenerateResult]:
+    """A request that the engine was seen to decode, named by its id; asked again should it end before that, since this
+    process may be held up for longer than a fast engine takes."""
+    for attempt in range(ATTEMPTS):
+        name = f"{rid}-{attempt}."
+        request = asyncio.create_task(client.generate(prompt, rid=name, sampling=sampling), name=name)
+        while not request.done():
+            loads = (await client._request("GET", "/v1/loads?include=core", None))["loads"]
+            if any(load["num_running_reqs"] for load in loads):
+                return request
+            await asyncio.sleep(0.005)
+        await request
+    raise AssertionError(f"request {rid} was never seen to run")
+
+
+def in_time[Outcome](attempt: Callable[[], Outcome], was_in_time: Callable[[Outcome], bool]) -> Outcome:
+    """The outcome of the first attempt that came while the engine was still at work."""
+    for _ in range(ATTEMPTS):
+        outcome = attempt()
+        if was_in_time(outcome):
+            return outcome
+    raise AssertionError(f"the engine had always ended before: {outcome}")
 
 
 class LiveEngine:

@@ -11,7 +11,7 @@ from megatron_rl.rollout.client import EngineClient, EngineHTTPError, SamplingPa
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.sync.publish import TensorPublisher
 from megatron_rl.types import Finish, VersionSpan
-from tests.engine.conftest import PROMPTS, LiveEngine, until_running
+from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import CHARACTERS
 
@@ -77,12 +77,11 @@ def test_aborted_response_is_returned_as_abort(live_engine: LiveEngine):
     sampling = SamplingParams(temperature=1.0, max_new_tokens=480, ignore_eos=True)
 
     async def start_and_abort():
-        request = asyncio.create_task(live_engine.client.generate((5, 6), rid="to-abort", sampling=sampling))
-        await until_running(live_engine.client)
-        await live_engine.client.abort("to-abort")
+        request = await running(live_engine.client, (5, 6), rid="to-abort", sampling=sampling)
+        await live_engine.client.abort(request.get_name())
         return await request
 
-    result = live_engine.call(start_and_abort())
+    result = in_time(lambda: live_engine.call(start_and_abort()), lambda result: result.finish is not Finish.LENGTH)
     assert result.finish is Finish.ABORT
     assert 0 < len(result.output_ids) < 480
 
@@ -100,23 +99,25 @@ def test_requests_beyond_those_that_run_wait_in_the_engine(live_engine: LiveEngi
         assert await client.waiting_requests() == 0
         return longest
 
-    assert 8 <= live_engine.call(longest_queue()) <= 40  # 32 run at a time
+    assert in_time(lambda: live_engine.call(longest_queue()), lambda longest: longest >= 8) <= 40  # 32 run at a time
 
 
 def test_response_that_outlives_a_publish_says_which_weights_sampled_which_tokens(live_engine: LiveEngine):
     """And each part has the log-probabilities of its own weights: no stale key-value cache."""
-    old, new = live_engine.weights, live_engine.new_weights()
     sampling = SamplingParams(temperature=1.0, max_new_tokens=240, ignore_eos=True)
 
-    async def generate():
+    async def generate(new):
         client = EngineClient(live_engine.client.base_url)
         async with client:
-            request = asyncio.create_task(client.generate((5, 6, 7), rid="long", sampling=sampling))
-            await until_running(client)
+            request = await running(client, (5, 6, 7), rid="long", sampling=sampling)
             await asyncio.to_thread(live_engine.publish, new)
             return await request
 
-    result = asyncio.run(generate())
+    def attempt():
+        old, new = live_engine.weights, live_engine.new_weights()
+        return asyncio.run(generate(new)), old, new
+
+    result, old, new = in_time(attempt, lambda outcome: outcome[0].weight_versions[-1].version == live_engine.version)
     first, second = result.weight_versions
     assert (first.version, second.version) == (live_engine.version - 1, live_engine.version)
     assert 0 == first.start < first.end == second.start < second.end == 240

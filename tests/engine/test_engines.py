@@ -27,7 +27,7 @@ from megatron_rl.launch.local import engines_for
 from megatron_rl.recipes.serving import engine_clients
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError, GenerateResult, SamplingParams
 from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, engine_command, group_members
-from tests.engine.conftest import PROMPTS, ROLLOUT, until_running
+from tests.engine.conftest import PROMPTS, ROLLOUT, running
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DETERMINISTIC = replace(ROLLOUT, engine=replace(ROLLOUT.engine, deterministic=True))
@@ -51,6 +51,12 @@ def wait_until_gone(process_group: int, timeout_s: float) -> list[int]:
     return members
 
 
+def wait_until_logged(process: EngineProcess, text: str) -> None:
+    while text not in process.log_tail():
+        assert process.alive
+        time.sleep(0.05)
+
+
 def generate_seeded(base_url: str, seeds: list[int], *, shuffle: int) -> dict[tuple[int, int], GenerateResult]:
     """Every prompt with every seed, all in flight at once, in an order drawn from `shuffle`."""
     keys = [(prompt, seed) for prompt in range(len(PROMPTS)) for seed in seeds]
@@ -70,6 +76,7 @@ def bits(results: dict[tuple[int, int], GenerateResult]) -> dict[tuple[int, int]
     return {key: result.output_ids.tobytes() + result.logprobs.tobytes() for key, result in results.items()}
 
 
+@pytest.mark.timeout(600)
 def test_deterministic_engine_and_its_end(model_folder: Path, tmp_path: Path):
     """Sampling is a function of (weights, prompt, seed), bit for bit, across processes and traffic.
 
@@ -98,7 +105,7 @@ def test_deterministic_engine_and_its_end(model_folder: Path, tmp_path: Path):
         assert len(seconds) >= 3  # server, scheduler, detokenizer
         assert min(seconds.values()) < 0.3 * seconds[second_group], "each imported everything"
         parent.send_signal(signal.SIGKILL)
-        assert wait_until_gone(second_group, timeout_s=10.0) == []
+        assert wait_until_gone(second_group, timeout_s=60.0) == []
 
         group = first.pid
         leave_a_request_running(first.base_url)
@@ -118,7 +125,7 @@ def wait_until_answering(base_url: str) -> None:
             while not await client.is_healthy():
                 await asyncio.sleep(0.25)
 
-    asyncio.run(asyncio.wait_for(wait(), 120.0))
+    asyncio.run(asyncio.wait_for(wait(), DETERMINISTIC.engine.start_timeout_s))
 
 
 def leave_a_request_running(base_url: str) -> None:
@@ -126,9 +133,7 @@ def leave_a_request_running(base_url: str) -> None:
 
     async def start() -> None:
         async with EngineClient(base_url) as client:
-            request = asyncio.create_task(client.generate((5, 6), rid="in-flight", sampling=sampling))
-            await until_running(client)
-            assert not request.done()
+            request = await running(client, (5, 6), rid="in-flight", sampling=sampling)
             request.cancel()
 
     asyncio.run(start())
@@ -145,10 +150,11 @@ def test_engine_that_dies_shows_the_end_of_its_log(tmp_path: Path):
 def test_engine_that_does_not_answer_in_time_is_ended(tmp_path: Path):
     command = [sys.executable, "-c", "import time; print('loading for ever', flush=True); time.sleep(600)"]
     process = EngineProcess(command, dict(os.environ), port=choose_port(None), log_path=tmp_path / "engine.log",
-                            start_timeout_s=2.0, stop_timeout_s=5.0)
+                            start_timeout_s=0.5, stop_timeout_s=5.0)
     process.start()
     group = process.pid
-    with pytest.raises(EngineError, match=r"start_timeout_s=2; the end of .*:\nloading for ever"):
+    wait_until_logged(process, "for ever")
+    with pytest.raises(EngineError, match=r"start_timeout_s=0.5; the end of .*:\nloading for ever"):
         process.wait_until_healthy()
     process.stop()
     assert group_members(group) == []
@@ -161,8 +167,7 @@ def test_engine_that_ignores_sigterm_is_killed(tmp_path: Path):
                             stop_timeout_s=0.5)
     process.start()
     group = process.pid
-    while "deaf" not in process.log_tail():
-        time.sleep(0.05)
+    wait_until_logged(process, "deaf")
     process.stop()
     assert group_members(group) == []
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
+from megatron_rl.rollout.client import EngineClient, SamplingParams
 from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
 from megatron_rl.sync.publish import TensorPublisher
-from tests.engine.conftest import PROMPTS, LiveEngine, until_running
+from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
 
@@ -66,18 +66,22 @@ def test_memory_is_released_for_training_and_given_back_around_the_publish(live_
 
 
 def test_it_is_not_released_under_a_running_request(live_engine, client, memory):
-    async def both() -> GenerateResult:
+    async def both() -> list[str]:
         async with client:
-            request = asyncio.create_task(client.generate(
-                PROMPTS[0], rid="running.", sampling=SamplingParams(1.0, 400, ignore_eos=True)))
-            await until_running(client)
-            assert not request.done()
+            request = await running(client, PROMPTS[0], rid="running",
+                                    sampling=SamplingParams(1.0, 400, ignore_eos=True))
+            client.asked.clear()
             await memory.release([client])
             assert request.done()
-            return await request
+            assert len((await request).output_ids) == 400
+            return list(client.asked)
 
-    assert len(asyncio.run(both()).output_ids) == 400
-    live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
+    def attempt() -> list[str]:
+        asked = asyncio.run(both())
+        live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
+        return asked
+
+    in_time(attempt, lambda asked: asked.count("flush_cache") > 1)  # it was refused while the request ran
     assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.rollout.client import EngineClient, GenerateResult
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.rollout.fleet import Fleet, FleetError
 from megatron_rl.rollout.responses import Responder, SamplingPlan, sampling_seed
 from megatron_rl.types import Finish, Prompt, Score
-from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
+from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine, in_time
 from tests.reference_bailing import response_logprobs
 
 
@@ -126,19 +124,30 @@ def test_exhausted_retries_say_what_the_engine_answered(live_engine, tokenizer):
                 replace(ROLLOUT, max_context_tokens=2048))
 
 
+class Keeping(EngineClient):
+    """Keeps how its requests ended at the engine."""
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        self.ends: list[Finish] = []
+
+    async def generate(self, *arguments, **options) -> GenerateResult:
+        result = await super().generate(*arguments, **options)
+        self.ends.append(result.finish)
+        return result
+
+
 def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer):
-    """flush_cache is refused while the engine has requests."""
     first, second = make_prompts(2)
-    config = replace(ROLLOUT, max_context_tokens=2048, max_response_tokens=500)
-    with pytest.raises(FleetError, match="p1"):
-        collect([live_engine.client], tokenizer, [first, too_long(second)], config)
-    for attempt in itertools.count():
-        try:
-            live_engine.call(live_engine.client.flush_cache())
-            return
-        except EngineHTTPError:
-            assert attempt < 10, "the engine still runs requests of a step that failed"
-            time.sleep(0.1)
+    config = replace(ROLLOUT, max_context_tokens=2048, max_response_tokens=500, retries=0)
+
+    def ends() -> list[Finish]:
+        client = Keeping(live_engine.process.base_url)
+        with pytest.raises(FleetError, match="p1"):
+            collect([client], tokenizer, [first, too_long(second)], config)
+        return client.ends
+
+    in_time(ends, lambda ends: len(ends) == 3 and Finish.ABORT in ends)
 
 
 def test_prompt_too_long_for_the_engine_is_named(live_engine: LiveEngine, tokenizer):

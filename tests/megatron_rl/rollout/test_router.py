@@ -101,7 +101,7 @@ def test_what_was_under_way_when_an_engine_failed_a_publish_is_asked_again_and_a
         await until(lambda: len(second.seen) == 1 and requests[0].done() != requests[1].done())
         first.version = first.label = 1
         publish(fleet, 1, first, failed=(second,))
-        await asyncio.wait_for(asyncio.gather(*requests), 30.0)
+        await asyncio.wait_for(asyncio.gather(*requests), 60.0)
         (rid,) = second.seen
         assert rid in first.aborted and first.seen.count(rid.replace("-0.", "-1.")) == 1
         held.set()

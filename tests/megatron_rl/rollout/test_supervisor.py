@@ -16,7 +16,7 @@ from megatron_rl.rollout.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
 
-CONFIG = EngineConfig(health_interval_s=0.1, hang_timeout_s=2.0, max_restarts=2)
+CONFIG = EngineConfig(health_interval_s=0.1, hang_timeout_s=6.0, max_restarts=2)
 SERVER = """
 import http.server, sys
 class Handler(http.server.BaseHTTPRequestHandler):
