@@ -6,6 +6,7 @@ Its isolation and its limits are the server's; what is right is still decided he
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -77,7 +78,7 @@ class RemoteProgram:
                 failure = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
                 if error.code < 500 and error.code not in BUSY:
                     break
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 failure = f"{type(error).__name__}: {error}"
             else:
                 if isinstance(answer, dict) and answer.get("status") in ("Success", "Failed"):

@@ -42,9 +42,9 @@ def test_the_last_closed_box_is_the_answer(text, box):
 
 
 def test_a_text_of_open_boxes_costs_one_pass():
-    start = time.perf_counter()
+    start = time.process_time()
     assert last_boxed("\\boxed{" * 20000) is None
-    assert time.perf_counter() - start < 1.0  # quadratic: 2 * 10^8 tokens
+    assert time.process_time() - start < 3.0  # quadratic: 2 * 10^8 tokens
 
 
 @pytest.mark.parametrize(("answer", "box"), [

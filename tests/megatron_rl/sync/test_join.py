@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +15,10 @@ from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.publish import PublishError
+
+
+over = threading.Event()
+"""Set when an engine that hangs has answered after all."""
 
 
 @contextmanager
@@ -54,16 +57,16 @@ async def refuse() -> web.Response:
 
 
 async def hang() -> web.Response:
-    await asyncio.sleep(60)
+    await asyncio.sleep(100)
+    over.set()
     return web.Response()
 
 
-@pytest.mark.parametrize("answer, why", [(refuse, "HTTP 400: .*no such device"), (hang, "no answer within 0.5 s")])
+@pytest.mark.parametrize("answer, why", [(refuse, "HTTP 400: .*no such device"), (hang, "no answer within 2 s")])
 def test_an_engine_that_does_not_join_the_group_is_named(answer, why):
     with engine(answer) as url:
-        publisher = BroadcastPublisher([EngineClient(url, control_timeout_s=0.5)], bucket_bytes=1000, backend="gloo",
+        publisher = BroadcastPublisher([EngineClient(url, control_timeout_s=2.0)], bucket_bytes=1000, backend="gloo",
                                        device="cpu")
-        began = time.monotonic()
         with pytest.raises(PublishError, match=f"publishing version 1: joining the group at .*{url}.*{why}"):
             publisher.publish([("a", torch.zeros(2))], 1)
-        assert time.monotonic() - began < 4.0
+        assert not over.is_set()
