@@ -1,9 +1,10 @@
-"""An HTTP server in front of an engine that passes everything on, but for requests it was told to spoil."""
+"""An HTTP server in front of an engine that passes everything on, but for requests it was told to spoil or to hold."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import aiohttp
 from aiohttp import web
@@ -15,11 +16,12 @@ class FaultyProxy:
     """`with FaultyProxy(url) as proxy:` listens on proxy.url. arm(kind, count) spoils the next `count` generations.
 
     kinds: error (HTTP 500), garbage (not JSON), cut (the connection ends in the middle of the answer), full (the
-    engine's answer when its queue is full).
+    engine's answer when its queue is full). Generations wait for as long as hold() is true: a run can then be killed at
+    one point, however fast it is.
     """
 
-    def __init__(self, target: str):
-        self._target = target
+    def __init__(self, target: str, hold: Callable[[], bool] = lambda: False):
+        self._target, self._hold = target, hold
         self._kind, self._left = "", 0
         self.spoiled = 0
         self.port = choose_port(None)
@@ -54,6 +56,8 @@ class FaultyProxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
+        while request.path == "/generate" and self._hold():
+            await asyncio.sleep(0.05)
         spoil = request.path == "/generate" and self._left > 0
         if spoil:
             self._left -= 1

@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.launch.local import rank_environment
 from megatron_rl.rollout.engines import EngineProcess
-from tests.engine.test_runs import ROOT, rows, timeless, wait_for_rows, weights_digest
+from tests.engine.faulty_proxy import FaultyProxy
+from tests.engine.test_runs import ROOT, kill_launcher, rows, timeless, wait_for_rows, weights_digest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -57,17 +57,18 @@ def to_the_end(folder: Path, url: str, *more: str) -> subprocess.CompletedProces
 
 
 def kill_at(stage: str, step: int, folder: Path, url: str) -> None:
-    """kill -9 when `stage` has begun and `step` steps of it are logged; nothing of it is left."""
-    process = subprocess.Popen(command(folder, url), cwd=ROOT, env=rank_environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while stage not in records(folder):
-        assert process.poll() is None, f"the pipeline ended early:\n{process.stderr.read()}"
-        time.sleep(0.05)
-    wait_for_rows(folder / stage, step, process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    _, alive = psutil.wait_procs([one for one in family if one.name() != "torch_shm_manager"], timeout=60)
-    assert not alive
+    """kill -9 when `stage` has begun and `step` steps of it are logged, from when on the engine samples nothing."""
+    def reached() -> bool:
+        return stage in records(folder) and len(rows(folder / stage)) >= step
+
+    with FaultyProxy(url, hold=reached) as proxy:
+        process = subprocess.Popen(command(folder, proxy.url), cwd=ROOT, env=rank_environment(),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while stage not in records(folder):
+            assert process.poll() is None, f"the pipeline ended early:\n{process.stderr.read()}"
+            time.sleep(0.05)
+        wait_for_rows(folder / stage, step, process)
+        kill_launcher(process)
 
 
 def records(folder: Path) -> dict[str, dict]:

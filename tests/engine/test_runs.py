@@ -20,7 +20,9 @@ import pytest
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment
 from megatron_rl.model.checkpoint_files import saved_steps
+from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.rollout.engines import EngineProcess
+from tests.engine.faulty_proxy import FaultyProxy
 from tests.engine.kills import Kill, differences, last_words, run_ranks, timeless, was_killed
 
 pytestmark = pytest.mark.slow
@@ -54,7 +56,7 @@ def run(*overrides: str, timeout_s: float = 200.0) -> subprocess.CompletedProces
 
 def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     path = run_dir / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_jsonl(path) if path.exists() else []
 
 
 def weights_digest(run_dir: Path) -> str:
@@ -67,6 +69,26 @@ def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_
         assert process.poll() is None, f"the run ended early:\n{process.stderr.read()}"
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.05)
+
+
+def kill_after(steps: int, run_dir: Path, engine_url: str, *overrides: str) -> None:
+    """kill -9 the launcher of a run that has logged so many steps and waits for the engine in the next."""
+    with FaultyProxy(engine_url, hold=lambda: len(rows(run_dir)) >= steps) as proxy:
+        process = subprocess.Popen(command(*overrides, f"rollout.engine.urls=[{proxy.url}]"), cwd=ROOT,
+                                   env=rank_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+        wait_for_rows(run_dir, steps, process)
+        kill_launcher(process)
+
+
+def kill_launcher(process: subprocess.Popen) -> None:
+    """kill -9; none of its ranks outlives it."""
+    # torch_shm_manager holds the last published bucket for as long as the engine, which lives on here, has it open
+    family = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() != "torch_shm_manager"]
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"outlived a killed launcher: {alive}"
+    process.wait()
+    process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +171,7 @@ def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
     path = tmp_path / "config_in.json"
     path.write_text(json.dumps(to_dict(config)))
     subprocess.run([sys.executable, "-m", "tests.engine.skip_one_publish", str(path)], cwd=ROOT,
-                   env=rank_environment(), check=True, timeout=120)
+                   env=rank_environment(), check=True, timeout=250)
     mismatch = [row["mismatch/max_abs"] for row in rows(tmp_path)]
     assert max(mismatch[:2]) < 1e-4 < 1e-3 < mismatch[2], mismatch
     assert [row["mismatch/alarm"] for row in rows(tmp_path)] == [0, 0, 1]
@@ -157,18 +179,11 @@ def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
 
 def test_a_run_killed_in_the_middle_ends_as_if_nothing_had_happened(whole_run, model, engine_url, tmp_path):
     run_dir = tmp_path / "killed"
-    same = (f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]")
-    process = subprocess.Popen(command(*same), cwd=ROOT, env=rank_environment(), stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    wait_for_rows(run_dir, 3, process)
-    # torch_shm_manager holds the last published bucket for as long as the engine, which lives on here, has it open
-    family = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() != "torch_shm_manager"]
-    process.kill()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, f"ranks outlived a killed launcher: {alive}"
+    same = (f"model.path={model}", f"run.dir={run_dir}")
+    kill_after(3, run_dir, engine_url, *same)
     assert [path.name for path in (run_dir / "checkpoints").glob("step_*")] == ["step_00000002"]
 
-    resumed = run(*same, "resume=true")
+    resumed = run(*same, f"rollout.engine.urls=[{engine_url}]", "resume=true")
     assert resumed.returncode == 0, resumed.stderr
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert [timeless(row) for row in rows(run_dir, name)] == [timeless(row) for row in rows(whole_run, name)]

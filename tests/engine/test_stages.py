@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
-import psutil
 import pytest
 
-from tests.engine.test_runs import command as run_command
 from tests.engine.test_runs import (  # noqa: F401 (fixtures)
     engine_url,
+    kill_after,
     rows,
     run,
     timeless,
-    wait_for_rows,
     weights_digest,
 )
-from tests.engine.test_runs import rank_environment as environment
 
 pytestmark = pytest.mark.slow
 
@@ -57,15 +53,9 @@ def test_a_reset_optimiser_counts_from_the_stage(whole):
 
 def test_a_run_killed_in_its_second_stage_ends_the_same(whole, model, engine_url, tmp_path):  # noqa: F811
     folder = tmp_path / "killed"
-    same = (*STAGES, f"model.path={model}", f"run.dir={folder}", f"rollout.engine.urls=[{engine_url}]")
-    process = subprocess.Popen(run_command(*same), env=environment(), stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    wait_for_rows(folder, 3, process, timeout_s=400)
-    family = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() != "torch_shm_manager"]
-    process.kill()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive
-    resumed = run(*same, "resume=true", timeout_s=400)
+    same = (*STAGES, f"model.path={model}", f"run.dir={folder}")
+    kill_after(3, folder, engine_url, *same)
+    resumed = run(*same, f"rollout.engine.urls=[{engine_url}]", "resume=true", timeout_s=400)
     assert resumed.returncode == 0, resumed.stderr
     assert [timeless(row) for row in rows(folder)] == [timeless(row) for row in rows(whole)]
     assert weights_digest(folder) == weights_digest(whole)

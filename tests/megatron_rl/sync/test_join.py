@@ -16,7 +16,6 @@ from megatron_rl.rollout.engines import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.publish import PublishError
 
-
 over = threading.Event()
 """Set when an engine that hangs has answered after all."""
 
