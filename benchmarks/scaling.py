@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ import torch
 
 from benchmarks import workload
 from benchmarks.common import Row, main, median
+from megatron_rl.rollout.engines import choose_port
 
 LAYOUTS = {"dp1": {"world_size": 1}, "dp2": {"world_size": 2}, "ep2": {"world_size": 2, "ep": 2}}
 
@@ -71,9 +71,7 @@ def run_rank(rank: int, layout: str, folder: str, port: int, quick: bool, repeat
 
 def run_layout(layout: str, folder: str, quick: bool, repeats: int) -> dict:
     """The ranks of one layout, spawned and waited for."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = choose_port(None)
     torch.multiprocessing.spawn(run_rank, args=(layout, folder, port, quick, repeats),
                                 nprocs=LAYOUTS[layout]["world_size"])
     return json.loads((Path(folder) / f"{layout}.json").read_text())

@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-START_S = LOAD_S = 60.0
+START_S = LOAD_S = 240.0
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
 
@@ -117,4 +117,4 @@ def browser(profile: Path) -> Iterator[Browser]:
         yield Browser(int(told.read_text().split()[0]))
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)

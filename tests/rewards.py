@@ -1,6 +1,9 @@
 """Rewards for tests that need groups of known kinds from an untrained model; reached by their dotted paths."""
 
+import os
+import time
 import zlib
+from pathlib import Path
 
 from megatron_rl.types import Prompt
 
@@ -8,6 +11,15 @@ from megatron_rl.types import Prompt
 def brevity(prompt: Prompt, response_text: str) -> float:
     """1 for a response of fewer than 40 characters."""
     return float(len(response_text) < 40)
+
+
+def held_brevity(prompt: Prompt, response_text: str) -> float:
+    """brevity; in the run whose folder HELD_RUN names, not before the file `allowed` there allows another step."""
+    if "HELD_RUN" in os.environ:
+        metrics, allowed = (Path(os.environ["HELD_RUN"], name) for name in ("metrics.jsonl", "allowed"))
+        while metrics.exists() and metrics.read_text().count("\n") >= int(allowed.read_text()):
+            time.sleep(0.05)
+    return brevity(prompt, response_text)
 
 
 def as_marked(prompt: Prompt, response_text: str) -> float:

@@ -19,7 +19,7 @@ def copy(tmp_path):
 
 def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", ".ci/setup.sh"], cwd=folder, env={**os.environ, **environment}, capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=600)
 
 
 def test_a_python_that_is_not_312_is_refused_by_running_it(copy):

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
-from megatron_rl.rollout.engines import EngineProcess, with_key
+from megatron_rl.rollout.engines import EngineProcess, choose_port, with_key
 from megatron_rl.rollout.router import router_process
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
 
@@ -78,7 +77,7 @@ def run_ranks(recipe: str, config: Config) -> None:
     log_path = run_dir / "trainer.log"
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
                f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
-               f"--master-port={free_port()}", "-m", "megatron_rl.train", recipe, str(launch_config)]
+               f"--master-port={choose_port(None)}", "-m", "megatron_rl.train", recipe, str(launch_config)]
     with log_path.open("ab") as log, terminable():
         begin = log.tell()
         guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
@@ -189,12 +188,6 @@ def check_disk(run_dir: Path) -> None:
     if free < MIN_FREE_BYTES:
         raise OSError(f"run.dir={run_dir}: {free / 2**20:.0f} MiB free, at least {MIN_FREE_BYTES / 2**20:.0f} MiB "
                       "needed; free some space or choose another run.dir")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def how_to_resume(run_dir: Path) -> str:

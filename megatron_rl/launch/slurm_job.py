@@ -25,12 +25,14 @@ from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.stop import STOPPED
-from megatron_rl.rollout.engines import with_key
+from megatron_rl.rollout.engines import PORTS, with_key
 
 POLL_S = 0.5
 HARDWARE = re.compile(r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus",
                       re.IGNORECASE)
 """In a rank's log: the machine's fault, not the program's."""
+MASTER_PORTS = range(10000, PORTS.start)
+"""Below the ports of engines, which may run beside rank 0, and those that the kernel hands out."""
 RANK_LOG = re.compile(r"rank-(\d+)\.log")
 FAULTS, EXCLUDED = "MEGATRON_RL_FAULTS", "MEGATRON_RL_EXCLUDED_NODES"
 """Environment of a job that replaces one whose node failed."""
@@ -97,7 +99,7 @@ class Job:
         write_json(path, to_dict(with_engines(self.config, urls, resume=self.restarts > 0)))
         world, nodes = self.config.parallel.world_size, len(self.trainer_hosts)
         environment = {"MASTER_ADDR": self.trainer_hosts[0] if nodes > 1 else "127.0.0.1",
-                       "MASTER_PORT": str(20000 + int(self.id) % 20000)}
+                       "MASTER_PORT": str(master_port(self.id))}
         ranks = self.step(
             "rank", [f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}",
                      f"--nodelist={','.join(self.trainer_hosts)}", "--kill-on-bad-exit=1"],
@@ -170,6 +172,11 @@ class Job:
         about = output(["scontrol", "show", "job", self.id])
         found = re.search(r"PreemptTime=(\S+)", about)
         return found is not None and found.group(1) not in ("None", "N/A", "Unknown")
+
+
+def master_port(job: str) -> int:
+    """Where rank 0 of the job listens for the others, known on every node."""
+    return MASTER_PORTS[int(job) % len(MASTER_PORTS)]
 
 
 def with_engines(config: Config, urls: tuple[str, ...], *, resume: bool) -> Config:

@@ -1,10 +1,10 @@
-"""An event loop in a thread of its own, so that requests go on while the caller waits for something else."""
+"""Threads beside the caller's: an event loop, so that requests go on while the caller waits, and single calls."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
@@ -42,6 +42,24 @@ class EventLoopThread:
     def cancel_all(self) -> None:
         """Returns once everything that ran has cleaned up."""
         self.run(_cancel_others())
+
+
+def in_thread(call: Callable[..., Any], *args: Any, daemon: bool) -> asyncio.Future:
+    """As asyncio.to_thread, in a thread of its own that nobody waits for when its result is not wanted any more.
+
+    daemon: not even Python, when it ends.
+    """
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:  # noqa: BLE001 -- handed on to whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=daemon).start()
+    return asyncio.wrap_future(future)
 
 
 async def _cancel_others() -> None:

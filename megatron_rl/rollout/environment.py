@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+from megatron_rl.rollout.background import in_thread
 from megatron_rl.types import Prompt
 
 Environment = Callable[[Prompt, Sequence[str]], str | None]
@@ -43,17 +43,19 @@ def load_environment(path: str | None) -> Environment | None:
 
 
 class EnvironmentThreads:
-    """Calls the environment in `threads` threads of its own; further calls wait, which is not counted as its time."""
+    """Calls the environment in at most `threads` threads; further calls wait, which is not counted as its time.
+
+    Not in an executor, whose threads Python waits for at its end: one that hangs would keep the run from ending.
+    """
 
     def __init__(self, environment: Environment, *, threads: int, timeout_s: float):
         self._environment, self._timeout_s = environment, timeout_s
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="environment")
         self._free = asyncio.Semaphore(threads)
 
     async def answer(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
         """The environment's next text."""
         async with self._free:
-            call = asyncio.get_running_loop().run_in_executor(self._pool, self._environment, prompt, tuple(turns))
+            call = in_thread(self._environment, prompt, tuple(turns), daemon=True)
             try:
                 return await asyncio.wait_for(call, self._timeout_s)
             except TimeoutError as error:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
+from megatron_rl.rollout.background import in_thread
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
 from megatron_rl.sync.memory import EngineMemory
@@ -88,8 +87,8 @@ class BroadcastPublisher(EnginePublisher):
 
         where = f"{what}: joining the group at {self._master_address}:{store.port}"
         joins = asyncio.create_task(self._on_all_or_none(where, join))
-        ours = _in_thread(_join_group, self._backend, store, world_size, self._group_name,
-                          timedelta(seconds=self._join_timeout_s))
+        ours = in_thread(_join_group, self._backend, store, world_size, self._group_name,
+                         timedelta(seconds=self._join_timeout_s), daemon=False)
         try:  # whoever fails first says why; the other would only wait
             await asyncio.wait({joins, ours}, return_when=asyncio.FIRST_EXCEPTION)
             if joins.done():
@@ -169,21 +168,6 @@ class BroadcastPublisher(EnginePublisher):
         """Ends the group, so that its memory is free."""
         if self._group is not None:
             self._run(self._leave())
-
-
-def _in_thread(call: Callable[..., Any], *args: Any) -> asyncio.Future:
-    """As asyncio.to_thread, but nobody waits for the thread when its result is not wanted any more."""
-    future: Future = Future()
-    future.set_running_or_notify_cancel()
-
-    def work() -> None:
-        try:
-            future.set_result(call(*args))
-        except RuntimeError as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=call.__name__).start()
-    return asyncio.wrap_future(future)
 
 
 def _join_group(

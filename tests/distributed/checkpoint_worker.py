@@ -17,12 +17,12 @@ import torch
 import tests.distributed.cases as cases
 from megatron_rl import topology
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
-from megatron_rl.launch.local import free_port
 from megatron_rl.model.adam_state import adam_shards, step_count
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter, load_hf, slots
+from megatron_rl.rollout.engines import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES, Case
@@ -138,7 +138,7 @@ def main(data: str, out: str) -> None:
         for world_size in (1, 2, 4):
             chosen = [job for job in jobs if job[-1].world_size == world_size]
             torch.multiprocessing.start_processes(
-                run_rank, args=(Path(data), Path(out), world_size, free_port(), chosen),
+                run_rank, args=(Path(data), Path(out), world_size, choose_port(None), chosen),
                 nprocs=world_size, start_method="fork")
 
 

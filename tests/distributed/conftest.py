@@ -19,7 +19,7 @@ from tests.distributed.reference_step import Reference, fill_logprobs, reference
 from tests.distributed.table import RED, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 280
+TIMEOUT_S = 600
 
 
 @dataclass

@@ -7,7 +7,6 @@ writes what it counted to FOLDER/measured.pt (rank 0, all ranks in order).
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import load_hf
+from megatron_rl.rollout.engines import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
@@ -153,9 +153,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 
 
 def main(folder: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = choose_port(None)
     torch.multiprocessing.start_processes(run_rank, args=(Path(folder), port), nprocs=WORLD_SIZE, start_method="fork")
 
 

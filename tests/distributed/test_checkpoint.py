@@ -14,8 +14,8 @@ import torch
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES
 from tests.distributed.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-TIMEOUT_S = 400
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+TIMEOUT_S = 800
 KINDS = ("model", "weight", "exp_avg", "exp_avg_sq")
 pairs = pytest.mark.parametrize(("source", "target"), [(source, target.name) for source, target in PAIRS])
 

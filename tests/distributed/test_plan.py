@@ -32,7 +32,7 @@ def model(tmp_path_factory) -> Path:
 def measured(model) -> list[dict]:
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.distributed.plan_worker", str(model)],
-                          cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+                          cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(model / "measured.pt")
 

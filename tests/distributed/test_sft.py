@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rl.config.load import load, to_dict
-from megatron_rl.launch.local import free_port, rank_environment, run_ranks
+from megatron_rl.launch.local import rank_environment, run_ranks
 from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.rollout.engines import choose_port
 from tests.distributed.sft_reference import batches, losses
 
 pytestmark = pytest.mark.slow
@@ -65,10 +66,10 @@ def test_rl_starts_from_an_epochs_folder_with_equal_logprobs(folder, rows):
     path, out = folder / "rl.json", folder / "logprob.json"
     path.write_text(json.dumps(to_dict(rl)))
     environment = rank_environment() | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                                        "MASTER_PORT": str(free_port())}
+                                        "MASTER_PORT": str(choose_port(None))}
     chosen = map(str, batches(config)[STEPS_PER_EPOCH])
     subprocess.run([sys.executable, "-m", "tests.distributed.sft_reference", str(path), str(out), *chosen],
-                   cwd=ROOT, env=environment, check=True, timeout=240)
+                   cwd=ROOT, env=environment, check=True, timeout=600)
     logprob, loss = json.loads(out.read_text()), rows["ep2"][STEPS_PER_EPOCH]["train/loss"]
     print(f"mean log-probability: RL {logprob:.8f}, SFT {-loss:.8f}")
     assert -logprob == pytest.approx(loss, abs=1e-6)

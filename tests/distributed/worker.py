@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.router import RoutingCounts
+from megatron_rl.rollout.engines import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
@@ -235,9 +235,7 @@ RUNS = {"kernels": run_kernels, "step": run_layout, "networks": run_networks, "e
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:
     """`run` in each layout on world_size forked ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = choose_port(None)
     torch.multiprocessing.start_processes(
         run_rank, args=(run, Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
         start_method="fork")

@@ -30,9 +30,9 @@ ROLLOUT = RolloutConfig(
     max_response_tokens=16,
     max_context_tokens=512,
     concurrency=16,
-    request_timeout_s=60.0,
+    request_timeout_s=300.0,
     retries=1,
-    engine=EngineConfig(max_running_requests=32, max_total_tokens=8192),
+    engine=EngineConfig(max_running_requests=32, max_total_tokens=8192, start_timeout_s=600.0),
 )
 PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13), (14, 15, 16, 17, 18))
 
@@ -72,7 +72,7 @@ class LiveEngine:
         self.process = process
         self.folder = folder
         self.config = json.loads((folder / "config.json").read_text())
-        self.client = EngineClient(process.base_url, timeout_s=60.0)
+        self.client = EngineClient(process.base_url, timeout_s=300.0)
         self.weights = tiny_bailing_weights(self.config)
         self.version = 0
         self.expected = ExpectedChecksums(self.config, engine_dtype=torch.float32)

@@ -24,7 +24,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch import local
 from megatron_rl.model.checkpoint_files import read_manifest, saved_steps, step_name
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.engines import EngineProcess, choose_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("rollout", "reward", "logprobs", "forward_backward", "optimiser", "publish", "save")
@@ -36,7 +36,7 @@ SETTINGS = [
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
     "rollout.engine.start_timeout_s=900",
 ]
-TIMEOUT_S = 400.0
+TIMEOUT_S = 800.0
 LOG = "ranks.log"
 CLOCKED = ("time", "tokens_per_s", "seconds", "flops", "rollout/engine_queue")  # beginnings of metrics' names
 WORKING_FILES = ("random.pt",)  # Python's own generator is drawn from by libraries, as often as they retry
@@ -63,7 +63,7 @@ def run_ranks(config: Config, kill: Kill) -> int:
     (run_dir / "killed.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
                f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
-               f"--master-port={local.free_port()}", "-m", "tests.engine.killed_rank", str(config_path), str(kill_path)]
+               f"--master-port={choose_port(None)}", "-m", "tests.engine.killed_rank", str(config_path), str(kill_path)]
     with (run_dir / LOG).open("wb") as log:  # no pipe: torch_shm_manager outlives the ranks and would hold it open
         return subprocess.run(command, cwd=ROOT, env=local.rank_environment(), stdout=log, stderr=log,
                               timeout=TIMEOUT_S, check=False).returncode

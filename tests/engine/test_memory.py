@@ -23,7 +23,7 @@ class Recording(EngineClient):
     """Keeps what it asks the engine to do, and of which memory."""
 
     def __init__(self, url: str):
-        super().__init__(url, timeout_s=60.0)
+        super().__init__(url, timeout_s=300.0)
         self.asked: list[str] = []
 
     async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:

@@ -35,7 +35,7 @@ def score(base_url: str, tokens: list[int]) -> np.ndarray:
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0}}
     request = urllib.request.Request(f"{base_url}/generate", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         scored = json.load(response)["meta_info"]["input_token_logprobs"]
     assert [token for _, token, _ in scored] == tokens
     return np.array([logprob for logprob, _, _ in scored[1:]])

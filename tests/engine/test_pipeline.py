@@ -17,7 +17,7 @@ from megatron_rl.rollout.engines import EngineProcess
 from tests.engine.faulty_proxy import FaultyProxy
 from tests.engine.test_runs import ROOT, kill_launcher, rows, timeless, wait_for_rows, weights_digest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STAGES = ["base", "long_cot_sft", "choice", "math_rl", "code_science_rl", "general_sft"]
 TRAINED = {"long_cot_sft": 8, "math_rl": 3, "code_science_rl": 2, "general_sft": 2}  # steps
@@ -53,7 +53,7 @@ def command(folder: Path, url: str, *more: str) -> list[str]:
 
 def to_the_end(folder: Path, url: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(folder, url, *more), cwd=ROOT, env=rank_environment(), capture_output=True, text=True,
-                          timeout=400)
+                          timeout=900)
 
 
 def kill_at(stage: str, step: int, folder: Path, url: str) -> None:

@@ -173,7 +173,7 @@ class Breaking(EngineClient):
     """Breaks off at its call number `at`, before the engine has heard of it or after the engine has obeyed."""
 
     def __init__(self, url: str, at: int, *, obeyed: bool):
-        super().__init__(url, timeout_s=60.0)
+        super().__init__(url, timeout_s=300.0)
         self._left, self._obeyed = at, obeyed
 
     async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:

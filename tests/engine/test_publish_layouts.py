@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
-from megatron_rl.launch.local import free_port, rank_environment
+from megatron_rl.launch.local import rank_environment
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.engines import EngineProcess, choose_port
 from megatron_rl.rollout.supervisor import Supervisor
 from tests.engine.publish_worker import PROBE
 from tests.tiny_models import write_tiny_bailing
@@ -76,8 +76,8 @@ def test_engines_serve_what_a_fresh_engine_loads_from_the_export(layout, served,
     path.write_text(json.dumps(to_dict(config)))
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={config.parallel.world_size}",
-         "--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "tests.engine.publish_worker", str(path),
-         str(served.version + 1)],
+         "--master-addr=127.0.0.1", f"--master-port={choose_port(None)}", "-m", "tests.engine.publish_worker",
+         str(path), str(served.version + 1)],
         cwd=ROOT, env=rank_environment(), check=True, timeout=600)
     served.version += 6
     for transport in ("tensor", "broadcast", "disk"):

@@ -88,7 +88,7 @@ def result(tmp_path_factory) -> dict:
                folder / "samples.pt")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.engine.replay_trainer", str(folder), "bfloat16"], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}, capture_output=True, text=True, timeout=180)
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(folder / "result.pt")
     found["engine"] = torch.from_numpy(np.concatenate(

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment
-from megatron_rl.model.checkpoint_files import saved_steps
+from megatron_rl.model.checkpoint_files import saved_steps, step_name
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.rollout.engines import EngineProcess
 from tests.engine.faulty_proxy import FaultyProxy
@@ -49,7 +49,7 @@ def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "megatron_rl.cli", "rl", *SMALL, *overrides]
 
 
-def run(*overrides: str, timeout_s: float = 200.0) -> subprocess.CompletedProcess:
+def run(*overrides: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess:
     return subprocess.run(command(*overrides), cwd=ROOT, env=rank_environment(), capture_output=True, text=True,
                           timeout=timeout_s)
 
@@ -63,7 +63,7 @@ def weights_digest(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "hf" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_s: float = 400.0) -> None:
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen, timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while len(rows(run_dir)) < count:
         assert process.poll() is None, f"the run ended early:\n{process.stderr.read()}"
@@ -85,7 +85,7 @@ def kill_launcher(process: subprocess.Popen) -> None:
     # torch_shm_manager holds the last published bucket for as long as the engine, which lives on here, has it open
     family = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() != "torch_shm_manager"]
     process.kill()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive, f"outlived a killed launcher: {alive}"
     process.wait()
     process.stderr.close()
@@ -171,7 +171,7 @@ def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
     path = tmp_path / "config_in.json"
     path.write_text(json.dumps(to_dict(config)))
     subprocess.run([sys.executable, "-m", "tests.engine.skip_one_publish", str(path)], cwd=ROOT,
-                   env=rank_environment(), check=True, timeout=250)
+                   env=rank_environment(), check=True, timeout=600)
     mismatch = [row["mismatch/max_abs"] for row in rows(tmp_path)]
     assert max(mismatch[:2]) < 1e-4 < 1e-3 < mismatch[2], mismatch
     assert [row["mismatch/alarm"] for row in rows(tmp_path)] == [0, 0, 1]
@@ -254,15 +254,15 @@ def test_what_ends_a_run_keeps_the_checkpoint_and_leaves_no_process(struck, exit
         ranks[-1].kill()
     else:
         engine_of(family).kill()
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == exit_code, errors
-    assert said in errors and "resume=true" in errors and "step 2" in errors, errors
-    _, alive = psutil.wait_procs(family, timeout=20)  # torch_shm_manager ends by itself a moment after its users
+    last = saved_steps(run_dir / "checkpoints")[-1]  # 2, or later where steps are quicker than this test
+    assert said in errors and "resume=true" in errors and f"step {last} in" in errors, errors
+    _, alive = psutil.wait_procs(family, timeout=120)  # torch_shm_manager ends by itself a moment after its users
     assert not alive
-    assert (run_dir / "checkpoints" / "step_00000002" / "loop.json").is_file()
+    assert last >= 2 and (run_dir / "checkpoints" / step_name(last) / "loop.json").is_file()
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_engine_is_started_again_and_a_killed_launcher_leaves_no_process(model, tmp_path):
     process, family = start(model, tmp_path, "rollout.engine.health_interval_s=0.5")
     before = engine_of(family)
@@ -272,8 +272,8 @@ def test_a_killed_engine_is_started_again_and_a_killed_launcher_leaves_no_proces
     family = psutil.Process(process.pid).children(recursive=True)
     assert engine_of(family).pid != before.pid
     process.kill()
-    assert process.wait(20) == -signal.SIGKILL
-    _, alive = psutil.wait_procs(family, timeout=30)
+    assert process.wait(120) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive, f"outlived the launcher: {[one.cmdline() for one in alive]}"
     process.stderr.close()
 

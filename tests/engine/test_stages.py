@@ -26,8 +26,7 @@ STAGES = ["parallel=single", "run.steps=7",
 @pytest.fixture(scope="module")
 def whole(model, engine_url, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("stages") / "whole"
-    done = run(*STAGES, f"model.path={model}", f"run.dir={folder}", f"rollout.engine.urls=[{engine_url}]",
-               timeout_s=500)
+    done = run(*STAGES, f"model.path={model}", f"run.dir={folder}", f"rollout.engine.urls=[{engine_url}]")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -55,7 +54,7 @@ def test_a_run_killed_in_its_second_stage_ends_the_same(whole, model, engine_url
     folder = tmp_path / "killed"
     same = (*STAGES, f"model.path={model}", f"run.dir={folder}")
     kill_after(3, folder, engine_url, *same)
-    resumed = run(*same, f"rollout.engine.urls=[{engine_url}]", "resume=true", timeout_s=400)
+    resumed = run(*same, f"rollout.engine.urls=[{engine_url}]", "resume=true")
     assert resumed.returncode == 0, resumed.stderr
     assert [timeless(row) for row in rows(folder)] == [timeless(row) for row in rows(whole)]
     assert weights_digest(folder) == weights_digest(whole)

@@ -17,9 +17,9 @@ stop() {
     [ ! -s "$STATE/munged.pid" ] || kill "$(cat "$STATE/munged.pid")" 2>/dev/null || true
 }
 
-wait_for() {  # wait_for COMMAND...: at most 20 s
+wait_for() {  # wait_for COMMAND...: at most 60 s
     local i
-    for i in $(seq 40); do "$@" >/dev/null 2>&1 && return; sleep 0.5; done
+    for i in $(seq 120); do "$@" >/dev/null 2>&1 && return; sleep 0.5; done
     echo "cluster.sh: no answer to: $*; logs: $STATE/*.log" >&2
     exit 1
 }

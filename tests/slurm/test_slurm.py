@@ -21,6 +21,7 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.launch.local import rank_environment
+from megatron_rl.observe.files import write_whole
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.engines import EngineProcess
 from tests.engine.test_ablations import SHORT
@@ -31,7 +32,7 @@ STATE = Path("/tmp/megatron_rl_slurm")
 STEPS = 12
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.timeout(1200),
+    pytest.mark.slow, pytest.mark.timeout(2400),
     pytest.mark.skipif(shutil.which("slurmctld") is None or shutil.which("munged") is None or os.getuid() != 0,
                        reason="needs root and Slurm: apt-get install slurm-wlm slurmctld slurmd slurm-client munge"),
 ]
@@ -83,7 +84,7 @@ def submit(environment, model: Path, run_dir: Path, *more: str) -> str:
     return re.search(r"job (\d+);", text).group(1)
 
 
-def wait_until(true, what: str, timeout_s: float = 300.0) -> None:
+def wait_until(true, what: str, timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"
@@ -100,6 +101,12 @@ def running_in(run_dir: Path) -> list[str]:
     return lines
 
 
+def allow(run_dir: Path, steps: int) -> None:
+    """A run with HELD_RUN in its environment goes so far and waits there (tests/rewards.py: held_brevity)."""
+    run_dir.mkdir(exist_ok=True)
+    write_whole(run_dir / "allowed", str(steps))
+
+
 def job_log(run_dir: Path, job: str) -> str:
     path = run_dir / "slurm" / f"job-{job}.log"
     return path.read_text() if path.exists() else ""
@@ -107,26 +114,36 @@ def job_log(run_dir: Path, job: str) -> str:
 
 def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through(cluster, model, engine_url, tmp_path):
     through, taken = tmp_path / "through", tmp_path / "taken"
-    command = [sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through)]
+    held = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
+    command = [sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through, *held)]
     whole = subprocess.run([*command, f"rollout.engine.urls=[{engine_url}]"], cwd=ROOT, env=cluster,
                            capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
 
-    job = submit(cluster, model, taken)
-    wait_until(lambda: len(rows(taken)) >= 1, "the first step")
+    allow(taken, 1)
+    job = submit(cluster | {"HELD_RUN": str(taken)}, model, taken, *held)
+    wait_until(lambda: len(rows(taken)) == 1, "the first step")
     slurm(cluster, "sbatch", "--partition=high", "--ntasks=8", f"--output={tmp_path}/high.log", "--wrap=sleep 1")
+    wait_until(lambda: re.search(r"PreemptTime=\d", slurm(cluster, "scontrol", "show", "job", job)), "the preemption")
+    allow(taken, 2)  # the step that it is in, after which it saves, if that is in time
     wait_until(lambda: "start 2" in job_log(taken, job), "the start after preemption")
-    written = (taken / "metrics.jsonl").stat().st_mtime_ns
-    wait_until(lambda: (taken / "metrics.jsonl").stat().st_mtime_ns > written and len(rows(taken)) >= 2,
-               "a step of the second start")
+    allow(taken, 3)
+    wait_until(lambda: len(rows(taken)) == 3, "a step of the second start")
     slurm(cluster, "scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
-    wait_until(lambda: "start 3" in job_log(taken, job), "the start after the signal")
+    wait_until(lambda: "asked to stop" in job_log(taken, job), "the signal")
+
+    def started_again() -> bool:
+        allow(taken, len(rows(taken)) + 1)  # the step that it is in; one more if the ranks have not heard of it yet
+        return "start 3" in job_log(taken, job)
+
+    wait_until(started_again, "the start after the signal")
+    allow(taken, STEPS)
     wait_until(lambda: job_log(taken, job).endswith("done\n"), "the end")
 
     assert "saved; back into the queue" in job_log(taken, job)
     assert [timeless(row) for row in rows(taken)] == [timeless(row) for row in rows(through)]
     assert weights_digest(taken) == weights_digest(through)
-    wait_until(lambda: not running_in(taken), "the job's processes to go", 30)
+    wait_until(lambda: not running_in(taken), "the job's processes to go", 240)
 
 
 def test_cancel_leaves_no_process(cluster, model, tmp_path):
@@ -134,8 +151,8 @@ def test_cancel_leaves_no_process(cluster, model, tmp_path):
     wait_until(lambda: rows(tmp_path / "run"), "the first step")
     assert running_in(tmp_path / "run")
     slurm(cluster, "scancel", job)
-    wait_until(lambda: not running_in(tmp_path / "run"), "the job's processes to go", 60)
-    wait_until(lambda: "JobState=CANCELLED" in slurm(cluster, "scontrol", "show", "job", job), "the job's end", 60)
+    wait_until(lambda: not running_in(tmp_path / "run"), "the job's processes to go", 240)
+    wait_until(lambda: "JobState=CANCELLED" in slurm(cluster, "scontrol", "show", "job", job), "the job's end", 240)
     assert "back into the queue" not in job_log(tmp_path / "run", job)
 
 

@@ -11,7 +11,7 @@ PATCHED = "torch.cuda.current_device.__module__ == 'megatron_rl.compat.megatron_
 
 
 def python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600)
 
 
 def test_pure_modules_leave_torch_alone():

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
-from megatron_rl.launch.slurm_job import with_engines
+from megatron_rl.launch.slurm_job import master_port, with_engines
+from megatron_rl.rollout.engines import PORTS
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +36,9 @@ def test_a_key_of_the_users_is_kept():
     config = replace(config, rollout=replace(config.rollout, engine=replace(config.rollout.engine, api_key_env="MINE")))
     ranks = with_engines(config, ("https://node1",), resume=False)
     assert ranks.rollout.engine.api_key_env == "MINE" and ENGINE_KEY not in os.environ
+
+
+def test_rank_0_listens_where_no_engine_may_and_neighbouring_jobs_do_not():
+    ports = [master_port(str(job)) for job in range(4_000_000, 4_002_000)]
+    assert len(set(ports)) == len(ports) and not set(ports) & set(PORTS)
+    assert 1024 <= min(ports) and max(ports) < 32768

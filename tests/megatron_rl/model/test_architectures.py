@@ -47,7 +47,7 @@ def logits(folders, tmp_path_factory) -> dict[str, torch.Tensor]:
         config, weights = config_and_weights(folder)
         shown[f"{name}-written"] = write_hf_folder(root / name, config, weights.items())
     subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.transformers_logits", str(root / "logits.pt"),
-                    json.dumps(TOKENS), *map(str, shown.values())], check=True, timeout=300)
+                    json.dumps(TOKENS), *map(str, shown.values())], check=True, timeout=600)
     found = torch.load(root / "logits.pt")
     return {name: found[str(folder)] for name, folder in shown.items()}
 

@@ -37,7 +37,7 @@ class SlowWrites(Checkpoints):
         self.go = threading.Event()
 
     def _write(self, *arguments):
-        assert self.go.wait(30)
+        assert self.go.wait(300)
         return super()._write(*arguments)
 
 
@@ -126,7 +126,7 @@ def test_a_background_save_holds_the_state_of_its_step_while_training_goes_on(st
 def test_a_finished_background_save_counts_from_the_next_poll(started, tmp_path):
     run = started(tmp_path, async_save=True)
     run.saves.save(1, {})
-    run.saves._pending.written.result(30)
+    run.saves._pending.written.result(300)
     run.saves.poll()
     assert run.saved() == ["step_00000001"]
 
@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_last_checkpoint_stays(st
             r"'.*step_00000002.partial/rank_00000.safetensors'; earlier checkpoints in .* are whole")):
         run.saves.save(2, {})
         assert in_background
-        run.saves._pending.written.exception(30)
+        run.saves._pending.written.exception(300)
         run.saves.poll()  # where the next step of a run would see it
     assert run.saved() == ["step_00000001"]
 
@@ -189,7 +189,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
         ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=2m none {disk} && exec "$0" -c "$1" {model} {disk}',
          sys.executable, FULL_DISK],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}, capture_output=True, text=True,
-        timeout=120)
+        timeout=600)
     assert done.returncode == 0, done.stderr
     message, saved, step = done.stdout.splitlines()[-3:]
     assert "checkpoint of step 2 could not be saved: rank 0: OSError: [Errno 28] No space left on device" in message

@@ -15,7 +15,7 @@ SLACK = 16 * 2**20  # what the allocator keeps, imports on first use, the sample
 def peaks(tmp_path_factory) -> dict[str, int]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.megatron_rl.model.memory_of_conversion",
-         str(tmp_path_factory.mktemp("memory"))], capture_output=True, text=True, timeout=300)
+         str(tmp_path_factory.mktemp("memory"))], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -74,7 +74,7 @@ def run_script(body, directory, mode, **environment):
               "from megatron_rl.observe import MetricsLog\n"
               f"with MetricsLog(sys.argv[1], ObserveConfig(wandb={mode!r}), {{'c3po': {{'phi': 64}}}}) as log:\n{body}")
     done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=True,
-                          timeout=120, cwd=REPOSITORY, env=os.environ | environment)
+                          timeout=600, cwd=REPOSITORY, env=os.environ | environment)
     return done.stdout.strip()
 
 

@@ -241,7 +241,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
         RewardPool(RewardConfig()).warm_up()
     """))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=250,
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600,
                             check=False)
     assert result.returncode != 0 and '__name__ == "__main__"' in result.stderr
 

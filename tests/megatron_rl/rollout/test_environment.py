@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -109,10 +111,10 @@ def test_as_many_environments_run_at_once_as_configured():
     together = threading.Barrier(threads)
 
     def meet(prompt: Prompt, turns: Sequence[str]) -> str:
-        together.wait(timeout=20.0)
+        together.wait(timeout=120.0)
         return turns[-1]
 
-    assert answers(meet, threads=threads, calls=threads, timeout_s=30.0) == [str(i) for i in range(threads)]
+    assert answers(meet, threads=threads, calls=threads, timeout_s=240.0) == [str(i) for i in range(threads)]
 
 
 def test_waiting_for_a_thread_is_not_the_environments_fault():
@@ -126,6 +128,25 @@ def test_waiting_for_a_thread_is_not_the_environments_fault():
             return False
 
     assert any(all_answered() for _ in range(5))  # a call that this machine held up for a second is another matter
+
+
+HANGS = """
+import asyncio, time
+from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads
+from megatron_rl.types import Prompt
+pool = EnvironmentThreads(lambda prompt, turns: time.sleep(900), threads=2, timeout_s=0.1)
+async def ask():
+    await pool.answer(Prompt("p", (1,), "", "", "math"), ["turn"])
+try:
+    asyncio.run(ask())
+except EnvironmentFailed:
+    print("named")
+"""
+
+
+def test_an_environment_that_hangs_does_not_keep_the_run_from_ending():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", HANGS], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "named\n"), done.stderr
 
 
 @pytest.mark.parametrize("path", ["nowhere.step", "examples.calculator_tool.calculator.nothing", "step"])
