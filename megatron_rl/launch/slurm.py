@@ -27,10 +27,14 @@ def job_folder(config: Config) -> Path:
 
 
 def job_script(config: Config) -> str:
-    """The text of job.sh. ValueError when the ranks cannot be laid out evenly over slurm.nodes."""
+    """The text of job.sh. ValueError when the ranks cannot be laid out evenly over slurm.nodes, or not publish."""
     slurm, world = config.slurm, config.parallel.world_size
     require(world % slurm.nodes == 0,
             f"slurm.nodes={slurm.nodes} does not divide parallel.world_size={world}: nodes run equally many ranks")
+    one_node = slurm.engine_nodes == 0 and (slurm.nodes == 1 or config.rollout.engine.count == 1)
+    require(one_node or bool(config.rollout.engine.urls) or config.rollout.publish != "tensor",
+            "rollout.publish=tensor goes through shared memory, which engines on other nodes do not have "
+            f"(slurm.nodes={slurm.nodes}, slurm.engine_nodes={slurm.engine_nodes}): choose broadcast or disk")
     folder = job_folder(config)
     directives = {
         "job-name": config.run.name, "output": folder / "job-%j.log", "open-mode": "append",

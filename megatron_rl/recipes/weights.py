@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -193,6 +192,5 @@ def build_publisher(config: Config, clients: Sequence[EngineClient], device: tor
         return TensorPublisher(clients, **shared)
     if config.rollout.publish == "broadcast":
         backend = "nccl" if device.type == "cuda" else "gloo"
-        return BroadcastPublisher(clients, **shared, backend=backend, device=device,
-                                  master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        return BroadcastPublisher(clients, **shared, backend=backend, device=device)
     return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)

@@ -233,11 +233,13 @@ class EngineProcess:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        process = self._process  # which kill() may take away meanwhile, in another thread
+        return process is not None and process.poll() is None
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        process = self._process
+        return None if process is None else process.pid
 
     def start(self) -> None:
         """Returns at once; the server needs some 10 s to answer."""

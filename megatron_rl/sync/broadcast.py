@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
+from megatron_rl.config.rollout import is_loopback
 from megatron_rl.rollout.background import in_thread
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
@@ -35,13 +38,12 @@ class BroadcastPublisher(EnginePublisher):
 
     def __init__(
         self, clients: Sequence[EngineClient], *, bucket_bytes: int, backend: Literal["gloo", "nccl"],
-        device: torch.device | str, master_address: str = "127.0.0.1", timeout_s: float = 300.0,
-        memory: EngineMemory | None = None,
+        device: torch.device | str, timeout_s: float = 300.0, memory: EngineMemory | None = None,
     ):
         super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
         self._backend = backend
         self._device = torch.device(device)
-        self._master_address = master_address
+        self._master_address = address_for([client.base_url for client in clients])
         self._timeout_s = timeout_s
         self._join_timeout_s = max(client.control_timeout_s for client in clients) + JOIN_SLACK_S
         self._group: dist.ProcessGroup | None = None
@@ -168,6 +170,25 @@ class BroadcastPublisher(EnginePublisher):
         """Ends the group, so that its memory is free."""
         if self._group is not None:
             self._run(self._leave())
+
+
+def address_for(urls: Sequence[str]) -> str:
+    """This machine's address on its way to the servers at `urls`: where all of them reach it. ValueError without one.
+
+    A way to another machine comes first: from there loopback leads nowhere, and from here that address does as well.
+    """
+    found = []
+    for url in urls:
+        parts = urlsplit(url)
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(place)  # of datagrams: finds the way and sends nothing
+                found.append(probe.getsockname()[0])
+        except OSError as error:
+            raise ValueError(f"rollout.engine.urls: no way to {url}: {error}") from error
+    return next((address for address in found if not is_loopback(address)), found[0])
 
 
 def _join_group(

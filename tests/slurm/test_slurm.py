@@ -30,6 +30,7 @@ from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/tmp/megatron_rl_slurm")
 STEPS = 12
+HELD = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(2400),
@@ -114,14 +115,13 @@ def job_log(run_dir: Path, job: str) -> str:
 
 def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through(cluster, model, engine_url, tmp_path):
     through, taken = tmp_path / "through", tmp_path / "taken"
-    held = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
-    command = [sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through, *held)]
+    command = [sys.executable, "-m", "megatron_rl.cli", "rl", *small(model, through, *HELD)]
     whole = subprocess.run([*command, f"rollout.engine.urls=[{engine_url}]"], cwd=ROOT, env=cluster,
                            capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
 
     allow(taken, 1)
-    job = submit(cluster | {"HELD_RUN": str(taken)}, model, taken, *held)
+    job = submit(cluster | {"HELD_RUN": str(taken)}, model, taken, *HELD)
     wait_until(lambda: len(rows(taken)) == 1, "the first step")
     slurm(cluster, "sbatch", "--partition=high", "--ntasks=8", f"--output={tmp_path}/high.log", "--wrap=sleep 1")
     wait_until(lambda: re.search(r"PreemptTime=\d", slurm(cluster, "scontrol", "show", "job", job)), "the preemption")
@@ -147,7 +147,9 @@ def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through
 
 
 def test_cancel_leaves_no_process(cluster, model, tmp_path):
-    job = submit(cluster, model, tmp_path / "run", "rollout.engine.count=2")
+    allow(tmp_path / "run", 1)
+    job = submit(cluster | {"HELD_RUN": str(tmp_path / "run")}, model, tmp_path / "run", "rollout.engine.count=2",
+                 *HELD)
     wait_until(lambda: rows(tmp_path / "run"), "the first step")
     assert running_in(tmp_path / "run")
     slurm(cluster, "scancel", job)

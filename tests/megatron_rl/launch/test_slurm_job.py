@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_rl.config.load import load
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.slurm import job_script
 from megatron_rl.launch.slurm_job import master_port, with_engines
 from megatron_rl.rollout.engines import PORTS
 
@@ -42,3 +44,11 @@ def test_rank_0_listens_where_no_engine_may_and_neighbouring_jobs_do_not():
     ports = [master_port(str(job)) for job in range(4_000_000, 4_002_000)]
     assert len(set(ports)) == len(ports) and not set(ports) & set(PORTS)
     assert 1024 <= min(ports) and max(ports) < 32768
+
+
+@pytest.mark.parametrize("elsewhere", [["slurm.engine_nodes=1"], ["slurm.nodes=2", "rollout.engine.count=2"]])
+def test_shared_memory_to_engines_on_other_nodes_is_refused(elsewhere):
+    with pytest.raises(ValueError, match="rollout.publish=tensor goes through shared memory"):
+        job_script(load(["experiment=quickstart", "rollout.publish=tensor", *elsewhere]))
+    job_script(load(["experiment=quickstart", "rollout.publish=broadcast", *elsewhere]))
+    job_script(load(["experiment=quickstart", "rollout.publish=tensor", "slurm.nodes=2"]))  # one engine, beside rank 0

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 import torch
 from aiohttp import web
 
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.schema import Config
+from megatron_rl.recipes.weights import build_publisher
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
@@ -49,6 +54,27 @@ def engine(answer) -> Iterator[str]:
         asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+
+
+def own_address() -> str:
+    """Of this machine, other than loopback."""
+    found = [each.address for name in psutil.net_if_addrs().values() for each in name
+             if each.family is socket.AF_INET and not each.address.startswith("127.")]
+    if not found:
+        pytest.skip("this machine has no address but loopback")
+    return found[0]
+
+
+@pytest.mark.parametrize("here_too", [False, True])
+def test_engines_elsewhere_are_told_an_address_that_they_can_reach(here_too, monkeypatch):
+    """Whatever the ranks call the first of them among themselves."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    config = RolloutConfig(publish="broadcast")
+    clients = [EngineClient(f"http://{host}:2000") for host in ["127.0.0.1"] * here_too + [own_address()]]
+    publisher = build_publisher(Config(rollout=config), clients, torch.device("cpu"))
+    assert publisher._master_address == own_address()
+    assert build_publisher(Config(rollout=config), clients[:here_too] or [EngineClient("http://localhost:2000")],
+                           torch.device("cpu"))._master_address == "127.0.0.1"
 
 
 async def refuse() -> web.Response:
