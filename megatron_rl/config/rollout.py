@@ -27,11 +27,12 @@ class EngineConfig:
 
     urls: of servers that run already. Servers started here listen on `host` (at `port`, or at a free one), have
     start_timeout_s to answer, are watched every health_interval_s, and are started again when they die or do not
-    answer for hang_timeout_s, max_restarts times each; at the end they have stop_timeout_s. A request waits up to
-    wait_timeout_s for a server that holds the current weights; pausing, joining a broadcast and the like may take
-    control_timeout_s. On another host than loopback a server asks for a key: that of servers started here is drawn for
-    each run, unless api_key_env names an environment variable that holds one, as it must for servers elsewhere. Keys
-    are never written down; whoever sees the network between the machines sees them, unless the URLs are https.
+    answer for hang_timeout_s, max_restarts times each without an hour of service in between; at the end they have
+    stop_timeout_s. A request waits up to wait_timeout_s for a server that holds the current weights; pausing, joining
+    a broadcast and the like may take control_timeout_s. On another host than loopback a server asks for a key: that of
+    servers started here is drawn for each run, unless api_key_env names an environment variable that holds one, as it
+    must for servers elsewhere. Keys are never written down; whoever sees the network between the machines sees them,
+    unless the URLs are https.
     tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
     others follow. Ranks of the trainer take the GPUs from 0, so leave them room, or share the GPUs with colocate: the
     engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).

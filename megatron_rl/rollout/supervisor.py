@@ -18,6 +18,8 @@ from megatron_rl.rollout.engines import EngineError, EngineProcess
 
 NOTHING_PUBLISHED = -1
 PROBE_TIMEOUT_S = 10.0
+FORGIVEN_AFTER_S = 3600.0
+"""A server that has answered for so long counts as new: a run may last for weeks."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ _LOG = logging.getLogger(__name__)
 class Supervisor:
     """`with Supervisor(processes, config):` starts all at once, waits until they answer, watches, stops them.
 
-    Raises EngineError when one cannot be started. Later, one that cannot be started again max_restarts times is
-    given up with a warning; the others go on.
+    Raises EngineError when one cannot be started. Later, one that was started again max_restarts times, with less than
+    FORGIVEN_AFTER_S of service after each, is given up with a warning; the others go on.
     """
 
     def __init__(self, processes: Sequence[EngineProcess], config: EngineConfig):
@@ -65,6 +67,7 @@ class _Keeper(threading.Thread):
         self.process, self._config = process, config
         self.stopping = threading.Event()
         self.restarts = 0
+        self._in_a_row, self._serves_since = 0, 0.0
         self._ready = threading.Event()
         self._failure: BaseException | None = None
 
@@ -79,7 +82,10 @@ class _Keeper(threading.Thread):
             self._ready.set()
             while not self.stopping.wait(self._config.health_interval_s):
                 why = self._what_is_wrong()
-                if why is not None and not self._restart(why):
+                if why is None:
+                    if time.monotonic() - self._serves_since > FORGIVEN_AFTER_S:
+                        self._in_a_row = 0
+                elif not self._restart(why):
                     return
         except (EngineError, OSError, subprocess.TimeoutExpired) as error:
             self._failure = error
@@ -94,6 +100,7 @@ class _Keeper(threading.Thread):
     def _start(self) -> None:
         self.process.start()
         self.process.wait_until_healthy(give_up=self.stopping)
+        self._serves_since = time.monotonic()
 
     def _what_is_wrong(self) -> str | None:
         """None, or why the server must be started again; waits for hang_timeout_s before it says that it hangs."""
@@ -123,10 +130,10 @@ class _Keeper(threading.Thread):
 
     def _restart(self, why: str) -> bool:
         """False when it is given up or not wanted any more."""
-        while self.restarts < self._config.max_restarts and not self.stopping.is_set():
-            self.restarts += 1
+        while self._in_a_row < self._config.max_restarts and not self.stopping.is_set():
+            self.restarts, self._in_a_row = self.restarts + 1, self._in_a_row + 1
             _LOG.warning("the engine on port %d %s: starting it again (%d of rollout.engine.max_restarts=%d)",
-                         self.process.port, why, self.restarts, self._config.max_restarts)
+                         self.process.port, why, self._in_a_row, self._config.max_restarts)
             self.process.kill()
             try:
                 self._start()

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.rollout import supervisor as supervisor_module
 from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, group_members
 from megatron_rl.rollout.supervisor import Supervisor
 
@@ -88,6 +90,18 @@ open({str(once)!r}, "w").close()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert supervisor.restarts == 2
+
+
+def test_one_that_has_served_for_long_counts_as_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor_module, "FORGIVEN_AFTER_S", 0.0)
+    process = server(tmp_path)
+    with Supervisor([process], replace(CONFIG, max_restarts=1)) as supervisor:
+        (keeper,) = supervisor._keepers
+        for restarts in (1, 2):
+            os.killpg(process.pid, signal.SIGKILL)
+            wait_for_another_pid(process, supervisor, restarts)
+            while keeper._in_a_row:  # until it has looked at it
+                time.sleep(0.05)
 
 
 def test_one_that_cannot_be_started_stops_the_others(tmp_path):
