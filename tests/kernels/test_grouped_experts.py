@@ -110,6 +110,29 @@ def test_a_slot_of_no_expert_touches_nothing_even_when_it_holds_nan(impl):
         assert torch.equal(actual, expected)
 
 
+@CPU_ONLY
+@pytest.mark.parametrize("tokens", [13, 0])
+def test_what_torch_leaves_unwritten_on_a_gpu_touches_nothing(tokens, monkeypatch):
+    """As is reported of CUDA: torch._grouped_mm writes no row of no expert, no gradient of an expert without rows, and
+    refuses to contract over no rows at all."""
+    real = torch._grouped_mm
+
+    def as_on_a_gpu(rows, weights, offs):
+        assert len(rows) > 0
+        unwritten = torch.arange(len(rows))[:, None] >= offs[-1]
+        empty = offs.diff(prepend=offs.new_zeros(1))[:, None, None] == 0
+        rows.register_hook(lambda grad: torch.where(unwritten, torch.nan, grad))
+        weights.register_hook(lambda grad: torch.where(empty, torch.nan, grad))
+        return torch.where(unwritten, torch.nan, real(rows, weights, offs=offs))
+
+    hidden_TH, gate_up, down, indices_TK, weights_TK = problem(*fitting("grouped_mm", SHAPES[1]))
+    tensors = hidden_TH[:tokens], gate_up, down, indices_TK[:tokens], weights_TK[:tokens]
+    expected = results(grouped_experts, *tensors, impl="loop")
+    monkeypatch.setattr(torch, "_grouped_mm", as_on_a_gpu)
+    for actual, truth in zip(results(grouped_experts, *tensors, impl="grouped_mm"), expected, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])
 def test_bfloat16_error_is_within_the_budget(impl):
     tensors = problem(48, 2, 4, 32, 24, torch.bfloat16)

@@ -131,9 +131,28 @@ def _loop_product(rows_NX, weights_EYX, ends_E):
 
 
 def _grouped_mm_product(rows_NX, weights_EYX, ends_E):
+    if not len(rows_NX):  # on CUDA the backward of torch._grouped_mm refuses to contract over no rows
+        return _loop_product(rows_NX, weights_EYX, ends_E)
     weights_EYX = weights_EYX if isinstance(weights_EYX, torch.Tensor) else torch.stack(tuple(weights_EYX))
     ends_E = ends_E.to(rows_NX.device)
+    weights_EYX = _ZeroWithoutRows.apply(weights_EYX, ends_E)
     return _Contiguous.apply(torch._grouped_mm(rows_NX, weights_EYX.transpose(-2, -1), offs=ends_E))
+
+
+class _ZeroWithoutRows(torch.autograd.Function):
+    """The identity; an expert without rows gets a zero gradient, which torch._grouped_mm may leave unwritten on CUDA
+    (reported for Blackwell)."""
+
+    @staticmethod
+    def forward(ctx, weights_EYX, ends_E):
+        ctx.save_for_backward(ends_E)
+        return weights_EYX.view_as(weights_EYX)
+
+    @staticmethod
+    def backward(ctx, grad_EYX):
+        ends_E, = ctx.saved_tensors
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        return torch.where(counts_E[:, None, None] > 0, grad_EYX, torch.zeros_like(grad_EYX[:1])), None
 
 
 class _Contiguous(torch.autograd.Function):
