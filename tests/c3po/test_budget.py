@@ -83,6 +83,7 @@ def test_totals_beyond_32_bits_of_tokens():
     ([1, 2], [0], {"phi": 1}, "permutation of range\\(2\\)"),
     ([1, -2], [0, 1], {"phi": 1}, "negative length"),
     ([1.0, 2.0], [0, 1], {"phi": 1}, "response_lengths_N"),
+    ([True, False], [0, 1], {"phi": 1}, "response_lengths_N"),
     ([1, 2], [0, 1], {"phi": 0}, "phi=0"),
     ([1, 2], [0, 1], {"phi": 1, "cutoff": "group"}, "cutoff='group'"),
 ])
@@ -110,6 +111,7 @@ def test_orders_of_other_steps_and_seeds_differ():
     pairs = [(0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (2 ** 32, 0), (11, 1), (1, 11)]
     orders = {tuple(selection_order(64, seed=seed, step=step).tolist()) for seed, step in pairs}
     assert len(orders) == len(pairs)
+    assert len({tuple(selection_order(64, seed=0, step=step).tolist()) for step in range(600)}) == 600
 
 
 def test_every_response_is_equally_likely_to_come_first():

@@ -52,13 +52,28 @@ def test_golden_icepop_keeps_its_borders(dtype):
 
 
 def test_golden_mismatch():
-    # Ratios old/rollout 2 and 4: k3 = 2 - 1 - ln 2 and 4 - 1 - 2 ln 2, together 4 - 3 ln 2; |log| = ln 2 and 2 ln 2.
-    old = torch.tensor([math.log(2), math.log(4), 50.0], dtype=torch.float64)
+    # Ratios 2 and 1/4: k3 = 2 - 1 - ln 2 and 1/4 - 1 + 2 ln 2, together 1/4 + ln 2; |log| = ln 2 and 2 ln 2.
+    old = torch.tensor([math.log(2), -math.log(4), 50.0], dtype=torch.float64)
     mask = torch.tensor([True, True, False])
     sums, maxima = mismatch_diagnostics(old, torch.zeros(3, dtype=torch.float64), mask)
-    assert (sums["mismatch_kl"].sum.item(), sums["mismatch_kl"].count.item()) == (pytest.approx(4 - 3 * math.log(2)), 2)
+    assert (sums["mismatch_kl"].sum.item(), sums["mismatch_kl"].count.item()) == (pytest.approx(0.25 + math.log(2)), 2)
     assert (sums["mismatch_abs"].sum.item(), sums["mismatch_abs"].count.item()) == (pytest.approx(3 * math.log(2)), 2)
     assert maxima["mismatch_abs"].value.item() == pytest.approx(2 * math.log(2))
+
+
+def test_a_small_mismatch_keeps_its_digits_in_float32():
+    # log ratio 1e-3: k3 = 1e-6/2 + 1e-9/6; r - 1 would be rounded to multiples of 1.2e-7.
+    sums, _ = mismatch_diagnostics(torch.tensor([1e-3]), torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    assert sums["mismatch_kl"].sum.item() == pytest.approx(5.00167e-7, rel=1e-3)
+
+
+def test_sequence_masks_keep_their_borders_and_are_zero_outside_the_mask():
+    # k of two sequences: 1/2, 1/2 and 2, 2, each with one unselected token.
+    old = torch.tensor([-1.0, -1.0, 9.0, 1.0, 1.0, 9.0], dtype=torch.float64) * math.log(2)
+    mask, ids = torch.tensor([True, True, False] * 2), torch.tensor([0] * 3 + [1] * 3)
+    given = (old, torch.zeros(6, dtype=torch.float64), mask, ids)
+    assert geometric_mean_mask(*given, low=0.5, high=2.0)[0].tolist() == mask.double().tolist()
+    assert token_veto_mask(*given, min_ratio=0.5)[0].tolist() == mask.double().tolist()
 
 
 @pytest.mark.parametrize("masked", [math.inf, -math.inf, math.nan])
@@ -102,10 +117,23 @@ def test_long_sequences_are_judged_by_the_mean_and_not_by_the_product():
     assert not bool(geometric_mean_mask(*given, low=0.9, high=1.009)[0].any())
 
 
-def test_weights_carry_no_gradient_and_are_float32_for_half_precision():
+@pytest.mark.parametrize("weigh", [
+    lambda *a: tis_weights(*a, cap=2.0), lambda *a: icepop_weights(*a, low=0.5, high=5.0),
+    lambda *a: kpop_weights(*a, max_kl=0.1),
+    lambda *a: geometric_mean_mask(*a, torch.zeros(7, dtype=torch.int64), low=0.5, high=5.0),
+    lambda *a: token_veto_mask(*a, torch.zeros(7, dtype=torch.int64), min_ratio=0.1)])
+def test_weights_carry_no_gradient_and_are_float32_for_half_precision(weigh):
     old, rollout = old_and_rollout(dtype=torch.bfloat16)
-    weights, _ = tis_weights(old.requires_grad_(), rollout, MASK, cap=2.0)
+    weights, sums = weigh(old.requires_grad_(), rollout, MASK)
     assert not weights.requires_grad and weights.dtype == torch.float32
+    assert not any(value.sum.requires_grad for value in sums.values())
+
+
+def test_diagnostics_carry_no_gradient():
+    old, rollout = old_and_rollout()
+    sums, maxima = mismatch_diagnostics(old.requires_grad_(), rollout, MASK)
+    assert not any(value.sum.requires_grad for value in sums.values())
+    assert not maxima["mismatch_abs"].value.requires_grad
 
 
 def test_no_token_gives_zero_counts():

@@ -162,6 +162,17 @@ def test_no_lower_bound():
         assert logprobs.grad.item() == pytest.approx(1 / 8)
 
 
+@pytest.mark.parametrize(("surrogate", "low", "high"), [("ppo", 1, 1), ("cispo", 2, 1)])
+def test_each_bound_counts_with_its_own_width(surrogate, low, high):
+    # Bounds 0.9 and 1.3. r = 0.85, 1.2, 1.4, 0.85 with A = -1, 1, 1, 0: the first is below, the third above; the last
+    # is below for CISPO, which weighs it otherwise, and has nothing for PPO to cut.
+    logprobs = tensor(0.85, 1.2, 1.4, 0.85).log()
+    config = C3POLossConfig(surrogate=surrogate, clip_eps_low=0.1, clip_eps_high=0.3, kl_coef=0, entropy_coef=0)
+    _, sums = c3po_loss(logprobs, torch.zeros(4, dtype=F64), tensor(-1.0, 1.0, 1.0, 0.0),
+                        torch.ones(4, dtype=torch.bool), phi=1, config=config)
+    assert (sums["clip_low_fraction"].sum.item(), sums["clip_high_fraction"].sum.item()) == (low, high)
+
+
 def test_mismatch_weights_scale_the_policy_gradient_of_every_surrogate_and_nothing_else():
     """C3PO, the correction and the surrogate are separate switches: each product of them is the product."""
     logprobs, inputs, lengths_T = step(SEED)
@@ -249,7 +260,9 @@ def test_a_step_without_tokens_divides_by_one():
      "sequence_ids must be int64"),
     (lambda x, m, i: kpop_weights(x, x, m, max_kl=0.0), "max_kl=0.0"),
     (lambda x, m, i: geometric_mean_mask(x, x, m, i, low=2.0, high=1.0), "low=2.0"),
+    (lambda x, m, i: geometric_mean_mask(x, x, m, i, low=0.0, high=1.0), "low=0.0"),
     (lambda x, m, i: token_veto_mask(x, x, m, i, min_ratio=1.0), "min_ratio=1.0"),
+    (lambda x, m, i: token_veto_mask(x, x, m, i, min_ratio=0.0), "min_ratio=0.0"),
     (lambda x, m, i: token_veto_mask(x, x, m, i.float(), min_ratio=0.1), "sequence_ids must be int64"),
 ])
 def test_bad_input_is_named(call, message):

@@ -212,6 +212,10 @@ def test_bad_config_names_its_key(key, value):
         C3POLossConfig(**{key: value})
 
 
+def test_zero_is_a_coefficient_and_a_width():
+    C3POLossConfig(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0, entropy_coef=0.0)
+
+
 @pytest.mark.parametrize("objective", ["c3po", "grpo"])
 @pytest.mark.parametrize(("changed", "message"), [
     ({"ref_logprobs": None}, "kl_coef=0.1 needs ref_logprobs"),

@@ -24,6 +24,10 @@ def test_golden_soft_overlong_penalty():
     torch.testing.assert_close(actual, torch.tensor([0.0, 0.0, -0.05, -0.5, -1.0, -1.0]))
 
 
+def test_the_buffer_may_be_the_whole_response():
+    assert soft_overlong_penalty(torch.tensor([25]), max_response_tokens=100, buffer_tokens=100).tolist() == [-0.25]
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="policy='drop'"):
         truncation_keep_mask(TRUNCATED, "drop")
