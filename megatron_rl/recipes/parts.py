@@ -193,6 +193,6 @@ def update_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         for key, value in result.sums.items():
             sums[key] = sums[key] + value if key in sums else value
     gauges = {key: [result.gauges[key] for result in results] for key in results[0].gauges}
-    combined = {key: sum(values) if key in totals else max(values) if "max_abs" in key
+    combined = {key: sum(values) if key in totals else float(np.max(values)) if "max_abs" in key
                 else float(np.mean(values)) for key, values in gauges.items()}
     return {**reduce_metrics(sums, None), **combined}

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,14 +21,12 @@ from megatron_rl.model.routing_replay import MicrobatchRouting
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
+from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports
 from megatron_rl.types import PackedMicrobatch, StepResult, SumCount
 
 TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
 """(micro-batch, logprobs [T], entropy [T]) -> (its share of the step's loss, detached sums and maxima)."""
 Routing = Sequence[MicrobatchRouting | None]
-TOTALS = ("loss", "selected_tokens")
-"""Sums that are reported whole, not divided by a count."""
-ROUTER_SUMS = ("balance_loss", "z_loss", "replay_differing", "replay_choices")
 
 
 class TrainStep:
@@ -230,55 +227,11 @@ class TrainStep:
         router = torch.stack([losses.loss_sums.get(k, torch.zeros((), device=here.device)).double()
                               for k in ROUTER_SUMS])
         torch.distributed.all_reduce(router, group=here.tp_dp_cp_group)
-        reports = here.gather_objects(_Report(
+        reports = here.gather_objects(RankReport(
             stage=here.pp_rank,
             sums=dict(zip(keys, sums.tolist(), strict=True)) if here.is_last_stage and keys else {},
             maxima={k: float(m.value) for k, m in self._maxima.items()}, router=router.tolist(),
             loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in counts.experts.items()},
             entropies={layer: float(counts.entropies[layer] / c.sum()) * self.policy.config.num_experts_per_tok
                        for layer, c in counts.experts.items()}))
-        return _merge(reports, max(1, self.policy.config.num_moe_layers))
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What one rank says of a step; sums and router are already reduced over its stage's ranks."""
-
-    stage: int
-    sums: dict[str, list[float]]
-    maxima: dict[str, float]
-    router: list[float]
-    loads: dict[int, float]
-    entropies: dict[int, float]
-
-
-def _merge(reports: Sequence[_Report], num_moe_layers: int) -> tuple[dict[str, SumCount], dict[str, float]]:
-    """One report per stage for sums and layers, all ranks for maxima; names as in docs/metrics.md."""
-    stages = {report.stage: report for report in reversed(reports)}.values()
-    sums, gauges = {}, {}
-    for key, (total, count) in (item for stage in stages for item in stage.sums.items()):
-        if key in TOTALS:
-            gauges[_name(key)] = total
-        else:
-            sums[_name(key)] = SumCount(total, count)
-    for report in reports:
-        for key, value in report.maxima.items():
-            gauges[_name(key)] = max(value, gauges.get(_name(key), value))
-    balance, z_loss, differing, choices = (sum(values) for values in zip(*(s.router for s in stages), strict=True))
-    gauges |= {"train/balance_loss": balance / num_moe_layers, "train/z_loss": z_loss / num_moe_layers}
-    if choices:
-        sums["router/replay_differing"] = SumCount(differing, choices)
-    loads = {layer: load for stage in stages for layer, load in stage.loads.items()}
-    entropies = {layer: entropy for stage in stages for layer, entropy in stage.entropies.items()}
-    if loads:
-        gauges["router/load_max_over_mean"] = sum(loads.values()) / len(loads)
-        gauges["router/entropy"] = sum(entropies.values()) / len(entropies)
-        gauges |= {f"router/load_max_over_mean/layer_{layer}": load for layer, load in sorted(loads.items())}
-    return sums, gauges
-
-
-def _name(key: str) -> str:
-    """docs/metrics.md's name of a sum of c3po."""
-    if key == "mismatch_abs":
-        return "mismatch/mean_abs"
-    return key.replace("mismatch_", "mismatch/", 1) if key.startswith("mismatch_") else f"train/{key}"
+        return merge_reports(reports, max(1, self.policy.config.num_moe_layers))

@@ -162,14 +162,14 @@ def test_no_lower_bound():
         assert logprobs.grad.item() == pytest.approx(1 / 8)
 
 
-@pytest.mark.parametrize(("surrogate", "low", "high"), [("ppo", 1, 1), ("cispo", 2, 1)])
+@pytest.mark.parametrize(("surrogate", "low", "high"), [("ppo", 1, 1), ("cispo", 2, 2)])
 def test_each_bound_counts_with_its_own_width(surrogate, low, high):
-    # Bounds 0.9 and 1.3. r = 0.85, 1.2, 1.4, 0.85 with A = -1, 1, 1, 0: the first is below, the third above; the last
-    # is below for CISPO, which weighs it otherwise, and has nothing for PPO to cut.
-    logprobs = tensor(0.85, 1.2, 1.4, 0.85).log()
+    # Bounds 0.9 and 1.3. r = 0.85, 1.2, 1.4 with A = -1, 1, 1: the first is below, the third above. Without advantage
+    # 0.85 and 1.4 are so for CISPO, which weighs them otherwise, and have nothing for PPO to cut.
+    logprobs = tensor(0.85, 1.2, 1.4, 0.85, 1.4).log()
     config = C3POLossConfig(surrogate=surrogate, clip_eps_low=0.1, clip_eps_high=0.3, kl_coef=0, entropy_coef=0)
-    _, sums = c3po_loss(logprobs, torch.zeros(4, dtype=F64), tensor(-1.0, 1.0, 1.0, 0.0),
-                        torch.ones(4, dtype=torch.bool), phi=1, config=config)
+    _, sums = c3po_loss(logprobs, torch.zeros(5, dtype=F64), tensor(-1.0, 1.0, 1.0, 0.0, 0.0),
+                        torch.ones(5, dtype=torch.bool), phi=1, config=config)
     assert (sums["clip_low_fraction"].sum.item(), sums["clip_high_fraction"].sum.item()) == (low, high)
 
 

@@ -16,7 +16,7 @@ from megatron_rl.batch import pack
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.recipes.objective import TokenObjective
-from megatron_rl.train_step.step import _name
+from megatron_rl.train_step.report import metric_name
 from megatron_rl.types import TrainSample
 
 TOTALS = StepTotals(phi=10, selected_tokens=7, num_responses=3, max_response_tokens=5)
@@ -117,7 +117,7 @@ def test_what_the_corrections_report_is_documented():
     page = (CONF_DIR.parent / "docs" / "metrics.md").read_text()
     section = page.split("## Only with a correction")[1].split("\n## ")[0]
     documented = set(re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE))
-    assert {_name(key) for key in reported - evaluate(AlgoConfig(loss=PLAIN))[1].keys()} == documented
+    assert {metric_name(key) for key in reported - evaluate(AlgoConfig(loss=PLAIN))[1].keys()} == documented
 
 
 def test_presets_are_the_papers():

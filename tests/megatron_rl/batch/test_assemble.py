@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_rl.batch import assemble, step_budget
+from megatron_rl.batch import BudgetFill, assemble, step_budget
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
@@ -179,6 +179,23 @@ def test_underfull_step_is_an_error_that_names_the_keys_only_when_asked():
     [batch] = run(groups, AlgoConfig(phi=11, underfull="train_short"))
     assert (batch.selection.selected_tokens, batch.selection.phi) == (10, 11)
     assert run(groups, AlgoConfig(phi=10, underfull="error"))[0].selection.selected_tokens == 10
+
+
+def test_without_a_budget_no_step_is_underfull():
+    groups = [group([rollout(1, 5), rollout(1, 5)], [1.0, 0.0])]
+    assert run(groups, AlgoConfig(objective="grpo", phi=11, underfull="error"))[0].selection.selected_tokens == 10
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_groups_needed_are_the_fewest_that_fill_every_step(seed, updates):
+    groups = random_groups(seed, num_prompts=9)
+    offered = [[r.response_tokens for r in g.rollouts] for g in groups]
+    for phi in (1, offered[0][0], sum(offered[0]) // updates, 40, 10 ** 6):  # also at the end of a response
+        algo = AlgoConfig(phi=max(1, phi), updates_per_rollout=updates, order="groups")
+        fewest = next((count for count in range(1, len(groups) + 1) if all(
+            batch.selection.selected_tokens == algo.phi for batch in run(groups[:count], algo))), None)
+        assert BudgetFill(algo, 1, 10_000).groups_needed(offered) == fewest
 
 
 def test_empty_responses_are_left_out():
