@@ -105,14 +105,16 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
     """Join the process group, build Megatron's groups and seed its random states.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them, one process.
-    Raises ValueError when the world that was started is not parallel.world_size.
+    Raises ValueError when the world that was started is not parallel.world_size, or cannot run this layout.
     """
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        _check_gloo(config)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size != config.world_size:
         raise ValueError(f"parallel.world_size={config.world_size}, but {world_size} processes were started")
-    has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
@@ -139,6 +141,15 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(), etp_size=config.etp,
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         device=device, control_group=dist.new_group(backend="gloo", timeout=WHILE_RANK_0_COLLECTS))
+
+
+def _check_gloo(config: ParallelConfig) -> None:
+    """ValueError where expert-tensor-parallel ranks would gather different numbers of rows, which gloo does not do."""
+    uneven = config.etp > 1 and (config.ep > 1 or config.tp * config.cp % config.etp > 0)
+    if uneven and config.token_dispatcher == "alltoall":
+        raise ValueError(f"parallel.etp={config.etp} with parallel.tp={config.tp}, cp={config.cp}, ep={config.ep}: "
+                         "ranks gather different numbers of rows, which needs GPUs (NCCL); here use parallel.etp=1 or "
+                         "parallel.token_dispatcher=allgather")
 
 
 def stop(*, keep_processes: bool = False) -> None:

@@ -94,6 +94,11 @@ def test_cap_holds_on_each_context_parallel_rank_with_its_padding(seed):
         assert pack([samples[i] for i in members], multiple_of=align, cp_size=cp_size).num_tokens <= cap
 
 
+def test_cap_holds_where_it_is_no_multiple_of_the_padding():
+    # 7 + 7 positions are padded to 16, above the cap of 14
+    assert plan_microbatches([7, 7], dp_size=1, tokens_per_microbatch=14, align=4) == [[[0], [1]]]
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("dp_size", [2, 4, 8])
 def test_dearest_rank_is_close_to_the_mean_on_heavy_tails(seed, dp_size):
