@@ -15,7 +15,14 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.model.network import check_layout
-from megatron_rl.preflight import check_data, network_of, refuse_earlier_run, sizes_of, validate
+from megatron_rl.preflight import (
+    check_data,
+    network_of,
+    refuse_earlier_run,
+    sizes_of,
+    validate,
+    warn_of_shared_gpus,
+)
 from megatron_rl.recipes.stages import stage_configs
 from megatron_rl.runs import engine_errors, prepare_model, prepare_smollm2, train_rl, train_sft, write_run_report
 
@@ -65,6 +72,7 @@ def slurm(options) -> int:
 
     config = load(options.overrides)
     sizes = validate(config, start=not options.dry_run)
+    warn_of_shared_gpus(config, slurm=True)
     if options.dry_run:
         print(submit(config, dry_run=True))
         return 0
@@ -206,6 +214,8 @@ def replay_step(options) -> int:
 
 def report(options) -> int:
     runs = [Path(run) for run in options.runs]
+    if options.out and Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name a file, such as {options.out}/report.html")
     write_run_report(runs, Path(options.out) if options.out else None)
     return 0
 

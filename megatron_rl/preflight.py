@@ -97,16 +97,17 @@ def check_devices(config: Config) -> None:
             "a smaller layout (parallel=single), or several machines (`megatron-rl slurm`)")
 
 
-def warn_of_shared_gpus(config: Config) -> None:
-    """A line where ranks and engines would hold memory of the same GPU at the same time."""
-    ranks, engine = config.parallel.world_size, config.rollout.engine
-    if not torch.cuda.is_available():
-        return
-    if not engine.urls and engine.device != "cpu" and not engine.colocate and engine.first_gpu < ranks:
+def warn_of_shared_gpus(config: Config, *, slurm: bool = False) -> None:
+    """A line where ranks and engines would hold memory of the same GPU at the same time, here or in a Slurm job."""
+    engine, job = config.rollout.engine, config.slurm
+    ranks = config.parallel.world_size // (job.nodes if slurm else 1)  # on one machine
+    on_gpus = job.gpus_per_node > 0 and job.engine_nodes == 0 if slurm else torch.cuda.is_available()
+    if on_gpus and not engine.urls and engine.device != "cpu" and not engine.colocate and engine.first_gpu < ranks:
+        apart = f"rollout.engine.first_gpu={ranks}" + (" or slurm.engine_nodes" if slurm else "")
         Console(stderr=True).print(
             f"megatron-rl: ranks and engines share GPU {engine.first_gpu}, where an engine takes rollout.engine."
-            f"mem_fraction_static={engine.mem_fraction_static} of the memory; set rollout.engine.first_gpu={ranks} for "
-            "GPUs of its own, or rollout.engine.colocate=true to take turns", soft_wrap=True)
+            f"mem_fraction_static={engine.mem_fraction_static} of the memory; set {apart} for GPUs of its own, or "
+            "rollout.engine.colocate=true to take turns", soft_wrap=True)
 
 
 def check_sft_data(config: Config) -> None:
@@ -134,7 +135,9 @@ def check_data(config: Config, *, training: bool = True) -> None:
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
             for data in (*[each.data][:training], *evaluation_data(each).values()):
-                rewards.check_domains(prompt_source(each, data, tokenizer).domains)
+                source = prompt_source(each, data, tokenizer)
+                source.prompt(0)  # generated ones are made on access, and their lengths looked at then
+                rewards.check_domains(source.domains)
 
 
 def check_memory(config: Config) -> None:

@@ -133,7 +133,7 @@ COMMANDS = {
         "Submits `megatron-rl rl` with the same keys; section slurm describes the job. Before its time limit it saves\n"
         "and is requeued. Logs: run.dir/slurm/ (docs/slurm.md).",
         """\
-  megatron-rl slurm experiment=ring_lite_rl_stage1 slurm.partition=gpu slurm.nodes=32 slurm.gpus_per_node=8 --dry-run
+  megatron-rl slurm experiment=ring_lite_rl_stage1 slurm.nodes=32 slurm.engine_nodes=8 rollout.engine.count=64 --dry-run
 """),
     "convert": Help("make checkpoints: upcycle a dense model, fetch SmolLM2, round trip"),
     "completion": Help("shell completion: source <(megatron-rl completion bash)"),

@@ -19,6 +19,7 @@ def test_words_that_no_command_takes_are_answered_with_its_help(words, said, cap
 @pytest.mark.parametrize(("words", "said"), [
     (["replay-step", "nowhere"], "nowhere is not the dump of a step"),
     (["select-checkpoint"], "select.folder is not set"),
+    (["report", "nowhere", "--out", "/"], "--out / is a folder"),
     (["report", "nowhere"], "nowhere is not the directory of a run"),
     (["config", "diff", __file__], f"{__file__} is not JSON"),
     (["evaluate", "runs"], "override 'runs' must look like section.key=value")])

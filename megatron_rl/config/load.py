@@ -20,7 +20,7 @@ from megatron_rl.config.schema import Config
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 SHORTHANDS = {"resume": "run.resume", "seed": "run.seed", "steps": "run.steps"}
 """Overrides that may be given without their section."""
-UNREADABLE = ("""text with commas, colons, brackets or quotes needs quotes of its own inside the shell's, """
+UNREADABLE = ("text with commas, colons, equals signs, brackets or quotes needs quotes of its own inside the shell's, "
               """such as 'data.prompt_suffix="Answer: x, y"' or 'rollout.stop=["a","b"]'""")
 
 

@@ -104,6 +104,13 @@ def test_an_environment_that_is_not_there_is_named_before_an_engine_starts(path,
     assert f"rollout.environment={path}" in (err := capsys.readouterr().err) and said in err
 
 
+def test_a_generated_prompt_that_has_no_room_is_named_before_an_engine_starts(tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=chains",
+                 "rollout.max_response_tokens=63", "rollout.max_context_tokens=64"]) == 2
+    assert "prompt(s) longer than 1 tokens" in capsys.readouterr().err
+
+
 def test_a_resumed_run_without_a_checkpoint_says_so(tmp_path, capsys):
     model = write_tiny_bailing(tmp_path / "model")
     assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "resume=true", "data.path=none"]) == 2
@@ -136,6 +143,14 @@ def test_ranks_need_a_gpu_each_and_engines_beside_them_one_of_their_own(monkeypa
     assert "set rollout.engine.first_gpu=2" in capsys.readouterr().err
     for apart in ("rollout.engine.first_gpu=2", "rollout.engine.colocate=true"):
         warn_of_shared_gpus(load(["parallel=dp2", apart]))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_whose_engines_share_the_ranks_gpus_says_so(capsys):
+    job = ["parallel.world_size=16", "slurm.nodes=2", "slurm.gpus_per_node=8"]
+    warn_of_shared_gpus(load(job), slurm=True)
+    assert "set rollout.engine.first_gpu=8 or slurm.engine_nodes for GPUs of its own" in capsys.readouterr().err
+    warn_of_shared_gpus(load([*job, "slurm.engine_nodes=1"]), slurm=True)
     assert capsys.readouterr().err == ""
 
 
