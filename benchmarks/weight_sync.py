@@ -27,7 +27,8 @@ from benchmarks import workload
 from benchmarks.common import Row, main, median, peak_growth_bytes
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.data.chains import chains_tokenizer
-from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
+from megatron_rl.model.fresh import bailing_config, random_weights
+from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess, choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher

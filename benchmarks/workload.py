@@ -20,7 +20,8 @@ from megatron_rl.config.schema import (
     ParallelConfig,
     RolloutConfig,
 )
-from megatron_rl.model.hf_folder import random_weights, write_hf_folder
+from megatron_rl.model.fresh import random_weights
+from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
 # A Qwen3-MoE, because transformers, TRL and this project all load it from the same folder. The output head has a tenth

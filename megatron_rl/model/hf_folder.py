@@ -1,4 +1,4 @@
-"""Hugging Face folders: written whole or not at all, in shards; and random weights for a fresh model.
+"""Hugging Face folders: written whole or not at all, in shards, and read tensor by tensor.
 
 No megatron here: the launcher writes and checks folders before any rank starts. Memory is bounded by one shard.
 """
@@ -6,16 +6,14 @@ No megatron here: the launcher writes and checks folders before any rank starts.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from difflib import get_close_matches
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -24,7 +22,7 @@ from safetensors.torch import save_file
 
 from megatron_rl.model.architectures import HF_FILES, architecture_of, parse_config
 from megatron_rl.model.network import Network
-from megatron_rl.model.slots import expected_shapes, network_slots
+from megatron_rl.model.slots import expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = (
@@ -32,101 +30,6 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tokenization_*.py",
 )
 DEFAULT_SHARD_BYTES = 2_000_000_000
-
-# The quick start's model (630,624 parameters); bailing_config replaces what it is given.
-_QUICKSTART_CONFIG: dict[str, Any] = {
-    "model_type": "bailing_moe",
-    "vocab_size": 96,
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "use_qkv_bias": False,
-    "use_bias": False,
-    "rms_norm_eps": 1e-6,
-    "norm_head": False,
-    "tie_word_embeddings": False,
-    "embedding_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "output_dropout": 0.0,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 512,
-    "rope_theta": 600000.0,
-    "rope_scaling": None,
-    "use_cache": True,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "num_experts": 8,
-    "num_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "moe_intermediate_size": 48,
-    "first_k_dense_replace": 0,
-    "torch_dtype": "float32",
-}
-
-
-def bailing_config(**keys: Any) -> dict[str, Any]:
-    """A complete config.json of a BailingMoe that SGLang accepts: the quick start's sizes where `keys` has none.
-
-    head_dim is hidden_size / num_attention_heads unless given. ValueError names an unknown or unfitting key.
-    """
-    for key in keys:
-        if key not in _QUICKSTART_CONFIG:
-            close = get_close_matches(key, _QUICKSTART_CONFIG, 1)
-            raise ValueError(f"config.json: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    config = {**_QUICKSTART_CONFIG, **keys}
-    model = parse_config(config, "config.json")
-    rules = (
-        (config["head_dim"] is not None or model.hidden_size % model.num_attention_heads == 0,
-         f"num_attention_heads={model.num_attention_heads} does not divide hidden_size={model.hidden_size}"),
-        (model.num_attention_heads % model.num_key_value_heads == 0,
-         f"num_key_value_heads={model.num_key_value_heads} does not divide "
-         f"num_attention_heads={model.num_attention_heads}"),
-        (model.head_dim % 2 == 0, f"head_dim={model.head_dim} must be even (rotary embedding)"),
-        (1 <= model.num_experts_per_tok <= model.num_experts,
-         f"num_experts_per_tok={model.num_experts_per_tok} must be in 1..num_experts={model.num_experts}"),
-    )
-    for holds, message in rules:
-        if not holds:
-            raise ValueError(f"config.json: {message}")
-    _dtype(config, "config.json")
-    return {**config, "head_dim": model.head_dim}
-
-
-def random_weights(config: dict[str, Any], seed: int, *,
-                   scheme: Literal["scaled", "normal"] = "scaled") -> Iterator[tuple[str, torch.Tensor]]:
-    """Random initial weights (name, tensor in the config's dtype), the same for the same seed. Norms are 1, biases 0.
-
-    normal: every matrix normal with deviation initializer_range. scaled: for small models trained from scratch;
-    embedding 0.5, head 0.02, projections 0.7 / sqrt(inputs), and those that write to the residual stream
-    1 / sqrt(inputs * 2 * layers), a routed expert's inputs counted num_experts_per_tok times.
-    """
-    if scheme not in ("scaled", "normal"):
-        raise ValueError(f"scheme={scheme!r} must be 'scaled' or 'normal'")
-    model, dtype = parse_config(config, "config.json"), _dtype(config, "config.json")
-    generator = torch.Generator().manual_seed(seed)
-    for parameter, slot in network_slots(model).items():
-        for name, shape in slot.shapes.items():
-            if len(shape) == 1:
-                yield name, torch.full(shape, 0.0 if parameter.endswith(".bias") else 1.0, dtype=dtype)
-                continue
-            deviation = model.initializer_range if scheme == "normal" else _scaled_deviation(model, parameter, shape)
-            yield name, (torch.randn(shape, generator=generator) * deviation).to(dtype)
-
-
-def _scaled_deviation(model: Network, parameter: str, shape: tuple[int, ...]) -> float:
-    if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        return 0.02 if parameter == "output_layer.weight" else 0.5
-    inputs = shape[1]
-    if parameter.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        summed = model.num_experts_per_tok if ".local_experts." in parameter else 1
-        return 1.0 / math.sqrt(inputs * summed * 2 * model.num_hidden_layers)
-    return 0.7 / math.sqrt(inputs)
 
 
 def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], *,
@@ -140,7 +43,7 @@ def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[
     where = f"{path}/config.json"
     architecture = architecture_of(config, where)
     config = {key: value for key, value in config.items() if key != "auto_map"} | architecture.identity
-    model, dtype = parse_config(config, where), _dtype(config, where)
+    model, dtype = parse_config(config, where), storage_dtype(config, where)
     shapes = expected_shapes(model)
     files = [*(HF_FILES / name for name in architecture.files),
              *(tokenizer_files(tokenizer_from) if tokenizer_from is not None else ())]
@@ -161,7 +64,8 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
     return found
 
 
-def _dtype(config: dict[str, Any], where: str) -> torch.dtype:
+def storage_dtype(config: dict[str, Any], where: str) -> torch.dtype:
+    """The dtype that a config.json gives the checkpoint's tensors; ValueError names the key."""
     name = config.get("torch_dtype", config.get("dtype"))
     if name not in DTYPES:
         raise ValueError(f"{where}: torch_dtype={name!r} must be one of {', '.join(DTYPES)}")

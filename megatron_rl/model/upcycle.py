@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from megatron_rl.model.architectures import read_config
-from megatron_rl.model.hf_folder import HFReader, bailing_config, check_checkpoint, write_hf_folder
+from megatron_rl.model.fresh import bailing_config
+from megatron_rl.model.hf_folder import HFReader, check_checkpoint, write_hf_folder
 from megatron_rl.model.network import Network
 
 ROUTER_STD = 0.02  # the same as Llama's initializer_range: near-uniform, yet no two experts alike

@@ -11,7 +11,8 @@ from megatron_rl.config.check import check_rl, check_sft
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import parse_config
-from megatron_rl.model.hf_folder import HFReader, bailing_config, check_checkpoint
+from megatron_rl.model.fresh import bailing_config
+from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.pipeline.plan import Plan, Stage
 from megatron_rl.preflight import check_data, network_of, sizes_of

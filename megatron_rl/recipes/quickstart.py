@@ -19,7 +19,8 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
 from megatron_rl.launch.local import engines_for, run_ranks
-from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
+from megatron_rl.model.fresh import bailing_config, random_weights
+from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe.report import LABELS, write_report
 from megatron_rl.recipes import evaluate
 

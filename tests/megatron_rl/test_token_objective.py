@@ -87,6 +87,37 @@ def test_icepop_is_what_c3po_says():
     assert 0 < report["icepop_low_fraction"].sum + report["icepop_high_fraction"].sum < 7
 
 
+def test_the_mismatch_is_of_the_policy_before_the_update():
+    batch, _ = microbatch()
+    gap = (batch.old_logprobs - batch.rollout_logprobs)[batch.loss_mask].abs()
+    report = evaluate(AlgoConfig(loss=PLAIN))[1]
+    assert report["mismatch_abs"].sum == pytest.approx(gap.sum()) and report["mismatch_abs"].count == 7
+    assert report["mismatch_max_abs"].value == pytest.approx(gap.max())
+
+
+def test_entropy_and_the_reference_policy_reach_the_loss():
+    batch, logprobs_T = microbatch()
+    batch.ref_logprobs = logprobs_T - 0.1
+    entropy_T = torch.ones_like(logprobs_T, requires_grad=True)
+    algo = AlgoConfig(loss=replace(PLAIN, kl_coef=0.1, kl_estimator="k1", entropy_coef=0.2))
+    loss, report = TokenObjective(algo, TOTALS)(batch, logprobs_T, entropy_T)
+    loss.backward()
+    torch.testing.assert_close(entropy_T.grad, torch.where(batch.loss_mask, -0.2 / 10, 0.0))
+    assert report["kl"].sum == pytest.approx(7 * 0.1)
+
+
+def test_without_a_pass_before_it_the_update_starts_from_its_own_logprobs():
+    gradients = []
+    for given in (True, False):
+        batch, logprobs_T = microbatch()
+        batch.old_logprobs = logprobs_T.clone() if given else None
+        logprobs_T.requires_grad_()
+        TokenObjective(AlgoConfig(loss=PLAIN, mismatch="tis", tis_cap=1.1), TOTALS)(
+            batch, logprobs_T, torch.zeros_like(logprobs_T))[0].backward()
+        gradients.append(logprobs_T.grad)
+    assert torch.equal(*gradients) and bool(gradients[0][batch.loss_mask].all())
+
+
 def test_every_switch_is_independent_of_the_others():
     """4 objectives x 3 surrogates x 4 corrections x 4 rejections: gradient times product of weights."""
     batch, _ = microbatch()

@@ -22,7 +22,8 @@ from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf
-from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
+from megatron_rl.model.fresh import bailing_config, random_weights
+from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.slots import expected_shapes
 
 SHARD_BYTES = 16 * 2**20

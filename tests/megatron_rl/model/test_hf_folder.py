@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_rl.model.architectures import parse_config, read_config
-from megatron_rl.model.hf_folder import bailing_config, random_weights, write_hf_folder
+from megatron_rl.model.fresh import bailing_config, random_weights
+from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.slots import count_parameters, expected_shapes
 from megatron_rl.model.smollm2 import WHEEL, extract_smollm2
 from tests.reference_bailing import bailing_logits
