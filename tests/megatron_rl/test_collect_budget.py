@@ -55,3 +55,24 @@ class OneGroupARound(TwoGroupsARound):
 def test_without_budget_and_dynamic_sampling_one_round_is_enough():
     config = build({"c3po": {"objective": "grpo"}, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
     assert len(collect_budget(config, OneGroupARound(), 0, Timers())[0]) == 1
+
+
+class NothingAtFirst(TwoGroupsARound):
+    """A budget of sampled tokens may end before the first group has finished."""
+
+    def collect(self, step: int, round_: int) -> list[RolloutGroup]:
+        return super().collect(step, round_) if round_ else []
+
+
+@pytest.mark.parametrize("underfull", ["collect_more", "train_short"])
+def test_a_round_without_a_group_is_followed_by_another(underfull):
+    config = build({"c3po": {"phi": 20, "underfull": underfull},
+                    "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
+    groups, [batch] = collect_budget(config, NothingAtFirst(), 0, Timers())
+    assert (len(groups), batch.selection.selected_tokens) == (2, 20)
+
+
+def test_rounds_that_give_nothing_at_all_are_an_error():
+    config = build({"c3po": {"phi": 20, "max_collect_rounds": 1}})
+    with pytest.raises(ValueError, match=r"step 0: 0 response tokens after c3po\.max_collect_rounds=1 rounds, 20"):
+        collect_budget(config, NothingAtFirst(), 0, Timers())
