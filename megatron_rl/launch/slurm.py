@@ -44,7 +44,7 @@ def job_script(config: Config) -> str:
         "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "exclude": slurm.exclude,
         "gpus-per-node": slurm.gpus_per_node or None,
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in directives.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {text}" for text in slurm.extra)]
     environment = rank_environment()
     exports = [f"export {name}={shlex.quote(environment[name])}" for name in CARRIED if name in environment]

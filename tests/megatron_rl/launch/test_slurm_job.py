@@ -1,6 +1,7 @@
 """What the ranks of a Slurm job are told of its engines."""
 
 import os
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -52,3 +53,11 @@ def test_shared_memory_to_engines_on_other_nodes_is_refused(elsewhere):
         job_script(load(["experiment=quickstart", "rollout.publish=tensor", *elsewhere]))
     job_script(load(["experiment=quickstart", "rollout.publish=broadcast", *elsewhere]))
     job_script(load(["experiment=quickstart", "rollout.publish=tensor", "slurm.nodes=2"]))  # one engine, beside rank 0
+
+
+def test_names_with_blanks_reach_sbatch_whole(tmp_path):
+    run_dir = tmp_path / "my runs"
+    text = job_script(load(["experiment=quickstart", "run.name='a b'", f"run.dir='{run_dir}'"]))
+    directives = [shlex.split(line) for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert ["#SBATCH", "--job-name=a b"] in directives
+    assert ["#SBATCH", f"--output={run_dir}/slurm/job-%j.log"] in directives
