@@ -15,6 +15,7 @@ import base64
 import io
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, buck
 from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.verify import WeightMismatchError
 
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 Check = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
@@ -268,13 +270,19 @@ class DiskPublisher(EnginePublisher):
 
 @contextmanager
 def _named_shared_memory() -> Iterator[None]:
-    """Inside, tensors are shared by name, which an unrelated process can open."""
+    """Inside, tensors are shared by name, which an unrelated process can open.
+
+    torch starts a process that keeps them. It inherits the blocked signals: a scheduler that asks the run to stop
+    signals every process, and without its keeper the publish before the last save would fail.
+    """
     strategy = torch.multiprocessing.get_sharing_strategy()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         yield
     finally:
         torch.multiprocessing.set_sharing_strategy(strategy)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _pickled(payload: object) -> str:
