@@ -76,3 +76,18 @@ def test_rounds_that_give_nothing_at_all_are_an_error():
     config = build({"c3po": {"phi": 20, "max_collect_rounds": 1}})
     with pytest.raises(ValueError, match=r"step 0: 0 response tokens after c3po\.max_collect_rounds=1 rounds, 20"):
         collect_budget(config, NothingAtFirst(), 0, Timers())
+
+
+class ThreeResponsesARound:
+    """One group of three responses of 5 tokens: dealt to two optimiser steps, 10 tokens and 5."""
+
+    def collect(self, step: int, round_: int) -> list[RolloutGroup]:
+        rollout = Rollout(np.arange(6, dtype=np.int32), np.arange(6) >= 1, np.zeros(6, np.float32), Finish.STOP, ())
+        scores = tuple(Score(value, "correct") for value in (1.0, 0.0, 0.0))
+        return [RolloutGroup(Prompt("id", (1,), "", "", "math"), (rollout,) * 3, ("",) * 3, scores)]
+
+
+def test_every_optimiser_step_of_a_rollout_must_be_full():
+    config = build({"c3po": {"phi": 6, "updates_per_rollout": 2}})
+    groups, batches = collect_budget(config, ThreeResponsesARound(), 0, Timers())
+    assert len(groups) == 2 and [batch.selection.selected_tokens for batch in batches] == [6, 6]
