@@ -3,7 +3,9 @@
 pebble.ProcessPool (5.x) gives every job a hard time limit: an expression like 9^9^9^9 costs its own slot and
 nothing else. Workers come from a fork server, never from a fork of the trainer, whose gloo and NCCL threads a
 fork would copy in mid-air; the server imports the scorers once, so a killed worker is replaced in well
-under a second. A broken pool (pebble declares one when a worker dies idle) is replaced, its jobs sent once more.
+under a second. A broken pool (pebble declares one when a worker dies idle) is replaced, its jobs sent once more; so
+are those of a worker that SIGTERM ended. A scheduler that asks the run to stop signals every process, and the run
+ends the step that it is in.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import resource
 import signal
 import sys
@@ -25,6 +29,7 @@ import pebble
 from megatron_rl.config.schema import RewardConfig
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.route import Routes
+from megatron_rl.signals import stop_unheard
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["RewardPool"]
@@ -89,7 +94,7 @@ class RewardPool:
             await asyncio.to_thread(self.warm_up)
         try:
             return await _outcome(self._submit(prepared))
-        except BrokenProcessPool:
+        except (BrokenProcessPool, pebble.ProcessExpired):
             return await _outcome(self._submit(prepared, last_attempt=True))
 
     def score_many(self, items: list[tuple[Prompt, str]]) -> list[Score]:
@@ -116,7 +121,7 @@ class RewardPool:
     def _wait(self, job: Job, outcome: Future[Score]) -> Score:
         try:
             return outcome.result()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, pebble.ProcessExpired):
             return self._submit(job, last_attempt=True).result()
 
     def _submit(self, job: Job, *, last_attempt: bool = False) -> Future[Score]:
@@ -148,6 +153,9 @@ class RewardPool:
             error = done.exception()
             if isinstance(error, BrokenProcessPool):
                 outcome.set_exception(RuntimeError(WORKERS_DIE) if last_attempt else error)
+                return
+            if _ended_from_outside(error) and not last_attempt:
+                outcome.set_exception(error)
                 return
             score = done.result() if error is None else self._failure(job, error)
             if score.status == "error":
@@ -190,6 +198,10 @@ class RewardPool:
         scorers = self._routes.scorers()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_preload(module for scorer in scorers for module in scorer.preload))
+        if multiprocessing.current_process().name == "MainProcess":  # in a worker, an unguarded script: WORKERS_DIE
+            for process in (multiprocessing.resource_tracker, multiprocessing.forkserver):
+                with stop_unheard():  # for each anew: the tracker's start unblocks SIGTERM
+                    process.ensure_running()
         warm_ups = tuple(dict.fromkeys(scorer.warm_up for scorer in scorers if scorer.warm_up is not None))
         return pebble.ProcessPool(max_workers=self._config.workers, initializer=_initialise_worker,
                                   initargs=(warm_ups,), context=context)
@@ -198,6 +210,10 @@ class RewardPool:
 async def _outcome(future: Future[Score]) -> Score:
     """Shielded: the future may be shared, so one caller's cancellation must not cancel it."""
     return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def _ended_from_outside(error: BaseException | None) -> bool:
+    return isinstance(error, pebble.ProcessExpired) and error.exitcode == -signal.SIGTERM
 
 
 def _preload(modules: Iterable[str]) -> list[str]:
@@ -214,7 +230,7 @@ def _preload(modules: Iterable[str]) -> list[str]:
 def _initialise_worker(warm_ups: tuple[Callable[[], None], ...]) -> None:
     """SIGTERM kills at once (pebble's handler waits for the interpreter, which a huge integer power holds)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks the run to stop (recipes/stop.py), not a judgement
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the fork server does not hear it, a worker has to
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

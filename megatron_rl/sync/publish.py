@@ -15,7 +15,6 @@ import base64
 import io
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,11 +28,11 @@ import torch.multiprocessing
 from safetensors.torch import save_file
 
 from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.signals import stop_unheard
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata, make_buckets
 from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.verify import WeightMismatchError
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 Check = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
@@ -272,17 +271,15 @@ class DiskPublisher(EnginePublisher):
 def _named_shared_memory() -> Iterator[None]:
     """Inside, tensors are shared by name, which an unrelated process can open.
 
-    torch starts a process that keeps them. It inherits the blocked signals: a scheduler that asks the run to stop
-    signals every process, and without its keeper the publish before the last save would fail.
+    torch starts a process that keeps them, without which the publish before the last save would fail.
     """
     strategy = torch.multiprocessing.get_sharing_strategy()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        yield
+        with stop_unheard():
+            yield
     finally:
         torch.multiprocessing.set_sharing_strategy(strategy)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _pickled(payload: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -138,10 +139,12 @@ class Keeping(EngineClient):
 
 
 def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer):
-    first, second = make_prompts(2)
     config = replace(ROLLOUT, max_context_tokens=2048, max_response_tokens=500, retries=0)
+    attempts = itertools.count()
 
     def ends() -> list[Finish]:
+        number = next(attempts)  # the engine may still be ending the requests of the one before, and knows their ids
+        first, second = (replace(prompt, id=f"{prompt.id}-{number}") for prompt in make_prompts(2))
         client = Keeping(live_engine.process.base_url)
         with pytest.raises(FleetError, match="p1"):
             collect([client], tokenizer, [first, too_long(second)], config)

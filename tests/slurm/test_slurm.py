@@ -137,7 +137,7 @@ def test_a_job_that_is_preempted_and_then_stopped_ends_like_one_that_ran_through
         return "start 3" in job_log(taken, job)
 
     wait_until(started_again, "the start after the signal")
-    allow(taken, STEPS)
+    allow(taken, STEPS + 1)  # the evaluation after the last one, too
     wait_until(lambda: job_log(taken, job).endswith("done\n"), "the end")
 
     assert "saved; back into the queue" in job_log(taken, job)

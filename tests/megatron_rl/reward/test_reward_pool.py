@@ -8,7 +8,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from megatron_rl.config.schema import RewardConfig
@@ -170,6 +172,29 @@ def test_a_pool_whose_idle_workers_are_killed_goes_on(pool):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not pool._pool.active)  # pebble looks every 0.1 s and then declares the pool broken
     judged(pool, [(prompt("1", "user"), "fine")], ["correct"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_scheduler_that_signals_every_process_costs_no_score(tmp_path, monkeypatch, number):
+    (tmp_path / "held_rewards_of_test.py").write_text(textwrap.dedent("""
+        import pathlib, time
+        def score(prompt, response_text):
+            folder = pathlib.Path(response_text)
+            folder.joinpath(prompt.answer).touch()
+            while not folder.joinpath("go").exists(): time.sleep(0.01)
+            return 1
+    """))
+    monkeypatch.syspath_prepend(tmp_path)
+    with RewardPool(RewardConfig(routes={"user": "held_rewards_of_test.score"}, workers=2, timeout_s=250.0)) as pool:
+        with ThreadPoolExecutor() as thread:
+            scores = thread.submit(pool.score_many, [(prompt(answer, "user"), str(tmp_path)) for answer in "ab"])
+            wait_until(lambda: all((tmp_path / answer).exists() for answer in "ab"))
+            for process in psutil.Process().children(recursive=True):
+                process.send_signal(number)
+            time.sleep(0.3)  # for those that would die
+            (tmp_path / "go").touch()
+        assert [score.status for score in scores.result()] == ["correct", "correct"]
+        assert [score.value for score in scores.result()] == [1.0, 1.0]
 
 
 def test_a_domain_without_a_route_is_named(pool):
