@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.model.fresh import bailing_config
+
 END_OF_TEXT = "<|end|>"
 CHARACTERS = ["\n"] + [chr(code) for code in range(32, 126)]
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -21,39 +23,9 @@ CONFIGURATION_FILE = REPOSITORY / "megatron_rl" / "model" / "hf_files" / "config
 
 TINY_CONFIG = {
     "architectures": ["BailingMoeForCausalLM"],
-    "model_type": "bailing_moe",
     "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "use_qkv_bias": False,
-    "use_bias": False,
-    "rms_norm_eps": 1e-6,
-    "norm_head": False,
-    "tie_word_embeddings": False,
-    "embedding_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "output_dropout": 0.0,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-    "rope_theta": 600000.0,
-    "rope_scaling": None,
-    "use_cache": True,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "num_experts": 8,
-    "num_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 0,
-    "torch_dtype": "float32",
+    **bailing_config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16, initializer_range=0.1,
+                     moe_intermediate_size=32),
 }
 SHARED_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
