@@ -124,7 +124,7 @@ COMMANDS = {
         "Runs what is not finished yet, then writes the result to out/EXAMPLE/SCALE. Settings: scale=tiny|paper,\n"
         "seeds=0,1,2, arms=A,B, out=FOLDER, start=CHECKPOINT for every arm, and any key, for every arm.",
         """\
-  megatron-rl ablate fig7_8_c3po_vs_grpo scale=tiny                         # hours on a CPU; goes on where it stopped
+  megatron-rl ablate fig7_8_c3po_vs_grpo scale=tiny                         # 40 min on a CPU; goes on where it stopped
   megatron-rl ablate fig7_8_c3po_vs_grpo scale=tiny seeds=0 run.steps=10 out=runs/look    # a first look
   megatron-rl ablate fig7_8_c3po_vs_grpo scale=paper --check
 """),
