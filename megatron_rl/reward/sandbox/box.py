@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_rl.reward.sandbox.limits import Limits, Outcome
 from megatron_rl.reward.sandbox.seccomp import deny_filter
 from megatron_rl.reward.sandbox.slots import leased_uid
-from megatron_rl.reward.sandbox.watch import watch
+from megatron_rl.reward.sandbox.watch import kill, watch
 
 __all__ = ["Bubblewrap", "Running"]
 
@@ -52,7 +52,7 @@ class Running:
         return outcome
 
     def kill(self) -> None:
-        self.process.kill()
+        kill(self.process, self.ended)
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,8 @@ class Bubblewrap:
 
 
 def _end(process: subprocess.Popen[bytes], ended: int) -> None:
-    """Kills what is left and waits until its first process is gone (the pipe closes); all others go with it."""
-    if process.poll() is None:
-        process.kill()
+    """Kills what is left and waits for the end of its first process (the pipe closes): the kernel then ends the others."""
+    kill(process, ended)
     process.wait()
     for stream in (process.stdout, process.stderr):
         if stream is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_rl.reward.sandbox.limits import Limits, Outcome, out_of_memory
 
-__all__ = ["watch"]
+__all__ = ["kill", "watch"]
 
 SAMPLE_S = 0.03
 GRACE_S = 10.0  # between the kill and the end
@@ -49,8 +52,8 @@ def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits) -> Outco
             if time.monotonic() >= sample_at and not broken:
                 broken = _beyond(process.pid, limits, time.monotonic() - started)
                 sample_at = time.monotonic() + SAMPLE_S
-            if broken and process.poll() is None:
-                process.kill()
+            if broken:
+                kill(process, ended)
         for key in list(selector.get_map().values()):
             if key.data != "ended":
                 while not _flood(output, caps) and _read(key.fd, output[key.data], caps[key.data]) == 1:
@@ -59,6 +62,14 @@ def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits) -> Outco
     status = broken or _flood(output, caps) or _status(code, bytes(output["stderr"]), seconds, limits)
     stdout, stderr = (bytes(output[name][:cap]) for name, cap in caps.items())
     return Outcome(status, stdout, stderr, seconds)
+
+
+def kill(process: subprocess.Popen[bytes], ended: int) -> None:
+    """Kills a run, of which nothing may be left: its whole group, for while bwrap puts its walls up, the first process
+    inside does not yet go with the one outside, and would live on without it. Nothing is done once it has ended."""
+    if not select.select([ended], [], [], 0.0)[0]:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(descriptor: int, into: bytearray, cap: int) -> int:

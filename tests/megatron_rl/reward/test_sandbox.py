@@ -174,10 +174,16 @@ def test_nothing_is_left_when_the_parent_is_killed():
 
 
 @needs_sandbox
-def test_an_exception_while_a_program_runs_leaves_nothing():
-    with pytest.raises(KeyError), Bubblewrap().start(["/usr/bin/sleep", "76543"], {}, stdin=b"", limits=TIGHT):
-        raise KeyError
-    assert not [each for each in psutil.process_iter(["cmdline"]) if "76543" in (each.info["cmdline"] or [])]
+@pytest.mark.parametrize("walls_up", [False, True])
+def test_an_exception_while_a_program_runs_leaves_nothing(walls_up):
+    for wait_s in [0.2] if walls_up else [step / 1000 for step in range(0, 20, 2)]:
+        with pytest.raises(KeyError), Bubblewrap().start(["/usr/bin/sleep", "76543"], {}, stdin=b"", limits=TIGHT):
+            time.sleep(wait_s)
+            raise KeyError
+        deadline = time.monotonic() + 10
+        while any("76543" in (each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def _without(wall: str, monkeypatch: pytest.MonkeyPatch) -> None:
