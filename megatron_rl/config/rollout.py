@@ -113,7 +113,9 @@ class RolloutConfig:
     environment_threads threads at a time and has environment_timeout_s for an answer.
     overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
     concurrency: requests in flight over all engines; each has request_timeout_s and is sent again `retries` times.
-    publish: how weights travel, in buckets of bucket_bytes; verify_checksums: each engine proves what it got.
+    publish: how weights travel, in buckets of bucket_bytes.
+    verify_checksums: each engine proves what it got; null: if it is of the kind that can, which is one with a single
+    CPU rank (sync/engines_verified says how many did).
     probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
     trainer's after a publish before the engine is left out; None only logs the difference (sync/probe_max_abs).
     """
@@ -139,7 +141,7 @@ class RolloutConfig:
     request_timeout_s: float = 600.0
     retries: int = 3
     publish: Literal["tensor", "broadcast", "disk"] = "tensor"
-    verify_checksums: bool = True
+    verify_checksums: bool | None = None
     probe_tolerance: float | None = None
     bucket_bytes: int = 512 * 1024 * 1024
     engine: EngineConfig = field(default_factory=EngineConfig)

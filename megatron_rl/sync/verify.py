@@ -7,7 +7,7 @@ widths padded with zeros, a NormHead normalised (sglang/srt/models/bailing_moe.p
 ENGINE_LAYOUT says how; the digests follow while the tensors stream past, without keeping them.
 
 Not reproduced: tensor-parallel engines (each rank hashes its shard) and CUDA engines (another hash function);
-both raise ValueError.
+both raise UnpredictableChecksumsError.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ ENGINE_LAYOUT = (
 
 class WeightMismatchError(RuntimeError):
     """An engine holds other weights than were published; names the parameters."""
+
+
+class UnpredictableChecksumsError(ValueError):
+    """What this kind of engine reports cannot be compared with what was sent."""
 
 
 @dataclass
@@ -153,12 +157,12 @@ def compare_checksums(expected: Mapping[str, str], reported: Mapping[str, str], 
 
 
 async def verify_engine(client: EngineClient, digests: Mapping[str, str]) -> None:
-    """Asks one engine for its checksums. Raises WeightMismatchError, or ValueError for an engine not covered."""
+    """Asks one engine for its checksums. Raises WeightMismatchError or UnpredictableChecksumsError."""
     info, ranks = await asyncio.gather(client.server_info(), client.checksums())
     if len(ranks) != 1 or info["device"] != "cpu":
-        raise ValueError(
+        raise UnpredictableChecksumsError(
             f"engine {client.base_url} runs on {info['device']} with {len(ranks)} tensor-parallel ranks: its "
-            "checksums cannot be predicted (only one CPU rank can); set rollout.verify_checksums=false")
+            "checksums cannot be predicted (only one CPU rank can); set rollout.verify_checksums=null or false")
     compare_checksums(digests, ranks[0], client.base_url)
 
 

@@ -29,7 +29,7 @@ from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/tmp/megatron_rl_slurm")
-STEPS = 12
+STEPS = 8
 HELD = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
 
 pytestmark = [

@@ -97,7 +97,7 @@ class Bubblewrap:
 
 
 def _end(process: subprocess.Popen[bytes], ended: int) -> None:
-    """Kills what is left and waits for the end of its first process (the pipe closes): the kernel then ends the others."""
+    """Kills what is left and waits for the end of its first process (the pipe closes); the kernel ends the others."""
     kill(process, ended)
     process.wait()
     for stream in (process.stdout, process.stderr):
