@@ -31,6 +31,9 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_
                "OPENBLAS_NUM_THREADS": "1"}
 SHM_BYTES = 8 << 20
 END_S = 10.0
+NEW_SESSION = "/usr/bin/setsid"
+"""For the program alone: bwrap's --new-session takes its own first process along, out of the group that is killed."""
+OWN_COMMANDS = (b"bwrap: ", b"prlimit: ", b"setpriv: ", b"setsid: ")
 GET_IT = ("install bubblewrap 0.8 or later (apt-get install bubblewrap) and allow unprivileged user namespaces "
           "(in a container: --security-opt seccomp=unconfined, or run where they are allowed). To run generated code "
           "without any isolation, with your rights and your files, say so: reward.sandbox=unsafe")
@@ -47,7 +50,7 @@ class Running:
     def outcome(self) -> Outcome:
         """RuntimeError if it is the sandbox that failed, not the program."""
         outcome = watch(self.process, self.ended, self.limits)
-        if outcome.status == "runtime_error" and outcome.stderr.startswith((b"bwrap: ", b"prlimit: ", b"setpriv: ")):
+        if outcome.status == "runtime_error" and outcome.stderr.startswith(OWN_COMMANDS):
             raise RuntimeError(f"the sandbox failed: {outcome.message}")
         return outcome
 
@@ -86,7 +89,7 @@ class Bubblewrap:
                 seccomp = handed_over.enter_context(_sealed(deny_filter()))
                 data = {name: handed_over.enter_context(_sealed(content)) for name, content in files.items()}
                 line = [*_as_user(uid), self.command, *_walls(limits), *_placed(data), "--seccomp", str(seccomp),
-                        "--sync-fd", str(sandbox_end), "--chdir", "/tmp", "--", *limits.commands(), *argv]
+                        "--sync-fd", str(sandbox_end), "--chdir", "/tmp", "--", NEW_SESSION, *limits.commands(), *argv]
                 process = subprocess.Popen(
                     line, env=ENVIRONMENT, cwd="/", stdin=given, stdout=stdout, stderr=subprocess.PIPE, bufsize=0,
                     pass_fds=(seccomp, sandbox_end, *data.values()), start_new_session=True)
@@ -122,10 +125,9 @@ def _system() -> tuple[str, ...]:
 
 
 def _walls(limits: Limits) -> list[str]:
-    return ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
-            "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "box", *_system(),
-            "--proc", "/proc", "--dev", "/dev", *_memory("/proc/1", 4096), *_memory("/dev/shm", SHM_BYTES),
-            *_memory("/tmp", limits.files_mb << 20)]
+    return ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--cap-drop", "ALL",
+            "--uid", "65534", "--gid", "65534", "--hostname", "box", *_system(), "--proc", "/proc", "--dev", "/dev",
+            *_memory("/proc/1", 4096), *_memory("/dev/shm", SHM_BYTES), *_memory("/tmp", limits.files_mb << 20)]
 
 
 def _memory(path: str, size_bytes: int) -> tuple[str, ...]:

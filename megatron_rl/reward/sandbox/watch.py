@@ -65,8 +65,11 @@ def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits) -> Outco
 
 
 def kill(process: subprocess.Popen[bytes], ended: int) -> None:
-    """Kills a run, of which nothing may be left: its whole group, for while bwrap puts its walls up, the first process
-    inside does not yet go with the one outside, and would live on without it. Nothing is done once it has ended."""
+    """Kills a run by its process group, in which bwrap's process outside is and its first one inside.
+
+    While bwrap still puts its walls up, the one inside does not yet go with the one outside. Nothing is done once the
+    run has ended.
+    """
     if not select.select([ended], [], [], 0.0)[0]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
