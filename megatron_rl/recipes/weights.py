@@ -16,7 +16,8 @@ from megatron_rl.model.config import DTYPES
 from megatron_rl.model.convert import Exporter
 from megatron_rl.recipes.probe import Probe
 from megatron_rl.recipes.serving import Serving
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import NamedTensor
 from megatron_rl.sync.memory import EngineMemory

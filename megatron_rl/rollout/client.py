@@ -1,96 +1,23 @@
 """An asynchronous client of SGLang's HTTP API (0.5.23: sglang/srt/entrypoints/http_server.py).
 
-Weight versions are integers on our side and str(n) on the wire. No environment proxies are used.
+Weight versions are integers on our side and str(n) on the wire.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-import aiohttp
 import numpy as np
 
+from megatron_rl.rollout.connection import EngineHTTPError, JsonConnection, well_formed
 from megatron_rl.rollout.routed_experts import RoutedLayers
-from megatron_rl.types import Finish, VersionSpan
+from megatron_rl.rollout.sampling import GenerateResult, SamplingParams, read_result
+from megatron_rl.types import Finish
 
-# The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
-KEEP_ALIVE_S = 3.0
-ERROR_TEXT_CHARACTERS = 600
 ABORT_TIMEOUT_S = 5.0
-
-
-class EngineHTTPError(RuntimeError):
-    """The engine refused a request or did not answer. The message names the endpoint and says why."""
-
-
-class EngineUnreachableError(EngineHTTPError):
-    """Nobody listens at the engine's address."""
-
-
-class EngineDisconnectedError(EngineHTTPError):
-    """The connection broke before the answer was whole: the engine may have died."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one response is sampled.
-
-    seed takes effect on an engine started with rollout.engine.deterministic; elsewhere SGLang ignores it.
-    A stop string stays in output_ids as it was sampled.
-    """
-
-    temperature: float
-    max_new_tokens: int
-    top_p: float = 1.0
-    top_k: int = -1
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def with_seed(self, seed: int) -> SamplingParams:
-        return replace(self, seed=seed)
-
-    def to_wire(self) -> dict[str, Any]:
-        wire: dict[str, Any] = {
-            "temperature": self.temperature,
-            "max_new_tokens": self.max_new_tokens,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
-        if self.seed is not None:
-            wire["sampling_seed"] = self.seed
-        if self.stop:
-            wire["stop"] = list(self.stop)
-        if self.stop_token_ids:
-            wire["stop_token_ids"] = list(self.stop_token_ids)
-        if self.ignore_eos:
-            wire["ignore_eos"] = True
-        return wire
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """One response: R sampled tokens.
-
-    output_ids int32 [R]; logprobs fp32 [R], of the temperature-scaled distribution before top-p and top-k;
-    finish_detail is the engine's own finish_reason; routed_experts uint8 [tokens - 1, M, topk] where asked for, of the
-    whole sequence but its last token, which no layer has read.
-    """
-
-    output_ids: np.ndarray
-    logprobs: np.ndarray
-    finish: Finish
-    finish_detail: Mapping[str, Any]
-    weight_versions: tuple[VersionSpan, ...]
-    cached_tokens: int
-    num_retractions: int
-    routed_experts: np.ndarray | None = None
 
 
 class EngineClient:
@@ -103,11 +30,10 @@ class EngineClient:
 
     def __init__(self, base_url: str, *, timeout_s: float = 600.0, control_timeout_s: float = 60.0,
                  api_key: str | None = None):
-        self.base_url = base_url.rstrip("/")
+        self._connection = JsonConnection(base_url, api_key)
+        self.base_url = self._connection.base_url
         self.timeout_s = timeout_s
         self.control_timeout_s = control_timeout_s
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -116,9 +42,7 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._connection.close()
 
     async def generate(
         self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams, timeout_s: float | None = None,
@@ -139,7 +63,7 @@ class EngineClient:
             },
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
         )
-        result = _parse_generate(answer)
+        result = read_result(answer)
         if routed_layers is None or result.finish is Finish.ABORT:
             return result
         return replace(result, routed_experts=self._experts(answer, routed_layers, len(input_ids)))
@@ -298,73 +222,8 @@ class EngineClient:
         return await self._request("POST", path, body, timeout_s=timeout_s)
 
     async def _request(self, method: str, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
-        limit_s = self.control_timeout_s if timeout_s is None else timeout_s
-        where = f"{method} {self.base_url}{path}"
-        text = ""
-        try:
-            async with self._open_session().request(
-                method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
-            ) as response:
-                text = await response.text()
-                if not 200 <= response.status < 300:
-                    raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
-                return json.loads(text) if response.content_type == "application/json" else text
-        except ValueError as error:  # not JSON, or not text
-            raise EngineHTTPError(f"{where}: {error}; it answered {text[:ERROR_TEXT_CHARACTERS]!r}") from error
-        except TimeoutError as error:
-            raise EngineHTTPError(f"{where}: no answer within {limit_s:g} s") from error
-        except aiohttp.ClientConnectorError as error:
-            raise EngineUnreachableError(f"{where}: {error}") from error
-        except aiohttp.ClientError as error:
-            raise EngineDisconnectedError(f"{where}: {type(error).__name__}: {error}") from error
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers)
-        return self._session
-
+        return await self._connection.request(
+            method, path, body, timeout_s=self.control_timeout_s if timeout_s is None else timeout_s)
 
 def _version_to_wire(version: int | None) -> dict[str, str]:
     return {} if version is None else {"weight_version": str(version)}
-
-
-@contextlib.contextmanager
-def well_formed() -> Iterator[None]:
-    """An answer that is not shaped as the API says becomes an EngineHTTPError."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}") from error
-
-
-def _parse_generate(answer: Mapping[str, Any]) -> GenerateResult:
-    with well_formed():
-        return _read_generate(answer)
-
-
-def _read_generate(answer: Mapping[str, Any]) -> GenerateResult:
-    meta = answer["meta_info"]
-    output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
-    pairs = meta["output_token_logprobs"] if len(output_ids) else []
-    if [pair[1] for pair in pairs] != output_ids.tolist():
-        raise EngineHTTPError(f"POST /generate: {len(pairs)} log-probabilities for {len(output_ids)} tokens "
-                              f"of request {meta['id']}, or not of the same tokens")
-    logprobs = np.asarray([pair[0] for pair in pairs], dtype=np.float32)
-    if not np.isfinite(logprobs).all():
-        raise EngineHTTPError(f"POST /generate: request {meta['id']} has log-probabilities that are not finite")
-    spans = tuple(
-        VersionSpan(version=int(span["version"]), start=span["start"], end=span["end"])
-        for span in meta["weight_versions"]
-        if span["end"] > span["start"]
-    )
-    reason = meta["finish_reason"]
-    return GenerateResult(
-        output_ids=output_ids,
-        logprobs=logprobs,
-        finish=Finish(reason["type"]),
-        finish_detail=reason,
-        weight_versions=spans,
-        cached_tokens=meta["cached_tokens"],
-        num_retractions=meta["num_retractions"],
-    )

@@ -23,15 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.client import (
-    EngineClient,
-    EngineDisconnectedError,
-    EngineHTTPError,
-    EngineUnreachableError,
-    GenerateResult,
-    SamplingParams,
-)
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineDisconnectedError, EngineHTTPError, EngineUnreachableError
 from megatron_rl.rollout.routed_experts import RoutedLayers
+from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.types import Finish
 
 FIRST_REST_S = 0.25

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.client import SamplingParams
 from megatron_rl.rollout.environment import EnvironmentThreads, load_environment
 from megatron_rl.rollout.fleet import Fleet, Tally
 from megatron_rl.rollout.routed_experts import RoutedLayers
+from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.rollout.transcript import Transcript
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 

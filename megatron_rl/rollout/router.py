@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError, well_formed
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError, well_formed
 from megatron_rl.rollout.engines import EngineProcess, choose_port
 from megatron_rl.rollout.fleet import ABORT_GRACE_S, Fleet, Member
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.rollout.client import GenerateResult
+from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.types import Finish, Prompt, Rollout, VersionSpan
 
 

@@ -17,7 +17,8 @@ from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_proces
 
 from megatron_rl.config.rollout import is_loopback
 from megatron_rl.rollout.background import in_thread
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
 from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.publish import Check, EnginePublisher, PublishError, PublishReport

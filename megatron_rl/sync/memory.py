@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 import psutil
 import torch
 
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError, EngineUnreachableError
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError, EngineUnreachableError
 
 WEIGHTS = ("weights",)
 CACHE = ("kv_cache", "cuda_graph")

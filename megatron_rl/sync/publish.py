@@ -27,7 +27,8 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import save_file
 
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.signals import stop_unheard
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata, make_buckets
 from megatron_rl.sync.memory import EngineMemory

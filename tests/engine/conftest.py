@@ -17,8 +17,9 @@ import torch
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.rollout.client import EngineClient, GenerateResult, SamplingParams
+from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.sync.publish import Publisher, TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
 from tests.reference_bailing import response_logprobs

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError, SamplingParams
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.publish import TensorPublisher
 from megatron_rl.types import Finish, VersionSpan
 from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running

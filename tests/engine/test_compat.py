@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.compat import sglang_cpu_batched as batched
 from megatron_rl.compat.sglang_cpu import murmur_hash32
-from megatron_rl.rollout.client import SamplingParams
+from megatron_rl.rollout.sampling import SamplingParams
 
 WORD = 0xFFFFFFFF
 

@@ -25,8 +25,10 @@ from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.launch.local import engines_for
 from megatron_rl.recipes.serving import engine_clients
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError, GenerateResult, SamplingParams
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, engine_command, group_members
+from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from tests.engine.conftest import PROMPTS, ROLLOUT, running
 
 REPOSITORY = Path(__file__).resolve().parents[2]

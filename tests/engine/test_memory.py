@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.rollout.client import EngineClient, SamplingParams
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
 from megatron_rl.sync.publish import TensorPublisher
 from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running

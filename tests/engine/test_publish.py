@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.rollout.client import EngineClient, EngineHTTPError, SamplingParams
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import make_buckets
 from megatron_rl.sync.publish import (

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_rl.rollout.client import EngineClient, GenerateResult
+from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.rollout.fleet import Fleet, FleetError
 from megatron_rl.rollout.responses import Responder, SamplingPlan, sampling_seed
+from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.types import Finish, Prompt, Score
 from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine, in_time
 from tests.reference_bailing import response_logprobs

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.client import GenerateResult, SamplingParams
 from megatron_rl.rollout.fleet import Tally
 from megatron_rl.rollout.responses import Responder
+from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.types import Finish, Prompt, Score, VersionSpan
 
 TOKEN_S = 1.0

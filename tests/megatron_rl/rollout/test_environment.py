@@ -16,10 +16,10 @@ import pytest
 
 from examples.calculator_tool.calculator import evaluate, step
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.client import GenerateResult, SamplingParams
 from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads, load_environment
 from megatron_rl.rollout.fleet import Tally
 from megatron_rl.rollout.responses import Responder
+from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.types import Finish, Prompt, Score, VersionSpan
 
 PROMPT = Prompt("p", tuple(map(ord, "Q")), "Q", "", "math")

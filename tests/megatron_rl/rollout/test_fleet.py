@@ -14,9 +14,10 @@ from aiohttp import web
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.recipes.serving import Serving
-from megatron_rl.rollout.client import EngineClient, SamplingParams
+from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import choose_port
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
+from megatron_rl.rollout.sampling import SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)
 CONFIG = RolloutConfig(concurrency=8, retries=3, request_timeout_s=60.0, engine=EngineConfig(
@@ -295,6 +296,6 @@ def test_at_the_end_requests_are_aborted_before_connections_are_closed():
             serving.background.run(until(lambda: engine.seen == ["r-0."]))
             (member,) = serving.fleet._members
         assert engine.aborted == ["r-0."]
-        assert member.client._session is None
+        assert member.client._connection._session is None
 
     asyncio.run(serve())

@@ -1,0 +1,79 @@
+"""Requests that are answered with JSON, and what goes wrong with them by name. No proxy of the environment is used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+
+# The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
+KEEP_ALIVE_S = 3.0
+ERROR_TEXT_CHARACTERS = 600
+
+
+class EngineHTTPError(RuntimeError):
+    """The engine refused a request or did not answer. The message names the endpoint and says why."""
+
+
+class EngineUnreachableError(EngineHTTPError):
+    """Nobody listens at the engine's address."""
+
+
+class EngineDisconnectedError(EngineHTTPError):
+    """The connection broke before the answer was whole: the engine may have died."""
+
+
+class JsonConnection:
+    """To one address. Safe for many concurrent requests on one event loop.
+
+    The pool of connections is opened on first use and belongs to that loop; after close() another may use it again.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None):
+        self.base_url = base_url.rstrip("/")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def request(self, method: str, path: str, body: Any, *, timeout_s: float) -> Any:
+        """The answer's JSON, or its text. Raises EngineHTTPError."""
+        where = f"{method} {self.base_url}{path}"
+        text = ""
+        try:
+            async with self._open_session().request(
+                method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+            ) as response:
+                text = await response.text()
+                if not 200 <= response.status < 300:
+                    raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
+                return json.loads(text) if response.content_type == "application/json" else text
+        except ValueError as error:  # not JSON, or not text
+            raise EngineHTTPError(f"{where}: {error}; it answered {text[:ERROR_TEXT_CHARACTERS]!r}") from error
+        except TimeoutError as error:
+            raise EngineHTTPError(f"{where}: no answer within {timeout_s:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise EngineUnreachableError(f"{where}: {error}") from error
+        except aiohttp.ClientError as error:
+            raise EngineDisconnectedError(f"{where}: {type(error).__name__}: {error}") from error
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers)
+        return self._session
+
+
+@contextlib.contextmanager
+def well_formed() -> Iterator[None]:
+    """An answer that is not shaped as the API says becomes an EngineHTTPError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}") from error
