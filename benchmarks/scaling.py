@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import workload
 from benchmarks.common import Row, main, median
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 
 LAYOUTS = {"dp1": {"world_size": 1}, "dp2": {"world_size": 2}, "ep2": {"world_size": 2, "ep": 2}}
 

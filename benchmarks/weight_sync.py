@@ -30,7 +30,8 @@ from megatron_rl.data.chains import chains_tokenizer
 from megatron_rl.model.fresh import bailing_config, random_weights
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.engines import EngineProcess, choose_port
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.publish import DiskPublisher, Publisher, TensorPublisher
 

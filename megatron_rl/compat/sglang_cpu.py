@@ -7,7 +7,7 @@ ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs 
    sglang.srt.mem_cache.pool_host.common._cuda_host_register checks the device.
  - `--enable-deterministic-inference` (per-request sampling seeds) admits GPU attention backends only and
    installs Triton matmuls: `torch_native` is admitted and the matmuls stay. Bit-equal results then need
-   `--max-running-requests 1`, see rollout/engines.py. Delete when SGLang has a deterministic CPU mode.
+   `--max-running-requests 1`, see rollout/engine_command.py. Delete when SGLang has a deterministic CPU mode.
  - torch.compile is off: SGLang decorates small functions with it, and a compiler costs more than it gives.
  - the scheduler and the detokenizer are forked, not spawned: without CUDA nothing forbids it, and neither imports
    everything once more.

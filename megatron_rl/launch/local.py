@@ -20,7 +20,9 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
-from megatron_rl.rollout.engines import EngineProcess, choose_port, with_key
+from megatron_rl.rollout.engine_command import with_key
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.router import router_process
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
 

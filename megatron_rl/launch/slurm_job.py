@@ -25,7 +25,8 @@ from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.stop import STOPPED
-from megatron_rl.rollout.engines import PORTS, with_key
+from megatron_rl.rollout.engine_command import with_key
+from megatron_rl.rollout.ports import PORTS
 
 POLL_S = 0.5
 HARDWARE = re.compile(r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus",

@@ -24,7 +24,7 @@ from megatron_rl.rollout.collectors import (
     Prompts,
     SyncCollector,
 )
-from megatron_rl.rollout.engines import engine_key
+from megatron_rl.rollout.engine_command import engine_key
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers

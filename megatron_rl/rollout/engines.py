@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.client
 import os
-import random
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,161 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import torch
 
-import megatron_rl
-from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig, is_loopback
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.rollout.engine_command import check_gpus, engine_command
+from megatron_rl.rollout.ports import choose_port
 
-PORTS = range(20000, 32768)
-"""Below Linux's ephemeral ports, any of which another program may be given before a slow server binds its own."""
 LOG_LINES_SHOWN = 25
 POLL_S = 0.25
 KILL_GRACE_S = 10.0
-# torchrun's variables would make the engine join the trainer's store instead of opening its own
-# (torch.distributed.rendezvous._torchelastic_use_agent_store).
-TRAINER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
-                     "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
 
 
 class EngineError(RuntimeError):
     """The engine could not be started or died; the message ends with the last lines of its log."""
-
-
-def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
-def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1") -> int:
-    """A free port of `host` that is none of `taken`, or `port` itself. Raises ValueError when `port` is taken."""
-    if port is not None:
-        if not _can_bind(host, port):
-            raise ValueError(f"rollout.engine.port={port} is taken on {host}: choose another, or leave it unset "
-                             "to have a free one found")
-        return port
-    for candidate in random.SystemRandom().sample(PORTS, len(PORTS)):
-        if candidate not in taken and _can_bind(host, candidate):
-            return candidate
-    raise ValueError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on {host}")
-
-
-def _can_bind(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def engine_command(
-    engine: EngineConfig, rollout: RolloutConfig, model_path: str | Path, port: int, *,
-    model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
-    return_routed_experts: bool = False, number: int = 0,
-) -> tuple[list[str], dict[str, str]]:
-    """The command line and the whole environment of the server. number: of this server on its machine, from 0.
-
-    `engine.dtype` overrides `model_dtype`. `seed` seeds SGLang's own sampler, which is reproducible only for
-    the same arrival order of requests; `engine.deterministic` makes it a function of each request's seed.
-    return_routed_experts: keep the experts that tokens take, for requests that ask for them.
-    """
-    device = resolve_device(engine.device)
-    environment = _engine_environment(engine, device)
-    if ENGINE_KEY in environment:
-        module = "megatron_rl.compat.sglang_key"
-    else:
-        module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
-    # One request at a time: on CPU the last bits of a matmul depend on how many rows it has. On CUDA SGLang's
-    # own batch-invariant kernels make that unnecessary.
-    alone = engine.deterministic and device == "cpu"
-    flags = {
-        "--model-path": str(model_path),
-        "--host": engine.host,
-        "--port": port,
-        "--device": device,
-        "--dtype": engine.dtype or model_dtype,
-        "--context-length": rollout.max_context_tokens,
-        "--max-running-requests": 1 if alone else engine.max_running_requests,
-        "--mem-fraction-static": engine.mem_fraction_static,
-        "--random-seed": seed,
-        "--weight-version": weight_version,
-        "--log-level-http": "warning",
-    }
-    switches = ["--trust-remote-code", "--sleep-on-idle"]
-    if engine.max_total_tokens is not None:
-        flags["--max-total-tokens"] = engine.max_total_tokens
-    if engine.deterministic:
-        switches.append("--enable-deterministic-inference")
-    if return_routed_experts:
-        switches.append("--enable-return-routed-experts")
-    if alone:
-        # Whole prompts. -1 means that too, but RoutedExpertsCapturer (sglang 0.5.23) takes it for a buffer's length.
-        flags["--chunked-prefill-size"] = rollout.max_context_tokens
-        switches.append("--disable-radix-cache")
-    if device == "cpu":
-        flags |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
-        switches.append("--disable-overlap-schedule")
-    else:
-        flags |= {"--tp-size": engine.tp, "--base-gpu-id": engine.first_gpu + number * engine.tp}
-        if engine.colocate:
-            switches.append("--enable-memory-saver")
-    argv = [sys.executable, "-m", module]
-    for name, value in flags.items():
-        argv += [name, str(value)]
-    return [*argv, *switches, *engine.extra_args], environment
-
-
-def engine_key(engine: EngineConfig) -> str | None:
-    """What the engines' requests carry, or None. ValueError when the variable that should hold it is not set."""
-    if engine.api_key_env is None:
-        return None
-    key = os.environ.get(engine.api_key_env)
-    if not key:
-        raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set")
-    return key
-
-
-def with_key(engine: EngineConfig) -> EngineConfig:
-    """Engines that we start on another host than loopback ask for a key: one drawn for this run if none was given.
-
-    It is put into this process's environment, from which engines and ranks inherit it.
-    """
-    if engine.api_key_env is not None or is_loopback(engine.host):
-        return engine
-    os.environ.setdefault(ENGINE_KEY, secrets.token_hex(32))
-    return dataclasses.replace(engine, api_key_env=ENGINE_KEY)
-
-
-def _check_gpus(engine: EngineConfig, number: int) -> None:
-    needed, found = engine.first_gpu + (number + 1) * engine.tp, torch.cuda.device_count()
-    if engine.tp > 1 and resolve_device(engine.device) == "cpu":
-        raise ValueError(f"rollout.engine.tp={engine.tp} shares a model among GPUs, and this machine has none: "
-                         "leave it at 1")
-    if resolve_device(engine.device) == "cuda" and needed > found:
-        raise ValueError(f"rollout.engine.count={engine.count} engines of rollout.engine.tp={engine.tp} GPUs from "
-                         f"rollout.engine.first_gpu={engine.first_gpu} on need {needed} GPUs, this machine has {found}")
-
-
-def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (*TRAINER_VARIABLES, ENGINE_KEY) and not name.startswith("TORCHELASTIC_")
-    }
-    key = engine_key(engine)
-    if key is not None:
-        environment[ENGINE_KEY] = key
-    source_root = str(Path(megatron_rl.__path__[0]).resolve().parent)
-    inherited = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = source_root if inherited is None else source_root + os.pathsep + inherited
-    environment["HF_HUB_OFFLINE"] = "1"
-    environment["OMP_NUM_THREADS"] = str(engine.threads)
-    if device == "cpu":
-        environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch uses huge pages: a bucket's memory is there sooner
-    return environment
 
 
 class EngineProcess:
@@ -207,7 +60,7 @@ class EngineProcess:
         Raises ValueError when rollout.engine.port is taken or there are too few GPUs.
         """
         engine = rollout.engine
-        _check_gpus(engine, number)
+        check_gpus(engine, number)
         port = choose_port(engine.port, taken_ports, engine.host)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
                                    weight_version=weight_version, return_routed_experts=return_routed_experts,

@@ -19,8 +19,9 @@ from typing import Any
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError, well_formed
-from megatron_rl.rollout.engines import EngineProcess, choose_port
+from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.fleet import ABORT_GRACE_S, Fleet, Member
+from megatron_rl.rollout.ports import choose_port
 
 
 def router_process(engine: EngineConfig, log_path: Path, taken_ports: Sequence[int]) -> EngineProcess:

@@ -20,7 +20,7 @@ from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import load_hf
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample

@@ -14,7 +14,7 @@ import torch
 import tests.distributed.long_run_worker as worker
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from tests.tiny_models import write_tiny_bailing
 
 pytestmark = pytest.mark.slow

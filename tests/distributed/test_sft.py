@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.local import rank_environment, run_ranks
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from tests.distributed.sft_reference import batches, losses
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,7 @@ from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.router import RoutingCounts
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample

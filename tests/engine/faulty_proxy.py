@@ -9,7 +9,7 @@ from collections.abc import Callable
 import aiohttp
 from aiohttp import web
 
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 
 
 class FaultyProxy:

@@ -24,7 +24,8 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch import local
 from megatron_rl.model.checkpoint_files import read_manifest, saved_steps, step_name
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.rollout.engines import EngineProcess, choose_port
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.ports import choose_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("rollout", "reward", "logprobs", "forward_backward", "optimiser", "publish", "save")

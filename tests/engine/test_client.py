@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.publish import TensorPublisher
 from megatron_rl.types import Finish, VersionSpan

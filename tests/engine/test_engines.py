@@ -27,7 +27,9 @@ from megatron_rl.launch.local import engines_for
 from megatron_rl.recipes.serving import engine_clients
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
-from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, engine_command, group_members
+from megatron_rl.rollout.engine_command import engine_command
+from megatron_rl.rollout.engines import EngineError, EngineProcess, group_members
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from tests.engine.conftest import PROMPTS, ROLLOUT, running
 

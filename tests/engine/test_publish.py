@@ -12,7 +12,7 @@ import torch
 
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import make_buckets

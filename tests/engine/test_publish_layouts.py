@@ -20,7 +20,8 @@ from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.launch.local import rank_environment
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.engines import EngineProcess, choose_port
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.supervisor import Supervisor
 from tests.engine.publish_worker import PROBE
 from tests.tiny_models import write_tiny_bailing

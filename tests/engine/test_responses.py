@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.engines import choose_port
 from megatron_rl.rollout.fleet import Fleet, FleetError
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.responses import Responder, SamplingPlan, sampling_seed
 from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.types import Finish, Prompt, Score

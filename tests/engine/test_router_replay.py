@@ -15,7 +15,8 @@ import torch
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
-from megatron_rl.rollout.engines import EngineProcess, engine_command
+from megatron_rl.rollout.engine_command import engine_command
+from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.types import TrainSample

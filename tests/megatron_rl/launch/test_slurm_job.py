@@ -11,7 +11,7 @@ from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.slurm import job_script
 from megatron_rl.launch.slurm_job import master_port, with_engines
-from megatron_rl.rollout.engines import PORTS
+from megatron_rl.rollout.ports import PORTS
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.recipes.serving import Serving
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.engines import choose_port
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=4)

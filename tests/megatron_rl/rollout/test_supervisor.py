@@ -13,7 +13,8 @@ import pytest
 
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.rollout import supervisor as supervisor_module
-from megatron_rl.rollout.engines import EngineError, EngineProcess, choose_port, group_members
+from megatron_rl.rollout.engines import EngineError, EngineProcess, group_members
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.recipes.weights import build_publisher
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.engines import choose_port
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.publish import PublishError
 

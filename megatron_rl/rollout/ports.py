@@ -1,0 +1,33 @@
+"""Ports for servers that take their time to start."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Sequence
+
+PORTS = range(20000, 32768)
+"""Below Linux's ephemeral ports, any of which another program may be given before a slow server binds its own."""
+
+
+def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1") -> int:
+    """A free port of `host` that is none of `taken`, or `port` itself. Raises ValueError when `port` is taken."""
+    if port is not None:
+        if not _can_bind(host, port):
+            raise ValueError(f"rollout.engine.port={port} is taken on {host}: choose another, or leave it unset "
+                             "to have a free one found")
+        return port
+    for candidate in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if candidate not in taken and _can_bind(host, candidate):
+            return candidate
+    raise ValueError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on {host}")
+
+
+def _can_bind(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
