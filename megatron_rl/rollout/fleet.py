@@ -20,18 +20,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineDisconnectedError, EngineHTTPError, EngineUnreachableError
+from megatron_rl.rollout.member import Member
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.types import Finish
 
-FIRST_REST_S = 0.25
-LONGEST_REST_S = 30.0
-QUARANTINE_FAILURES = 3
 PROBE_TIMEOUT_S = 10.0
 ABORT_GRACE_S = 5.0
 CHOICE_POLL_S = 0.05
@@ -47,35 +45,6 @@ class Tally:
 
     delivered_tokens: int = 0
     retries: int = 0
-
-
-@dataclass(eq=False)
-class Member:
-    """One engine as the fleet sees it. failures: in a row, since its last success."""
-
-    client: EngineClient
-    version: int | None = None
-    reachable: bool = True
-    updating: bool = False
-    updates: int = 0
-    update_began: float = 0.0
-    in_flight: int = 0
-    failures: int = 0
-    failed_at: float = 0.0
-    resting_until: float = 0.0
-    unanswered_since: float | None = None
-    last_failure: str = ""
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def quarantined(self) -> bool:
-        return self.failures >= QUARANTINE_FAILURES
-
-    def describe(self, newest: int | None) -> str:
-        state = ("does not answer" if not self.reachable
-                 else f"holds version {self.version}, not {newest}" if self.version != newest
-                 else f"failed {self.failures} times in a row" if self.failures else "serves")
-        return f"{self.client.base_url} {state}" + (f" ({self.last_failure})" if self.last_failure else "")
 
 
 class Fleet:
@@ -145,18 +114,15 @@ class Fleet:
         """URLs of engines that answer but do not hold the newest weights, and are not resting."""
         if self._version is None:
             return []
-        now = time.monotonic()
         return [member.client.base_url for member in self._members
                 if member.reachable and not member.updating and member.version != self._version
-                and member.resting_until <= now]
+                and not member.resting]
 
     def updating(self, version: int, urls: Sequence[str]) -> None:
         """A publish of `version` to these engines begins: they are not judged until it ends."""
         self._upcoming = version
         for member in self._named(urls):
-            member.updating = True
-            member.updates += 1
-            member.update_began = time.monotonic()
+            member.begin_update()
 
     def published(self, version: int, urls: Sequence[str], failures: dict[str, str]) -> None:
         """A publish ended: `urls` hold `version` and have proven it; of the others it is not known what they hold.
@@ -165,15 +131,10 @@ class Fleet:
         """
         self._version = version
         for member in self._named(urls):
-            member.version, member.reachable, member.failures, member.resting_until = version, True, 0, 0.0
-            member.updating, member.unanswered_since = False, None
-            if member.gone.is_set():
-                member.gone = asyncio.Event()
+            member.end_update(version)
         for url, why in failures.items():
             (member,) = self._named([url])
-            member.updating, member.version = False, None
-            self._failed(member, why, began=member.update_began)
-            self._lost(member)
+            member.fail_update(why)
 
     def emptied(self, urls: Sequence[str]) -> None:
         """These engines gave their weights away: they serve nothing until the next publish has reached them."""
@@ -196,15 +157,7 @@ class Fleet:
             await asyncio.sleep(CHOICE_POLL_S)
 
     def _ready(self) -> list[Member]:
-        return self._rested([member for member in self._members if member.version == self._version])
-
-    @staticmethod
-    def _rested(members: Sequence[Member]) -> list[Member]:
-        """Those of them that may get a request now."""
-        now = time.monotonic()
-        return [member for member in members
-                if member.reachable and member.unanswered_since is None and member.resting_until <= now
-                and not (member.quarantined and member.in_flight)]
+        return [member for member in self._members if member.version == self._version and member.free]
 
     async def _attempt(self, member: Member, input_ids: Sequence[int], rid: str,
                        sampling: SamplingParams, tally: Tally,
@@ -229,11 +182,11 @@ class Fleet:
             await self._abort(member, rid, request)
             raise
         except EngineHTTPError as error:
-            self._failed(member, str(error), began=began)
+            member.failed(str(error), began=began)
             if isinstance(error, EngineDisconnectedError):
                 member.unanswered_since = member.unanswered_since or time.monotonic()
             if isinstance(error, EngineUnreachableError):
-                self._lost(member)
+                member.lost()
             elif member.reachable:
                 await self._abort(member, rid, request)
             return None
@@ -241,7 +194,7 @@ class Fleet:
             member.in_flight -= 1
             request.cancel()
             gone.cancel()
-        member.failures, member.last_failure = 0, ""
+        member.succeeded()
         return result
 
     def _check(self, result: GenerateResult, rid: str, oldest: int | None) -> None:
@@ -258,25 +211,6 @@ class Fleet:
         with contextlib.suppress(EngineHTTPError):
             await member.client.abort(rid)
         await asyncio.wait({request}, timeout=ABORT_GRACE_S)
-
-    def _failed(self, member: Member, why: str, *, began: float) -> None:
-        """Requests that were under way together fail together: they count once, for what the first one says."""
-        if began < member.failed_at:
-            return
-        member.last_failure = why
-        member.failures += 1
-        member.failed_at = time.monotonic()
-        member.resting_until = member.failed_at + min(FIRST_REST_S * 2 ** (member.failures - 1), LONGEST_REST_S)
-
-    @staticmethod
-    def _lost(member: Member) -> None:
-        """Its requests go elsewhere at once."""
-        member.reachable = False
-        member.gone.set()
-
-    @staticmethod
-    def _found(member: Member) -> None:
-        member.reachable, member.gone = True, asyncio.Event()
 
     async def _watch_members(self) -> None:
         while True:
@@ -296,13 +230,13 @@ class Fleet:
             hangs = time.monotonic() - member.unanswered_since >= hang_s
             if member.reachable and (hangs or isinstance(error, EngineUnreachableError)):
                 member.last_failure = str(error)
-                self._lost(member)
+                member.lost()
             return
         if updates != member.updates:
             return
         member.unanswered_since = None
         if not member.reachable:
-            self._found(member)
+            member.found()
         if self._version is not None and label != member.version:
             member.version = None
             return

@@ -20,7 +20,8 @@ from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError, well_formed
 from megatron_rl.rollout.engines import EngineProcess
-from megatron_rl.rollout.fleet import ABORT_GRACE_S, Fleet, Member
+from megatron_rl.rollout.fleet import ABORT_GRACE_S, Fleet
+from megatron_rl.rollout.member import Member
 from megatron_rl.rollout.ports import choose_port
 
 
@@ -79,12 +80,12 @@ class RoutedFleet(Fleet):
         super().published(version, urls, failures)
         self._front.updating = False
         if failures and self._front.reachable:
-            self._lost(self._front)
-            self._found(self._front)
+            self._front.lost()
+            self._front.found()
 
     def _ready(self) -> list[Member]:
         """The router, while some engine serves and it answers."""
-        return self._rested([self._front]) if super()._ready() else []
+        return [self._front] if self._front.free and super()._ready() else []
 
     async def _abort(self, member: Member, rid: str, request: asyncio.Task) -> None:
         await _tried(each.client.abort(rid) for each in self._members if each.reachable)
@@ -98,16 +99,16 @@ class RoutedFleet(Fleet):
             known = await self._router.workers()
         except EngineHTTPError as error:
             self._front.last_failure = str(error)
-            self._lost(self._front)
+            self._front.lost()
             return
         # what it refuses, for example to register an engine twice, is tried again at the next look
         await _tried([*(self._router.add_worker(url, self._key) for url in serving - known.keys()),
                       *(self._router.remove_worker(known[url]) for url in known.keys() - serving)])
         self._front.unanswered_since = None
         if not serving & known.keys():
-            self._lost(self._front)
+            self._front.lost()
         elif not self._front.reachable:
-            self._found(self._front)
+            self._front.found()
 
 
 async def _tried(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
