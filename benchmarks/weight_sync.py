@@ -33,7 +33,9 @@ from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
-from megatron_rl.sync.publish import DiskPublisher, Publisher, TensorPublisher
+from megatron_rl.sync.disk import DiskPublisher
+from megatron_rl.sync.publish import Publisher
+from megatron_rl.sync.tensor import TensorPublisher
 
 BUCKET_BYTES = 32 << 20
 LING_LITE_BYTES = 33.6e9

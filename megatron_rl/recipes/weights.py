@@ -20,8 +20,10 @@ from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import NamedTensor
+from megatron_rl.sync.disk import DiskPublisher
 from megatron_rl.sync.memory import EngineMemory
-from megatron_rl.sync.publish import DiskPublisher, Publisher, PublishError, TensorPublisher
+from megatron_rl.sync.publish import Publisher, PublishError
+from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, UnpredictableChecksumsError, WeightMismatchError, verify_engine
 from megatron_rl.topology import Topology
 

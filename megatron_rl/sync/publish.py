@@ -1,4 +1,4 @@
-"""Sends new weights to the engines: through shared memory or a folder; broadcast.py has the third way.
+"""What all ways of sending new weights to the engines share; tensor.py, broadcast.py and disk.py are the ways.
 
 Runs on trainer rank 0 and knows nothing of Megatron: it takes (checkpoint name, tensor) pairs as they come
 and holds one bucket at a time. Every publisher pauses the engines (running requests go back to the queue and
@@ -11,26 +11,16 @@ Written for SGLang 0.5.23 (sglang/srt/managers/scheduler_components/weight_updat
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
-import json
-import shutil
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.multiprocessing
-from safetensors.torch import save_file
 
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
-from megatron_rl.signals import stop_unheard
-from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata, make_buckets
+from megatron_rl.sync.buckets import Bucket, NamedTensor, make_buckets
 from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.verify import WeightMismatchError
 
@@ -185,106 +175,3 @@ async def _begin_afresh(client: EngineClient) -> None:
     except EngineHTTPError:
         await client.end_weight_update()
         await client.begin_weight_update()
-
-
-class TensorPublisher(EnginePublisher):
-    """Buckets in shared memory of this machine; only their address travels over HTTP."""
-
-    def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int, memory: EngineMemory | None = None):
-        super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
-        self._tp_sizes: dict[EngineClient, int] = {}
-
-    async def _prepare(self, what: str) -> None:
-        async def ask(client: EngineClient) -> None:
-            self._tp_sizes[client] = (await client.server_info())["tp_size"]
-
-        await self._on_all(f"{what}: server_info", ask)
-
-    async def _send(self, bucket: Bucket, version: int, where: str) -> None:
-        flat = self._flatten(bucket)
-        metadata = bucket_metadata(bucket)
-
-        async def send(client: EngineClient) -> None:
-            # One pickle per receiving rank: each counts as one reader of the shared memory.
-            with _named_shared_memory():
-                payloads = [_pickled({"flattened_tensor": flat, "metadata": metadata})
-                            for _ in range(self._tp_sizes[client])]
-            await client.update_weights_from_tensor(
-                payloads, load_format=FLATTENED_BUCKET, flush_cache=False, version=version if bucket.last else None)
-
-        await self._on_all(where, send)
-
-    def _new_buffer(self, num_bytes: int) -> torch.Tensor:
-        with _named_shared_memory():
-            return torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
-
-
-class DiskPublisher(EnginePublisher):
-    """Writes a Hugging Face folder `folder/version_N` that engine and trainer both see, and has it loaded.
-
-    config_folder: where config.json, the configuration file and the tokenizer are copied from. The folder
-    appears under its name only when it is whole; the version before it is removed after a success.
-    """
-
-    def __init__(
-        self, clients: Sequence[EngineClient], *, bucket_bytes: int, folder: str | Path, config_folder: str | Path,
-        memory: EngineMemory | None = None,
-    ):
-        super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
-        self._folder = Path(folder).resolve()
-        self._config_folder = Path(config_folder)
-        self._weight_map: dict[str, str] = {}
-
-    def _unfinished(self, version: int) -> Path:
-        return self._folder / f".version_{version}.unfinished"
-
-    async def _begin(self, what: str) -> None:
-        self._weight_map = {}
-
-    async def _send(self, bucket: Bucket, version: int, where: str) -> None:
-        folder = self._unfinished(version)
-        if bucket.index == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        shard = f"model-{bucket.index + 1:05d}.safetensors"
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in bucket.tensors}
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        self._weight_map |= dict.fromkeys(tensors, shard)
-
-    async def _finish(self, version: int, what: str) -> None:
-        unfinished, finished = self._unfinished(version), self._folder / f"version_{version}"
-        for file in self._config_folder.iterdir():
-            if file.suffix in (".json", ".py", ".jinja", ".model", ".txt") and "index" not in file.name:
-                shutil.copy(file, unfinished / file.name)
-        index = {"metadata": {}, "weight_map": self._weight_map}
-        (unfinished / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        if finished.exists():
-            shutil.rmtree(finished)
-        unfinished.rename(finished)
-        await self._on_all(f"{what}: loading {finished}",
-                           lambda client: client.update_weights_from_disk(str(finished), version=version))
-        for other in self._folder.glob("version_*"):
-            if other != finished:
-                shutil.rmtree(other)
-
-
-@contextmanager
-def _named_shared_memory() -> Iterator[None]:
-    """Inside, tensors are shared by name, which an unrelated process can open.
-
-    torch starts a process that keeps them, without which the publish before the last save would fail.
-    """
-    strategy = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        with stop_unheard():
-            yield
-    finally:
-        torch.multiprocessing.set_sharing_strategy(strategy)
-
-
-def _pickled(payload: object) -> str:
-    """A base64 pickle that holds the addresses of shared tensors."""
-    buffer = io.BytesIO()
-    ForkingPickler(buffer).dump(payload)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -20,7 +20,8 @@ from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
-from megatron_rl.sync.publish import Publisher, TensorPublisher
+from megatron_rl.sync.publish import Publisher
+from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import tiny_bailing_weights, write_tiny_bailing

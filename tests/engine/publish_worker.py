@@ -19,7 +19,8 @@ from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.recipes.rl import export
 from megatron_rl.recipes.serving import engine_clients
 from megatron_rl.sync.broadcast import BroadcastPublisher
-from megatron_rl.sync.publish import DiskPublisher, TensorPublisher
+from megatron_rl.sync.disk import DiskPublisher
+from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
 from tests.tiny_models import tiny_bailing_weights
 

@@ -11,7 +11,7 @@ from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
-from megatron_rl.sync.publish import TensorPublisher
+from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.types import Finish, VersionSpan
 from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running
 from tests.reference_bailing import response_logprobs

@@ -14,7 +14,7 @@ import pytest
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
-from megatron_rl.sync.publish import TensorPublisher
+from megatron_rl.sync.tensor import TensorPublisher
 from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)

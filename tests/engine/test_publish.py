@@ -16,12 +16,9 @@ from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import make_buckets
-from megatron_rl.sync.publish import (
-    DiskPublisher,
-    Publisher,
-    PublishError,
-    TensorPublisher,
-)
+from megatron_rl.sync.disk import DiskPublisher
+from megatron_rl.sync.publish import Publisher, PublishError
+from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engine, verify_engines
 from tests.engine.conftest import PROMPTS, LiveEngine
 from tests.reference_bailing import response_logprobs

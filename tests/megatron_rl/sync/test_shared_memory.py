@@ -9,7 +9,7 @@ SHARES = """
 import signal
 import psutil
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.sync.publish import TensorPublisher
+from megatron_rl.sync.tensor import TensorPublisher
 publisher = TensorPublisher([EngineClient("http://127.0.0.1:9")], bucket_bytes=1000)
 for number in (signal.SIGUSR1, signal.SIGTERM):
     publisher._new_buffer(1000)
