@@ -10,16 +10,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from c3po import SumCount
+if TYPE_CHECKING:  # a worker that judges responses holds these types, and no torch
+    import torch
+
+    from c3po import SumCount
 
 __all__ = [
-    "Finish", "PackedMicrobatch", "Prompt", "Rollout", "RolloutGroup", "Score", "StepResult", "SumCount",
-    "TrainSample", "VersionSpan",
+    "Finish", "PackedMicrobatch", "Prompt", "Rollout", "RolloutGroup", "Score", "StepResult", "TrainSample",
+    "VersionSpan",
 ]
 
 

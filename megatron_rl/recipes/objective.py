@@ -9,6 +9,7 @@ import torch
 from c3po import (
     Max,
     StepTotals,
+    SumCount,
     geometric_mean_mask,
     icepop_weights,
     kpop_weights,
@@ -20,7 +21,7 @@ from c3po import (
     weight_sums,
 )
 from megatron_rl.config.schema import AlgoConfig
-from megatron_rl.types import PackedMicrobatch, SumCount
+from megatron_rl.types import PackedMicrobatch
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from c3po import SumCount
 from megatron_rl.batch import StepBatch
 from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network
@@ -29,7 +30,7 @@ from megatron_rl.recipes.stages import Stage, plateaued
 from megatron_rl.recipes.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Collector, Ledger
 from megatron_rl.topology import Topology
-from megatron_rl.types import Finish, RolloutGroup, StepResult, SumCount
+from megatron_rl.types import Finish, RolloutGroup, StepResult
 
 CATCH_UP_POLL_S = 0.1
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from megatron_rl.config.schema import RewardConfig
+from megatron_rl.config.reward import RewardConfig
 from megatron_rl.reward.base import Job, run
 from megatron_rl.reward.judges import judge_code
 from megatron_rl.reward.languages import ALIASES, LANGUAGES

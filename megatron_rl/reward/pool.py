@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pebble
 
-from megatron_rl.config.schema import RewardConfig
+from megatron_rl.config.reward import RewardConfig
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.route import Routes
 from megatron_rl.signals import stop_unheard

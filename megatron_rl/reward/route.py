@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 
-from megatron_rl.config.schema import RewardConfig
+from megatron_rl.config.reward import RewardConfig
 from megatron_rl.reward.base import Scorer
 from megatron_rl.reward.code import CodeScorer
 from megatron_rl.reward.exact import ExactScorer

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from c3po import Max
-from megatron_rl.types import SumCount
+from c3po import Max, SumCount
 
 TOTALS = ("loss", "selected_tokens")
 """Sums that are reported whole, not divided by a count."""

@@ -13,7 +13,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
-from c3po import Max
+from c3po import Max, SumCount
 from megatron_rl.model.attention import packed_sequences
 from megatron_rl.model.build import Policy
 from megatron_rl.model.router import RoutingCounts
@@ -22,7 +22,7 @@ from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
 from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports
-from megatron_rl.types import PackedMicrobatch, StepResult, SumCount
+from megatron_rl.types import PackedMicrobatch, StepResult
 
 TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
 """(micro-batch, logprobs [T], entropy [T]) -> (its share of the step's loss, detached sums and maxima)."""

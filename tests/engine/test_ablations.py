@@ -19,7 +19,7 @@ SHORT = [
     "eval.bootstrap_resamples=50", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2",
     "rollout.max_response_tokens=16", "rollout.max_context_tokens=96", "rollout.stop=[]", "c3po.phi=64",
     "c3po.dynamic_sampling=false", "c3po.underfull=train_short", "reward.routes.math=tests.rewards.brevity",
-    "reward.routes.arithmetic=tests.rewards.brevity", "observe.progress=false",
+    "reward.routes.arithmetic=tests.rewards.brevity", "observe.progress=false", "observe.wandb=off",
 ]
 
 

@@ -41,3 +41,9 @@ def test_megatron_leaves_wandb_alone_and_a_run_can_have_it():
                   "assert 'wandb' not in sys.modules\n"
                   "import wandb")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_judges_responses_does_without_torch():
+    done = python("import sys, megatron_rl.reward, megatron_rl.reward.judges, math_verify\n"
+                  "assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
