@@ -16,13 +16,14 @@ from megatron_rl.ablations.results import Table, mean_and_spread, series
 from megatron_rl.ablations.spec import Ablation, Panel
 
 COLOURS = ("#0072b2", "#d55e00", "#008e65", "#b5548c", "#b07800", "#2f9fd8")
+DASHES = ("-", "--", ":")  # of the arms that share a colour
 PANEL_IN = (4.2, 2.7)
 RC = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
       "axes.titlesize": 10, "lines.linewidth": 1.3, "legend.frameon": False}
 
 
 def draw(ablation: Ablation, todo: Plan, table: Table, seeds: Sequence[int], path: Path) -> None:
-    """Write the figure as PNG, two panels to a row, arms in one colour throughout."""
+    """Write the figure as PNG, two panels to a row, an arm in one colour and dash throughout."""
     rows = (len(ablation.panels) + 1) // 2
     columns = min(2, len(ablation.panels))
     with matplotlib.rc_context(RC):
@@ -54,8 +55,8 @@ def _lines(axes: Any, panel: Panel, ablation: Ablation, todo: Plan, seeds: Seque
             continue
         steps = runs[0][0]
         values = np.stack([values for _, values in runs])
-        colour = COLOURS[place % len(COLOURS)]
-        axes.plot(steps, values.mean(axis=0), color=colour, label=label)
+        colour, turn = COLOURS[place % len(COLOURS)], place // len(COLOURS)
+        axes.plot(steps, values.mean(axis=0), color=colour, linestyle=DASHES[turn % len(DASHES)], label=label)
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
 
 
