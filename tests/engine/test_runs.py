@@ -122,6 +122,7 @@ def test_logged_and_documented_metrics_are_the_same(whole_run):
 def test_trainer_and_engine_agree_after_every_publish(whole_run):
     assert max(row["mismatch/max_abs"] for row in rows(whole_run)) < 1e-4
     assert [row["sync/version"] for row in rows(whole_run)] == [1, 2, 3, 4]
+    assert all(row["sync/engines_verified"] == 1 for row in rows(whole_run)), "without being asked for"
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
