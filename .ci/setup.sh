@@ -52,8 +52,8 @@ make_venv() {
         $VENV/bin/python -m pip --version >/dev/null 2>&1 || $VENV/bin/python -m ensurepip >/dev/null
         return
     fi
-    check_disk
     python=$(find_python)
+    check_disk
     if [ -e $VENV ]; then
         say "$VENV is not a working Python 3.12 environment: recreating it"
         rm -rf $VENV

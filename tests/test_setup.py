@@ -33,3 +33,14 @@ def test_an_unknown_variant_is_refused(copy):
     failed = run_setup(copy, VARIANT="tpu")
     assert failed.returncode == 1
     assert "VARIANT=tpu: must be cpu or gpu" in failed.stderr
+
+
+def test_a_disk_too_full_for_an_environment_is_refused_before_anything_is_made(copy):
+    df = copy / "bin" / "df"
+    df.parent.mkdir()
+    df.write_text("#!/bin/sh\necho Filesystem 1024-blocks Used Available\necho /dev/vda 100000000 95000000 5000000\n")
+    df.chmod(0o755)
+    failed = run_setup(copy, PATH=f"{df.parent}:{os.environ['PATH']}")
+    assert failed.returncode == 1
+    assert "4 GB free in" in failed.stderr and "a new environment needs 10 GB" in failed.stderr
+    assert not (copy / ".venv").exists()
