@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ class Topology:
     expert_dp_rank: int
     device: torch.device
     control_group: Any  # gloo, for Python objects; never on a device
+    replica_group: Any  # gloo: the ranks that see this one's sequences; None where it is alone
+    replica_firsts: tuple[int, ...]  # the lowest rank of each data-parallel rank
 
     @property
     def is_main(self) -> bool:
@@ -77,11 +80,23 @@ class Topology:
         dist.broadcast_object_list(box, src=source, group=self.control_group)
         return box[0]
 
-    def broadcast_array(self, array: np.ndarray) -> None:
-        """In-place broadcast from rank 0, of as many bytes as the array has (over gloo)."""
-        assert array.flags.c_contiguous, "gloo sends bytes in the order of memory"
-        if self.world_size > 1:
-            dist.broadcast(torch.from_numpy(array), src=0, group=self.control_group)
+    def scatter_to_replicas(self, part: Callable[[int], np.ndarray], own: np.ndarray) -> None:
+        """Collective: fills `own` with what rank 0's part(data-parallel rank) returns for this one (over gloo).
+
+        Each part leaves rank 0 once, and goes on from the first rank of its replica to the others. part: called on
+        rank 0 alone, one data-parallel rank after the other; C-contiguous, of the shape and dtype of that one's `own`.
+        """
+        first = self.replica_firsts[self.dp_rank]
+        if self.is_main:
+            for dp_rank, receiver in enumerate(self.replica_firsts):
+                if dp_rank == self.dp_rank:
+                    own[...] = part(dp_rank)
+                else:
+                    dist.send(torch.from_numpy(part(dp_rank)), receiver, group=self.control_group)
+        elif self.rank == first:
+            dist.recv(torch.from_numpy(own), 0, group=self.control_group)
+        if self.replica_group is not None:
+            dist.broadcast(torch.from_numpy(own), first, group=self.replica_group)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank."""
@@ -131,6 +146,8 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.etp,
         create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    control_group = dist.new_group(backend="gloo", timeout=WHILE_RANK_0_COLLECTS)
+    replica_group, replica_firsts = _replicas(control_group)
     return Topology(
         rank=dist.get_rank(), world_size=world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=config.tp,
@@ -140,7 +157,21 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         ep_rank=parallel_state.get_expert_model_parallel_rank(), ep_size=config.ep,
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(), etp_size=config.etp,
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
-        device=device, control_group=dist.new_group(backend="gloo", timeout=WHILE_RANK_0_COLLECTS))
+        device=device, control_group=control_group, replica_group=replica_group, replica_firsts=replica_firsts)
+
+
+def _replicas(control_group: Any) -> tuple[Any, tuple[int, ...]]:
+    """The gloo group of the ranks that share this one's data-parallel rank, and the first of each such group."""
+    dp_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(dp_ranks, parallel_state.get_data_parallel_rank(), group=control_group)
+    members: dict[int, list[int]] = {}
+    for rank, dp_rank in enumerate(dp_ranks):
+        members.setdefault(dp_rank, []).append(rank)
+    own = None
+    for ranks in members.values():  # every rank makes every group, in one order, as torch.distributed asks for
+        group = dist.new_group(ranks, backend="gloo") if len(ranks) > 1 else None
+        own = group if dist.get_rank() in ranks else own
+    return own, tuple(members[dp_rank][0] for dp_rank in sorted(members))
 
 
 def _check_gloo(config: ParallelConfig) -> None:

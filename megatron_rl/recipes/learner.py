@@ -40,7 +40,8 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
 
 def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology, network: Network, *,
                         experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
-    """This rank's micro-batches of `samples`; every rank gets equally many. experts_shape as in pack()."""
+    """This rank's micro-batches of `samples`; every rank gets equally many. experts_shape as in pack(), of the experts
+    that rank 0's samples have."""
     parallel, cp_size = config.parallel, topology.cp_size
     lengths = [len(sample.token_ids) - 1 for sample in samples]
     plan = plan_microbatches(
@@ -48,6 +49,9 @@ def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology
         tokens_per_microbatch=config.batch.tokens_per_microbatch, align=parallel.token_multiple,
         multiple_of=parallel.pp if parallel.vpp else 1,
         attention_tokens=attention_balance_tokens(dataclasses.asdict(network)))
+    if experts_shape is not None:
+        places = [[i for members in microbatches for i in members] for microbatches in plan]
+        samples = share_routed_experts(samples, places, topology, experts_shape)
     align = {"multiple_of": parallel.token_multiple, "cp_size": cp_size}
     least = common_tokens(plan, lengths, **align) if parallel.token_dispatcher == "allgather" else [0] * len(plan[0])
     return [pack([samples[i] for i in members], **align, cp_rank=topology.cp_rank, min_tokens=tokens,
@@ -88,8 +92,6 @@ class PolicyLearner:
     def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], RoutingCounts | None]:
         network, replay = self.policy.config, self.config.c3po.router_replay
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
-        if shape is not None:
-            batch = share_routed_experts(batch, self.topology, shape)
         microbatches = packed_microbatches(batch.samples, self.config, self.topology, network, experts_shape=shape)
         old, counts = None, None
         if self._needs_old_pass:

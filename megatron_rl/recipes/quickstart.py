@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -65,11 +66,14 @@ def free_folder(root: Path) -> Path:
     return candidate
 
 
-def make_random_model(folder: Path, seed: int) -> None:
-    """About 0.6M parameters: 4 layers, 8 experts top-2, one shared expert, the task's own 96-token vocabulary."""
+def make_random_model(folder: Path, seed: int, **sizes: Any) -> None:
+    """About 0.6M parameters: 4 layers, 8 experts top-2, one shared expert, the task's own 96-token vocabulary.
+
+    sizes: keys of config.json that are to differ (model/fresh.py: bailing_config).
+    """
     tokenizer = folder.with_name("tokenizer")
     chains_tokenizer(tokenizer)
-    config = bailing_config()
+    config = bailing_config(**sizes)
     write_hf_folder(folder, config, random_weights(config, seed, scheme="scaled"), tokenizer_from=tokenizer)
 
 

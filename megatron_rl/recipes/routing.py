@@ -1,7 +1,7 @@
 """The way of the engine's experts: asked for and received by rank 0, replayed by all ranks.
 
 They are many bytes (layers * top-k per token), and the budget drops responses: groups travel without them, and what
-the cut has kept follows as uint8.
+the cut has kept follows as uint8, to the ranks that train on it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_rl.batch import StepBatch
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import read_config
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.topology import Topology
-from megatron_rl.types import RolloutGroup
+from megatron_rl.types import RolloutGroup, TrainSample
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:
@@ -34,16 +33,21 @@ def without_routed_experts(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]
             for group in groups]
 
 
-def share_routed_experts(batch: StepBatch, topology: Topology, shape: tuple[int, int]) -> StepBatch:
-    """`batch` with the routed_experts of rank 0's samples, [positions, *shape], on every rank."""
-    if not batch.samples:
-        return batch
-    lengths = [len(sample.token_ids) - 1 for sample in batch.samples]
-    if topology.is_main:
-        experts = np.ascontiguousarray(np.concatenate([sample.routed_experts for sample in batch.samples]))
-    else:
-        experts = np.empty((sum(lengths), *shape), dtype=np.uint8)
-    topology.broadcast_array(experts)
-    parts = np.split(experts, np.cumsum(lengths)[:-1])
-    return replace(batch, samples=tuple(replace(sample, routed_experts=part)
-                                        for sample, part in zip(batch.samples, parts, strict=True)))
+def share_routed_experts(samples: Sequence[TrainSample], places: Sequence[Sequence[int]], topology: Topology,
+                         shape: tuple[int, int]) -> list[TrainSample]:
+    """Collective: `samples`, where those of this data-parallel rank have the routed_experts that rank 0's have.
+
+    places: by data-parallel rank, its samples' places in `samples`. shape: (MoE layers, experts per token).
+    """
+    def joined(dp_rank: int) -> np.ndarray:
+        return np.concatenate([nothing, *(samples[place].routed_experts for place in places[dp_rank])])
+
+    nothing = np.empty((0, *shape), dtype=np.uint8)
+    mine = places[topology.dp_rank]
+    lengths = [len(samples[place].token_ids) - 1 for place in mine]
+    experts = np.empty((sum(lengths), *shape), dtype=np.uint8)
+    topology.scatter_to_replicas(joined, experts)
+    shared, ends = list(samples), np.cumsum(lengths, dtype=int)
+    for place, end, length in zip(mine, ends, lengths, strict=True):
+        shared[place] = replace(samples[place], routed_experts=experts[end - length:end])
+    return shared

@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import tests.distributed.cases as cases
 from megatron_rl import topology
-from megatron_rl.batch import StepBatch, by_sample
+from megatron_rl.batch import by_sample
 from megatron_rl.model.convert import load_hf
 from megatron_rl.model.routing_replay import LayerReplay, RoutedTransformerLayer
-from megatron_rl.recipes.routing import share_routed_experts
-from megatron_rl.types import TrainSample
 from tests.distributed.worker import Runner, main, microbatches_of, token_loss
 
 COUNTS = (2, 4)
@@ -43,19 +40,6 @@ def record_and_replay(runner: Runner, folder: Path) -> dict:
     result = {"experts": experts, "gradients": runner.gradients_of(batches, counts)}
     load_hf(runner.policy, runner.here, folder / "norm_head_True")
     return result
-
-
-def shared(runner: Runner, given: cases.Step) -> bool:
-    """Every rank has the experts that only rank 0 had."""
-    samples = tuple(TrainSample(index, tokens, mask, mask.astype(np.float32), 0.0, int(mask.sum()),
-                                experts.astype(np.uint8) if runner.here.is_main else None)
-                    for index, (tokens, mask, experts) in enumerate(
-                        zip(given.token_ids, given.loss_mask, given.routed_experts, strict=True)))
-    batch = share_routed_experts(StepBatch(samples, None, len(samples), 0), runner.here,
-                                 given.routed_experts[0].shape[1:])
-    equal = all(np.array_equal(sample.routed_experts, experts)
-                for sample, experts in zip(batch.samples, given.routed_experts, strict=True))
-    return all(runner.here.gather_objects(equal))
 
 
 @contextmanager
@@ -109,7 +93,6 @@ def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
         runner.step = given
         result["given"][recompute] = {count: runner.gradients(count) for count in COUNTS}
         if recompute == "full":
-            result["shared"] = shared(runner, given)
             result["report"] = runner.update(cases.UPDATE_MICROBATCHES)["sums"]
             result["refused"] = {name: refused(runner, name) for name in ("none", "skipped", "stale")}
     if here.is_main:

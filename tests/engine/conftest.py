@@ -124,9 +124,9 @@ class LiveEngine:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
-    """What the quick start begins with, for whole runs."""
+    """What the quick start begins with, at half the depth, for whole runs."""
     folder = tmp_path_factory.mktemp("model") / "init"
-    make_random_model(folder, seed=0)
+    make_random_model(folder, seed=0, num_hidden_layers=2)
     return folder
 
 

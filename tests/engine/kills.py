@@ -170,7 +170,7 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory(prefix="kills_") as scratch:
         folder = options.folder or Path(scratch)
-        make_random_model(folder / "init", seed=0)
+        make_random_model(folder / "init", seed=0, num_hidden_layers=2)
         config = load([*SETTINGS, f"model.path={folder / 'init'}", f"run.dir={folder / 'alone'}"])
         engine = Engine(config, folder)
         try:

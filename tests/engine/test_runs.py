@@ -28,10 +28,10 @@ from tests.engine.kills import Kill, differences, last_words, run_ranks, timeles
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-PHI = 150
+PHI = 100
 SMALL = [
     "experiment=quickstart", "run.steps=4", "run.save_every_steps=2", "eval.every_steps=2", "eval.problems=4",
-    "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=24",
+    "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=16",
     "rollout.max_context_tokens=64", f"c3po.phi={PHI}", "c3po.updates_per_rollout=1",
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
 ]
@@ -352,7 +352,7 @@ def test_experts_of_continued_responses_are_replayed_in_a_run(model, engine_url,
 
 
 def test_the_second_update_of_a_rollout_replays_the_experts_of_the_pass_before_the_first(model, engine_url, tmp_path):
-    done = run("parallel=ep2", "c3po.router_replay=trainer", "c3po.updates_per_rollout=2", "c3po.phi=75",
+    done = run("parallel=ep2", "c3po.router_replay=trainer", "c3po.updates_per_rollout=2", "c3po.phi=50",
                "optimizer.lr=0.01", "run.steps=1", "eval.every_steps=0", f"model.path={model}", f"run.dir={tmp_path}",
                f"rollout.engine.urls=[{engine_url}]")
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ def test_entropies_are_those_of_the_policies_and_the_rule_chooses(tmp_path):
     for epoch, factor in ((1, 0.0), (2, 3.0)):
         folder = tmp_path / "sft" / "epochs" / f"epoch_{epoch:02d}"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        make_random_model(folder, seed=0)
+        make_random_model(folder, seed=0, num_hidden_layers=2)
         weights = load_file(folder / "model.safetensors")
         weights["lm_head.weight"] *= factor
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

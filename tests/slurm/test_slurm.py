@@ -29,7 +29,7 @@ from tests.engine.test_runs import SMALL, rows, timeless, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/tmp/megatron_rl_slurm")
-STEPS = 8
+STEPS = 6
 HELD = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
 
 pytestmark = [
@@ -65,7 +65,7 @@ def engine_url(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "init"
-    make_random_model(folder, seed=0)
+    make_random_model(folder, seed=0, num_hidden_layers=2)
     return folder
 
 
