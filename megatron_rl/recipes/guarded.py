@@ -17,12 +17,16 @@ from megatron_rl.types import StepResult
 
 
 class GuardedStep:
-    """Runs optimiser steps; every rank calls `update` alike. in_a_row: steps skipped since the last that was not."""
+    """Runs optimiser steps; every rank calls `update` alike. in_a_row: steps skipped since the last that was not.
 
-    def __init__(self, config: Config, topology: Topology, step: TrainStep, exporter: Exporter, *, temperature: float):
+    folder: of the dumps, <run.dir>/dumps unless given.
+    """
+
+    def __init__(self, config: Config, topology: Topology, step: TrainStep, exporter: Exporter, *, temperature: float,
+                 folder: Path | None = None):
         self._config, self._topology, self._step, self._exporter = config, topology, step, exporter
         self._temperature = temperature
-        self._folder = Path(config.run.dir) / "dumps"
+        self._folder = folder or Path(config.run.dir) / "dumps"
         self.in_a_row = 0
 
     def update(self, number: int, inputs: StepInputs, *, lr: float) -> StepResult:

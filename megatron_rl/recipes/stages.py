@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_rl.config.load import build, to_dict
 from megatron_rl.config.schema import Config
@@ -60,6 +61,12 @@ class Stage:
         end = min((index for index in anew if index > self.index), default=len(stages))
         return sum(stage.steps * config.c3po.updates_per_rollout
                    for stage, config in list(zip(stages, stage_configs(self.whole), strict=True))[first:end])
+
+    @property
+    def dumps(self) -> Path:
+        """Where dumped steps go: each stage may count its optimiser steps from 1."""
+        folder = Path(self.config.run.dir) / "dumps"
+        return folder if self.options is None else folder / f"stage_{self.index}"
 
     def state(self, *, over: bool) -> dict:
         """What a checkpoint of this stage says of it; {} without stages."""

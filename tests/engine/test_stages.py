@@ -18,7 +18,7 @@ from tests.engine.test_runs import (  # noqa: F401 (fixtures)
 pytestmark = pytest.mark.slow
 
 # The first stage may take 4 steps, and reaches its plateau after 2, since no reward rises by 100.
-STAGES = ["parallel=single", "run.steps=7",
+STAGES = ["parallel=single", "run.steps=7", "run.dump_steps=[1]",
           "stages=[{name:short,steps:4,plateau_steps:1,plateau_gain:100,set:{c3po.phi:70,optimizer.lr:1e-4}},"
           "{name:long,steps:3,optimizer:reset,set:{rollout.max_response_tokens:20,data.seed:8}}]"]
 
@@ -47,6 +47,7 @@ def test_a_reset_optimiser_counts_from_the_stage(whole):
     folder = whole / "checkpoints" / "step_00000005"
     assert json.loads((folder / "manifest.json").read_text())["optimizer_steps"] == 3
     state = json.loads((folder / "loop.json").read_text())
+    assert sorted(path.parent.name for path in (whole / "dumps").glob("*/step_00000001")) == ["stage_0", "stage_1"]
     assert state["stage"] == {"name": "long", "index": 1, "first_step": 2, "over": True} and state["updates_done"] == 3
 
 
