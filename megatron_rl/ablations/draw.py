@@ -16,7 +16,7 @@ from megatron_rl.ablations.results import Table, mean_and_spread, series
 from megatron_rl.ablations.spec import Ablation, Panel
 
 COLOURS = ("#0072b2", "#d55e00", "#008e65", "#b5548c", "#b07800", "#2f9fd8")
-DASHES = ("-", "--", ":")  # of the arms that share a colour
+DASHES = ("-", "--", ":", "-.")  # of the arms that share a colour
 PANEL_IN = (4.2, 2.7)
 RC = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
       "axes.titlesize": 10, "lines.linewidth": 1.3, "legend.frameon": False}

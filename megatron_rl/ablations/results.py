@@ -99,6 +99,6 @@ def judge(statement: Statement, table: Table) -> Verdict | None:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; the latter NaN for one seed."""
+    """Mean and sample standard deviation over seeds; NaN where nothing was measured, the latter also for one seed."""
     return (statistics.fmean(values) if values else math.nan,
-            statistics.stdev(values) if len(values) > 1 else math.nan)
+            float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.ablations import report
 from megatron_rl.ablations.driver import Plan, Run
-from megatron_rl.ablations.results import judge, take, whole_seeds
+from megatron_rl.ablations.results import judge, mean_and_spread, take, whole_seeds
 from megatron_rl.ablations.spec import Ablation, Arm, Column, Panel, PaperTable, Scale, Statement
 from megatron_rl.config.load import build, to_dict
 
@@ -75,6 +75,11 @@ def write_run(root, arm: str, seed: int, *, scores: list[float], steps: int = 2,
     last = [{"step": 0, "accuracy": 0.1}] + ([{"step": steps, "accuracy": 0.5}] if evaluated else [])
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in last))
     return Run(arm, seed, config)
+
+
+def test_a_spread_over_seeds_that_measured_nothing_is_nan():
+    assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7 ** 0.5))
+    assert all(map(math.isnan, mean_and_spread([math.nan, math.nan])))
 
 
 def test_a_run_is_finished_when_its_last_evaluation_is_there(tmp_path):
