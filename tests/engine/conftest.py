@@ -123,6 +123,14 @@ class LiveEngine:
 
 
 @pytest.fixture(scope="session")
+def quickstart_model(tmp_path_factory) -> Path:
+    """What the quick start, an ablation's supervised start and the tiny pipeline begin with."""
+    folder = tmp_path_factory.mktemp("quickstart") / "init"
+    make_random_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """What the quick start begins with, at half the depth, for whole runs."""
     folder = tmp_path_factory.mktemp("model") / "init"

@@ -24,19 +24,19 @@ SHORT = [
 
 
 @pytest.fixture(scope="module")
-def engine_url(model, tmp_path_factory):
-    config = load(["experiment=quickstart", *SHORT, f"model.path={model}"])
+def engine_url(quickstart_model, tmp_path_factory):
+    config = load(["experiment=quickstart", *SHORT, f"model.path={quickstart_model}"])
     log = tmp_path_factory.mktemp("log") / "engine.log"
-    with EngineProcess.from_config(config.rollout, model, log_path=log) as engine:
+    with EngineProcess.from_config(config.rollout, quickstart_model, log_path=log) as engine:
         yield engine.base_url
 
 
 @pytest.mark.parametrize("name", [name for name in spec.names() if spec.load_ablation(name).same_runs_as is None])
-def test_two_arms_run_to_a_result_and_an_interrupted_run_goes_on(name, model, engine_url, tmp_path, capsys):
+def test_two_arms_run_to_a_result_and_an_interrupted_run_goes_on(name, quickstart_model, engine_url, tmp_path, capsys):
     arms = [list(spec.load_ablation(name).arms)[place] for place in (0, -1)]  # a statement compares them
     few = [f"eval.benchmarks.{domain}.problems=4" for domain in ("math", "code", "science")]
     few = few if "table" in name else ["eval.problems=4"]
-    settings = ["seeds=0", f"arms={','.join(arms)}", f"out={tmp_path}", f"start={model}", *SHORT, *few,
+    settings = ["seeds=0", f"arms={','.join(arms)}", f"out={tmp_path}", f"start={quickstart_model}", *SHORT, *few,
                 f'rollout.engine.urls=["{engine_url}"]']
     assert main(["ablate", name, *settings]) == 0
     assert "cannot tell" in capsys.readouterr().out, "one seed proves nothing"

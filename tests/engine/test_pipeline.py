@@ -39,10 +39,10 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def engine_url(model, tmp_path_factory):
+def engine_url(quickstart_model, tmp_path_factory):
     config = load(["experiment=ring_lite_tiny", "rollout.engine.deterministic=true"])
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with EngineProcess.from_config(config.rollout, model, log_path=log) as engine:
+    with EngineProcess.from_config(config.rollout, quickstart_model, log_path=log) as engine:
         yield engine.base_url
 
 
