@@ -27,7 +27,7 @@ def test_what_a_stage_has_added_up_counts_once():
                       "router/load_max_over_mean/layer_1": 1.0, "router/load_max_over_mean/layer_2": 2.0}
 
 
-@pytest.mark.parametrize("largest", permutations([0.3, math.nan, 0.1]))
+@pytest.mark.parametrize("largest", list(permutations([0.3, math.nan, 0.1])))
 def test_a_maximum_that_is_nan_on_one_rank_is_nan(largest):
     _, gauges = merge_reports([rank(0, largest=value) for value in largest], num_moe_layers=1)
     assert math.isnan(gauges["mismatch/max_abs"])
