@@ -56,6 +56,12 @@ class StepRecord:
     config: dict[str, Any]
 
 
+def folder_of(run_dir: str, stage: int | None = None) -> Path:
+    """Where a run's dumps go. stage: the index of the run's stage, since each may count its optimiser steps from 1."""
+    folder = Path(run_dir) / "dumps"
+    return folder if stage is None else folder / f"stage_{stage}"
+
+
 def start(folder: Path, step: int) -> Path:
     """The empty partial folder of a dump under `folder`; one process calls this before any rank writes."""
     partial = folder / f"step_{step:08d}.partial"

@@ -19,14 +19,14 @@ from megatron_rl.types import StepResult
 class GuardedStep:
     """Runs optimiser steps; every rank calls `update` alike. in_a_row: steps skipped since the last that was not.
 
-    folder: of the dumps, <run.dir>/dumps unless given.
+    stage: index of the run's stage (dump.folder_of).
     """
 
     def __init__(self, config: Config, topology: Topology, step: TrainStep, exporter: Exporter, *, temperature: float,
-                 folder: Path | None = None):
+                 stage: int | None = None):
         self._config, self._topology, self._step, self._exporter = config, topology, step, exporter
         self._temperature = temperature
-        self._folder = folder or Path(config.run.dir) / "dumps"
+        self._folder = dump.folder_of(config.run.dir, stage)
         self.in_a_row = 0
 
     def update(self, number: int, inputs: StepInputs, *, lr: float) -> StepResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from c3po import StepTotals
 from megatron_rl.batch import StepBatch, common_tokens, pack, plan_microbatches
@@ -62,17 +61,17 @@ def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology
 
 class PolicyLearner:
     """loop.Learner on Megatron. updates_done: the place in the learning-rate schedule, which spans schedule_updates
-    optimiser steps (None: those of the run). dumps: their folder (None: <run.dir>/dumps)."""
+    optimiser steps (None: those of the run). stage: index of the run's stage, None in a run without."""
 
     def __init__(self, config: Config, topology: Topology, schedule_updates: int | None = None,
-                 dumps: Path | None = None):
+                 stage: int | None = None):
         self.config, self.topology = config, topology
         self._schedule_updates = schedule_updates or config.run.steps * config.c3po.updates_per_rollout
         self.policy, self.optimizer, self.step = build_trainable(
             config, topology, temperature=config.rollout.temperature)
         self.exporter = Exporter(self.policy, topology)
         self._guarded = GuardedStep(config, topology, self.step, self.exporter, temperature=config.rollout.temperature,
-                                    folder=dumps)
+                                    stage=stage)
         self._reference: Policy | None = None
         if config.c3po.loss.kl_coef > 0:
             self._reference = build_policy(self.policy.config, config.model, config.parallel, with_gradients=False)

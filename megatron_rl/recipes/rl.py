@@ -66,7 +66,7 @@ def build_run(stage: Stage) -> Iterator[RunParts]:
     """Everything of one run on this rank; what speaks to the outside is closed at the end."""
     config = stage.config
     here = topology.start(config.parallel, seed=config.run.seed)
-    learner = PolicyLearner(config, here, stage.schedule_updates, stage.dumps)
+    learner = PolicyLearner(config, here, stage.schedule_updates, stage.number)
     checkpoints = Checkpoints(config.run, learner.policy, learner.optimizer, here)
     state = checkpoints.restore()
     first_step = 0 if state is None else state["step"]

@@ -39,10 +39,11 @@ def share_routed_experts(samples: Sequence[TrainSample], places: Sequence[Sequen
 
     places: by data-parallel rank, its samples' places in `samples`. shape: (MoE layers, experts per token).
     """
+    nothing = np.empty((0, *shape), dtype=np.uint8)  # what a data-parallel rank without samples gets
+
     def joined(dp_rank: int) -> np.ndarray:
         return np.concatenate([nothing, *(samples[place].routed_experts for place in places[dp_rank])])
 
-    nothing = np.empty((0, *shape), dtype=np.uint8)
     mine = places[topology.dp_rank]
     lengths = [len(samples[place].token_ids) - 1 for place in mine]
     experts = np.empty((sum(lengths), *shape), dtype=np.uint8)

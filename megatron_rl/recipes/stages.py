@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_rl.config.load import build, to_dict
 from megatron_rl.config.schema import Config
@@ -63,10 +62,9 @@ class Stage:
                    for stage, config in list(zip(stages, stage_configs(self.whole), strict=True))[first:end])
 
     @property
-    def dumps(self) -> Path:
-        """Where dumped steps go: each stage may count its optimiser steps from 1."""
-        folder = Path(self.config.run.dir) / "dumps"
-        return folder if self.options is None else folder / f"stage_{self.index}"
+    def number(self) -> int | None:
+        """The index, None in a run without stages."""
+        return None if self.options is None else self.index
 
     def state(self, *, over: bool) -> dict:
         """What a checkpoint of this stage says of it; {} without stages."""
