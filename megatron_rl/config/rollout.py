@@ -10,10 +10,14 @@ from megatron_rl.config.rules import require, require_real_breaks
 
 ENGINE_KEY = "MEGATRON_RL_ENGINE_KEY"
 """The environment variable that holds the key of engines that we start."""
+ENGINE_KEEPS = 6
+"""Positions of its context that SGLang 0.5.23 never fills. A prompt must leave 7 of --context-length (tp_worker.py:
+get_worker_info, managers/utils.py: validate_input_length), a whole sequence 2 (scheduler.py: init_req_max_new_tokens).
+A request that goes on has up to rollout.max_context_tokens - 1 tokens, so the engine's context is 6 longer."""
 RESERVED_FLAGS = {"--api-key": "rollout.engine.api_key_env", "--tp": "rollout.engine.tp",
                   "--tp-size": "rollout.engine.tp", "--tensor-parallel-size": "rollout.engine.tp",
                   "--base-gpu-id": "rollout.engine.first_gpu", "--host": "rollout.engine.host",
-                  "--port": "rollout.engine.port"}
+                  "--port": "rollout.engine.port", "--context-length": "rollout.max_context_tokens"}
 
 
 def is_loopback(host: str | None) -> bool:
@@ -38,7 +42,8 @@ class EngineConfig:
     engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).
     device, dtype (None: model.dtype), max_running_requests, max_total_tokens (of the key-value cache; None: SGLang's
     choice), mem_fraction_static (of GPU memory, weights and cache) and threads are the server's own settings;
-    extra_args: more of its flags. deterministic: a response depends on its own seed alone, at a cost of speed.
+    extra_args: more of its flags. A server of `urls` needs --context-length rollout.max_context_tokens + 6.
+    deterministic: a response depends on its own seed alone, at a cost of speed.
     router: `local` starts an sglang-router (a package of its own), a URL names one; it then chooses an engine for
     each request by router_policy, where otherwise the one with the fewest requests is taken.
     """
@@ -157,6 +162,11 @@ class RolloutConfig:
         require(self.max_response_tokens < self.max_context_tokens,
                 f"rollout.max_response_tokens={self.max_response_tokens} leaves no room for a prompt in "
                 f"rollout.max_context_tokens={self.max_context_tokens}")
+        most = self.engine.max_total_tokens
+        require(bool(self.engine.urls) or most is None or most >= self.engine_context_tokens,
+                f"rollout.engine.max_total_tokens={most} is less than one sequence may take: "
+                f"rollout.max_context_tokens={self.max_context_tokens} and {ENGINE_KEEPS} that the engine keeps for "
+                "itself; raise it, or set null to leave it to SGLang")
         require(self.overprovision >= 1, f"rollout.overprovision={self.overprovision} must be at least 1")
         require(self.budget_tokens is None or self.budget_tokens >= 1,
                 f"rollout.budget_tokens={self.budget_tokens} must be at least 1 token")
@@ -177,3 +187,8 @@ class RolloutConfig:
         require(not (self.collector == "partial" and self.stop),
                 "rollout.stop with rollout.collector=partial: a stop string that a slice cuts in two would not be "
                 "seen; end responses by the tokenizer's end-of-text token")
+
+    @property
+    def engine_context_tokens(self) -> int:
+        """--context-length of the engines: prompt and response may have max_context_tokens, to the last token."""
+        return self.max_context_tokens + ENGINE_KEEPS

@@ -18,6 +18,10 @@ class EngineHTTPError(RuntimeError):
     """The engine refused a request or did not answer. The message names the endpoint and says why."""
 
 
+class RequestRefusedError(EngineHTTPError):
+    """The engine answered HTTP 400: it will never take this request, and neither will another engine of the run."""
+
+
 class EngineUnreachableError(EngineHTTPError):
     """Nobody listens at the engine's address."""
 
@@ -52,7 +56,8 @@ class JsonConnection:
             ) as response:
                 text = await response.text()
                 if not 200 <= response.status < 300:
-                    raise EngineHTTPError(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
+                    refusal = RequestRefusedError if response.status == 400 else EngineHTTPError
+                    raise refusal(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
                 return json.loads(text) if response.content_type == "application/json" else text
         except ValueError as error:  # not JSON, or not text
             raise EngineHTTPError(f"{where}: {error}; it answered {text[:ERROR_TEXT_CHARACTERS]!r}") from error

@@ -63,7 +63,7 @@ def engine_command(
         "--port": port,
         "--device": device,
         "--dtype": engine.dtype or model_dtype,
-        "--context-length": rollout.max_context_tokens,
+        "--context-length": rollout.engine_context_tokens,
         "--max-running-requests": 1 if alone else engine.max_running_requests,
         "--mem-fraction-static": engine.mem_fraction_static,
         "--random-seed": seed,
@@ -129,6 +129,8 @@ def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
     environment["PYTHONPATH"] = source_root if inherited is None else source_root + os.pathsep + inherited
     environment["HF_HUB_OFFLINE"] = "1"
     environment["OMP_NUM_THREADS"] = str(engine.threads)
+    # ENGINE_KEEPS positions more than max_position_embeddings may be asked for; no token is ever placed there.
+    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch uses huge pages: a bucket's memory is there sooner

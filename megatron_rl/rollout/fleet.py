@@ -24,7 +24,12 @@ from dataclasses import dataclass
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.connection import EngineDisconnectedError, EngineHTTPError, EngineUnreachableError
+from megatron_rl.rollout.connection import (
+    EngineDisconnectedError,
+    EngineHTTPError,
+    EngineUnreachableError,
+    RequestRefusedError,
+)
 from megatron_rl.rollout.member import Member
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
@@ -79,7 +84,8 @@ class Fleet:
                        tally: Tally, routed_layers: RoutedLayers | None = None) -> GenerateResult:
         """The first attempt that ends by itself, on the serving engine with the fewest requests.
 
-        FleetError after 1 + rollout.retries failed attempts, or when no engine serves for wait_timeout_s.
+        FleetError after 1 + rollout.retries failed attempts, or when no engine serves for wait_timeout_s, or at once
+        when an engine refuses the request itself.
         Cancelling aborts the request at the engine; what it had sampled counts as delivered.
         """
         async with self._slots:
@@ -181,6 +187,8 @@ class Fleet:
         except asyncio.CancelledError:
             await self._abort(member, rid, request)
             raise
+        except RequestRefusedError as error:  # the request's fault: the engine is as good as before
+            raise FleetError(f"request {rid} can never succeed: {error}") from error
         except EngineHTTPError as error:
             member.failed(str(error), began=began)
             if isinstance(error, EngineDisconnectedError):

@@ -63,6 +63,14 @@ def test_refused_request_says_where_and_why(live_engine: LiveEngine):
         live_engine.generate([[5] * 500], SamplingParams(temperature=1.0, max_new_tokens=50))
 
 
+@pytest.mark.parametrize("prompt_tokens", [400, 496, *range(504, 512)])
+def test_prompt_and_response_fill_the_context_to_its_last_token(live_engine: LiveEngine, prompt_tokens: int):
+    """rollout.max_context_tokens=512, as many as the model has positions; a request that goes on may lack one token."""
+    room = 512 - prompt_tokens
+    (filled,) = live_engine.generate([[5] * prompt_tokens], SamplingParams(1.0, room, ignore_eos=True))
+    assert (len(filled.output_ids), filled.finish) == (room, Finish.LENGTH)
+
+
 def test_nobody_at_the_address_is_reported_with_the_address():
     client = EngineClient(f"http://127.0.0.1:{choose_port(None)}")
 

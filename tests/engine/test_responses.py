@@ -107,7 +107,7 @@ def test_failed_request_is_retried_on_another_engine_and_counted_once(live_engin
 
 
 def too_long(prompt: Prompt) -> Prompt:
-    """For the engine, whose context is 512 tokens."""
+    """For the engine, whose context has 512 tokens and the 6 that it keeps."""
     return replace(prompt, token_ids=(5,) * 600)
 
 
@@ -120,8 +120,8 @@ def test_no_engine_left_names_request_and_engine(tokenizer, dead_client):
         collect([dead_client], tokenizer, make_prompts(1), impatient())
 
 
-def test_exhausted_retries_say_what_the_engine_answered(live_engine, tokenizer):
-    with pytest.raises(FleetError, match=r"no response after 2 attempts .*HTTP 400"):
+def test_a_request_that_can_never_succeed_is_asked_once_and_says_why(live_engine, tokenizer):
+    with pytest.raises(FleetError, match=r"request train-1-0-p0-\d-0-0\. can never succeed: .*HTTP 400"):
         collect([live_engine.client], tokenizer, [too_long(make_prompts(1)[0])],
                 replace(ROLLOUT, max_context_tokens=2048))
 

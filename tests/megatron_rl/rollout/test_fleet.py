@@ -224,6 +224,27 @@ def test_no_answer_after_all_attempts_says_what_each_engine_did():
                    RolloutConfig(retries=1, engine=CONFIG.engine))
 
 
+def test_a_refused_request_is_asked_once_and_is_not_the_engines_fault():
+    async def refuse() -> web.Response | None:
+        return web.json_response({"error": {"message": "too long"}}, status=400) if refusing else None
+
+    engines, refusing = [Engine(behave=refuse), Engine(behave=refuse)], True
+
+    async def use(fleet: Fleet) -> None:
+        nonlocal refusing
+        tally = Tally()
+        with pytest.raises(FleetError, match=r"request r-0\. can never succeed: .*HTTP 400: .*too long"):
+            await ask(fleet, "r", tally)
+        assert [rid for engine in engines for rid in engine.seen] == ["r-0."]
+        assert (tally.retries, fleet.serving) == (0, 2)
+        assert "failed" not in fleet.describe()
+        refusing = False
+        await asyncio.gather(*(ask(fleet, f"s{number}") for number in range(4)))  # neither is in quarantine
+        assert sum(len(engine.seen) for engine in engines) == 5
+
+    with_fleet(engines, use, RolloutConfig(retries=3, engine=CONFIG.engine))
+
+
 def test_an_id_is_no_prefix_of_another():
     """SGLang aborts every request whose id starts with the one given."""
     engine = Engine()
