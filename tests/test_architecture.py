@@ -21,6 +21,7 @@ FLOORS = {
     "rollout": {"types", "config", "observe"},
     "reward": {"types", "signals", "config", "observe"},
     "batch": {"types", "config", "observe"},
+    "handoff": {"types", "config", "observe", "batch"},
     "model": {"types", "config", "observe", "compat", "topology"},
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
     "sync": {"types", "signals", "config", "observe", "topology", "model", "rollout"},

@@ -19,6 +19,10 @@ from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import RolloutGroup, TrainSample
 
 
+class UnfillableStep(ValueError):
+    """The responses that could be had do not fill the step. Under dynamic sampling that is how learning ends."""
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """What one optimiser step trains on.
@@ -38,7 +42,8 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
 
     The responses in the order of algo.order (a permutation by (seed, step), or as they come, for whole groups in an
     order that was fixed before they were sampled) are dealt to the optimiser steps in turn, and each step cuts its
-    own share at Phi. Objectives other than c3po keep every token. ValueError when underfull=error and Phi is not met.
+    own share at Phi. Objectives other than c3po keep every token. UnfillableStep when underfull=error and Phi is not
+    met.
     """
     fill = BudgetFill(algo, dp, max_response_tokens)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -57,7 +62,7 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
         share = order_N[update::algo.updates_per_rollout]
         selection = _select(usable_N[share], algo, phi)
         if algo.has_budget and algo.underfull == "error" and selection.selected_tokens < phi:
-            raise ValueError(f"step {step}: {selection.selected_tokens} response tokens for c3po.phi={phi}; raise "
+            raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for c3po.phi={phi}; raise "
                              "rollout.prompts_per_step or set c3po.underfull=collect_more")
         kept = selection.kept_tokens_N.tolist()
         samples = tuple(_sample(int(index), rollouts[index], count, float(advantages_N[index]))

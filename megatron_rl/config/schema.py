@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
+from megatron_rl.config.orchestrator import OrchestratorConfig
 from megatron_rl.config.pipeline import PipelineConfig
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.config.rollout import RolloutConfig
@@ -314,6 +315,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     c3po: AlgoConfig = field(default_factory=AlgoConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
