@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -153,10 +155,12 @@ def _value(hint, value: Any, path: str) -> Any:
 def _scalar(hint, value: Any, path: str) -> Any:
     if hint is object:
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < sys.float_info.max:
+        value = float(value)
     if type(value) is not hint:
         raise ValueError(f"{path}={value!r} must be {hint.__name__}, not {type(value).__name__}")
+    if hint is float and not math.isfinite(value):  # no key means "without end" by it
+        raise ValueError(f"{path}={value} must be a finite number")
     return value
 
 

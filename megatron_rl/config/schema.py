@@ -192,7 +192,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self):
-        require(0 < self.lr < math.inf, f"optimizer.lr={self.lr} must be positive and finite")
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
         require(self.eps > 0, f"optimizer.eps={self.eps} must be positive")

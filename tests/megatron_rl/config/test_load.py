@@ -80,7 +80,7 @@ def test_a_config_survives_json():
      r"parallel\.sequence_parallel=false"),
     (["parallel.sequence_parallel=true"], r"parallel\.sequence_parallel=true needs parallel\.tp > 1"),
     (["parallel.world_size=2", "parallel.pp=2", "parallel.vpp=1"], r"parallel\.vpp=1 must be at least 2"),
-    (["optimizer.lr=inf"], r"optimizer\.lr=inf must be positive and finite"),
+    (["optimizer.lr=0.0"], r"optimizer\.lr=0\.0 must be positive"),
     (["optimizer.beta2=1.0"], r"optimizer\.beta2=1\.0 must lie in \[0, 1\)"),
     (["optimizer.eps=0.0"], r"optimizer\.eps=0\.0 must be positive"),
     (["optimizer.weight_decay=-0.1"], r"optimizer\.weight_decay=-0\.1 must not be negative"),
