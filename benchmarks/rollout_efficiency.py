@@ -71,7 +71,8 @@ class RandomPrompts:
 
 class CoinFlip:
     async def score(self, prompt: Prompt, response_text: str) -> Score:
-        return Score(float(len(response_text) % 2), "correct")
+        right = len(response_text) % 2 == 1
+        return Score(float(right), "correct" if right else "wrong")
 
 
 def heavy_tailed(seed: int) -> int:

@@ -72,7 +72,8 @@ def rollout_groups(lengths_N: np.ndarray, *, responses_per_prompt: int, vocab: i
             trainable = np.arange(len(tokens)) >= len(prompt)
             logprobs = np.where(trainable, -np.log(vocab), 0.0).astype(np.float32)
             rollouts.append(Rollout(tokens, trainable, logprobs, Finish.STOP, ()))
-            scores.append(Score(float(rng.integers(2)), "correct"))
+            right = bool(rng.integers(2))
+            scores.append(Score(float(right), "correct" if right else "wrong"))
         groups.append(RolloutGroup(Prompt(str(start), tuple(prompt.tolist()), "", "", "math"), tuple(rollouts),
                                    ("",) * len(rollouts), tuple(scores)))
     return groups

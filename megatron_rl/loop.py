@@ -106,8 +106,8 @@ def collect_budget(config: Config, rollouts: Rollouts, step: int,
             return groups, batches
     if groups and not algo.has_budget:
         raise ValueError(f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses "
-                         f"in groups of mixed reward after c3po.max_collect_rounds={algo.max_collect_rounds} rounds; "
-                         "raise it, or set c3po.dynamic_sampling=false or c3po.underfull=train_short")
+                         f"in mixed groups after c3po.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, "
+                         "or set c3po.dynamic_sampling=false or c3po.underfull=train_short")
     available = sum(batch.available_tokens for batch in batches) if groups else 0
     raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds="
                      f"{algo.max_collect_rounds} rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise "

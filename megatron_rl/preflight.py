@@ -20,6 +20,7 @@ from megatron_rl.model.checkpoint_files import choose
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
+from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.recipes import stages
 
 __all__ = ["check_data", "check_devices", "check_folders", "check_memory", "check_sft_data", "network_of",
@@ -60,6 +61,7 @@ def network_of(config: Config) -> Network:
 def validate(config: Config, *, start: bool) -> Sizes:
     """All rules that need no rank. start: the checkpoint must be here (False: --check)."""
     network = network_of(config)
+    OwnMetrics(config.observe.metrics)
     if start:
         check_folders(config)
     check_layout(network, config.parallel)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -98,13 +99,18 @@ def print_evaluations(run_dir: Path) -> None:
     from megatron_rl.observe.report import LABELS
 
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
-    table = Table("stage", "step", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning")
-    for row in rows:  # with benchmarks alone there is an accuracy, their mean, and nothing more
-        interval = f"{row['low']:.3f} - {row['high']:.3f}" if "low" in row else "-"
-        style = [f"{row[key]:.{digits}f}" if key in row else "-"
-                 for key, digits in (("direct_share", 2), ("reasoning_accuracy", 3))]
-        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), f"{row['accuracy']:.3f}", interval, *style)
+    name = "accuracy" if any("accuracy" in row for row in rows) else "mean_reward"
+    low, high = ("low", "high") if name == "accuracy" else ("mean_reward_low", "mean_reward_high")
+    table = Table("stage", "step", f"held-out {name.replace('_', ' ')}", "95% interval", "tokens")
+    for row in rows:  # with benchmarks alone there is their mean and nothing more
+        interval = f"{row[low]:.3f} - {row[high]:.3f}" if low in row else "-"
+        table.add_row(LABELS.get(row["label"], ""), str(row["step"]), _number(row, name, 3), interval,
+                      _number(row, "mean_response_tokens", 1))
     Console().print(table)
+
+
+def _number(row: dict[str, Any], key: str, digits: int) -> str:
+    return f"{row[key]:.{digits}f}" if key in row else "-"
 
 
 @contextlib.contextmanager

@@ -71,21 +71,39 @@ class Rollout:
     routed_experts: np.ndarray | None = None
 
     @property
-    def prompt_tokens(self) -> int:
-        return int(len(self.token_ids) - self.trainable.sum())
+    def response_tokens(self) -> int:
+        """Sampled tokens, which may carry loss."""
+        return int(self.trainable.sum())
 
     @property
-    def response_tokens(self) -> int:
-        return int(self.trainable.sum())
+    def tokens_after_prompt(self) -> int:
+        """Sampled tokens and those that an environment gave: what rollout.max_response_tokens limits."""
+        first_sampled = int(self.trainable.argmax()) if self.trainable.any() else len(self.token_ids)
+        return len(self.token_ids) - first_sampled
 
 
 @dataclass(frozen=True)
 class Score:
-    """A judged response. status: correct | wrong | no_answer | timeout | error, or one of programs (reward/base.py)."""
+    """A judged response: what it is worth, and whether it is right. These are two things.
+
+    value: the reward before any shaping, on any scale.
+    status: correct | wrong | no_answer | timeout | error | graded, or one of programs (reward/base.py).
+    correct: follows from the status: True for `correct`, False for all others but `graded`. A graded response is
+    neither right nor plainly wrong: it has correct=False, if full marks exist, or None, if nobody can say.
+    ValueError for a status and a correctness that contradict each other.
+    """
 
     value: float
     status: str
     detail: str = ""
+    correct: bool | None = None
+
+    def __post_init__(self):
+        if self.correct is None and self.status != "graded":
+            object.__setattr__(self, "correct", self.status == "correct")
+        if self.correct is not None and self.correct != (self.status == "correct"):
+            raise ValueError(f"Score(status={self.status!r}, correct={self.correct}): a response is correct if its "
+                             "status is 'correct', and only then")
 
 
 @dataclass(frozen=True)

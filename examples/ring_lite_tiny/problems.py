@@ -12,8 +12,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_rl.data import is_direct_answer
-from megatron_rl.data.chains import Chains
+from megatron_rl.data.chains import Chains, is_direct_answer
 
 FOLDER = Path(__file__).resolve().parent
 TASKS: dict[str, Callable[[str], str]] = {

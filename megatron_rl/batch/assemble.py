@@ -49,7 +49,7 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards_PK = torch.stack([fill.rewards(group.rollouts, group.scores) for group in groups])
     advantages_N = group_advantages(rewards_PK, scale=algo.advantage_scale).flatten()
-    drawn_N = torch.tensor([fill.is_drawn_from(rewards_K) for rewards_K in rewards_PK]).repeat_interleave(
+    drawn_N = torch.tensor([fill.is_drawn_from(group.scores) for group in groups]).repeat_interleave(
         rewards_PK.shape[1])
     usable_N = torch.tensor([tokens for group in groups for tokens in fill.usable_tokens(
         list(zip(group.rollouts, group.scores, strict=True)))])

@@ -10,6 +10,7 @@ import torch
 
 from c3po import soft_overlong_penalty, truncation_keep_mask
 from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.observe.verdicts import is_mixed
 from megatron_rl.types import Finish, Rollout, Score
 
 
@@ -31,28 +32,34 @@ class BudgetFill:
         return step_budget(self.algo, self.dp)
 
     def rewards(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
-        """Scores of a group with the over-long penalty, if there is one, float32 [K]."""
-        rewards_K = torch.tensor([score.value for score in scores], dtype=torch.float32)
+        """What a group's responses are worth after shaping, float32 [K]: their scores and the over-long penalty."""
+        return torch.tensor([score.value for score in scores], dtype=torch.float32) + self.penalties(rollouts)
+
+    def penalties(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        """The over-long penalty of each response, float32 [K]; zeros unless truncated=overlong_penalty.
+
+        It counts the tokens that the limit counts: all after the prompt, sampled or given by an environment.
+        """
         if self.algo.truncated != "overlong_penalty":
-            return rewards_K
-        return rewards_K + soft_overlong_penalty(
-            torch.tensor([rollout.response_tokens for rollout in rollouts]),
+            return torch.zeros(len(rollouts))
+        return soft_overlong_penalty(
+            torch.tensor([rollout.tokens_after_prompt for rollout in rollouts]),
             max_response_tokens=self.max_response_tokens, buffer_tokens=self.algo.overlong_buffer_tokens)
 
-    def is_drawn_from(self, rewards_K: torch.Tensor) -> bool:
-        """False for a group that dynamic_sampling leaves out: its rewards are equal, so its advantages are all zero."""
-        return not self.algo.dynamic_sampling or bool(rewards_K.max() > rewards_K.min())
+    def is_drawn_from(self, scores: Sequence[Score]) -> bool:
+        """False for a group that dynamic_sampling leaves out: all right or all wrong, whatever shaping makes of it."""
+        return not self.algo.dynamic_sampling or is_mixed(scores)
 
     def usable_tokens(self, judged: Sequence[tuple[Rollout, Score] | None]) -> list[int]:
         """Tokens that each response of a group offers, 0 while it is not judged (None).
 
-        With dynamic_sampling a group of equal rewards offers none (DAPO, arXiv 2503.14476, Eq. 11), and none as
+        With dynamic_sampling a group that is not mixed offers none (DAPO, arXiv 2503.14476, Eq. 11), and none as
         long as it is not whole.
         """
         if self.algo.dynamic_sampling:
             if None in judged:
                 return [0] * len(judged)
-            if not self.is_drawn_from(self.rewards(*zip(*judged, strict=True))):
+            if not self.is_drawn_from([score for _, score in judged]):
                 return [0] * len(judged)
         return [0 if each is None else self._usable(each[0]) for each in judged]
 

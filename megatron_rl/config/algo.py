@@ -17,14 +17,17 @@ class AlgoConfig:
     reaches it is cut there (`token`), or taken whole (`response`). underfull: what a step does that has fewer.
     updates_per_rollout: optimiser steps on one rollout, among which its responses are dealt.
     balance_coef, z_loss_coef: of the router's losses. truncated: a response that the length limit cut is trained on,
-    left out of the loss, or fined in the last overlong_buffer_tokens before the limit (DAPO).
+    left out of the loss, or fined in the last overlong_buffer_tokens before the limit (DAPO). The fine counts the
+    tokens that rollout.max_response_tokens counts: all after the prompt, sampled or given by an environment.
     objective: what the loss of a step is divided by, and with c3po alone also the cut at Phi; the others keep every
     response token. grpo: each response's length and their number; dr_grpo: their number times
     rollout.max_response_tokens (with advantage_scale=none); token_mean (DAPO): the step's tokens.
     order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
     in which they were drawn (`groups`), so that what comes after the budget need not be generated.
-    dynamic_sampling: groups of equal reward are left out before the budget is cut; max_collect_rounds bounds how
-    much more is generated to fill it, or without a budget to have rollout.prompts_per_step groups of mixed reward.
+    dynamic_sampling: groups whose responses are all right or all wrong are left out before the budget is cut, whatever
+    shaping makes of their rewards; groups with a graded response (reward.correct_from) are left out if their unshaped
+    rewards are equal. max_collect_rounds bounds how much more is generated to fill the budget, or without a budget to
+    have rollout.prompts_per_step mixed groups.
     mismatch: weight old / rollout of each token, capped at tis_cap, or 0 outside icepop_low..icepop_high, or 0 where
     the binary KL exceeds kpop_max_kl (nats). sequence_ratio_low, sequence_ratio_high (both or none): reject a sequence
     whose geometric mean of old / rollout lies outside; sequence_min_token_ratio: or whose smallest lies below (e.g.

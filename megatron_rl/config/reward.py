@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +54,9 @@ class RewardConfig:
     workers: processes that judge; timeout_s: for one response, of a scorer other than code. routes: domain -> scorer,
     which is math_verify, science, code, exact, reasoning_gym, or the dotted path of a function. relative_tolerance: of
     science answers that are numbers.
+    correct_from: if a function returns a number alone, the response is right from this number on, wrong at 0 and below,
+    and graded in between, which counts as not right. null: numbers alone say nothing of what is right, so accuracy and
+    pass rates are not reported. A function that returns a Score says it itself.
     sandbox: where the programs of `code` run. bubblewrap isolates them on this machine and is refused where it
     cannot; remote sends them to reward.remote.url; unsafe runs them as they are, with your rights and your files.
     """
@@ -61,6 +65,7 @@ class RewardConfig:
     workers: int = 2
     timeout_s: float = 3.0
     relative_tolerance: float = 0.01
+    correct_from: float | None = 1.0
     sandbox: Literal["bubblewrap", "remote", "unsafe"] = "bubblewrap"
     code: CodeConfig = field(default_factory=CodeConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
@@ -70,5 +75,7 @@ class RewardConfig:
         require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
         require(0 <= self.relative_tolerance < 1,
                 f"reward.relative_tolerance={self.relative_tolerance} must lie between 0 and 1")
+        require(self.correct_from is None or 0 < self.correct_from < math.inf,
+                f"reward.correct_from={self.correct_from} must be a positive number, or null without full marks")
         require(self.sandbox != "remote" or self.remote.url is not None,
                 "reward.sandbox=remote needs reward.remote.url, such as http://judge:8080")

@@ -255,13 +255,15 @@ class ObserveConfig:
 
     wandb: to files under <run.dir>/wandb, to its server, or not at all; project: its project there. progress: the
     display on the terminal. mismatch_alarm: mean difference of engine and trainer log-probabilities, in nats, above
-    which a step warns.
+    which a step warns. metrics: dotted paths of functions of your own; each takes the judged groups and returns
+    numbers by name, logged as extra/<name> for every step and as <name> for every evaluation.
     """
 
     wandb: Literal["offline", "online", "off"] = "offline"
     project: str = "megatron_rl"
     progress: bool = True
     mismatch_alarm: float = 0.05
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self):
         require(self.mismatch_alarm > 0, f"observe.mismatch_alarm={self.mismatch_alarm} must be positive")

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_rl.data.problems import MAX_DRAWS, Problem, in_split
+from megatron_rl.types import RolloutGroup
 
-__all__ = ["Chains", "chains_tokenizer", "is_direct_answer"]
+__all__ = ["Chains", "answer_style", "chains_tokenizer", "is_direct_answer"]
 
 CONNECTIVES = (" so", " then", " now", " next")
 MIN_OPERANDS, MAX_OPERANDS = 2, 7
@@ -95,6 +96,16 @@ def _response(rng: random.Random, steps: list[str], total: int) -> str:
 def is_direct_answer(response_text: str) -> bool:
     """Whether a response states its answer at once, with no step before the box."""
     return response_text.lstrip().startswith("\\boxed")
+
+
+def answer_style(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """A metric of this task (observe.metrics): the share of responses that answer at once, and how many of those that
+    reason first are right."""
+    judged = [(is_direct_answer(text), score.correct is True) for group in groups
+              for text, score in zip(group.texts, group.scores, strict=True)]
+    reasoned = [right for direct, right in judged if not direct]
+    shares = {"direct_share": 1.0 - len(reasoned) / len(judged)}
+    return shares | ({"reasoning_accuracy": sum(reasoned) / len(reasoned)} if reasoned else {})
 
 
 def chains_tokenizer(path: str | Path) -> Any:

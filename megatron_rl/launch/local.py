@@ -111,7 +111,8 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
             running = ranks.poll() is None
             metrics, evaluations = (file.new_rows() for file in files)
             for row in evaluations:
-                progress.update(row["step"], {"eval/accuracy": row["accuracy"]})
+                if "accuracy" in row:  # a graded reward has none
+                    progress.update(row["step"], {"eval/accuracy": row["accuracy"]})
             for row in metrics:
                 progress.update(row["step"], row)
             if running:

@@ -31,11 +31,8 @@ GROUPS: Mapping[str, tuple[Plot, ...]] = {
     "Learning": (
         Plot("Reward", "mean reward", {"reward/mean": "mean reward"}),
         Plot("Responses judged correct", "fraction", {"reward/pass_rate": "pass rate"}),
-        Plot("Groups with a signal", "fraction", {"rollout/groups_mixed_fraction": "mixed groups"}, from_zero=True,
-             note="A group teaches something only if its responses differ in reward."),
-        Plot("Direct answers", "fraction", {"style/direct_share": "answered without reasoning",
-                                            "style/reasoning_accuracy": "accuracy of those that reason"},
-             from_zero=True),
+        Plot("Groups with a signal", "fraction", {"groups/mixed_fraction": "mixed groups"}, from_zero=True,
+             note="A group teaches something only if some of its responses are right and others are not."),
         Plot("Response length", "tokens", {"rollout/response_tokens_mean": "mean length"}),
     ),
     "Policy": (

@@ -24,8 +24,7 @@ from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS, VERSIONS
 LABELS = {"before_sft": "before SFT", "after_sft": "after SFT", "before_rl": "before RL", "after_rl": "after RL"}
 EVALUATION_COLUMNS = (
     ("accuracy", "accuracy", "{:.3f}"),
-    ("direct_share", "direct answers", "{:.3f}"),
-    ("reasoning_accuracy", "accuracy of those that reason", "{:.3f}"),
+    ("mean_reward", "mean reward", "{:.3f}"),
     ("mean_response_tokens", "response tokens", "{:.1f}"),
     ("entropy", "entropy", "{:.3f}"),
 )

@@ -55,5 +55,6 @@ def draw_pass_rates(decision: Mapping[str, Any]) -> Drawing:
 
 
 def sets(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of evaluation sets in the order in which they first come."""
-    return list(dict.fromkeys(name for values in evaluations for name in values))
+    """The evaluation sets that have an accuracy (a graded reward has none), in the order in which they first come."""
+    return list(dict.fromkeys(name for evaluation in evaluations for name, values in evaluation.items()
+                              if "accuracy" in values))

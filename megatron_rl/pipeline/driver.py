@@ -127,8 +127,9 @@ def evaluate_model(plan: Plan, stage: Stage, served: Config, console: Console) -
     shown = Table("set", "accuracy", "95% interval", "problems", title="the model is right in")
     for each in measured:
         values = each.values
-        shown.add_row(each.name, f"{values['accuracy']:.3f}", f"{values['low']:.3f} - {values['high']:.3f}",
-                      f"{values['problems']} x {values['samples_per_problem']}")
+        accuracy, interval = ("-", "-") if "accuracy" not in values else (
+            f"{values['accuracy']:.3f}", f"{values['low']:.3f} - {values['high']:.3f}")
+        shown.add_row(each.name, accuracy, interval, f"{values['problems']} x {values['samples_per_problem']}")
     console.print(shown)
     return {each.name: each.values for each in measured}
 

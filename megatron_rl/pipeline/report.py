@@ -76,7 +76,9 @@ def _accuracy(made: Made) -> str:
 
 
 def _cell(values: Mapping[str, float] | None) -> str:
-    return "-" if values is None else f"{values['accuracy']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
+    if values is None or "accuracy" not in values:
+        return "-"
+    return f"{values['accuracy']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
 
 
 def _stages(plan: Plan, made: Made) -> str:

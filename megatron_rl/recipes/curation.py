@@ -47,14 +47,14 @@ RESPELLED = "\\boxed{{\\displaystyle {}}}"  # another string than the answer: it
 
 @dataclass(frozen=True)
 class Sampled:
-    """The judged responses of a served model to one problem: their scores and what they boxed."""
+    """The judged responses of a served model to one problem: which are right, and what they boxed."""
 
-    values: tuple[float, ...]
+    correct: tuple[bool, ...]
     boxed: tuple[str | None, ...]
 
     @property
     def pass_rate(self) -> float:
-        return sum(value >= 1.0 for value in self.values) / len(self.values)
+        return sum(self.correct) / len(self.correct)
 
 
 def run(config: Config, options: Namespace) -> dict[str, int]:
@@ -109,7 +109,7 @@ def verify(items: Sequence[Item], config: Config, samples: Sequence[Sampled] = (
 
     unverifiable: the verifier of the domain would not accept the answer in another spelling (math_verify only).
     prose_answer: an answer of several words, which no rule can judge. response_fails: the worked response of
-    data.response_key does not score 1. models_disagree: no sample is right, and at least `agreement` of them box
+    data.response_key is not right. models_disagree: no sample is right, and at least `agreement` of them box
     one and the same other answer.
     """
     questions: list[tuple[int, str, Prompt, str]] = []
@@ -129,7 +129,7 @@ def verify(items: Sequence[Item], config: Config, samples: Sequence[Sampled] = (
         rewards.warm_up()
         scores = rewards.score_many([(prompt, text) for _, _, prompt, text in questions])
     for (place, why, prompt, _), score in zip(questions, scores, strict=True):
-        if score.value < 1.0:
+        if not score.correct:
             removed.setdefault(place, Removal(why, f"{score.status} {score.detail} (answer {prompt.answer!r})"[:200]))
     for place, sampled in enumerate(samples):
         if place not in removed and (removal := _disagreement(sampled, agreement)):
@@ -147,11 +147,11 @@ def difficulty(items: Sequence[Item], samples: Sequence[Sampled], *, model: str,
     removed, notes = {}, {}
     for place, sampled in enumerate(samples):
         rate = sampled.pass_rate
-        notes[place] = {"difficulty": {"pass_rate": rate, "samples": len(sampled.values), "model": model}}
+        notes[place] = {"difficulty": {"pass_rate": rate, "samples": len(sampled.correct), "model": model}}
         if rate == 1.0 and not keep_always_solved:
-            removed[place] = Removal("always_solved", f"{len(sampled.values)} of {len(sampled.values)}")
+            removed[place] = Removal("always_solved", f"{len(sampled.correct)} of {len(sampled.correct)}")
         elif rate == 0.0 and not keep_never_solved:
-            removed[place] = Removal("never_solved", f"0 of {len(sampled.values)}")
+            removed[place] = Removal("never_solved", f"0 of {len(sampled.correct)}")
     return Split(items, removed, notes)
 
 
@@ -167,7 +167,7 @@ def sample(items: Sequence[Item], config: Config, num_samples: int, folder: Path
     source = _source(items, config)
     with path.open("a", encoding="utf-8") as file:
         for place, sampled in enumerate(_sampled(source, len(done), config, num_samples), start=len(done)):
-            file.write(json.dumps({"id": items[place].problem.id, "values": sampled.values,
+            file.write(json.dumps({"id": items[place].problem.id, "correct": sampled.correct,
                                    "boxed": sampled.boxed}) + "\n")
             file.flush()
             done.append(sampled)
@@ -182,7 +182,7 @@ def _resume(path: Path, header: dict) -> list[Sampled]:
     whole = [header, *rows[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in whole), encoding="utf-8")
-    return [Sampled(tuple(row["values"]), tuple(row["boxed"])) for row in whole[1:]]
+    return [Sampled(tuple(row["correct"]), tuple(row["boxed"])) for row in whole[1:]]
 
 
 def _source(items: Sequence[Item], config: Config) -> ProblemSource:
@@ -208,7 +208,10 @@ def _sampled(source: ProblemSource, first: int, config: Config, num_samples: int
             prompts = [source.prompt(i) for i in range(begin, min(begin + PROMPTS_AT_A_TIME, len(source)))]
             for group in serving.background.run(responder.groups(prompts, step=0, first_index=begin, tag="curate",
                                                                  plan=plan)):
-                yield Sampled(tuple(score.value for score in group.scores),
+                if any(score.correct is None for score in group.scores):
+                    raise ValueError(f"{group.prompt.id}: the scorer does not say which responses are right: set "
+                                     "reward.correct_from, or return a Score with status correct or wrong")
+                yield Sampled(tuple(bool(score.correct) for score in group.scores),
                               tuple(last_boxed(text) for text in group.texts))
 
 
@@ -217,9 +220,9 @@ def _disagreement(sampled: Sampled, agreement: float) -> Removal | None:
     if sampled.pass_rate > 0 or not answers:
         return None
     answer, count = answers.most_common(1)[0]
-    if count < 2 or count / len(sampled.values) < agreement:
+    if count < 2 or count / len(sampled.correct) < agreement:
         return None
-    return Removal("models_disagree", f"{count} of {len(sampled.values)} samples say {answer!r}"[:200])
+    return Removal("models_disagree", f"{count} of {len(sampled.correct)} samples say {answer!r}"[:200])
 
 
 def _is_prose(answer: str) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.observe.files import write_json
-from megatron_rl.recipes.evaluation import Evaluator, Measured
+from megatron_rl.recipes.evaluation import INTERVAL_PREFIX, Evaluator, Measured
 from megatron_rl.recipes.serving import Serving, load_tokenizer
 from megatron_rl.reward import RewardPool
 
@@ -41,24 +41,30 @@ def measure(config: Config) -> list[Measured]:
             for group in each.groups:
                 for text, score in zip(group.texts, group.scores, strict=True):
                     file.write(json.dumps({"set": each.name, "id": group.prompt.id, "answer": group.prompt.answer,
-                                           "value": score.value, "status": score.status, "text": text}) + "\n")
+                                           "reward": score.value, "correct": score.correct, "status": score.status,
+                                           "text": text}) + "\n")
     return measured
 
 
 def table(measured: Sequence[Measured], title: str) -> Table:
-    """A line for each set: accuracy, pass@k and maj@k with 95% intervals."""
+    """A line for each set: accuracy (or the mean reward, if nobody can say what is right), pass@k and maj@k with 95%
+    intervals."""
+    means = [name for name in ("accuracy", "mean_reward") if any(
+        name in each.values and (name == "accuracy" or "accuracy" not in each.values) for each in measured)]
     estimates = {key for each in measured for key in each.values if "@" in key and "_" not in key}
     estimates = sorted(estimates, key=lambda key: (key.startswith("maj"), int(key.partition("@")[2])))
-    shown = Table("set", "problems", "samples", "accuracy", *estimates, "tokens", "truncated", title=title)
+    shown = Table("set", "problems", "samples", *(name.replace("_", " ") for name in means), *estimates, "tokens",
+                  "truncated", title=title)
     for each in measured:
         values = each.values
         shown.add_row(each.name, str(values["problems"]), str(values["samples_per_problem"]),
-                      _interval(values, "accuracy", ""), *(_interval(values, key, f"{key}_") for key in estimates),
+                      *(_interval(values, name) for name in (*means, *estimates)),
                       f"{values['mean_response_tokens']:.0f}", f"{values['truncated_fraction']:.3f}")
     return shown
 
 
-def _interval(values: dict[str, float], name: str, prefix: str) -> str:
+def _interval(values: dict[str, float], name: str) -> str:
     if name not in values:
         return "-"
+    prefix = INTERVAL_PREFIX.get(name, f"{name}_")
     return f"{values[name]:.3f} [{values[f'{prefix}low']:.3f}, {values[f'{prefix}high']:.3f}]"

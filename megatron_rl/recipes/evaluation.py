@@ -11,17 +11,21 @@ import numpy as np
 
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.observe.estimators import majority_at_k, pass_at_k, sample_counts
+from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.stats import bootstrap_interval
-from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source, style
+from megatron_rl.observe.verdicts import known, number_right, right_shares
+from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.rollout.responses import SamplingPlan
-from megatron_rl.types import Finish, Prompt, RolloutGroup, Score
+from megatron_rl.types import Finish, Prompt, RolloutGroup
 
-__all__ = ["HELD_OUT", "Evaluator", "Measured", "evaluation_data", "summary"]
+__all__ = ["HELD_OUT", "INTERVAL_PREFIX", "Evaluator", "Measured", "evaluation_data", "summary"]
 
 HELD_OUT = "held-out"
 RIGHT = "\0right"  # however it is written; no box holds this
+INTERVAL_PREFIX = {"accuracy": ""}
+"""The interval of accuracy is low, high; that of any other estimate <name>_low, <name>_high."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Evaluator:
     def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
         self._config = config
         self._responder = serving.responder(config, tokenizer, rewards)
+        self._own = OwnMetrics(config.observe.metrics)
         self._sets = [self._set(name, data, tokenizer, rewards) for name, data in evaluation_data(config).items()]
 
     def _set(self, name: str, data: DataConfig, tokenizer, rewards: RewardPool) -> EvaluationSet:
@@ -71,11 +76,13 @@ class Evaluator:
     async def evaluate(self, step: int) -> dict[str, float]:
         """What was measured, as one row. Keys of a benchmark begin with its name and a slash.
 
-        Without a held-out set, accuracy is the mean over the benchmarks.
+        Without a held-out set, accuracy and mean_reward are the means over the benchmarks that have them.
         """
         measured = {each.name: each.values for each in await self.measure(step)}
-        row = {"accuracy": float(np.mean([values["accuracy"] for values in measured.values()])),
-               **measured.pop(HELD_OUT, {})}
+        row = measured.pop(HELD_OUT, None)
+        if row is None:
+            row = {name: float(np.mean([values[name] for values in measured.values() if name in values]))
+                   for name in ("accuracy", "mean_reward") if any(name in values for values in measured.values())}
         return row | {f"{name}/{key}": value for name, values in measured.items() for key, value in values.items()}
 
     async def measure(self, step: int) -> list[Measured]:
@@ -91,43 +98,44 @@ class Evaluator:
         tag = "eval" if one.name == HELD_OUT else f"eval-{one.name}"
         groups = await self._responder.groups(one.prompts, step=step, tag=tag, plan=plan)
         values = await asyncio.to_thread(summary, groups, resamples=options.bootstrap_resamples, seed=options.seed)
-        return Measured(one.name, groups, {**values, "seconds": time.perf_counter() - started})
+        own = self._own(groups)
+        if clash := sorted(own.keys() & {*values, "seconds"}):
+            raise ValueError(f"observe.metrics: {', '.join(clash)} is a name of docs/metrics.md; choose another")
+        return Measured(one.name, groups, {**values, **own, "seconds": time.perf_counter() - started})
 
 
 def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dict[str, float]:
-    """Accuracy (the mean over n samples: avg@n, pass@1), pass@k and maj@k with their bootstrap intervals over
-    problems, style and length.
+    """Accuracy (the share of right responses: avg@n, pass@1), pass@k, maj@k and the mean reward with their bootstrap
+    intervals over problems, and lengths.
 
-    A response is right when its score is 1. maj@k only where answers are boxed: right ones vote together however they
-    are written, others by what is in the box.
+    Accuracy, pass@k and maj@k are over the problems whose responses can be called right or not (verdicts.known), and
+    absent without any. maj@k is there only if answers are boxed: right ones vote together however they are written,
+    others by what is in the box.
     """
-    n = len(groups[0].scores)
+    n, judged = len(groups[0].scores), known(groups)
     lengths = [rollout.response_tokens for group in groups for rollout in group.rollouts]
     finishes = [rollout.finish for group in groups for rollout in group.rollouts]
     values: dict[str, float] = {}
 
-    def put(name: str, by_problem: Sequence[Sequence[float]], prefix: str) -> None:
+    def put(name: str, by_problem: Sequence[Sequence[float]]) -> None:
+        prefix = INTERVAL_PREFIX.get(name, f"{name}_")
         values[name], values[f"{prefix}low"], values[f"{prefix}high"] = bootstrap_interval(by_problem, resamples, seed)
 
-    put("accuracy", [[score.value for score in group.scores] for group in groups], "")
-    values |= {"problems": len(groups), "samples_per_problem": n, **style(groups),
-               "mean_response_tokens": float(np.mean(lengths)),
+    if judged:
+        put("accuracy", right_shares(judged))
+    put("mean_reward", [[score.value for score in group.scores] for group in groups])
+    values |= {"problems": len(groups), "samples_per_problem": n, "mean_response_tokens": float(np.mean(lengths)),
                "truncated_fraction": float(np.mean([finish is Finish.LENGTH for finish in finishes]))}
-    right = [sum(_is_right(score) for score in group.scores) for group in groups]
-    votes = [_votes(group) for group in groups]
+    votes = [_votes(group) for group in judged]
     boxed = any(vote is not None for vote in sum(votes, []))
-    for k in sample_counts(n)[1:]:
-        put(f"pass@{k}", [[pass_at_k(n, c, k)] for c in right], f"pass@{k}_")
+    for k in sample_counts(n)[1:] if judged else ():
+        put(f"pass@{k}", [[pass_at_k(n, number_right(group), k)] for group in judged])
         if boxed and k > 2:
-            put(f"maj@{k}", [[majority_at_k(vote, k, right=RIGHT, seed=seed)] for vote in votes], f"maj@{k}_")
+            put(f"maj@{k}", [[majority_at_k(vote, k, right=RIGHT, seed=seed)] for vote in votes])
     return values
-
-
-def _is_right(score: Score) -> bool:
-    return score.value >= 1.0
 
 
 def _votes(group: RolloutGroup) -> list[str | None]:
     boxes = [last_boxed(text) or None for text in group.texts]
-    return [RIGHT if box is not None and _is_right(score) else box
+    return [RIGHT if box is not None and score.correct else box
             for box, score in zip(boxes, group.scores, strict=True)]

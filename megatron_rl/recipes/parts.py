@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 
 from c3po import SumCount
-from megatron_rl.batch import StepBatch
+from megatron_rl.batch import BudgetFill, StepBatch
 from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network
 from megatron_rl.observe import MetricsLog, Timers, reduce_metrics
 from megatron_rl.observe.alarm import mismatch_alarm
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.observe.jsonl import read_jsonl
+from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.sinks import METRICS
+from megatron_rl.observe.verdicts import correctness_metrics
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.evaluation import Evaluator
 from megatron_rl.recipes.routing import without_routed_experts
-from megatron_rl.recipes.serving import Serving, style
+from megatron_rl.recipes.serving import Serving
 from megatron_rl.recipes.stages import Stage, plateaued
 from megatron_rl.recipes.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Collector, Ledger
@@ -33,6 +35,7 @@ from megatron_rl.topology import Topology
 from megatron_rl.types import Finish, RolloutGroup, StepResult
 
 CATCH_UP_POLL_S = 0.1
+LENGTH_PERCENTILES = {"p10": 10, "p50": 50, "p90": 90, "max": 100}
 
 
 def while_serving(topology: Topology, weights: PublishedWeights, serving: Serving | None,
@@ -107,6 +110,7 @@ class RunRecord:
                  stage: Stage):
         self._config, self._topology, self._sizes = config, topology, asdict(network)
         self._log, self._evaluator, self._serving = log, evaluator, serving
+        self._own = OwnMetrics(config.observe.metrics)
         self._rollouts, self._weights = rollouts, weights
         self._save, self._poll_save, self._stage = save, poll_save, stage
         self._plateau, self._rewards = False, []
@@ -120,7 +124,9 @@ class RunRecord:
         self._poll_save()
         if self._log is None:
             return
-        metrics = {**rollout_metrics(groups, version=step), **self._rollouts.metrics(),
+        fill = BudgetFill(self._config.c3po, self._config.parallel.dp, self._config.rollout.max_response_tokens)
+        own = {f"extra/{name}": value for name, value in self._own(groups).items()}
+        metrics = {**rollout_metrics(groups, fill, version=step), **own, **self._rollouts.metrics(),
                    **budget_metrics(groups, batches), **update_metrics(results), **self._weights.metrics(), **seconds}
         metrics |= {"tokens_per_s/rollout": metrics["rollout/generated_tokens"] / seconds["time/generate"],
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
@@ -156,24 +162,25 @@ class RunRecord:
         return any(self._topology.gather_objects(stop.asked()))
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version: int) -> dict[str, float]:
     """version: of the policy that trains on them; staleness counts versions back from it."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [score for group in groups for score in group.scores]
-    means = [float(np.mean([score.value for score in group.scores])) for group in groups]
+    rewards = [reward for group in groups for reward in fill.rewards(group.rollouts, group.scores).tolist()]
     lengths = [rollout.response_tokens for rollout in rollouts]
     statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
     ages = [(version - span.version, span.end - span.start) for rollout in rollouts for span in rollout.weight_versions]
     return {
-        "reward/mean": float(np.mean([score.value for score in scores])),
-        "reward/pass_rate": float(np.mean([mean > 0 for mean in means])),
+        "reward/mean": float(np.mean(rewards)),
+        "reward/unshaped_mean": float(np.mean([score.value for score in scores])),
+        **correctness_metrics(groups),
         **{f"reward/status/{status}": count / len(scores) for status, count in sorted(statuses.items())},
         "rollout/response_tokens_mean": float(np.mean(lengths)),
+        **{f"rollout/response_tokens_{name}": float(np.percentile(lengths, percent))
+           for name, percent in LENGTH_PERCENTILES.items()},
         "rollout/staleness_mean": sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
         "rollout/staleness_max": max(age for age, _ in ages),
         "rollout/truncated_fraction": float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
-        "rollout/groups_mixed_fraction": float(np.mean([0.0 < mean < 1.0 for mean in means])),
-        **{f"style/{key}": value for key, value in style(groups).items()},
     }
 
 

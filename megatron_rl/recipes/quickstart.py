@@ -93,7 +93,8 @@ def label_stages(run_dir: Path, before_sft: dict[str, float]) -> dict[str, dict]
 def result_table(results: dict[str, dict]) -> Table:
     table = Table(*COLUMNS, title="quick start")
     for stage, row in results.items():
-        reasoning = f"{row['reasoning_accuracy']:.3f}" if "reasoning_accuracy" in row else "-"
+        direct, reasoning = (f"{row[key]:.{digits}f}" if key in row else "-"  # of observe.metrics
+                             for key, digits in (("direct_share", 2), ("reasoning_accuracy", 3)))
         table.add_row(LABELS[stage], f"{row['accuracy']:.3f}", f"{row['low']:.3f} - {row['high']:.3f}",
-                      f"{row['direct_share']:.2f}", reasoning, f"{row['mean_response_tokens']:.1f}")
+                      direct, reasoning, f"{row['mean_response_tokens']:.1f}")
     return table

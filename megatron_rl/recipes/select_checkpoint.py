@@ -21,6 +21,7 @@ from megatron_rl.observe.estimators import pass_at_k
 from megatron_rl.observe.files import write_json
 from megatron_rl.observe.selection_plot import plot_selection
 from megatron_rl.observe.stats import bootstrap_interval
+from megatron_rl.observe.verdicts import known, number_right
 from megatron_rl.recipes.serving import Serving, load_tokenizer, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.responses import SamplingPlan
@@ -121,7 +122,10 @@ def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candi
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([rollout.response_tokens for rollout in rollouts], dtype=np.float64)
     k = len(groups[0].scores)
-    right = [sum(score.value >= 1.0 for score in group.scores) for group in groups]
+    if len(known(groups)) < len(groups):
+        raise ValueError("select-checkpoint needs to know which responses are right, and the scorer does not say: set "
+                         "reward.correct_from, or return a Score with status correct or wrong")
+    right = [number_right(group) for group in groups]
     record = path / EPOCH
     sft = json.loads(record.read_text()) if record.is_file() else {}
     return Candidate(

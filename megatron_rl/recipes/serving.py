@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_rl.batch import BudgetFill
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.schema import Config, DataConfig
-from megatron_rl.data import PromptSource, build_prompts, is_direct_answer
+from megatron_rl.data import PromptSource, build_prompts
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.background import EventLoopThread
 from megatron_rl.rollout.client import EngineClient
@@ -29,7 +27,6 @@ from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.router import RoutedFleet, RouterClient
-from megatron_rl.types import RolloutGroup
 
 
 def load_tokenizer(folder: str | Path):
@@ -140,12 +137,3 @@ def build_collector(config: Config, responder: Responder, prompts: Prompts) -> C
         return AheadCollector(responder, prompts, **shared, max_staleness=rollout.max_staleness,
                               last_step=config.run.steps - 1)
     return SyncCollector(responder, prompts, **shared)
-
-
-def style(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Share of responses that answer at once, and the accuracy of those that reason first."""
-    judged = [(is_direct_answer(text), score.value) for group in groups
-              for text, score in zip(group.texts, group.scores, strict=True)]
-    reasoned = [value for direct, value in judged if not direct]
-    shares = {"direct_share": 1.0 - len(reasoned) / len(judged)}
-    return shares | ({"reasoning_accuracy": float(np.mean(reasoned))} if reasoned else {})

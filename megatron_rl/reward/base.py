@@ -10,7 +10,7 @@ from megatron_rl.types import Prompt, Score
 
 __all__ = ["Job", "STATUSES", "Scorer", "run", "verdict"]
 
-STATUSES = ("correct", "wrong", "no_answer", "timeout", "error",
+STATUSES = ("correct", "wrong", "no_answer", "timeout", "error", "graded",
             "compile_error", "runtime_error", "memory_limit", "output_limit")  # these four: of programs
 
 

@@ -55,7 +55,7 @@ def _scorer(domain: str, name: str, config: RewardConfig) -> Scorer:
         except RuntimeError as error:
             raise ValueError(f"reward.routes.{domain}={name}: {error}") from error
     if "." in name:
-        return UserScorer(domain, name)
+        return UserScorer(domain, name, config.correct_from)
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose {' | '.join(BUILT_IN)} | module.function"
     raise ValueError(f"reward.routes.{domain}={name} is no scorer; {hint}")

@@ -11,16 +11,16 @@ from typing import Any
 from megatron_rl.reward.base import STATUSES, Job, run
 from megatron_rl.types import Prompt, Score
 
-__all__ = ["UserScorer", "judge_user"]
+__all__ = ["UserScorer", "judge_user", "score_of"]
 
 
 class UserScorer:
-    """Calls `module.function` in a worker. A number above 0 counts as correct. Never remembered: it may be random.
+    """Calls `module.function` in a worker. A number alone is judged by score_of. Never remembered: it may be random.
 
     Raises ValueError naming reward.routes.<domain> if the path cannot be imported or is not callable.
     """
 
-    def __init__(self, domain: str, path: str):
+    def __init__(self, domain: str, path: str, correct_from: float | None):
         where = f"reward.routes.{domain}={path}"
         try:
             _load(path)
@@ -31,24 +31,34 @@ class UserScorer:
             raise ValueError(f"{where}: {error}") from error
         self.preload = (path.rpartition(".")[0],)
         self.warm_up = functools.partial(_warm_up, path)
-        self._path = path
+        self._path, self._correct_from = path, correct_from
 
     def prepare(self, prompt: Prompt, response_text: str) -> Job:
-        return Job(judge_user, (self._path, prompt, response_text), memo_key=None)
+        return Job(judge_user, (self._path, prompt, response_text, self._correct_from), memo_key=None)
 
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))
 
 
-def judge_user(path: str, prompt: Prompt, response_text: str) -> Score:
+def judge_user(path: str, prompt: Prompt, response_text: str, correct_from: float | None) -> Score:
     """The function's Score. ValueError if it returns no finite number and no valid Score."""
     result = _load(path)(prompt, response_text)
     score = result if isinstance(result, Score) else None
     if score is None and isinstance(result, (bool, int, float)):
-        score = Score(float(result), "correct" if result > 0 else "wrong")
+        score = score_of(float(result), correct_from)
     if score is None or not math.isfinite(score.value) or score.status not in STATUSES:
         raise ValueError(f"{path} returned {result!r}: not a finite number, nor a Score with a status of {STATUSES}")
     return score
+
+
+def score_of(reward: float, correct_from: float | None) -> Score:
+    """The Score of a number alone (reward.correct_from): right from correct_from on, wrong at 0 and below, graded in
+    between. Without correct_from every number is graded, and nobody can say what is right."""
+    if correct_from is None:
+        return Score(reward, "graded")
+    if reward >= correct_from:
+        return Score(reward, "correct")
+    return Score(reward, "wrong") if reward <= 0 else Score(reward, "graded", correct=False)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def step_batch(config, step: int) -> StepBatch:
                 trainable=np.arange(prompt + length) >= prompt,
                 rollout_logprobs=np.where(np.arange(prompt + length) >= prompt, -4.0, 0.0).astype(np.float32),
                 finish=Finish.STOP, weight_versions=(VersionSpan(0, 0, length),)))
-        scores = tuple(Score(float(value), "correct") for value in rng.integers(0, 2, RESPONSES))
+        scores = tuple(Score(float(value), "correct" if value else "wrong") for value in rng.integers(0, 2, RESPONSES))
         groups.append(RolloutGroup(Prompt(str(index), (1, 2, 3, 4), "q", "a", "math"), tuple(rollouts),
                                    ("",) * RESPONSES, scores))
     batch, = assemble(groups, config.c3po, dp=config.parallel.dp, seed=0, step=step,

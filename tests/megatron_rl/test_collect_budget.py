@@ -17,7 +17,8 @@ class TwoGroupsARound:
     def collect(self, step: int, round_: int) -> list[RolloutGroup]:
         rollout = Rollout(np.arange(6, dtype=np.int32), np.arange(6) >= 1, np.zeros(6, np.float32), Finish.STOP, ())
         return [RolloutGroup(Prompt("id", (1,), "", "", "math"), (rollout, rollout), ("", ""),
-                             (Score(1.0, "correct"), Score(low, "wrong"))) for low in (0.0, 1.0)]
+                             (Score(1.0, "correct"), Score(float(right), "correct" if right else "wrong")))
+                for right in (False, True)]
 
 
 def rounds(**algo) -> tuple[int, int]:
@@ -40,7 +41,7 @@ def test_rounds(algo, expected):
 
 
 def test_too_few_mixed_groups_are_named():
-    with pytest.raises(ValueError, match=r"only 2 of 4 responses in groups of mixed reward after "
+    with pytest.raises(ValueError, match=r"only 2 of 4 responses in mixed groups after "
                                          r"c3po\.max_collect_rounds=1 rounds"):
         rounds(objective="grpo", dynamic_sampling=True, max_collect_rounds=1)
 

@@ -40,9 +40,12 @@ def test_without_boxes_there_is_no_vote():
 def test_the_table_has_a_line_for_each_set_and_its_own_estimates():
     values = summary(GROUPS, resamples=5, seed=0)
     few = {key: value for key, value in values.items() if "@" not in key}
+    without = {key: value for key, value in few.items() if key not in ("accuracy", "low", "high")}
     shown = table([Measured("a", [], values), Measured("b", [], few)], "t")
     assert [column.header for column in shown.columns][4:7] == ["pass@2", "pass@4", "maj@4"]
     assert [list(column.cells)[1] for column in shown.columns][4:7] == ["-", "-", "-"]
+    graded = table([Measured("graded", [], without)], "t")
+    assert [column.header for column in graded.columns][3] == "mean reward"
 
 
 def test_sets_are_the_held_out_one_and_the_benchmarks():

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from c3po import BudgetSelection, SumCount
-from megatron_rl.batch import StepBatch
+from megatron_rl.batch import BudgetFill, StepBatch
+from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.recipes.parts import budget_metrics, rollout_metrics, update_metrics
-from megatron_rl.recipes.serving import style
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, StepResult, VersionSpan
 
 
@@ -28,18 +28,16 @@ GROUPS = [group((r"\boxed{7}", 1.0, 2), (r" so 7\boxed{7}", 1.0, 6), (" so", -1.
 
 
 def test_rollout_metrics_by_hand():
-    metrics = rollout_metrics(GROUPS, version=2)
-    assert metrics["reward/mean"] == pytest.approx(2 / 6)
-    assert metrics["reward/pass_rate"] == 0.5  # one of two prompts was solved at all
-    assert metrics["rollout/groups_mixed_fraction"] == 0.5
+    metrics = rollout_metrics(GROUPS, BudgetFill(AlgoConfig(), 1, 80), version=2)
+    assert metrics["reward/mean"] == metrics["reward/unshaped_mean"] == pytest.approx(2 / 6)
+    assert metrics["reward/pass_rate"] == pytest.approx(2 / 6)
+    assert metrics["groups/any_correct_fraction"] == metrics["groups/mixed_fraction"] == 0.5
+    # of 2, 2, 2, 4, 6, 10 tokens: the middle lies between 2 and 4, nine tenths halfway from 6 to 10
+    assert {name.rpartition("_")[2]: value for name, value in metrics.items() if "response_tokens" in name} == {
+        "mean": pytest.approx(26 / 6), "p10": 2.0, "p50": 3.0, "p90": 8.0, "max": 10.0}
     assert metrics["rollout/staleness_mean"] == metrics["rollout/staleness_max"] == 2  # sampled by version 0
     assert metrics["rollout/truncated_fraction"] == pytest.approx(1 / 6)
     assert metrics["reward/status/correct"] == pytest.approx(2 / 6)
-
-
-def test_style_is_told_apart_from_skill():
-    # three of six answer at once; of the other three one is right
-    assert style(GROUPS) == {"direct_share": 0.5, "reasoning_accuracy": pytest.approx(1 / 3)}
 
 
 def test_fill_is_selected_over_phi_over_all_updates():

@@ -22,7 +22,7 @@ def rollout(prompt_tokens: int, response_tokens: int, *, finish: Finish = Finish
 def group(responses: list[Rollout], rewards: list[float]) -> RolloutGroup:
     prompt = Prompt("id", (1, 2), "text", "answer", "math")
     return RolloutGroup(prompt, tuple(responses), ("",) * len(responses),
-                        tuple(Score(value, "correct") for value in rewards))
+                        tuple(Score(value, "correct" if value > 0 else "wrong") for value in rewards))
 
 
 def random_groups(seed: int, num_prompts: int = 6, num_responses: int = 4) -> list[RolloutGroup]:
@@ -205,8 +205,8 @@ def test_empty_responses_are_left_out():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_dynamic_sampling_leaves_out_groups_of_equal_reward_before_the_cut(seed):
-    mixed = random_groups(seed, num_prompts=3)
+def test_dynamic_sampling_leaves_out_groups_that_are_not_mixed_before_the_cut(seed):
+    mixed = [group(list(g.rollouts), [1.0, 0.0, 0.0, 1.0]) for g in random_groups(seed, num_prompts=3)]
     equal = [group(list(g.rollouts), [1.0] * 4) for g in random_groups(seed + 100, num_prompts=3)]
     groups = [equal[0], mixed[0], mixed[1], equal[1], mixed[2], equal[2]]
     phi = available(mixed) - 1

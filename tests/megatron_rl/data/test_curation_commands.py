@@ -61,7 +61,7 @@ def test_answers_that_cannot_be_verified_go():
 
 
 def sampled(values, boxed):
-    return Sampled(tuple(map(float, values)), tuple(boxed))
+    return Sampled(tuple(map(bool, values)), tuple(boxed))
 
 
 def test_models_speak_against_an_answer_only_together():

@@ -7,9 +7,9 @@ from itertools import islice
 import pytest
 
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data import build_source, chains_tokenizer, gym, is_direct_answer
+from megatron_rl.data import build_source, chains_tokenizer, gym
 from megatron_rl.data.arithmetic import KINDS, SHOTS, Arithmetic
-from megatron_rl.data.chains import Chains
+from megatron_rl.data.chains import Chains, is_direct_answer
 from megatron_rl.data.gym import Gym
 from megatron_rl.data.problems import in_split
 

@@ -175,7 +175,8 @@ def user_score(path, response):
 
 
 def test_a_user_reward_may_return_a_number_or_a_score(user_module):
-    assert user_score(f"{user_module}.longer_is_better", "12345") == Score(0.5, "correct")
+    assert user_score(f"{user_module}.longer_is_better", "12345") == Score(0.5, "graded", correct=False)
+    assert user_score(f"{user_module}.longer_is_better", "1234567890") == Score(1.0, "correct")
     assert user_score(f"{user_module}.longer_is_better", "") == Score(0.0, "wrong")
     assert user_score(f"{user_module}.own_status", "12345") == Score(0.25, "no_answer", "p")
 

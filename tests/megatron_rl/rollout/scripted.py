@@ -103,7 +103,8 @@ class ParityScorer:
     """Half of the responses are right, whatever their length."""
 
     async def score(self, prompt: Prompt, response_text: str) -> Score:
-        return Score(float(sum(map(int, response_text.split(","))) % 2), "correct")
+        right = sum(map(int, response_text.split(","))) % 2 == 1
+        return Score(float(right), "correct" if right else "wrong")
 
 
 class Counting:

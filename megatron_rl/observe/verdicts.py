@@ -1,0 +1,52 @@
+"""Statistics of correctness: over what the scorers call right (Score.correct), never over rewards.
+
+A reward may be -1 or 1, a grade, or shaped by length; whether a response is right does not change with it.
+A group with a response of which nobody can say whether it is right (correct=None) is left out of these statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.types import RolloutGroup, Score
+
+__all__ = ["correctness_metrics", "is_mixed", "known", "number_right", "right_shares"]
+
+
+def known(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups of which it is known, for every response, whether it is right."""
+    return [group for group in groups if all(score.correct is not None for score in group.scores)]
+
+
+def number_right(group: RolloutGroup) -> int:
+    return sum(score.correct is True for score in group.scores)
+
+
+def right_shares(groups: Sequence[RolloutGroup]) -> list[list[float]]:
+    """1 or 0 for each response of each group, as bootstrap_interval takes them."""
+    return [[float(score.correct is True) for score in group.scores] for group in groups]
+
+
+def is_mixed(scores: Sequence[Score]) -> bool:
+    """Whether a group has something to teach: right responses beside others.
+
+    If a response is graded, correctness is not the whole verdict: then the group is mixed if its unshaped rewards
+    differ. Penalties that training adds (the over-long penalty) play no part.
+    """
+    if any(score.status == "graded" for score in scores):
+        return len({score.value for score in scores}) > 1
+    return len({score.correct for score in scores}) > 1
+
+
+def correctness_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """reward/pass_rate and groups/* of a step (docs/metrics.md)."""
+    judged = known(groups)
+    metrics = {"groups/mixed_fraction": sum(is_mixed(group.scores) for group in groups) / len(groups)}
+    if judged:
+        right, sizes = [number_right(group) for group in judged], [len(group.scores) for group in judged]
+        metrics |= {
+            "reward/pass_rate": sum(right) / sum(sizes),
+            "groups/any_correct_fraction": sum(count > 0 for count in right) / len(judged),
+            "groups/all_correct_fraction": sum(
+                count == size for count, size in zip(right, sizes, strict=True)) / len(judged)}
+    return metrics
