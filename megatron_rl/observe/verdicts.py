@@ -1,7 +1,8 @@
 """Statistics of correctness: over what the scorers call right (Score.correct), never over rewards.
 
 A reward may be -1 or 1, a grade, or shaped by length; whether a response is right does not change with it.
-A group with a response of which nobody can say whether it is right (correct=None) is left out of these statistics.
+A group with a response of which nobody can say whether it is right (correct=None) is left out of these statistics,
+and so is every failed response, which has no verdict.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from collections.abc import Sequence
 
 from megatron_rl.types import RolloutGroup, Score
 
-__all__ = ["correctness_metrics", "is_mixed", "known", "number_right", "right_shares"]
+__all__ = ["correctness_metrics", "is_mixed", "judged", "known", "number_right", "right_shares"]
 
 
 def known(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     """The groups of which it is known, for every response, whether it is right."""
     return [group for group in groups if all(score.correct is not None for score in group.scores)]
+
+
+def judged(group: RolloutGroup) -> list[Score]:
+    return [score for score in group.scores if not score.failed]
 
 
 def number_right(group: RolloutGroup) -> int:
@@ -33,20 +38,21 @@ def is_mixed(scores: Sequence[Score]) -> bool:
     If a response is graded, correctness is not the whole verdict: then the group is mixed if its unshaped rewards
     differ. Penalties that training adds (the over-long penalty) play no part.
     """
-    if any(score.status == "graded" for score in scores):
-        return len({score.value for score in scores}) > 1
-    return len({score.correct for score in scores}) > 1
+    verdicts = [score for score in scores if not score.failed]
+    if any(score.status == "graded" for score in verdicts):
+        return len({score.value for score in verdicts}) > 1
+    return len({score.correct for score in verdicts}) > 1
 
 
 def correctness_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """reward/pass_rate and groups/* of a step (docs/metrics.md)."""
-    judged = known(groups)
+    whole = [group for group in known(groups) if judged(group)]
     metrics = {"groups/mixed_fraction": sum(is_mixed(group.scores) for group in groups) / len(groups)}
-    if judged:
-        right, sizes = [number_right(group) for group in judged], [len(group.scores) for group in judged]
+    if whole:
+        right, sizes = [number_right(group) for group in whole], [len(judged(group)) for group in whole]
         metrics |= {
             "reward/pass_rate": sum(right) / sum(sizes),
-            "groups/any_correct_fraction": sum(count > 0 for count in right) / len(judged),
+            "groups/any_correct_fraction": sum(count > 0 for count in right) / len(whole),
             "groups/all_correct_fraction": sum(
-                count == size for count, size in zip(right, sizes, strict=True)) / len(judged)}
+                count == size for count, size in zip(right, sizes, strict=True)) / len(whole)}
     return metrics

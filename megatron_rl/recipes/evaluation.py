@@ -17,6 +17,7 @@ from megatron_rl.observe.verdicts import known, number_right, right_shares
 from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.rollout.failures import bear_failures
 from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Finish, Prompt, RolloutGroup
 
@@ -97,6 +98,8 @@ class Evaluator:
         started = time.perf_counter()
         tag = "eval" if one.name == HELD_OUT else f"eval-{one.name}"
         groups = await self._responder.groups(one.prompts, step=step, tag=tag, plan=plan)
+        bear_failures(groups, what=f"evaluation of {one.name} after step {step}",
+                       max_fraction=rollout.max_failed_fraction)
         values = await asyncio.to_thread(summary, groups, resamples=options.bootstrap_resamples, seed=options.seed)
         own = self._own(groups)
         if clash := sorted(own.keys() & {*values, "seconds"}):

@@ -164,15 +164,17 @@ class RunRecord:
 
 def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version: int) -> dict[str, float]:
     """version: of the policy that trains on them; staleness counts versions back from it."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for group in groups for rollout, score in zip(group.rollouts, group.scores, strict=True)
+                if not score.failed]
     scores = [score for group in groups for score in group.scores]
-    rewards = [reward for group in groups for reward in fill.rewards(group.rollouts, group.scores).tolist()]
+    rewards = [reward for group in groups for reward, score in zip(
+        fill.rewards(group.rollouts, group.scores).tolist(), group.scores, strict=True) if not score.failed]
     lengths = [rollout.response_tokens for rollout in rollouts]
     statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
     ages = [(version - span.version, span.end - span.start) for rollout in rollouts for span in rollout.weight_versions]
     return {
         "reward/mean": float(np.mean(rewards)),
-        "reward/unshaped_mean": float(np.mean([score.value for score in scores])),
+        "reward/unshaped_mean": float(np.mean([score.value for score in scores if not score.failed])),
         **correctness_metrics(groups),
         **{f"reward/status/{status}": count / len(scores) for status, count in sorted(statuses.items())},
         "rollout/response_tokens_mean": float(np.mean(lengths)),
@@ -180,6 +182,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version
            for name, percent in LENGTH_PERCENTILES.items()},
         "rollout/staleness_mean": sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
         "rollout/staleness_max": max(age for age, _ in ages),
+        "rollout/failed_fraction": sum(score.failed for score in scores) / len(scores),
         "rollout/truncated_fraction": float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
     }
 

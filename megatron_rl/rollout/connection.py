@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
+import orjson
 
 # The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
 KEEP_ALIVE_S = 3.0
@@ -49,18 +49,18 @@ class JsonConnection:
     async def request(self, method: str, path: str, body: Any, *, timeout_s: float) -> Any:
         """The answer's JSON, or its text. Raises EngineHTTPError."""
         where = f"{method} {self.base_url}{path}"
-        text = ""
+        read = b""
         try:
             async with self._open_session().request(
                 method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
             ) as response:
-                text = await response.text()
+                read = await response.read()
                 if not 200 <= response.status < 300:
                     refusal = RequestRefusedError if response.status == 400 else EngineHTTPError
-                    raise refusal(f"{where}: HTTP {response.status}: {text[:ERROR_TEXT_CHARACTERS]}")
-                return json.loads(text) if response.content_type == "application/json" else text
+                    raise refusal(f"{where}: HTTP {response.status}: {_beginning(read)}")
+                return orjson.loads(read) if response.content_type == "application/json" else read.decode()
         except ValueError as error:  # not JSON, or not text
-            raise EngineHTTPError(f"{where}: {error}; it answered {text[:ERROR_TEXT_CHARACTERS]!r}") from error
+            raise EngineHTTPError(f"{where}: {error}; it answered {_beginning(read)!r}") from error
         except TimeoutError as error:
             raise EngineHTTPError(f"{where}: no answer within {timeout_s:g} s") from error
         except aiohttp.ClientConnectorError as error:
@@ -73,6 +73,10 @@ class JsonConnection:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers)
         return self._session
+
+
+def _beginning(read: bytes) -> str:
+    return read[:ERROR_TEXT_CHARACTERS].decode(errors="replace")
 
 
 @contextlib.contextmanager

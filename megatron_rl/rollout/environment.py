@@ -20,7 +20,7 @@ Environment = Callable[[Prompt, Sequence[str]], str | None]
 
 
 class EnvironmentFailed(RuntimeError):
-    """The user's function took too long; names the prompt. What it raises itself is passed on and ends the run."""
+    """The user's function raised, took too long, or returned something else than a text or None; names the prompt."""
 
 
 def load_environment(path: str | None) -> Environment | None:
@@ -53,11 +53,21 @@ class EnvironmentThreads:
         self._free = asyncio.Semaphore(threads)
 
     async def answer(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
-        """The environment's next text."""
+        """The environment's next text, or None: the episode is over. EnvironmentFailed says what went wrong."""
+        where = f"rollout.environment, prompt {prompt.id!r}"
         async with self._free:
             call = in_thread(self._environment, prompt, tuple(turns), daemon=True)
             try:
-                return await asyncio.wait_for(call, self._timeout_s)
-            except TimeoutError as error:
-                raise EnvironmentFailed(f"rollout.environment did not answer prompt {prompt.id!r} within "
-                                        f"rollout.environment_timeout_s={self._timeout_s:g}") from error
+                done, _ = await asyncio.wait([call], timeout=self._timeout_s)
+            finally:
+                call.cancel()  # nobody waits for a late answer
+        if not done:
+            raise EnvironmentFailed(f"{where}: no answer within "
+                                    f"rollout.environment_timeout_s={self._timeout_s:g}")
+        error = call.exception()
+        if error is not None:  # the user's own code: of any kind
+            raise EnvironmentFailed(f"{where}: {type(error).__name__}: {error}"[:500]) from error
+        text = call.result()
+        if not isinstance(text, str | None):
+            raise EnvironmentFailed(f"{where}: it returned a {type(text).__name__}, not a str or None")
+        return text

@@ -1,6 +1,7 @@
 """One judged response, and groups of K of them: what every collector is made of.
 
-One request per response: it has its own seed and is judged while others still run.
+One request per response: it has its own seed and is judged while others still run. A response that no engine could
+give, or whose environment failed, is a failed response: its score says why, nothing trains on it, and the run goes on.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.environment import EnvironmentThreads, load_environment
-from megatron_rl.rollout.fleet import Fleet, Tally
+from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads, load_environment
+from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.rollout.transcript import Transcript
@@ -122,8 +123,7 @@ class Responder:
 
     async def groups(self, prompts: Sequence[Prompt], *, step: int, first_index: int = 0, tag: str = "train",
                      plan: SamplingPlan | None = None) -> list[RolloutGroup]:
-        """One group per prompt, in the order of `prompts`. FleetError when a response cannot be had; then, as when
-        cancelled, every other request has been aborted."""
+        """One group per prompt, in the order of `prompts`. Every request has been aborted when this is cancelled."""
         plan = plan or self.plan
         for prompt in prompts:
             self.check_length(prompt, plan)
@@ -145,12 +145,22 @@ class Responder:
         transcript, turns = Transcript(), []
         while transcript.finish is None:
             begin = len(transcript.token_ids)
-            transcript = await self.sample(ticket, plan, transcript, plan.max_response_tokens - begin)
-            assert transcript.finish is not None
-            if self._environment is not None and transcript.finish is Finish.STOP:
-                turns.append(self._tokenizer.decode(transcript.token_ids[begin:].tolist(), skip_special_tokens=True))
-                transcript = await self._next_turn(ticket.prompt, plan, transcript, turns)
+            try:
+                transcript = await self.sample(ticket, plan, transcript, plan.max_response_tokens - begin)
+                assert transcript.finish is not None
+                if self._environment is not None and transcript.finish is Finish.STOP:
+                    said = transcript.token_ids[begin:].tolist()
+                    turns.append(self._tokenizer.decode(said, skip_special_tokens=True))
+                    transcript = await self._next_turn(ticket.prompt, plan, transcript, turns)
+            except (FleetError, EnvironmentFailed) as failure:
+                return self.failed(ticket.prompt, transcript, failure)
         return await self.judge(ticket.prompt, transcript)
+
+    def failed(self, prompt: Prompt, so_far: Transcript, failure: FleetError | EnvironmentFailed) -> Judged:
+        """The response that ends here, without a verdict. Its detail says why."""
+        status = "engine_error" if isinstance(failure, FleetError) else "environment_error"
+        text = self._tokenizer.decode(so_far.token_ids.tolist(), skip_special_tokens=True)
+        return Judged(replace(so_far, finish=Finish.ERROR).rollout(prompt), text, Score(0.0, status, str(failure)))
 
     async def _next_turn(self, prompt: Prompt, plan: SamplingPlan, transcript: Transcript,
                          turns: Sequence[str]) -> Transcript:

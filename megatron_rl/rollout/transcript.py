@@ -65,7 +65,8 @@ class Transcript:
 
     def rollout(self, prompt: Prompt) -> Rollout:
         """Prompt and response as one sequence; log-probabilities are 0 on the prompt."""
-        assert self.finish is not None and self.sampled_tokens, "a finished response has at least one sampled token"
+        assert self.finish is not None, "the response goes on"
+        assert self.sampled_tokens or self.finish is Finish.ERROR, "a finished response has at least one sampled token"
         length = len(prompt.token_ids)
         return Rollout(
             token_ids=np.concatenate([np.asarray(prompt.token_ids, dtype=np.int32), self.token_ids]),

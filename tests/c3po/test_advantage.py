@@ -21,6 +21,16 @@ def test_golden_no_scale_and_groups_do_not_mix():
     assert actual.tolist() == [[0.5, -0.5], [3.0, -3.0]]
 
 
+def test_a_response_without_a_reward_takes_no_part():
+    # Means 1/2 over the two judged of the first group; the second has one judged, the third none.
+    rewards = torch.tensor([[1.0, float("nan"), 0.0], [7.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+    judged = torch.tensor([[True, False, True], [True, False, False], [False] * 3])
+    actual = group_advantages(rewards, judged_PK=judged, scale="none")
+    assert actual.tolist() == [[0.5, 0.0, -0.5], [0.0] * 3, [0.0] * 3]
+    whole = rewards[2:]
+    assert torch.equal(group_advantages(whole, judged_PK=torch.ones(1, 3, dtype=torch.bool)), group_advantages(whole))
+
+
 def test_eps_is_added_to_the_std():
     # Rewards 1,0: deviation 1/2, std 1/2; with eps 1/2 the advantage is (1/2) / 1.
     assert group_advantages(torch.tensor([[1.0, 0.0]]), eps=0.5).tolist() == [[0.5, -0.5]]
@@ -55,6 +65,8 @@ def test_integer_rewards_become_float32_and_float64_stays():
     (torch.tensor([[1.0, float("nan")]]), {}, "not finite"),
     (torch.zeros(1, 2), {"scale": "max"}, "scale='max'"),
     (torch.zeros(1, 2), {"eps": 0.0}, "eps=0.0"),
+    (torch.zeros(1, 2), {"judged_PK": torch.ones(1, 2)}, r"judged_PK must be bool \(1, 2\)"),
+    (torch.zeros(1, 2), {"judged_PK": torch.ones(2, dtype=torch.bool)}, r"judged_PK must be bool \(1, 2\)"),
 ])
 def test_bad_input_is_named(rewards_PK, options, message):
     with pytest.raises(ValueError, match=message):

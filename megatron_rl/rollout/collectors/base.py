@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_rl.rollout.fleet import Tally
+from megatron_rl.rollout.responses import cancelled
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Score
 
 
@@ -68,15 +70,61 @@ class Prompts(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class FillCount(Protocol):
+    """Counts what the groups of one step offer to its budget (batch.FillCount)."""
+
+    total: int
+
+    @property
+    def groups(self) -> int: ...
+
+    def open(self) -> int: ...
+
+    def judged(self, place: int, sample: int, rollout: Rollout, score: Score) -> None: ...
+
+    def needed(self) -> int | None: ...
+
+    def mean_offered(self, first: int, end: int) -> float: ...
+
+
 class BudgetFill(Protocol):
     """Knows what fills the training budget of a step (batch.BudgetFill)."""
 
     @property
     def tokens(self) -> int: ...
 
-    def usable_tokens(self, judged: Sequence[tuple[Rollout, Score] | None]) -> list[int]: ...
+    def count(self, responses_per_prompt: int) -> FillCount: ...
 
-    def groups_needed(self, usable_tokens: Sequence[Sequence[int]]) -> int | None: ...
+
+class Running[T]:
+    """Tasks under way and what each is for; `finished` hands them out as they end, at a cost that does not grow with
+    how many there are (asyncio.wait looks at all of them in every call)."""
+
+    def __init__(self) -> None:
+        self._of: dict[asyncio.Task, T] = {}
+        self._ended: asyncio.Queue[asyncio.Task] = asyncio.Queue()
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def start(self, coroutine: Coroutine[Any, Any, Any], of: T) -> None:
+        task = asyncio.create_task(coroutine)
+        self._of[task] = of
+        task.add_done_callback(self._ended.put_nowait)
+
+    async def finished(self) -> list[tuple[Any, T]]:
+        """(result, what it was for) of all that have ended, at least one, in the order in which they ended."""
+        ended = [await self._ended.get()]
+        while not self._ended.empty():
+            ended.append(self._ended.get_nowait())
+        return [(task.result(), self._of.pop(task)) for task in ended if task in self._of]
+
+    async def cancel(self, unwanted: Callable[[T], bool] = lambda _: True) -> None:
+        """Cancels those that are for something unwanted, and waits until they have cleaned up."""
+        late = [task for task, of in self._of.items() if unwanted(of)]
+        for task in late:
+            del self._of[task]
+        await cancelled(late)
 
 
 def response_tokens(groups: Sequence[RolloutGroup]) -> int:

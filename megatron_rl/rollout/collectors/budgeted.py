@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from megatron_rl.rollout.collectors.base import BudgetFill, Ledger, Prompts, response_tokens
-from megatron_rl.rollout.responses import Judged, Responder, as_group, cancelled
+from megatron_rl.rollout.collectors.base import BudgetFill, FillCount, Ledger, Prompts, Running, response_tokens
+from megatron_rl.rollout.responses import Judged, Responder, as_group
 from megatron_rl.types import Prompt, RolloutGroup
 
 MEMORY = 0.5
@@ -40,28 +40,25 @@ class BudgetedCollector:
         self._responder, self._prompts, self._fill = responder, prompts, fill
         self._count, self._overprovision, self._seed = prompts_per_step, overprovision, seed
         self._mean_tokens = 0.0
-        self._earlier: list[list[int]] = []
+        self._filled: FillCount | None = None
 
     async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]:
         responder = self._responder.apart()
         if round_ == 0:
-            self._earlier = []
+            self._filled = self._fill.count(responder.plan.samples_per_prompt)
+        earlier = self._filled.groups
         drawn = self._prompts.next(self._count)
         order = np.random.default_rng([self._seed, step, round_]).permutation(self._count)
-        run = _Round(self, responder, [drawn[place] for place in order], step, first_index=round_ * self._count)
+        run = _Round(responder, self._filled, [drawn[place] for place in order], step, first_index=round_ * self._count,
+                     wanted=self._overprovision * self._fill.tokens, mean_tokens=self._mean_tokens)
         groups = await run.until_filled()
-        usable = [self._usable(group) for group in groups]
-        self._earlier += usable
-        offered = float(np.mean(usable))
+        offered = self._filled.mean_offered(earlier, earlier + len(groups))
         self._mean_tokens = offered if not self._mean_tokens else (
             MEMORY * offered + (1 - MEMORY) * self._mean_tokens)
         returned = [as_group(prompt, group) for prompt, group in zip(run.prompts, groups, strict=False)]
         ledger = Ledger.balance(responder.tally, returned=response_tokens(returned),
                                 dropped_responses=run.asked - sum(map(len, groups)))
         return returned, ledger
-
-    def _usable(self, group: list[Judged | None]) -> list[int]:
-        return self._fill.usable_tokens([judged and (judged.rollout, judged.score) for judged in group])
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._prompts.state_dict()}
@@ -73,66 +70,56 @@ class BudgetedCollector:
 class _Round:
     """One round under way. out[g][k]: response k of the group at place g, None while it has not been judged."""
 
-    def __init__(self, collector: BudgetedCollector, responder: Responder, prompts: list[Prompt], step: int, *,
-                 first_index: int):
+    def __init__(self, responder: Responder, filled: FillCount, prompts: list[Prompt], step: int, *, first_index: int,
+                 wanted: float, mean_tokens: float):
         self.prompts = prompts
         self.asked = 0
-        self._collector, self._responder, self._step, self._first_index = collector, responder, step, first_index
+        self._responder, self._filled, self._step, self._first_index = responder, filled, step, first_index
+        self._wanted, self._mean_tokens = wanted, mean_tokens
+        self._earlier = filled.groups
         self._out: list[list[Judged | None]] = []
-        self._usable: list[list[int]] = []
-        self._running: dict[asyncio.Task, tuple[int, int]] = {}
+        self._running: Running[tuple[int, int]] = Running()
 
     async def until_filled(self) -> list[list[Judged]]:
         """The groups that fill the budget, or all, if they do not."""
         try:
+            needed = None
             while True:
                 self._send()
-                needed = self._needed()
-                await self._abort_after(needed)
+                before, needed = needed, self._needed()
+                if needed != before:
+                    await self._running.cancel(partial(_lies_behind, needed))
                 if not self._running:
-                    break
-                done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    place, sample = self._running.pop(task)
-                    self._out[place][sample] = task.result()
-                    self._usable[place] = self._collector._usable(self._out[place])
+                    return self._out[:needed]
+                for judged, (place, sample) in await self._running.finished():
+                    self._out[place][sample] = judged
+                    self._filled.judged(self._earlier + place, sample, judged.rollout, judged.score)
         except BaseException:
-            await cancelled(self._running)
+            await self._running.cancel()
             raise
-        return self._out[:needed]
 
     def _needed(self) -> int | None:
         """How many groups of this round certainly fill the budget, after those of earlier rounds."""
-        earlier = self._collector._earlier
-        needed = self._collector._fill.groups_needed([*earlier, *self._usable])
-        return None if needed is None else max(needed - len(earlier), 0)
+        needed = self._filled.needed()
+        return None if needed is None else max(needed - self._earlier, 0)
 
     def _send(self) -> None:
         responder = self._responder
-        while len(self._out) < len(self.prompts) and (not self._running or self._expected() < self._wanted()):
+        while len(self._out) < len(self.prompts) and (not self._running or self._expected() < self._wanted):
             if self._needed() is not None:
                 return
             place, prompt = len(self._out), self.prompts[len(self._out)]
             responder.check_length(prompt, responder.plan)
-            samples = responder.plan.samples_per_prompt
-            self._out.append([None] * samples)
-            self._usable.append([0] * samples)
+            self._filled.open()
+            self._out.append([None] * responder.plan.samples_per_prompt)
             for ticket in responder.tickets(prompt, step=self._step, index=self._first_index + place):
-                task = asyncio.create_task(responder.respond(ticket, responder.plan))
-                self._running[task] = (place, ticket.sample)
-            self.asked += samples
-
-    def _wanted(self) -> float:
-        return self._collector._overprovision * self._collector._fill.tokens
+                self._running.start(responder.respond(ticket, responder.plan), (place, ticket.sample))
+                self.asked += 1
 
     def _expected(self) -> float:
         """Tokens that the groups sent out will offer to the budget, with those of earlier rounds."""
-        known = sum(map(sum, [*self._collector._earlier, *self._usable]))
-        return known + self._collector._mean_tokens * len(self._running)
+        return self._filled.total + self._mean_tokens * len(self._running)
 
-    async def _abort_after(self, needed: int | None) -> None:
-        if needed is not None:
-            late = [task for task, (place, _) in self._running.items() if place >= needed]
-            for task in late:
-                del self._running[task]
-            await cancelled(late)
+
+def _lies_behind(needed: int, of: tuple[int, int]) -> bool:
+    return of[0] >= needed

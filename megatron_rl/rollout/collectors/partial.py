@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
-from megatron_rl.rollout.collectors.base import Ledger, Prompts, response_tokens
+from megatron_rl.rollout.collectors.base import Ledger, Prompts, Running, response_tokens
 from megatron_rl.rollout.collectors.open_groups import OpenGroup, OpenResponse, group_from_state, group_to_state
-from megatron_rl.rollout.responses import Responder, as_group, cancelled
-from megatron_rl.types import RolloutGroup
+from megatron_rl.rollout.fleet import FleetError
+from megatron_rl.rollout.responses import Responder, as_group
+from megatron_rl.types import Finish, RolloutGroup
 
 
 class PartialCollector:
@@ -66,7 +67,7 @@ class PartialCollector:
         """Samples budget_tokens tokens: oldest responses first, each again behind the others after its slice."""
         left = self._budget_tokens
         waiting = deque(response for group in self._open for response in group.responses if response.judged is None)
-        running: dict[asyncio.Task, tuple[OpenResponse, int]] = {}
+        running: Running[tuple[OpenResponse, int]] = Running()
         try:
             while True:
                 while left and len(running) < self._concurrency and (waiting or self._may_open()):
@@ -76,17 +77,15 @@ class PartialCollector:
                     room = responder.plan.max_response_tokens - response.transcript.sampled_tokens
                     asked = min(self._slice_tokens, room, left)
                     left -= asked
-                    running[asyncio.create_task(_slice(responder, response, asked))] = (response, asked)
+                    running.start(_slice(responder, response, asked), (response, asked))
                 if not running:
                     return
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in running if task in done]:  # in the order in which they were sent
-                    response, asked = running.pop(task)
-                    left += asked - task.result()
+                for sampled, (response, asked) in await running.finished():
+                    left += asked - sampled
                     if response.judged is None:
                         waiting.append(response)
         except BaseException:
-            await cancelled(running)
+            await running.cancel()
             raise
 
     def _may_open(self) -> bool:
@@ -109,9 +108,14 @@ class PartialCollector:
 
 
 async def _slice(responder: Responder, response: OpenResponse, max_tokens: int) -> int:
-    """Samples on; tokens sampled."""
-    had = response.transcript.sampled_tokens
-    response.transcript = await responder.sample(response.ticket, responder.plan, response.transcript, max_tokens)
+    """Samples on; tokens sampled. A response that no engine goes on with ends here, as a failed one."""
+    had, prompt = response.transcript.sampled_tokens, response.ticket.prompt
+    try:
+        response.transcript = await responder.sample(response.ticket, responder.plan, response.transcript, max_tokens)
+    except FleetError as failure:
+        response.judged = responder.failed(prompt, response.transcript, failure)
+        response.transcript = replace(response.transcript, finish=Finish.ERROR)
+        return 0
     if response.transcript.finish is not None:
-        response.judged = await responder.judge(response.ticket.prompt, response.transcript)
+        response.judged = await responder.judge(prompt, response.transcript)
     return response.transcript.sampled_tokens - had

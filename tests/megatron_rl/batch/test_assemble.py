@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from megatron_rl.batch import BudgetFill, assemble, step_budget
+from megatron_rl.batch import BudgetFill, FillCount, assemble, step_budget
 from megatron_rl.config.schema import AlgoConfig
-from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.types import FAILURES, Finish, Prompt, Rollout, RolloutGroup, Score
 
 
 def rollout(prompt_tokens: int, response_tokens: int, *, finish: Finish = Finish.STOP, first: int = 0) -> Rollout:
@@ -190,12 +192,67 @@ def test_without_a_budget_no_step_is_underfull():
 @pytest.mark.parametrize("updates", [1, 2, 3])
 def test_groups_needed_are_the_fewest_that_fill_every_step(seed, updates):
     groups = random_groups(seed, num_prompts=9)
-    offered = [[r.response_tokens for r in g.rollouts] for g in groups]
-    for phi in (1, offered[0][0], sum(offered[0]) // updates, 40, 10 ** 6):  # also at the end of a response
+    first = [r.response_tokens for r in groups[0].rollouts]
+    for phi in (1, first[0], sum(first) // updates, 40, 10 ** 6):  # also at the end of a response
         algo = AlgoConfig(phi=max(1, phi), updates_per_rollout=updates, order="groups")
         fewest = next((count for count in range(1, len(groups) + 1) if all(
             batch.selection.selected_tokens == algo.phi for batch in run(groups[:count], algo))), None)
-        assert BudgetFill(algo, 1, 10_000).groups_needed(offered) == fewest
+        assert filled(groups, algo).needed() == fewest
+
+
+def filled(groups: list[RolloutGroup], algo: AlgoConfig, seed: int = 0) -> FillCount:
+    """All responses judged, in an order of chance; `needed` never grows on the way."""
+    count = BudgetFill(algo, 1, 10_000).count(len(groups[0].rollouts))
+    places = [(place, sample) for place in [count.open() for _ in groups] for sample in range(len(groups[0].rollouts))]
+    seen = []
+    for at in np.random.default_rng(seed).permutation(len(places)):
+        place, sample = places[at]
+        count.judged(place, sample, groups[place].rollouts[sample], groups[place].scores[sample])
+        seen.append(count.needed())
+    known = [needed for needed in seen if needed is not None]
+    assert known == sorted(known, reverse=True)
+    return count
+
+
+@pytest.mark.parametrize("algo", [
+    AlgoConfig(phi=40, order="groups"), AlgoConfig(phi=40, order="groups", dynamic_sampling=True),
+    AlgoConfig(phi=20, order="groups", updates_per_rollout=2, truncated="mask")],
+    ids=["plain", "dynamic_sampling", "two_updates_masked"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_count_agrees_with_the_cut(seed, algo):
+    """Also with failed responses among them."""
+    groups = [replace(group, scores=tuple(
+        Score(0.0, FAILURES[place % 3]) if (place + sample) % 4 == 0 else score
+        for sample, score in enumerate(group.scores)))
+        for place, group in enumerate(random_groups(seed, num_prompts=12))]
+    count = filled(groups, algo, seed)
+    fill = BudgetFill(algo, 1, 10_000)
+    offered = [fill.usable_tokens(group.rollouts, group.scores) for group in groups]
+    assert count.total == sum(map(sum, offered)) == sum(batch.available_tokens for batch in run(groups, algo))
+    assert count.mean_offered(2, 5) == np.mean(offered[2:5])
+    assert count.needed() is not None
+    few, many = run(groups[:count.needed()], algo), run(groups, algo)
+    assert [[s.index for s in batch.samples] for batch in few] == [[s.index for s in batch.samples] for batch in many]
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_a_failed_response_trains_nothing_and_moves_no_advantage(status):
+    """Rewards 1, 0 and a failure: the mean is 1/2 over the two that were judged, whatever the failure's value."""
+    failed = replace(rollout(1, 5), finish=Finish.ERROR)
+    three = group([rollout(1, 4), failed, rollout(1, 4)], [1.0, 0.0, 0.0])
+    three = replace(three, scores=(three.scores[0], Score(float("nan"), status), three.scores[2]))
+    [batch] = run([three], AlgoConfig(phi=8, advantage_scale="none"))
+    assert {sample.index: sample.advantage for sample in batch.samples} == {0: 0.5, 2: -0.5}
+    assert (batch.available_tokens, batch.num_responses) == (8, 2)
+
+
+def test_a_group_that_failed_whole_offers_nothing():
+    lost = group([rollout(1, 4), rollout(1, 4)], [0.0, 0.0])
+    lost = replace(lost, scores=(Score(0.0, "engine_error"),) * 2)
+    good = group([rollout(1, 4), rollout(1, 4)], [1.0, 0.0])
+    for dynamic in (False, True):
+        [batch] = run([lost, good], AlgoConfig(phi=8, dynamic_sampling=dynamic))
+        assert sorted(sample.index for sample in batch.samples) == [2, 3] and batch.num_responses == 2
 
 
 def test_empty_responses_are_left_out():

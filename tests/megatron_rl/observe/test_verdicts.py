@@ -113,7 +113,7 @@ def test_graded_groups_are_mixed_if_their_unshaped_rewards_differ():
     fill = BudgetFill(AlgoConfig(dynamic_sampling=True, truncated="overlong_penalty", overlong_buffer_tokens=8), 1, 20)
     for correct_from in (None, 1.0):
         unequal, equal = graded([0.5, 0.25, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5], correct_from)
-        offered = [fill.usable_tokens(list(zip(group.rollouts, group.scores, strict=True)))
+        offered = [fill.usable_tokens(group.rollouts, group.scores)
                    for group in (unequal, equal)]
         assert offered == [list(LENGTHS[0]), [0, 0, 0, 0]]
 
@@ -158,5 +158,16 @@ def test_the_penalty_counts_the_tokens_that_the_limit_counts():
 
 
 def test_a_group_is_mixed_by_its_verdicts():
-    assert is_mixed([Score(1, "correct"), Score(1, "error")])
+    assert is_mixed([Score(1, "correct"), Score(1, "no_answer")])
     assert not is_mixed([Score(0, "wrong"), Score(-1, "timeout")])
+
+
+def test_failed_responses_take_no_part():
+    """Two of three judged responses are right; a group that failed whole is in no statistic of correctness."""
+    right, wrong, lost = Score(1.0, "correct"), Score(0.0, "wrong"), Score(0.0, "engine_error")
+    prompt, answer = Prompt("p", (1, 2, 3), "", "", "math"), rollout(4)
+    groups = [RolloutGroup(prompt, (answer,) * 3, ("",) * 3, scores)
+              for scores in [(right, wrong, lost), (lost, lost, lost), (right, lost, lost)]]
+    assert correctness_metrics(groups) == {
+        "groups/mixed_fraction": 1 / 3, "reward/pass_rate": 2 / 3, "groups/any_correct_fraction": 1.0,
+        "groups/all_correct_fraction": 1 / 2}

@@ -13,6 +13,7 @@ from megatron_rl.batch import BudgetFill, assemble
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.rollout.collectors import AheadCollector, BudgetedCollector, PartialCollector, SyncCollector
+from megatron_rl.rollout.fleet import FleetError
 from tests.megatron_rl.rollout.scripted import (
     Counting,
     ScriptedFleet,
@@ -213,6 +214,47 @@ def test_a_continued_response_is_the_one_that_was_begun():
         assert several > 5
         known = {response_tokens_of(seed, length_of(seed, LIMIT)).tobytes() for seed in fleet.seeds}
         assert {rollout.token_ids[1:].tobytes() for rollout in finished} <= known
+
+    run(check())
+
+
+class Refusing(ScriptedFleet):
+    """No engine answers every seventh request, first slice or later."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._asked = 0
+
+    async def generate(self, *args, rid: str, **kwargs):
+        self._asked += 1
+        if self._asked % 7 == 0:
+            raise FleetError(f"request {rid}: no response after 4 attempts")
+        return await super().generate(*args, rid=rid, **kwargs)
+
+
+@pytest.mark.parametrize("make", [budgeted, partial, lambda fleet: SyncCollector(
+    responder(fleet, CONFIG), Counting(), prompts_per_step=CONFIG.prompts_per_step)],
+    ids=["budgeted", "partial", "sync"])
+def test_requests_that_nobody_answers_cost_their_responses_and_nothing_else(make):
+    """Every group stays whole, the budget is met by the others, and the account of the tokens closes."""
+
+    async def check() -> None:
+        fleet = Refusing(limit=LIMIT)
+        collector, failed, whole, carried = make(fleet), 0, 0, 0
+        for step in range(6):
+            delivered = fleet.delivered
+            groups, ledger = await collector.collect(step, 0)
+            assert carried + fleet.delivered - delivered == (
+                ledger.returned_tokens + ledger.dropped_tokens + ledger.carried_tokens)
+            carried = ledger.carried_tokens
+            scores = [score for group in groups for score in group.scores]
+            assert all(len(group.scores) == K for group in groups)
+            failed += sum(score.failed for score in scores)
+            whole += sum(not score.failed for score in scores)
+            if groups:
+                kept = {sample.index for sample in trained(groups, ALGO, step)}
+                assert kept and not any(scores[index].failed for index in kept)
+        assert failed > 5 and whole > 5
 
     run(check())
 

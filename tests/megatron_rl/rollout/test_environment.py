@@ -17,7 +17,7 @@ import pytest
 from examples.calculator_tool.calculator import evaluate, step
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads, load_environment
-from megatron_rl.rollout.fleet import Tally
+from megatron_rl.rollout.fleet import FleetError, Tally
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.types import Finish, Prompt, Score, VersionSpan
@@ -89,12 +89,43 @@ def test_turns_and_answers_share_one_limit(turns, length):
     assert rollout.finish is Finish.LENGTH
 
 
-def test_a_slow_environment_is_named(monkeypatch):
-    monkeypatch.setattr("examples.calculator_tool.calculator.step", lambda prompt, turns: time.sleep(0.3))
-    responder = Responder(Speaker("a"), replace(CONFIG, environment_timeout_s=0.05), Characters(), Judge(), seed=0,
-                          eos_token_id=0)
-    with pytest.raises(EnvironmentFailed, match="prompt 'p' within rollout.environment_timeout_s=0.05"):
-        asyncio.run(responder.respond(responder.tickets(PROMPT, step=0, index=0)[0], responder.plan))
+def raises(prompt: Prompt, turns: Sequence[str]) -> str:
+    raise KeyError("no such tool")
+
+
+def exits(prompt: Prompt, turns: Sequence[str]) -> str:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(("function", "said"), [
+    (raises, "prompt 'p': KeyError: 'no such tool'"),
+    (exits, "prompt 'p': SystemExit: 3"),
+    (lambda prompt, turns: time.sleep(0.3), "prompt 'p': no answer within rollout.environment_timeout_s=0.05"),
+    (lambda prompt, turns: 7, "prompt 'p': it returned a int, not a str or None"),
+    (lambda prompt, turns: b"bytes", "prompt 'p': it returned a bytes, not a str or None"),
+], ids=["raises", "exits", "hangs", "number", "bytes"])
+def test_an_environment_that_fails_fails_its_response_alone(monkeypatch, function, said):
+    monkeypatch.setattr("examples.calculator_tool.calculator.step", function)
+    judged = respond(Speaker("abc"), replace(CONFIG, environment_timeout_s=0.05))
+    assert (judged.score.status, judged.score.value, judged.score.failed) == ("environment_error", 0.0, True)
+    assert judged.score.detail == f"rollout.environment, {said}"
+    assert judged.rollout.finish is Finish.ERROR
+    assert judged.text == "abc" and judged.rollout.response_tokens == 3, "what was sampled is kept to be looked at"
+
+
+class NoEngine(Speaker):
+    async def generate(self, *args, **kwargs) -> GenerateResult:
+        if not self._turns:
+            raise FleetError("request train-0: no response after 4 attempts")
+        return await super().generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("turns", [(), ("<calc>1</calc>",)], ids=["at_once", "second_turn"])
+def test_a_request_that_no_engine_answers_fails_its_response_alone(turns):
+    judged = respond(NoEngine(*turns))
+    assert judged.score.status == "engine_error" and "no response after 4 attempts" in judged.score.detail
+    assert judged.rollout.finish is Finish.ERROR
+    assert judged.rollout.response_tokens == sum(map(len, turns))
 
 
 def answers(function, *, threads: int, calls: int, timeout_s: float) -> list[str | None]:
