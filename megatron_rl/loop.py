@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from megatron_rl.batch import StepBatch, assemble, step_budget
 from megatron_rl.config.schema import Config
+from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.timing import Timers
-from megatron_rl.rollout.failures import bear_failures
 from megatron_rl.types import RolloutGroup, StepResult
 
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.observe.estimators import majority_at_k, pass_at_k, sample_counts
+from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.observe.verdicts import known, number_right, right_shares
 from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
-from megatron_rl.rollout.failures import bear_failures
 from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Finish, Prompt, RolloutGroup
 

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from megatron_rl.rollout.failures import TooManyFailures, bear_failures
+from megatron_rl.observe.failures import TooManyFailures, bear_failures
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
 ROLLOUT = Rollout(np.zeros(2, np.int32), np.array([False, True]), np.zeros(2, np.float32), Finish.STOP, ())
