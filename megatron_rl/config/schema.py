@@ -257,6 +257,7 @@ class ObserveConfig:
     display on the terminal. mismatch_alarm: mean difference of engine and trainer log-probabilities, in nats, above
     which a step warns. metrics: dotted paths of functions of your own; each takes the judged groups and returns
     numbers by name, logged as extra/<name> for every step and as <name> for every evaluation.
+    samples_per_step: judged responses of each step that are written to samples.jsonl, for the report's table; 0: none.
     """
 
     wandb: Literal["offline", "online", "off"] = "offline"
@@ -264,8 +265,11 @@ class ObserveConfig:
     progress: bool = True
     mismatch_alarm: float = 0.05
     metrics: tuple[str, ...] = ()
+    samples_per_step: int = 4
 
     def __post_init__(self):
+        require(self.samples_per_step >= 0,
+                f"observe.samples_per_step={self.samples_per_step} must not be negative")
         require(self.mismatch_alarm > 0, f"observe.mismatch_alarm={self.mismatch_alarm} must be positive")
 
 

@@ -1,6 +1,6 @@
 """What a run measures and where it goes. A leaf: anything above types and config may use it.
 
-`report` (matplotlib) is imported by its full name only where a report is written.
+`report` is imported by its full name only if a report is written.
 """
 
 from megatron_rl.observe.metrics import reduce_maxima, reduce_metrics

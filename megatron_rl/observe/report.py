@@ -1,11 +1,12 @@
 """One HTML file that shows what a run did, or how several runs compare, from the files in their directories.
 
-Read: metrics.jsonl (required), eval.jsonl, config.json, versions.json (each optional), as sinks.py writes them.
+It reads what sinks.py writes: metrics.jsonl (required), eval.jsonl, samples.jsonl, config.json and versions.json.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +16,22 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.observe import page, plots
-from megatron_rl.observe.canvas import SMOOTH_FROM_STEPS, smoothing_window
 from megatron_rl.observe.jsonl import read_jsonl
-from megatron_rl.observe.panels import GROUPS
+from megatron_rl.observe.panels import GROUPS, Plot
 from megatron_rl.observe.progress import duration
-from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS, VERSIONS
+from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS, SAMPLES, VERSIONS
 
 LABELS = {"before_sft": "before SFT", "after_sft": "after SFT", "before_rl": "before RL", "after_rl": "after RL"}
 EVALUATION_COLUMNS = (
     ("accuracy", "accuracy", "{:.3f}"),
     ("mean_reward", "mean reward", "{:.3f}"),
     ("mean_response_tokens", "response tokens", "{:.1f}"),
+    ("truncated_fraction", "truncated", "{:.3f}"),
     ("entropy", "entropy", "{:.3f}"),
 )
+"""What the table of results shows, besides the numbers of observe.metrics."""
+NOT_SHOWN = re.compile(r".*[/@].*|.*_(low|high)|low|high|step|time|seconds|problems|samples_per_problem")
+MOST_SAMPLES = 300
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class RunRecord:
     name: str
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     config: dict[str, Any]
     versions: dict[str, Any]
 
@@ -52,7 +57,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     runs = _load_runs([Path(directory) for directory in run_dirs])
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     body = [f"<h1>{page.text(title)}</h1>", _subtitle(runs), _summary(runs), *map(_nonfinite_note, runs),
-            _closing_table(runs), _differences(runs), _plots(runs), _configs(runs), _versions(runs)]
+            _closing_table(runs), _differences(runs), _plots(runs), _samples(runs), _configs(runs), _versions(runs)]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page.page(f"{title} - megatron_rl", [part for part in body if part]), encoding="utf-8")
@@ -82,10 +87,11 @@ def _load(directory: Path, name: str) -> RunRecord:
     if not rows:
         raise ValueError(f"{metrics} holds no step")
     path = directory / EVALUATIONS
-    evaluations = read_jsonl(path) if path.is_file() else []
+    evaluations, samples = (read_jsonl(each) if each.is_file() else [] for each in (path, directory / SAMPLES))
     _check_steps(metrics, rows)
     _check_steps(path, evaluations)
-    return RunRecord(name, sorted(rows, key=lambda row: row["step"]), evaluations,
+    _check_steps(directory / SAMPLES, samples)
+    return RunRecord(name, sorted(rows, key=lambda row: row["step"]), evaluations, samples,
                      _read_object(directory / CONFIG), _read_object(directory / VERSIONS))
 
 
@@ -115,7 +121,8 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
 
 def _summary(runs: Sequence[RunRecord]) -> str:
     """How far each run got and what it reached: a row of figures, or a table of them for several runs."""
-    note = '<p class="quiet">Reward, fill, seconds and tokens/s are means over the last tenth of a run.</p>'
+    note = ('<p class="quiet">Reward, pass rate, fill, trainer against engine, seconds and tokens/s are means over the '
+            "last tenth of a run.</p>")
     facts = [_facts(run) for run in runs]
     if len(runs) == 1:
         return page.tiles((value, label) for label, value in facts[0].items()) + note
@@ -130,11 +137,20 @@ def _facts(run: RunRecord) -> dict[str, str]:
     times = [row["time"] for row in run.rows + run.evaluations if plots.is_number(row.get("time"))]
     if len(times) > 1:
         facts["logged over"] = duration(max(times) - min(times))
-    measured = [row for row in run.evaluations if plots.is_number(row.get("accuracy"))]
-    if len(measured) > 1:
-        first, last = measured[0]["accuracy"], measured[-1]["accuracy"]
-        facts["held-out accuracy, first and last"] = f"{first:.3f} \u2192 {last:.3f}"
-    for key, label, pattern in (("reward/mean", "mean reward", "{:.3f}"), ("budget/fill", "budget fill", "{:.3f}"),
+    for key in ("accuracy", "mean_reward"):  # of this run's own models: before SFT there was another
+        measured = [row[key] for row in run.evaluations
+                    if plots.is_number(row.get(key)) and row.get("label") != "before_sft"]
+        if len(measured) > 1:
+            first, last = measured[0], measured[-1]
+            facts[f"held-out {key.replace('_', ' ')}, first and last"] = f"{first:.3f} \u2192 {last:.3f}"
+            break
+    generated, dropped = (sum(plots.series_of(run.rows, key)[1].sum() for key in keys) for keys in (
+        ["rollout/generated_tokens"], ["budget/dropped_tokens", "rollout/dropped_tokens"]))
+    if generated:
+        facts["of sampled tokens dropped"] = f"{dropped / generated:.1%}"
+    for key, label, pattern in (("reward/mean", "mean reward", "{:.3f}"), ("reward/pass_rate", "pass rate", "{:.3f}"),
+                                ("budget/fill", "budget fill", "{:.3f}"),
+                                ("mismatch/mean_abs", "trainer against engine, nats", "{:.2g}"),
                                 ("time/step", "seconds a step", "{:.2f}"),
                                 ("tokens_per_s/train", "trained tokens/s", "{:,.0f}")):
         _, values = plots.series_of(run.rows, key)
@@ -160,30 +176,54 @@ def _nonfinite_note(run: RunRecord) -> str:
 def _plots(runs: Sequence[RunRecord]) -> str:
     """Every group of plots that has any; the first begins with the held-out accuracy, the last ends with times."""
     rows = {run.name: run.rows for run in runs}
-    groups: dict[str, list[str]] = {heading: [] for heading in GROUPS}
+    evaluations = {run.name: run.evaluations for run in runs}
+    own = sorted({key for run in runs for row in run.rows for key in row if key.startswith("extra/")})
+    panels = {**GROUPS, "Your own metrics": tuple(
+        Plot(key.removeprefix("extra/").replace("_", " "), "", {key: key.removeprefix("extra/")}) for key in own)}
+    groups: dict[str, list[str]] = {heading: [] for heading in panels}
     first, last = groups[next(iter(GROUPS))], groups[next(reversed(GROUPS))]
-    accuracy = plots.draw_accuracy({run.name: run.evaluations for run in runs})
-    if accuracy:
-        first.append(page.figure("Held-out accuracy", accuracy, "Bars: 95% bootstrap interval over problems."))
-    for heading, members in GROUPS.items():
+    for key in ("accuracy", "mean_reward"):
+        drawing = plots.draw_accuracy(evaluations, key)
+        if drawing:
+            first.append(page.figure(f"Held-out {key.replace('_', ' ')}", drawing,
+                                     "Bars: 95% bootstrap interval over problems."))
+            break
+    for heading, members in panels.items():
         for plot in members:
             drawing = plots.draw(plot, rows)
             if drawing:
                 groups[heading].append(page.figure(plot.title, drawing, plot.note))
-    for run in runs:
-        title = "Time per phase" if len(runs) == 1 else f"Time per phase: {run.name}"
-        drawing = plots.draw_times(run.rows, title)
+    for index, run in enumerate(runs):
+        drawing = plots.draw_times(run.rows, index)
         if drawing:
-            last.append(page.figure(title, drawing))
-    parts = ["<h2>Step by step</h2>"]
-    longest = max(len(run.rows) for run in runs)
-    if longest >= SMOOTH_FROM_STEPS:
+            last.append(page.figure("Time per phase" if len(runs) == 1 else f"Time per phase: {run.name}", drawing))
+    parts = []
+    window = plots.smoothing_window(max(len(run.rows) for run in runs))
+    if window > 1:
         parts.append('<p class="quiet">Faint lines are single steps; strong lines are a centred mean over '
-                     f"{smoothing_window(longest)} steps.</p>")
+                     f"{window} steps.</p>")
     if len(runs) > 1:
         parts.append(f'<div class="keys">{page.legend(plots.run_keys([run.name for run in runs]))}</div>')
-    return "".join(parts) + "".join(f'<h3>{page.text(heading)}</h3><div class="plots">{"".join(figures)}</div>'
-                                    for heading, figures in groups.items() if figures)
+    parts += [f'<h3>{page.text(heading)}</h3><div class="plots">{"".join(figures)}</div>'
+              for heading, figures in groups.items() if figures]
+    axes = [plots.axes_of(run.rows, run.evaluations) for run in runs]
+    return "<h2>Step by step</h2>" + page.steps(axes, "".join(parts))
+
+
+def _samples(runs: Sequence[RunRecord]) -> str:
+    """Sampled responses, the last steps first; of a long run evenly spread ones, so that the page stays small."""
+    parts = []
+    for run in runs:
+        if not run.samples:
+            continue
+        count = min(MOST_SAMPLES, len(run.samples))
+        places = np.linspace(0, len(run.samples) - 1, count).round().astype(int)
+        of_run = "" if len(runs) == 1 else f": {page.text(run.name)}"
+        some = "" if len(places) == len(run.samples) else (
+            f'<p class="quiet">{len(places)} of the {len(run.samples):,} in samples.jsonl.</p>')
+        parts.append(f"<h2>Prompts and responses{of_run}</h2>{some}"
+                     + page.samples([run.samples[place] for place in reversed(places)]))
+    return "".join(parts)
 
 
 def _closing_table(runs: Sequence[RunRecord]) -> str:
@@ -197,7 +237,10 @@ def _closing_table(runs: Sequence[RunRecord]) -> str:
             lines.append((run, LABELS.get(label, label), stages[label]))
     if not lines:
         return ""
-    columns = [column for column in EVALUATION_COLUMNS
+    known = [key for key, _, _ in EVALUATION_COLUMNS]
+    own = dict.fromkeys(key for _, _, row in lines for key, value in row.items()
+                        if plots.is_number(value) and key not in known and not NOT_SHOWN.fullmatch(key))
+    columns = [column for column in (*EVALUATION_COLUMNS, *((key, key.replace("_", " "), "{:.3f}") for key in own))
                if any(plots.is_number(row.get(column[0])) for _, _, row in lines)]
     header = [*(["run"] if len(runs) > 1 else []), "stage", *(title for _, title, _ in columns)]
     cells = [[*([run.name] if len(runs) > 1 else []), label, *(_evaluation_cell(row, *column) for column in columns)]

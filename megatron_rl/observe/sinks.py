@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl and eval.jsonl in the run directory, always, and wandb."""
+"""Where metrics go: metrics.jsonl, eval.jsonl and samples.jsonl in the run directory, always, and wandb."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,8 @@ from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import keep_rows
 from megatron_rl.observe.versions import collect_versions
 
-METRICS, EVALUATIONS, CONFIG, VERSIONS = "metrics.jsonl", "eval.jsonl", "config.json", "versions.json"
+METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
+CONFIG, VERSIONS = "config.json", "versions.json"
 
 
 class MetricsLog:
@@ -33,9 +34,9 @@ class MetricsLog:
     ):
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        metrics_path, eval_path = self.directory / METRICS, self.directory / EVALUATIONS
+        metrics_path, eval_path, samples_path = (self.directory / name for name in (METRICS, EVALUATIONS, SAMPLES))
         if resume_step is not None:
-            for path in (metrics_path, eval_path):
+            for path in (metrics_path, eval_path, samples_path):
                 keep_rows(path, lambda row: row["step"] <= resume_step)
         elif metrics_path.exists() and metrics_path.stat().st_size > 0:
             raise ValueError(f"{metrics_path} holds the metrics of an earlier run: "
@@ -45,6 +46,7 @@ class MetricsLog:
         self._wandb = None if config.wandb == "off" else _start_wandb(self.directory, config, config_dict)
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._evaluations = eval_path.open("a", encoding="utf-8")
+        self._samples = samples_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line {"step", "time" (seconds since the epoch), metrics...}. Names: docs/metrics.md."""
@@ -59,6 +61,11 @@ class MetricsLog:
             numbers = {f"eval/{name}": value for name, value in values.items() if isinstance(value, int | float)}
             self._wandb.log({"step": step, **numbers})
 
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Appends judged responses of a step to samples.jsonl (observe/samples.py)."""
+        for sample in samples:
+            self._append(self._samples, {"step": step, **sample})
+
     def _append(self, file: Any, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -66,6 +73,7 @@ class MetricsLog:
     def close(self, exit_code: int = 0) -> None:
         self._metrics.close()
         self._evaluations.close()
+        self._samples.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
 

@@ -22,6 +22,7 @@ from megatron_rl.observe.alarm import mismatch_alarm
 from megatron_rl.observe.flops import train_flops
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.own import OwnMetrics
+from megatron_rl.observe.samples import sampled_responses
 from megatron_rl.observe.sinks import METRICS
 from megatron_rl.observe.verdicts import correctness_metrics
 from megatron_rl.recipes import stop
@@ -139,6 +140,8 @@ class RunRecord:
             metrics["stage/index"] = self._stage.index
             self._rewards.append(metrics["reward/mean"])
         self._log.log(step + 1, metrics)
+        self._log.log_samples(step + 1, sampled_responses(groups, self._config.observe.samples_per_step,
+                                                          seed=self._config.run.seed, step=step))
 
     def evaluate(self, step: int, label: str) -> None:
         if label == "after_rl" and not self._stage.is_last:

@@ -4,11 +4,10 @@ import html
 import json
 import re
 
-import numpy as np
 import pytest
 
 from megatron_rl.cli import main
-from megatron_rl.observe.canvas import Canvas, Line, running_mean
+from megatron_rl.observe.plots import smoothing_window
 from megatron_rl.observe.report import write_report
 from tests.megatron_rl.observe.runs import PLOTS, make_run
 
@@ -36,9 +35,8 @@ def test_needs_no_other_file_and_no_network(full):
 
 
 def test_plots_take_every_colour_from_the_page(full):
-    svgs = re.findall(r"<svg.*?</svg>", full, flags=re.DOTALL)
-    colors = {color for svg in svgs for color in re.findall(r"(?:fill|stroke): *(#\w+)", svg)}
-    assert colors == set()
+    colors = [line["color"] for plot in plots_in(full).values() for line in plot["lines"]]
+    assert len(colors) > len(PLOTS) and all("var(--" in color for color in colors)
 
 
 def make_short_run(directory):
@@ -97,34 +95,77 @@ def test_values_that_are_not_finite_are_pointed_out(tmp_path):
     assert "Gradient norm" not in re.findall(r'aria-label="([^"]*)"', text)
 
 
-def test_running_mean_keeps_a_constant_and_averages_neighbours():
-    assert np.allclose(running_mean(np.full(9, 3.0), 5), 3.0)
-    assert np.allclose(running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 3), [1.5, 3.0, 3.0, 3.0])
+def plots_in(text):
+    """Title -> what page.js is told of the plot."""
+    found = [json.loads(html.unescape(each)) for each in re.findall(r'data-numbers="([^"]*)"', text)]
+    return {plot["title"]: plot for plot in found}
 
 
-def numbers_in(text):
-    return [json.loads(html.unescape(found)) for found in re.findall(r'data-numbers="([^"]*)"', text)]
+def test_a_plot_carries_the_numbers_that_are_drawn(full):
+    reward = plots_in(full)["Reward"]
+    assert reward["lines"] == [{"label": "mean reward", "color": "var(--series-0)", "style": "solid", "run": 0,
+                                "constant": False, "window": 1, "steps": list(range(1, 13)), "values": [0.12346] * 12}]
 
 
-def test_a_plot_carries_the_numbers_it_draws(full):
-    reward = numbers_in(full)[1]
-    assert reward["lines"] == [{"label": "mean reward", "color": "var(--series-0)", "steps": list(range(1, 13)),
-                                "values": [0.12346] * 12}]
-    left, right, first, last = reward["box"]
-    assert 0.05 < left < 0.3 < 0.9 < right <= 1.0 and first < 1 < 12 < last
+def test_steps_stand_for_seconds_since_the_first_line_and_for_tokens_until_then(full):
+    """The first line is the evaluation at time 1000; step s was logged at 1000 + 30 s, with 500 tokens each."""
+    (axes,) = json.loads(html.unescape(re.search(r'data-axes="([^"]*)"', full)[1]))
+    assert axes == {"step": list(range(13)), "time": [30.0 * step for step in range(13)],
+                    "tokens": [500 * step for step in range(13)]}
+    assert re.findall(r'data-x="(\w+)"', full) == ["step", "time", "tokens"]
 
 
-def drawn_axis(values, **options):
-    canvas, steps = Canvas("fraction"), np.arange(1.0, 1.0 + len(values))
-    canvas.line(steps, np.array(values), "#000000")
-    canvas.finish("a plot", (), [Line("a line", "black", steps, np.array(values))], **options)
-    return canvas.axes.get_ylim()
+def test_an_axis_that_a_run_lacks_is_not_offered(tmp_path):
+    text = report(tmp_path, make_short_run(tmp_path / "short"), make_run(tmp_path / "whole"))
+    assert re.findall(r'data-x="(\w+)"', text) == ["step"]
 
 
-def test_a_constant_is_not_magnified_and_sizes_are_seen_from_zero():
-    assert drawn_axis([4.0, 4.0]) == (3.0, 5.0)
-    assert drawn_axis([0.0, 0.0], from_zero=True) == pytest.approx((-0.02, 1.0))
-    low, high = drawn_axis([0.9, 1.0], from_zero=True)
-    assert -0.05 < low < 0.0 and 1.0 < high < 1.1
-    low, _ = drawn_axis([-2.0, 1.0], from_zero=True)
-    assert low < -2.0, "nothing is cut off"
+def test_the_evaluation_before_sft_is_no_start_of_the_run(full):
+    """0.01 was before SFT; the run began with 0.4 and ended with 0.676. The table of results shows all."""
+    (line,) = plots_in(full)["Held-out accuracy"]["lines"]
+    assert (line["steps"], line["values"]) == ([0, 6, 12], [0.4, 0.5, 0.676])
+    assert "<b>0.400 \u2192 0.676</b>" in full
+
+
+def test_a_graded_run_is_reported_by_its_rewards(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "eval.jsonl").write_text("".join(json.dumps(
+        {"step": step, "label": "during", "mean_reward": 0.25 * step, "mean_reward_low": 0.0, "mean_reward_high": 1.0})
+        + "\n" for step in (0, 2)))
+    text = report(tmp_path, run)
+    assert "Held-out accuracy" not in plots_in(text) and "<b>0.000 \u2192 0.500</b>" in text
+    assert plots_in(text)["Held-out mean reward"]["lines"][0]["high"] == [1.0, 1.0]
+
+
+def test_own_metrics_are_drawn_and_listed(tmp_path):
+    text = report(tmp_path, make_run(tmp_path / "run", **{"extra/direct_share": 0.5}))
+    assert plots_in(text)["direct share"]["lines"][0]["values"] == [0.5] * 12
+    assert "<th class=number>direct share</th>" in text
+
+
+def test_shares_of_verdicts_lie_on_each_other_and_a_status_that_did_not_occur_is_none(tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward/status/wrong": 1.0}\n'
+                                       '{"step": 2, "reward/status/correct": 0.75, "reward/status/timeout": 0.25}\n')
+    verdicts = plots_in(report(tmp_path, run))["Verdicts"]
+    assert verdicts["stacked"] and {line["label"]: line["values"] for line in verdicts["lines"]} == {
+        "correct": [0.0, 0.75], "wrong": [1.0, 0.0], "timeout": [0.0, 0.25]}
+
+
+def test_sampled_responses_are_listed_last_step_first_and_escaped(full):
+    table = full[full.index("<h2>Prompts and responses</h2>"):]
+    assert "<b>9-2</b>" not in table and "&lt;b&gt;9-2&lt;/b&gt; &amp; more" in table
+    steps = [int(step) for step in re.findall(r"<tr><td>(\d+)</td><td><span class=\"verdict", table)]
+    assert len(steps) == 36 and steps == sorted(steps, reverse=True)
+
+
+def test_a_long_run_shows_evenly_spread_samples_and_says_so(tmp_path):
+    text = report(tmp_path, make_run(tmp_path / "run", steps=200))
+    assert text.count('class="verdict') == 300 and "300 of the 600 in samples.jsonl" in text
+
+
+def test_long_runs_are_smoothed_over_a_tenth_of_their_steps(tmp_path):
+    assert [smoothing_window(steps) for steps in (1, 39, 40, 60, 200)] == [1, 1, 5, 7, 21]
+    text = report(tmp_path, make_run(tmp_path / "run", steps=60))
+    assert plots_in(text)["Reward"]["lines"][0]["window"] == 7 and "a centred mean over 7 steps" in text
+    assert plots_in(text)["Learning rate"]["lines"][0]["window"] == 1
