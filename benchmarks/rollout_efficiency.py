@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.common import Row, main, median
 from megatron_rl.batch import BudgetFill, assemble
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
-from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.config.schema import AlgoConfig, ModelConfig
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.recipes.serving import load_tokenizer
 from megatron_rl.rollout.client import EngineClient
@@ -151,7 +151,7 @@ def measure(*, quick: bool, steps: int, rounds: int) -> tuple[list[Row], dict]:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_random_model(model, seed=0)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(ModelConfig(path=str(model)))
         with EngineProcess.from_config(config, model, log_path=Path(folder) / "engine.log") as engine:
             url = engine.base_url
             collector_tokens_per_s(url, config, tokenizer, 8)  # warm

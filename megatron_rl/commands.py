@@ -17,6 +17,7 @@ from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run
 from megatron_rl.model.network import check_layout
 from megatron_rl.preflight import (
     check_data,
+    check_folders,
     network_of,
     refuse_earlier_run,
     sizes_of,
@@ -100,7 +101,7 @@ def evaluate(options) -> int:
     from megatron_rl.recipes import evaluate as recipe
 
     config = load(options.overrides)
-    validate(config, start=True)
+    validate(config, start=True, exports=False)
     run_dir = Path(config.run.dir)
     check_data(config, training=False)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,7 @@ def convert(options) -> int:
     else:
         config = load(options.overrides)
         check_layout(network_of(config), config.parallel)
+        check_folders(config, exports=True)
         run_ranks("convert", config)
         Console().print(f"{config.model.path} -> Megatron ({config.parallel.world_size} ranks) -> {config.run.dir}/hf: "
                         "every tensor has the same sha256")

@@ -17,7 +17,7 @@ from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.checkpoint_files import choose
-from megatron_rl.model.hf_folder import HFReader, check_checkpoint
+from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export, refuse_code
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
@@ -58,12 +58,15 @@ def network_of(config: Config) -> Network:
     return declared
 
 
-def validate(config: Config, *, start: bool) -> Sizes:
-    """All rules that need no rank. start: the checkpoint must be here (False: --check)."""
+def validate(config: Config, *, start: bool, exports: bool = True) -> Sizes:
+    """All rules that need no rank. start: the checkpoint must be here (False: --check, which looks at it if it is).
+
+    exports: the run may end with a Hugging Face folder.
+    """
     network = network_of(config)
     OwnMetrics(config.observe.metrics)
-    if start:
-        check_folders(config)
+    if start or (config.model.path and any(Path(config.model.path).glob("*.safetensors"))):
+        check_folders(config, exports=exports and config.run.export_hf)
     check_layout(network, config.parallel)
     sizes = sizes_of(network)
     for each in stages.stage_configs(config):
@@ -71,14 +74,25 @@ def validate(config: Config, *, start: bool) -> Sizes:
     return sizes
 
 
-def check_folders(config: Config) -> None:
-    """ValueError when model.path or model.reference_path is no whole checkpoint, or run.dir cannot be a folder."""
+def check_folders(config: Config, *, exports: bool) -> None:
+    """ValueError when model.path or model.reference_path is no whole checkpoint, or run.dir cannot be a folder.
+
+    Also when loading the model would run code that model.trust_remote_code=false forbids, and, if the run exports,
+    when its Hugging Face folder could not be written at the end.
+    """
+    refuse_code(config.model.path, trusted=config.model.trust_remote_code)
     check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
     reference = config.model.reference_path
     if reference is not None and config.c3po.loss.kl_coef > 0:
         check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
     run_dir = Path(config.run.dir)
     require(run_dir.is_dir() or not run_dir.exists(), f"run.dir={run_dir} is a file: name a folder")
+    if exports:
+        try:
+            check_export(run_dir / "hf", read_json(Path(config.model.path) / "config.json"), config.model.path)
+        except ValueError as error:
+            raise ValueError(f"model.path={config.model.path} could not be exported at the end (run.export_hf): "
+                             f"{error}") from error
 
 
 def sizes_of(network: Network) -> Sizes:
@@ -117,7 +131,7 @@ def check_sft_data(config: Config) -> None:
     with quick_imports():
         from megatron_rl.recipes.serving import load_tokenizer, sft_source
 
-    sft_source(config, load_tokenizer(config.model.path))
+    sft_source(config, load_tokenizer(config.model))
 
 
 def check_data(config: Config, *, training: bool = True) -> None:
@@ -133,7 +147,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
 
     for each in stages.stage_configs(config):
         load_environment(each.rollout.environment)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
             for data in (*[each.data][:training], *evaluation_data(each).values()):

@@ -59,7 +59,7 @@ def train_rl(config: Config) -> None:
 
 def train_sft(config: Config) -> None:
     """One supervised run on this machine, to its exported checkpoint."""
-    check_folders(config)
+    check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
     check_devices(config)
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)))

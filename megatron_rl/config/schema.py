@@ -82,6 +82,7 @@ class ModelConfig:
     reference_path: the frozen policy of the KL term (Eq. 2); None means the starting weights.
     architecture: a config.json to check sizes against where the checkpoint is not at hand (`--check`), or the
     name of one that ships with the project: ling_lite.
+    trust_remote_code: run the Python code that the folder brings along (`auto_map`); false refuses such a folder.
     """
 
     path: str = ""
@@ -89,6 +90,7 @@ class ModelConfig:
     reference_path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: Literal["none", "full"] = "none"
+    trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
 
 

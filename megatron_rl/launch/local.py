@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
+from megatron_rl.model.hf_folder import refuse_code
 from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
 from megatron_rl.rollout.engine_command import with_key
@@ -50,6 +51,7 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
     if engine.urls:
         yield config
         return
+    refuse_code(model_path, trusted=config.model.trust_remote_code)
     started = dataclasses.replace(config.rollout, engine=engine)
     processes: list[EngineProcess] = []
     for number in range(engine.count):

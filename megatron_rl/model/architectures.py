@@ -42,12 +42,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
-    auto_map: Mapping[str, str] | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The keys of config.json that say what an exported folder is."""
-        return {"architectures": [self.class_name]} | ({"auto_map": dict(self.auto_map)} if self.auto_map else {})
+    auto_map: Mapping[str, str] = field(default_factory=dict)
 
 
 _NORMS_AND_HEAD = {

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -20,15 +21,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_rl.config.load import read_json
 from megatron_rl.model.architectures import HF_FILES, architecture_of, parse_config
 from megatron_rl.model.network import Network
-from megatron_rl.model.slots import expected_shapes
+from megatron_rl.model.slots import expected_shapes, network_slots
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tokenization_*.py",
-)
+STORED_DTYPES = ("F32", "BF16", "F16", "F64")
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+NOT_KEPT = ("config.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
+            "*.npz", "*.index.json", "*.md", ".*", "training_args*", "trainer_state.json", "epoch.json")
+"""Files of a source that an export leaves behind: weights, their index, and what tells of another training. All others
+belong to how the model behaves: tokenizer, chat templates, generation_config.json, code that config.json names."""
+TEMPLATES = "additional_chat_templates"
+"""The one folder inside a Hugging Face folder: transformers keeps further chat templates there."""
 DEFAULT_SHARD_BYTES = 2_000_000_000
 
 
@@ -36,32 +43,83 @@ def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[
                     tokenizer_from: str | Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Path:
     """Write a loadable folder from a stream of named tensors, in any order; returns its path.
 
-    Tensors (any device) are cast to config's torch_dtype. `architectures` and `auto_map` are set to what is
-    written here. An existing folder stays as it is until the new one is complete. ValueError when names or
-    shapes are not those of `config`, when the disk is too full, or when `path` holds something else.
+    Tensors (any device) are cast to config's torch_dtype. tokenizer_from: a Hugging Face folder whose tokenizer, chat
+    templates, generation_config.json and other files are kept (NOT_KEPT names those that are not). `architectures`
+    is set to what is written; `auto_map` names the code that lies in the new folder and no other. An existing folder
+    stays as it is until the new one is complete. ValueError as check_export raises it, or when names or shapes are
+    not those of `config`.
     """
     where = f"{path}/config.json"
-    architecture = architecture_of(config, where)
-    config = {key: value for key, value in config.items() if key != "auto_map"} | architecture.identity
-    model, dtype = parse_config(config, where), storage_dtype(config, where)
-    shapes = expected_shapes(model)
-    files = [*(HF_FILES / name for name in architecture.files),
-             *(tokenizer_files(tokenizer_from) if tokenizer_from is not None else ())]
-    weight_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with atomic_folder(path, weight_bytes + sum(file.stat().st_size for file in files)) as folder:
-        write_shards(folder, _checked(tensors, shapes, str(path)), dtype=dtype, max_shard_bytes=max_shard_bytes)
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    export = check_export(path, config, tokenizer_from)
+    with atomic_folder(path, export.num_bytes) as folder:
+        write_shards(folder, _checked(tensors, export.shapes, str(path)), dtype=storage_dtype(config, where),
+                     max_shard_bytes=max_shard_bytes)
+        for name, file in export.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
+        (folder / "config.json").write_text(json.dumps(export.config, indent=2) + "\n", encoding="utf-8")
     return Path(path)
 
 
-def tokenizer_files(folder: str | Path) -> list[Path]:
-    """The tokenizer's files in a Hugging Face folder; ValueError if there are none."""
-    found = [file for pattern in TOKENIZER_FILES for file in sorted(Path(folder).glob(pattern))]
-    if not found:
+@dataclass(frozen=True)
+class Export:
+    """What a folder will hold: its config.json, tensor shapes, other files (name -> source), and its size."""
+
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, Path]
+    num_bytes: int
+
+
+def check_export(path: str | Path, config: dict[str, Any], tokenizer_from: str | Path | None) -> Export:
+    """Everything that write_hf_folder needs beside the tensors.
+
+    ValueError names the key or the file: a config.json that cannot be read back, a dtype that cannot be stored, no
+    tokenizer, a full disk, another thing in the place of the folder.
+    """
+    where = f"{path}/config.json"
+    architecture = architecture_of(config, where)
+    shapes = expected_shapes(parse_config(config, where))
+    files = {name: HF_FILES / name for name in architecture.files}
+    files |= {} if tokenizer_from is None else kept_files(tokenizer_from)
+    auto_map = {**architecture.auto_map, **{
+        auto: classes for auto, classes in (config.get("auto_map") or {}).items()
+        if all(file in files for file in code_files({auto: classes}))}}
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    config |= {"architectures": [architecture.class_name]} | ({"auto_map": auto_map} if auto_map else {})
+    num_bytes = sum(prod(shape) for shape in shapes.values()) * storage_dtype(config, where).itemsize
+    num_bytes += sum(file.stat().st_size for file in files.values())
+    _check_place(Path(path).resolve(), num_bytes, str(path))
+    return Export(config, shapes, files, num_bytes)
+
+
+def kept_files(folder: str | Path) -> dict[str, Path]:
+    """Name -> file of all that an export keeps of a Hugging Face folder. ValueError if no tokenizer is among them."""
+    found = {file.name: file for file in sorted(Path(folder).iterdir())
+             if file.is_file() and not any(file.match(pattern) for pattern in NOT_KEPT)}
+    if not any(file.match(pattern) for file in found.values() for pattern in TOKENIZER_FILES):
         raise ValueError(f"{folder}: no tokenizer files there (tokenizer.json, tokenizer_config.json, ...)")
-    return found
+    return found | {f"{TEMPLATES}/{file.name}": file for file in sorted((Path(folder) / TEMPLATES).glob("*.jinja"))}
+
+
+def code_files(auto_map: Mapping[str, Any]) -> list[str]:
+    """The files that an auto_map names: "module.Class", a list of them, or "repository--module.Class"."""
+    classes = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name]
+    return [f"{name.rpartition('.')[0]}.py" for name in classes]
+
+
+def refuse_code(folder: str | Path, *, trusted: bool, key: str = "model.path") -> None:
+    """ValueError naming the file when loading the Hugging Face folder would run code of its own.
+
+    The configuration file that exports carry is the project's own and passes. trusted: model.trust_remote_code.
+    """
+    for config in () if trusted else sorted(Path(folder).glob("*config*.json")):
+        raw = read_json(config)
+        for name in code_files(raw.get("auto_map") or {} if isinstance(raw, dict) else {}):
+            file, ours = Path(folder) / name, HF_FILES / name
+            if not (ours.is_file() and file.is_file() and file.read_bytes() == ours.read_bytes()):
+                raise ValueError(f"{key}={folder}: auto_map of {config.name} names {name}, code that engine and "
+                                 "tokenizer would run: read it, then set model.trust_remote_code=true")
 
 
 def storage_dtype(config: dict[str, Any], where: str) -> torch.dtype:
@@ -129,23 +187,19 @@ def atomic_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
     """A new empty folder beside `path` to fill; on success it becomes `path`, on any error it is removed.
 
     num_bytes: what the caller means to write; ValueError if the disk has less. An existing `path` is replaced
-    only if it is empty or a Hugging Face folder (config.json, no subfolders). Files are synced before the
+    only if it is empty or a Hugging Face folder (config.json, no subfolders but TEMPLATES). Files are synced before the
     rename. Replacing takes two renames; a machine that dies between them leaves the old folder as
     `.NAME.XXXXXXXX.old` beside it.
     """
     final = Path(path).resolve()
-    _check_replaceable(final)
+    _check_place(final, num_bytes, str(path))
     final.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(final.parent).free
-    margin = 16 * 2**20
-    if free < num_bytes + margin:
-        raise ValueError(f"{path}: writing it needs {num_bytes + margin:,} bytes; {free:,} are free on that disk")
     mark = f".{final.name}.{uuid4().hex[:8]}"
     partial, old = final.parent / f"{mark}.partial", final.parent / f"{mark}.old"
     partial.mkdir()
     try:
         yield partial
-        for entry in chain(partial.iterdir(), (partial,)):
+        for entry in chain(partial.rglob("*"), (partial,)):
             _sync(entry)
         _check_replaceable(final)
         replaces = final.exists()
@@ -163,6 +217,17 @@ def atomic_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _check_place(path: Path, num_bytes: int, shown: str) -> None:
+    """ValueError when something else lies at `path`, or when its disk has no room for num_bytes."""
+    _check_replaceable(path)
+    there = next(parent for parent in path.parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{shown}: {there} is a file, not a folder")
+    free, margin = shutil.disk_usage(there).free, 16 * 2**20
+    if free < num_bytes + margin:
+        raise ValueError(f"{shown}: writing it needs {num_bytes + margin:,} bytes; {free:,} are free on that disk")
+
+
 def _check_replaceable(path: Path) -> None:
     if not path.exists():
         return
@@ -171,7 +236,7 @@ def _check_replaceable(path: Path) -> None:
     entries = list(path.iterdir())
     if entries and not (path / "config.json").is_file():
         raise ValueError(f"{path}: not replaced, because it is no Hugging Face folder (no config.json in it)")
-    folders = [entry.name for entry in entries if entry.is_dir()]
+    folders = [entry.name for entry in entries if entry.is_dir() and entry.name != TEMPLATES]
     if folders:
         raise ValueError(f"{path}: not replaced, because it also holds the folder {folders[0]}")
 
@@ -192,15 +257,41 @@ def _open(file: Path):
 
 
 class HFReader:
-    """Tensors of a Hugging Face folder, which `key` named, by name; read lazily from its *.safetensors files."""
+    """Tensors of a Hugging Face folder, which `key` named, by name; read lazily from its *.safetensors files.
+
+    As the engine reads it: with an index the files that the index names, without one all of them.
+    ValueError names a file that is missing or damaged, and a tensor that is stored twice.
+    """
 
     def __init__(self, folder: str | Path, key: str = "model.path"):
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{key}={folder}: no *.safetensors file there")
-        self._handles = [_open(file) for file in files]
-        self._where = {name: handle for handle in self._handles for name in handle.keys()}
         self.named = f"{key}={folder}"
+        self._where: dict[str, Any] = {}
+        files: dict[str, Path] = {}
+        for file in self._files(Path(folder)):
+            handle = _open(file)
+            for name in handle.keys():
+                if name in files:
+                    raise ValueError(f"{self.named}: {name} is stored twice, in {files[name].name} and in {file.name}: "
+                                     "remove the file that is left over")
+                files[name], self._where[name] = file, handle
+
+    def _files(self, folder: Path) -> list[Path]:
+        index = folder / INDEX
+        if not index.is_file():
+            files = sorted(folder.glob("*.safetensors"))
+        else:
+            raw = read_json(index)
+            named = raw.get("weight_map") if isinstance(raw, dict) else None
+            if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+                raise ValueError(f"{index}: it has no weight_map of tensor names to files: copy the checkpoint again")
+            files = [folder / name for name in sorted(set(named.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(f"{self.named}: {INDEX} names {', '.join(missing[:3])}, which is not there: copy the "
+                                 "checkpoint again")
+        if not files:
+            raise ValueError(f"{self.named}: no *.safetensors file there")
+        return files
 
     @property
     def names(self) -> set[str]:
@@ -209,18 +300,31 @@ class HFReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it: F32, BF16, ..."""
+        return self._where[name].get_slice(name).get_dtype()
+
     def get(self, name: str) -> torch.Tensor:
         return self._where[name].get_tensor(name)
 
 
-def check_checkpoint(config: Network, reader: HFReader, superfluous: Set[str] = frozenset()) -> None:
-    """Raise ValueError listing the names and shapes in which the folder departs from its config.json.
+def check_checkpoint(config: Network, reader: HFReader) -> None:
+    """Raise ValueError listing the names, shapes and dtypes in which the folder departs from its config.json.
 
-    superfluous: names that may be there and are not read.
+    Two kinds of tensors may be there and are not read: the frequencies of the rotation, which config.json fixes, and
+    a tied head that equals its embedding.
     """
     expected = expected_shapes(config)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
-    problems += [f"unexpected {name}" for name in sorted(reader.names - set(expected) - superfluous)]
+    more = {name for name in reader.names - set(expected) if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "lm_head.weight" in more:
+        more -= {"lm_head.weight"}
+        embedding = network_slots(config)["embedding.word_embeddings.weight"].key
+        if embedding in reader.names and not torch.equal(reader.get("lm_head.weight"), reader.get(embedding)):
+            problems.append(f"lm_head.weight differs from {embedding}, and config.json says tie_word_embeddings=true")
+    problems += [f"unexpected {name}" for name in sorted(more)]
+    problems += [f"{name} is stored as {reader.dtype(name)}; only {', '.join(STORED_DTYPES)} are supported"
+                 for name in expected if name in reader.names and reader.dtype(name) not in STORED_DTYPES]
     problems += [f"{name} has shape {list(reader.shape(name))}, config.json says {list(shape)}"
                  for name, shape in expected.items() if name in reader.names and reader.shape(name) != shape]
     if problems:

@@ -30,7 +30,7 @@ def upcycle(source_folder: str | Path, target_folder: str | Path, *, num_experts
 
     moe_intermediate_size (default: a quarter of the FFN) must divide the FFN width; the quotient is
     num_shared_experts. expert_noise: deviation of the noise on a routed expert's gate and up rows, as a share
-    of that matrix's own. The tokenizer's files are copied. ValueError names what of the source (query and key
+    of that matrix's own. The source's other files are kept. ValueError names what of the source (query and key
     norms, experts, a kind of rope_scaling, ...) a BailingMoe of this project cannot hold.
     """
     source = Path(source_folder)
@@ -41,9 +41,7 @@ def upcycle(source_folder: str | Path, target_folder: str | Path, *, num_experts
     dense = _read_dense(source)
     config = _moe_config(dense, source, num_experts, experts_per_token, moe_intermediate_size, dtype)
     reader = HFReader(source)
-    superfluous = {"lm_head.weight"} if dense.tie_word_embeddings else set()
-    superfluous |= {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
-    check_checkpoint(dense, reader, superfluous)
+    check_checkpoint(dense, reader)
     return write_hf_folder(target_folder, config, _moe_weights(reader, dense, config, seed, expert_noise),
                            tokenizer_from=source)
 

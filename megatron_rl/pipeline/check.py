@@ -12,10 +12,9 @@ from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.fresh import bailing_config
-from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.pipeline.plan import Plan, Stage
-from megatron_rl.preflight import check_data, network_of, sizes_of
+from megatron_rl.preflight import check_data, check_folders, network_of, sizes_of
 from megatron_rl.recipes import stages as rl_stages
 from megatron_rl.recipes.serving import load_tokenizer, sft_source
 
@@ -36,12 +35,12 @@ def check_start(plan: Plan, place: int) -> None:
     """`check`, the base checkpoint, and the data of every stage from `place` on, read with the base's tokenizer."""
     check(plan)
     base = plan.stages[0].model
-    check_checkpoint(network_of(at(plan.whole, base)), HFReader(base))
+    check_folders(at(plan.whole, base), exports=True)
     check_data(at(plan.whole, base))
     for stage in plan.stages[max(place, 1):]:
         try:
             if stage.recipe == "sft":
-                sft_source(stage.config, load_tokenizer(base))
+                sft_source(stage.config, load_tokenizer(at(stage.config, base).model))
             else:
                 check_data(at(stage.config, base))
         except (ValueError, OSError) as error:

@@ -186,7 +186,7 @@ def _resume(path: Path, header: dict) -> list[Sampled]:
 
 
 def _source(items: Sequence[Item], config: Config) -> ProblemSource:
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model)
     rollout = config.rollout
     source = ProblemSource(FileProblems(item.problem for item in items), build_template(config.data, tokenizer),
                            tokenizer, max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens)
@@ -203,7 +203,7 @@ def _sampled(source: ProblemSource, first: int, config: Config, num_samples: int
     with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.check_domains(source.domains)
         rewards.warm_up()
-        responder = serving.responder(config, load_tokenizer(config.model.path), rewards)
+        responder = serving.responder(config, load_tokenizer(config.model), rewards)
         for begin in range(first, len(source), PROMPTS_AT_A_TIME):
             prompts = [source.prompt(i) for i in range(begin, min(begin + PROMPTS_AT_A_TIME, len(source)))]
             for group in serving.background.run(responder.groups(prompts, step=0, first_index=begin, tag="curate",

@@ -22,7 +22,7 @@ def run(config: Config) -> dict[str, float]:
     """Held-out accuracy of what the engines serve, as one row; values as Evaluator returns them."""
     with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.warm_up()
-        evaluator = Evaluator(config, serving, load_tokenizer(config.model.path), rewards)
+        evaluator = Evaluator(config, serving, load_tokenizer(config.model), rewards)
         return serving.background.run(evaluator.evaluate(step=0))
 
 
@@ -30,7 +30,7 @@ def measure(config: Config) -> list[Measured]:
     """The held-out set and every benchmark; writes <run.dir>/evaluation.json and evaluation_samples.jsonl."""
     with RewardPool(config.reward) as rewards, Serving(config) as serving:
         rewards.warm_up()
-        evaluator = Evaluator(config, serving, load_tokenizer(config.model.path), rewards)
+        evaluator = Evaluator(config, serving, load_tokenizer(config.model), rewards)
         measured = serving.background.run(evaluator.measure(step=0))
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ class MainRank:
     def __init__(self, stage: Stage, here: topology.Topology, stack: contextlib.ExitStack, *,
                  log_until: int | None):
         config = stage.config
-        tokenizer = load_tokenizer(config.model.path)
+        tokenizer = load_tokenizer(config.model)
         source = prompt_source(config, config.data, tokenizer)
         rewards = stack.enter_context(RewardPool(config.reward))
         rewards.check_domains(source.domains)

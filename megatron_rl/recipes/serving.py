@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_rl.batch import BudgetFill
 from megatron_rl.compat.quick_imports import quick_imports
-from megatron_rl.config.schema import Config, DataConfig
+from megatron_rl.config.schema import Config, DataConfig, ModelConfig
 from megatron_rl.data import PromptSource, build_prompts
+from megatron_rl.model.hf_folder import refuse_code
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.background import EventLoopThread
 from megatron_rl.rollout.client import EngineClient
@@ -29,13 +30,15 @@ from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.router import RoutedFleet, RouterClient
 
 
-def load_tokenizer(folder: str | Path):
-    """The tokenizer files of the Hugging Face folder; the model's own class is not needed for it."""
+def load_tokenizer(model: ModelConfig):
+    """The tokenizer of the Hugging Face folder model.path; the model's own class is not needed for it."""
+    folder = model.path
+    refuse_code(folder, trusted=model.trust_remote_code)
     with quick_imports():
         from transformers import AutoTokenizer  # here, because ranks other than 0 have no use for it, and it is slow
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (ValueError, OSError) as error:
         files = sorted(path.name for path in Path(folder).glob("*token*"))
         why = str(error).strip().splitlines()[0]

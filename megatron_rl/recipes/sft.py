@@ -38,7 +38,7 @@ def run(config: Config) -> None:
     state = checkpoints.restore()
     exporter = Exporter(policy, here)
     guarded = GuardedStep(config, here, step, exporter, temperature=1.0)
-    source = sft_source(config, load_tokenizer(config.model.path))
+    source = sft_source(config, load_tokenizer(config.model))
     options = config.sft
     per_epoch = options.steps_per_epoch
     room = config.batch.tokens_per_microbatch * config.parallel.cp

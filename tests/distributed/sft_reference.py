@@ -37,7 +37,7 @@ def losses(config: Config, weights: dict[str, torch.Tensor], hf_config: dict, st
     Cosine decay after a linear warm-up; vectors are not decayed.
     """
     options = config.optimizer
-    source = prompt_source(config, config.data, load_tokenizer(config.model.path))
+    source = prompt_source(config, config.data, load_tokenizer(config.model))
     weights = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
     optimizer = torch.optim.AdamW(
         [{"params": [w for w in weights.values() if w.dim() > 1], "weight_decay": options.weight_decay},
@@ -77,7 +77,7 @@ def rl_logprob(config: Config, indices: Sequence[int]) -> float:
 
     here = topology.start(config.parallel, seed=config.run.seed)
     learner = PolicyLearner(config, here)
-    source = prompt_source(config, config.data, load_tokenizer(config.model.path))
+    source = prompt_source(config, config.data, load_tokenizer(config.model))
     samples = [sft_sample(source, index, config.batch.tokens_per_microbatch) for index in indices]
     microbatches = packed_microbatches(samples, config, here, learner.policy.config)
     logprobs = learner.step.logprobs(microbatches, learner.policy)
