@@ -28,6 +28,7 @@ from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.recipes.serving import load_tokenizer
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collectors import BudgetedCollector, Collector, PartialCollector, SyncCollector
+from megatron_rl.rollout.engine_command import draw_key, engine_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.responses import Responder
@@ -80,7 +81,7 @@ def heavy_tailed(seed: int) -> int:
 
 
 async def with_responder(url: str, config: RolloutConfig, tokenizer, length, use):
-    fleet = LengthsFleet([EngineClient(url)], config, length)
+    fleet = LengthsFleet([EngineClient(url, api_key=engine_key(config.engine))], config, length)
     await fleet.start()
     try:
         return await use(Responder(fleet, config, tokenizer, CoinFlip(), seed=0, eos_token_id=0))
@@ -152,6 +153,7 @@ def measure(*, quick: bool, steps: int, rounds: int) -> tuple[list[Row], dict]:
         model = Path(folder) / "model"
         make_random_model(model, seed=0)
         tokenizer = load_tokenizer(ModelConfig(path=str(model)))
+        draw_key(config.engine)
         with EngineProcess.from_config(config, model, log_path=Path(folder) / "engine.log") as engine:
             url = engine.base_url
             collector_tokens_per_s(url, config, tokenizer, 8)  # warm

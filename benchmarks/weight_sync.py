@@ -30,6 +30,7 @@ from megatron_rl.data.chains import chains_tokenizer
 from megatron_rl.model.fresh import bailing_config, random_weights
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.engine_command import draw_key, engine_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
@@ -134,8 +135,9 @@ def measure(*, quick: bool, megabytes: int, rounds: int) -> tuple[list[Row], dic
         total = sum(tensor.nbytes for tensor in weights.values())
         raw = {"tensor": raw_copy(total, rounds), "broadcast": raw_broadcast(total, rounds),
                "disk": raw_disk(folder, total, rounds)}
+        draw_key(rollout.engine)
         with EngineProcess.from_config(rollout, model, log_path=folder / "engine.log") as engine:
-            clients = [TimedClient(engine.base_url)]
+            clients = [TimedClient(engine.base_url, api_key=engine_key(rollout.engine))]
             publishers: dict[str, Publisher] = {
                 "tensor": TensorPublisher(clients, bucket_bytes=BUCKET_BYTES),
                 "broadcast": BroadcastPublisher(clients, bucket_bytes=BUCKET_BYTES, backend="gloo", device="cpu"),

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_rl.compat import megatron_cpu
+from megatron_rl.compat import loopback_store, megatron_cpu
 from megatron_rl.config.schema import ParallelConfig
 
 megatron_cpu.patch_megatron()
+loopback_store.use_loopback_stores()
 
 
 WHILE_RANK_0_COLLECTS = datetime.timedelta(days=7)

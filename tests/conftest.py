@@ -13,6 +13,7 @@ os.environ.update(
     WANDB_MODE="offline",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    MEGATRON_RL_ENGINE_KEY="the key of every engine of the tests",
 )
 
 import torch

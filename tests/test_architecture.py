@@ -24,7 +24,7 @@ FLOORS = {
     "handoff": {"types", "config", "observe", "batch"},
     "model": {"types", "config", "observe", "compat", "topology"},
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
-    "sync": {"types", "signals", "config", "observe", "topology", "model", "rollout"},
+    "sync": {"types", "signals", "config", "observe", "compat", "topology", "model", "rollout"},
     "plan": {"types", "config", "batch", "model"},
     "loop": {"types", "config", "observe", "batch"},
     "doctor": {"observe", "reward"},

@@ -1,6 +1,6 @@
-"""Starts SGLang's own server on a machine without a GPU: `python -m megatron_rl.compat.sglang_cpu ARGS`.
+"""SGLang's own server on a machine without a GPU (compat/sglang_key.py starts it).
 
-ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs unmodified; what is adapted:
+Written for SGLang 0.5.23, which runs unmodified; what is adapted:
  - `sgl_kernel` has no CPU wheel: a stand-in takes its place, with the one kernel that is called (the hash
    behind per-request sampling seeds) written in torch. Delete when the registry carries a wheel.
  - `--enable-return-routed-experts` pins host memory with cudaHostRegister: a no-op here. Delete when
@@ -16,7 +16,7 @@ ARGS are those of `sglang.launch_server`. Written for SGLang 0.5.23, which runs 
  - SIGTERM is noticed at once, not up to 5 s later.
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
-Importing this module does nothing. As a program it applies the above before SGLang is imported.
+Importing this module does nothing; prepare() comes before SGLang is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import asyncio
 import importlib.machinery
 import multiprocessing
 import os
-import runpy
 import sys
 import types
 
@@ -142,13 +141,8 @@ def apply() -> None:
     _admit_torch_native_for_deterministic_inference()
 
 
-def serve() -> None:
-    """`sglang.launch_server` with the arguments of this program."""
+def prepare() -> None:
+    """apply(), and import all that the server imports."""
     with quick_imports():
         apply()
-        import sglang.srt.entrypoints.http_server  # noqa: F401  # all that the server imports
-    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
-
-
-if __name__ == "__main__":
-    serve()
+        import sglang.srt.entrypoints.http_server  # noqa: F401

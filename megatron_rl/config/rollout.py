@@ -33,10 +33,11 @@ class EngineConfig:
     start_timeout_s to answer, are watched every health_interval_s, and are started again when they die or do not
     answer for hang_timeout_s, max_restarts times each without an hour of service in between; at the end they have
     stop_timeout_s. A request waits up to wait_timeout_s for a server that holds the current weights; pausing, joining
-    a broadcast and the like may take control_timeout_s. On another host than loopback a server asks for a key: that of
-    servers started here is drawn for each run, unless api_key_env names an environment variable that holds one, as it
-    must for servers elsewhere. Keys are never written down; whoever sees the network between the machines sees them,
-    unless the URLs are https.
+    a broadcast and the like may take control_timeout_s.
+    api_key_env: the environment variable that holds the servers' key. Every server asks for one, on loopback too: any
+    local user could otherwise give it other weights. For servers started here a key is drawn for each run if the
+    variable is not set. For `urls` set it to the key that they were started with (--api-key). Keys are never written
+    down. Whoever sees the network between two machines sees the key, unless the URLs are https.
     tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
     others follow. Ranks of the trainer take the GPUs from 0, so leave them room, or share the GPUs with colocate: the
     engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).
@@ -56,7 +57,7 @@ class EngineConfig:
     colocate: bool = False
     router: str | None = None
     router_policy: Literal["cache_aware", "round_robin", "random"] = "cache_aware"
-    api_key_env: str | None = None
+    api_key_env: str = ENGINE_KEY
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] | None = None
     port: int | None = None
@@ -94,10 +95,8 @@ class EngineConfig:
         for flag, key in RESERVED_FLAGS.items():
             require(not any(arg.split("=")[0] == flag for arg in self.extra_args),
                     f"rollout.engine.extra_args: {flag} is set by {key}")
-        elsewhere = [url for url in (*self.urls, *routers) if not is_loopback(urlsplit(url).hostname)]
-        require(not elsewhere or self.api_key_env is not None,
-                f"rollout.engine.urls names {', '.join(elsewhere)} on another machine, which must ask for a key: start "
-                "it with one and set rollout.engine.api_key_env to the environment variable that holds it here")
+        require(bool(self.api_key_env), "rollout.engine.api_key_env is empty: name the environment variable that holds "
+                f"the servers' key, or leave it at {ENGINE_KEY}")
         require(self.max_restarts >= 0, f"rollout.engine.max_restarts={self.max_restarts} must not be negative")
         for name in ("health_interval_s", "hang_timeout_s", "wait_timeout_s", "control_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.engine.{name}={getattr(self, name)} must be positive")

@@ -14,14 +14,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_rl.config.load import to_dict
+from megatron_rl.config.rollout import is_loopback
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.keys import check_keys
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.model.hf_folder import refuse_code
 from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
-from megatron_rl.rollout.engine_command import with_key
+from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.router import router_process
@@ -47,17 +50,18 @@ class RunInterrupted(RuntimeError):
 def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Config]:
     """`config` with the URLs of running engines in it: the given ones, or rollout.engine.count started here on
     `model_path`, which are watched and started again when they fail."""
-    engine = with_key(config.rollout.engine)
+    engine = config.rollout.engine
     if engine.urls:
+        check_keys(engine)
         yield config
         return
     refuse_code(model_path, trusted=config.model.trust_remote_code)
-    started = dataclasses.replace(config.rollout, engine=engine)
+    draw_key(engine)
     processes: list[EngineProcess] = []
     for number in range(engine.count):
         log = log_path if engine.count == 1 else log_path.with_stem(f"{log_path.stem}-{number}")
         processes.append(EngineProcess.from_config(
-            started, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
+            config.rollout, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
             weight_version=NOTHING_PUBLISHED, return_routed_experts=config.c3po.router_replay == "rollout",
             taken_ports=[process.port for process in processes], number=number))
     served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
@@ -66,7 +70,8 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
                                         [process.port for process in processes]))
         served = dataclasses.replace(served, router=processes[-1].base_url)
     with Supervisor(processes, engine):
-        yield dataclasses.replace(config, rollout=dataclasses.replace(started, engine=served))
+        check_keys(served)
+        yield dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=served))
 
 
 def run_ranks(recipe: str, config: Config) -> None:
@@ -79,14 +84,14 @@ def run_ranks(recipe: str, config: Config) -> None:
     launch_config = run_dir / "launch.json"
     write_json(launch_config, to_dict(config))
     log_path = run_dir / "trainer.log"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
+    command = [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1",
                f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
                f"--master-port={choose_port(None)}", "-m", "megatron_rl.train", recipe, str(launch_config)]
     with log_path.open("ab") as log, terminable():
         begin = log.tell()
         guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
-        ranks = subprocess.Popen([*guard, *command], env=rank_environment(), stdin=subprocess.DEVNULL,
-                                 stdout=log, stderr=log, start_new_session=True)
+        ranks = subprocess.Popen([*guard, *command], env=rank_environment() | loopback_only(config),
+                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
             follow(ranks, recipe, config)
         except KeyboardInterrupt:
@@ -158,6 +163,12 @@ def rank_environment() -> dict[str, str]:
     paths = [root, str(Path(root) / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return environment
+
+
+def loopback_only(config: Config) -> dict[str, str]:
+    """Gloo listens on loopback, unless an engine elsewhere has to reach it (rollout.publish=broadcast)."""
+    here = all(is_loopback(urlsplit(url).hostname) for url in config.rollout.engine.urls)
+    return {"GLOO_SOCKET_IFNAME": "lo"} if here else {}
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.keys import check_keys
 from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.stop import STOPPED
-from megatron_rl.rollout.engine_command import with_key
+from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.ports import PORTS
 
 POLL_S = 0.5
@@ -72,10 +72,10 @@ class Job:
     def start_engines(self) -> tuple[str, ...]:
         """URLs of the engines, once all answer. A given rollout.engine.urls is used as it is."""
         if self.config.rollout.engine.urls:
+            check_keys(self.config.rollout.engine)
             return self.config.rollout.engine.urls
         spread = len(set(self.engine_hosts + self.trainer_hosts)) > 1
-        if spread:
-            with_key(dataclasses.replace(self.config.rollout.engine, host=self.engine_hosts[0]))  # the steps inherit it
+        draw_key(self.config.rollout.engine)  # the steps inherit it
         ready = [self.folder / f"engine-{index}.url" for index in range(self.config.rollout.engine.count)]
         for index, path in enumerate(ready):
             path.unlink(missing_ok=True)
@@ -181,8 +181,7 @@ def master_port(job: str) -> int:
 
 
 def with_engines(config: Config, urls: tuple[str, ...], *, resume: bool) -> Config:
-    engine = with_key(dataclasses.replace(config.rollout.engine, host=urlsplit(urls[0]).hostname))
-    engine = dataclasses.replace(engine, urls=urls)
+    engine = dataclasses.replace(config.rollout.engine, urls=urls)
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine),
                                run=dataclasses.replace(config.run, resume=config.run.resume or resume))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 import sys
@@ -50,10 +49,6 @@ def engine_command(
     """
     device = resolve_device(engine.device)
     environment = _engine_environment(engine, device)
-    if ENGINE_KEY in environment:
-        module = "megatron_rl.compat.sglang_key"
-    else:
-        module = "megatron_rl.compat.sglang_cpu" if device == "cpu" else "sglang.launch_server"
     # One request at a time: on CPU the last bits of a matmul depend on how many rows it has. On CUDA SGLang's
     # own batch-invariant kernels make that unnecessary.
     alone = engine.deterministic and device == "cpu"
@@ -88,31 +83,29 @@ def engine_command(
         flags |= {"--tp-size": engine.tp, "--base-gpu-id": engine.first_gpu + number * engine.tp}
         if engine.colocate:
             switches.append("--enable-memory-saver")
-    argv = [sys.executable, "-m", module]
+    argv = [sys.executable, "-m", "megatron_rl.compat.sglang_key"]
     for name, value in flags.items():
         argv += [name, str(value)]
     return [*argv, *switches, *engine.extra_args], environment
 
 
-def engine_key(engine: EngineConfig) -> str | None:
-    """What the engines' requests carry, or None. ValueError when the variable that should hold it is not set."""
-    if engine.api_key_env is None:
-        return None
+def engine_key(engine: EngineConfig) -> str:
+    """What the engines' requests carry. ValueError when the variable that should hold it is not set."""
     key = os.environ.get(engine.api_key_env)
     if not key:
-        raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set")
+        raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set; it "
+                         "must hold the key with which the servers at rollout.engine.urls were started (--api-key). "
+                         "Without a key any user who reaches a server could give it other weights")
     return key
 
 
-def with_key(engine: EngineConfig) -> EngineConfig:
-    """Engines that we start on another host than loopback ask for a key: one drawn for this run if none was given.
+def draw_key(engine: EngineConfig) -> None:
+    """Draws the key of engines that we start, unless the user gave one.
 
-    It is put into this process's environment, from which engines and ranks inherit it.
+    The key is put into this process's environment, from which engines and ranks inherit it.
     """
-    if engine.api_key_env is not None or is_loopback(engine.host):
-        return engine
-    os.environ.setdefault(ENGINE_KEY, secrets.token_hex(32))
-    return dataclasses.replace(engine, api_key_env=ENGINE_KEY)
+    if engine.api_key_env == ENGINE_KEY and not engine.urls:
+        os.environ.setdefault(ENGINE_KEY, secrets.token_hex(32))
 
 
 def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
@@ -121,9 +114,10 @@ def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in (*TRAINER_VARIABLES, ENGINE_KEY) and not name.startswith("TORCHELASTIC_")
     }
-    key = engine_key(engine)
-    if key is not None:
-        environment[ENGINE_KEY] = key
+    environment[ENGINE_KEY] = engine_key(engine)
+    if is_loopback(engine.host):
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment.setdefault("SGLANG_HOST_IP", engine.host)  # where SGLang has its global store
     source_root = str(Path(megatron_rl.__path__[0]).resolve().parent)
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = source_root if inherited is None else source_root + os.pathsep + inherited

@@ -16,7 +16,7 @@ from typing import Literal
 
 import psutil
 
-from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.rollout import ENGINE_KEY, RolloutConfig
 from megatron_rl.rollout.engine_command import check_gpus, engine_command
 from megatron_rl.rollout.ports import choose_port
 
@@ -163,12 +163,16 @@ class EngineProcess:
         """The HTTP status of its health, None without an answer."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=5.0)
         try:
-            connection.request("GET", self._health_path)
+            connection.request("GET", self._health_path, headers=self._key_header())
             return connection.getresponse().status
         except (OSError, http.client.HTTPException):
             return None
         finally:
             connection.close()
+
+    def _key_header(self) -> dict[str, str]:
+        key = self.env.get(ENGINE_KEY)
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def _with_log(self, message: str) -> str:
         return f"{message}; the end of {self.log_path}:\n{self.log_tail()}"

@@ -16,9 +16,10 @@ from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError, well_formed
+from megatron_rl.rollout.engine_command import engine_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.fleet import ABORT_GRACE_S, Fleet
 from megatron_rl.rollout.member import Member
@@ -32,10 +33,11 @@ def router_process(engine: EngineConfig, log_path: Path, taken_ports: Sequence[i
                          "pip install sglang-router, or leave rollout.engine.router unset")
     port = choose_port(None, taken_ports)
     metrics_port = choose_port(None, [*taken_ports, port])
-    argv = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+    argv = [sys.executable, "-m", "megatron_rl.compat.router_key", "--host", "127.0.0.1", "--port", str(port),
             "--policy", engine.router_policy, "--disable-retries", "--log-level", "warn",
             "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
-    return EngineProcess(argv, dict(os.environ), port=port, log_path=log_path, health_path="/liveness",
+    environment = {**os.environ, ENGINE_KEY: engine_key(engine)}
+    return EngineProcess(argv, environment, port=port, log_path=log_path, health_path="/liveness",
                          start_timeout_s=engine.start_timeout_s, stop_timeout_s=engine.stop_timeout_s)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
+from megatron_rl.compat.loopback_store import LoopbackStore
 from megatron_rl.config.rollout import is_loopback
 from megatron_rl.rollout.background import in_thread
 from megatron_rl.rollout.client import EngineClient
@@ -80,7 +81,7 @@ class BroadcastPublisher(EnginePublisher):
             [1, *(sizes[client] for client in self._active)]), strict=False))
         self._group_name = f"megatron_rl_{os.getpid()}_{next(self._group_numbers)}"
         # Not torch.distributed.rendezvous: under torchrun it would look for torchrun's own store.
-        store = dist.TCPStore(self._master_address, 0, world_size, is_master=True, wait_for_workers=False,
+        store = LoopbackStore(self._master_address, 0, world_size, is_master=True, wait_for_workers=False,
                               timeout=timedelta(seconds=self._timeout_s))
 
         async def join(client: EngineClient) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_rl.config.rollout import EngineConfig, RolloutConfig
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess
@@ -40,6 +41,11 @@ PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13), (14, 15, 16, 17, 18))
 
 
 ATTEMPTS = 10
+
+
+def client_of(url: str, **options) -> EngineClient:
+    """Of an engine of the tests, all of which have one key (tests/conftest.py)."""
+    return EngineClient(url, api_key=os.environ[ENGINE_KEY], **options)
 
 
 async def running(client: EngineClient, prompt: Sequence[int], *, rid: str,
@@ -74,7 +80,7 @@ class LiveEngine:
         self.process = process
         self.folder = folder
         self.config = json.loads((folder / "config.json").read_text())
-        self.client = EngineClient(process.base_url, timeout_s=300.0)
+        self.client = client_of(process.base_url, timeout_s=300.0)
         self.weights = tiny_bailing_weights(self.config)
         self.version = 0
         self.expected = ExpectedChecksums(self.config, engine_dtype=torch.float32)

@@ -68,8 +68,9 @@ class FaultyProxy:
                 return web.json_response({"error": {"message": "The request queue is full."}}, status=503)
             if self._kind == "garbage":
                 return web.Response(text='{"output_ids": [1, 2', content_type="application/json")
+        key = {name: request.headers[name] for name in ("Authorization",) if name in request.headers}
         async with self._session.request(request.method, self._target + request.path_qs, data=body,
-                                         headers={"Content-Type": "application/json"}) as answer:
+                                         headers={"Content-Type": "application/json", **key}) as answer:
             content = await answer.read()
             if not spoil:
                 return web.Response(body=content, status=answer.status, content_type=answer.content_type)

@@ -24,6 +24,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch import local
 from megatron_rl.model.checkpoint_files import read_manifest, saved_steps, step_name
 from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 
@@ -120,6 +121,7 @@ class Engine:
     def url(self) -> str:
         if self._process is None or not self._process.alive:
             self.close()
+            draw_key(self._config.rollout.engine)
             self._process = EngineProcess.from_config(self._config.rollout, self._config.model.path,
                                                       log_path=self._folder / "engine.log")
             self._process.start()

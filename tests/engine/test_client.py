@@ -13,7 +13,7 @@ from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.types import Finish, VersionSpan
-from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running
+from tests.engine.conftest import PROMPTS, LiveEngine, client_of, in_time, running
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import CHARACTERS
 
@@ -117,7 +117,7 @@ def test_response_that_outlives_a_publish_says_which_weights_sampled_which_token
     sampling = SamplingParams(temperature=1.0, max_new_tokens=240, ignore_eos=True)
 
     async def generate(new):
-        client = EngineClient(live_engine.client.base_url)
+        client = client_of(live_engine.client.base_url)
         async with client:
             request = await running(client, (5, 6, 7), rid="long", sampling=sampling)
             await asyncio.to_thread(live_engine.publish, new)

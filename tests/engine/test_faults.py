@@ -27,10 +27,10 @@ from megatron_rl.config.schema import Config, ModelConfig, RunConfig
 from megatron_rl.recipes.parts import BroadcastRollouts, while_serving
 from megatron_rl.recipes.serving import Serving, build_collector, engine_clients
 from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
-from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
 from megatron_rl.types import Prompt, Score
+from tests.engine.conftest import client_of
 from tests.engine.faulty_proxy import FaultyProxy
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import tiny_bailing_weights, write_tiny_bailing
@@ -155,7 +155,7 @@ def run(engines: Engines, urls: tuple[str, str], *, at: int = 10**9,
 
 
 async def probe(url: str) -> np.ndarray:
-    async with EngineClient(url, timeout_s=60.0) as client:
+    async with client_of(url, timeout_s=60.0) as client:
         return await client.input_logprobs(PROBE, rid="probe.")
 
 

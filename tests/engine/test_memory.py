@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from typing import Any
 
 import pytest
 
+from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
@@ -24,7 +26,7 @@ class Recording(EngineClient):
     """Keeps what it asks the engine to do, and of which memory."""
 
     def __init__(self, url: str):
-        super().__init__(url, timeout_s=300.0)
+        super().__init__(url, timeout_s=300.0, api_key=os.environ[ENGINE_KEY])
         self.asked: list[str] = []
 
     async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:

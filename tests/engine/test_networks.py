@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.engines import EngineProcess
 from tests.distributed import cases
 from tests.distributed.conftest import run_worker
@@ -34,7 +36,8 @@ def score(base_url: str, tokens: list[int]) -> np.ndarray:
     body = {"input_ids": tokens, "return_logprob": True, "logprob_start_len": 0,
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0}}
     request = urllib.request.Request(f"{base_url}/generate", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+                                     {"Content-Type": "application/json",
+                                      "Authorization": f"Bearer {os.environ[ENGINE_KEY]}"})
     with urllib.request.urlopen(request, timeout=300) as response:
         scored = json.load(response)["meta_info"]["input_token_logprobs"]
     assert [token for _, token, _ in scored] == tokens

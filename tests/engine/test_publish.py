@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.ports import choose_port
@@ -172,7 +174,7 @@ class Breaking(EngineClient):
     """Breaks off at its call number `at`, before the engine has heard of it or after the engine has obeyed."""
 
     def __init__(self, url: str, at: int, *, obeyed: bool):
-        super().__init__(url, timeout_s=300.0)
+        super().__init__(url, timeout_s=300.0, api_key=os.environ[ENGINE_KEY])
         self._left, self._obeyed = at, obeyed
 
     async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.launch.local import rank_environment
-from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.supervisor import Supervisor
+from tests.engine.conftest import client_of
 from tests.engine.publish_worker import PROBE
 from tests.tiny_models import write_tiny_bailing
 
@@ -65,7 +65,7 @@ def served(tmp_path_factory) -> Iterator[Served]:
 
 
 async def logprobs(url: str) -> np.ndarray:
-    async with EngineClient(url) as client:
+    async with client_of(url) as client:
         return await client.input_logprobs(PROBE, rid="probe.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.fleet import Fleet, FleetError
 from megatron_rl.rollout.ports import choose_port
@@ -130,7 +132,7 @@ class Keeping(EngineClient):
     """Keeps how its requests ended at the engine."""
 
     def __init__(self, url: str):
-        super().__init__(url)
+        super().__init__(url, api_key=os.environ[ENGINE_KEY])
         self.ends: list[Finish] = []
 
     async def generate(self, *arguments, **options) -> GenerateResult:

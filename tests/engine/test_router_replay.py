@@ -20,7 +20,7 @@ from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.types import TrainSample
-from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
+from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine, client_of
 from tests.reference_bailing import bailing_forward
 from tests.tiny_models import write_tiny_bailing
 
@@ -86,7 +86,7 @@ def result(tmp_path_factory) -> dict:
     prompts = 3 * np.random.default_rng(0).integers(1, 96, (NUM_PROMPTS, PROMPT_TOKENS)).tolist()
     with EngineProcess.from_config(rollout, folder / "model", log_path=folder / "engine.log", model_dtype="bfloat16",
                                    return_routed_experts=True) as engine:
-        responses = sample_all(EngineClient(engine.base_url), prompts, LAYERS, RESPONSE_TOKENS)
+        responses = sample_all(client_of(engine.base_url), prompts, LAYERS, RESPONSE_TOKENS)
     torch.save([to_sample(*each) for each in zip(range(len(prompts)), prompts, responses, strict=True)],
                folder / "samples.pt")
     done = subprocess.run(

@@ -2,11 +2,12 @@
 
 import pytest
 
-from megatron_rl.config.rollout import EngineConfig, RolloutConfig, is_loopback
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig, is_loopback
+from megatron_rl.rollout.engine_command import draw_key, engine_key
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"urls": ("http://127.0.0.1:1", "http://node7:1")}, r"names http://node7:1 .*set rollout\.engine\.api_key_env"),
+    ({"api_key_env": ""}, r"rollout\.engine\.api_key_env is empty"),
     ({"extra_args": ("--tp-size=2",)}, r"extra_args: --tp-size is set by rollout\.engine\.tp"),
     ({"extra_args": ("--api-key", "secret")}, r"extra_args: --api-key is set by rollout\.engine\.api_key_env"),
     ({"tp": 2, "device": "cpu"}, r"rollout\.engine\.tp=2 needs rollout\.engine\.device=cuda"),
@@ -18,15 +19,27 @@ def test_a_rule_names_its_key(options, message):
         EngineConfig(**options)
 
 
-def test_engines_elsewhere_are_taken_with_a_key_and_here_without():
-    EngineConfig(urls=("https://node7:1",), api_key_env="KEY")
-    EngineConfig(urls=("http://127.0.0.1:1", "http://localhost:2", "http://[::1]:3"))
-    assert not is_loopback("0.0.0.0") and not is_loopback(None)
-
-
 def test_the_engines_cache_holds_one_whole_sequence_and_what_the_engine_keeps():
     """SGLang ends a sequence early when its pool has less than the context (scheduler.py: init_req_max_new_tokens)."""
     assert RolloutConfig(max_context_tokens=512).engine_context_tokens == 518
     assert RolloutConfig(max_context_tokens=512, engine=EngineConfig(max_total_tokens=518)).max_context_tokens == 512
     with pytest.raises(ValueError, match=r"engine\.max_total_tokens=517 is less than .*max_context_tokens=512"):
         RolloutConfig(max_context_tokens=512, engine=EngineConfig(max_total_tokens=517))
+
+
+@pytest.mark.parametrize("url", ["https://node7:1", "http://127.0.0.1:1", "http://localhost:2", "http://[::1]:3"])
+@pytest.mark.parametrize("variable", [ENGINE_KEY, "THEIR_KEY"])
+def test_every_engine_that_runs_already_needs_a_key_on_loopback_too(url, variable, monkeypatch):
+    monkeypatch.setenv(variable, "secret")
+    engine = EngineConfig(urls=(url,), api_key_env=variable)
+    assert engine_key(engine) == "secret"
+    monkeypatch.delenv(variable)
+    draw_key(engine)  # only for engines that we start
+    with pytest.raises(ValueError, match=rf"api_key_env={variable}: that environment variable is not set"):
+        engine_key(engine)
+
+
+@pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", True), ("127.1.2.3", True), ("localhost", True),
+                                                ("::1", True), ("0.0.0.0", False), ("node7", False), (None, False)])
+def test_what_is_loopback(host, expected):
+    assert is_loopback(host) is expected

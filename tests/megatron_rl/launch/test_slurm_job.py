@@ -11,6 +11,7 @@ from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.slurm import job_script
 from megatron_rl.launch.slurm_job import master_port, with_engines
+from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.ports import PORTS
 
 
@@ -20,25 +21,21 @@ def no_key(monkeypatch):
     monkeypatch.delenv(ENGINE_KEY)
 
 
-def test_engines_on_other_nodes_get_one_key_for_the_run_in_the_environment():
-    ranks = with_engines(Config(), ("http://node1:20001", "http://node2:20001"), resume=False)
-    assert ranks.rollout.engine.api_key_env == ENGINE_KEY
+@pytest.mark.parametrize("host", ["127.0.0.1", "node1"])
+def test_engines_get_one_key_for_the_run_in_the_environment(host):
+    engine = replace(Config().rollout.engine, host=host)
+    draw_key(engine)
     key = os.environ[ENGINE_KEY]
+    ranks = with_engines(Config(), (f"http://{host}:20001",), resume=False)
+    assert ranks.rollout.engine.api_key_env == ENGINE_KEY
     assert len(key) == 64 and key not in repr(ranks)
-    with_engines(Config(), ("http://node1:20001",), resume=True)
+    draw_key(engine)
     assert os.environ[ENGINE_KEY] == key
 
 
-def test_engines_on_the_ranks_own_node_need_none():
-    ranks = with_engines(Config(), ("http://127.0.0.1:20001",), resume=False)
-    assert ranks.rollout.engine.api_key_env is None and ENGINE_KEY not in os.environ
-
-
-def test_a_key_of_the_users_is_kept():
-    config = Config()
-    config = replace(config, rollout=replace(config.rollout, engine=replace(config.rollout.engine, api_key_env="MINE")))
-    ranks = with_engines(config, ("https://node1",), resume=False)
-    assert ranks.rollout.engine.api_key_env == "MINE" and ENGINE_KEY not in os.environ
+def test_no_key_is_drawn_where_the_user_names_one():
+    draw_key(replace(Config().rollout.engine, api_key_env="MINE"))
+    assert ENGINE_KEY not in os.environ
 
 
 def test_rank_0_listens_where_no_engine_may_and_neighbouring_jobs_do_not():

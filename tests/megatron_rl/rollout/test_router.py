@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -11,7 +12,7 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
-from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.recipes.serving import build_fleet
 from megatron_rl.rollout.engines import EngineProcess
@@ -20,6 +21,7 @@ from tests.megatron_rl.rollout.test_fleet import CONFIG, Engine, ask, publish, u
 
 HERE = importlib.util.find_spec("sglang_router") is not None
 installed = pytest.mark.skipif(not HERE, reason="sglang-router is not installed")
+KEY = os.environ[ENGINE_KEY]
 WATCHED = replace(CONFIG, engine=replace(CONFIG.engine, router_policy="round_robin", health_interval_s=0.2))
 
 
@@ -47,7 +49,7 @@ def with_routed_fleet(router: EngineProcess, engines: list[Engine], use: Callabl
         async with AsyncExitStack() as stack:
             for engine in engines:
                 await stack.enter_async_context(engine.serving())
-            client = await stack.enter_async_context(RouterClient(router.base_url))
+            client = await stack.enter_async_context(RouterClient(router.base_url, api_key=KEY))
             fleet = RoutedFleet([RouterClient(engine.url) for engine in engines], client, WATCHED, key=None)
             await fleet.start()
             try:
@@ -61,7 +63,7 @@ def with_routed_fleet(router: EngineProcess, engines: list[Engine], use: Callabl
 
 
 async def registered(router: EngineProcess, *engines: Engine) -> None:
-    async with RouterClient(router.base_url) as client, asyncio.timeout(60.0):
+    async with RouterClient(router.base_url, api_key=KEY) as client, asyncio.timeout(60.0):
         while (await client.workers()).keys() != {engine.url for engine in engines}:
             await asyncio.sleep(0.1)
 
