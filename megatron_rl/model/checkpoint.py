@@ -2,6 +2,7 @@
 
 <run.dir>/checkpoints/step_00000020/
     manifest.json            step, layout, network, where each element is, size and sha256 of the files below
+    manifest.sha256          the sum of manifest.json
     rank_00000.safetensors   what rank 0 holds: "weight/KEY/PIECE", "exp_avg/...", "exp_avg_sq/...", flat fp32 ranges
     random.pt                random states of all ranks
     loop.json, rollouts.pt   what the loop adds

@@ -1,7 +1,8 @@
 """Checkpoint folders as files: which there are, which is meant, whether one is whole. No rank is needed for this.
 
 <run>/checkpoints/step_00000020/ is written as step_00000020.partial and renamed when all of it is on the disk; its
-manifest.json, written last, holds the size and the sha256 of every other file.
+manifest.json, written after them, holds the size and the sha256 of every other file, and manifest.sha256 that of
+manifest.json: no byte of a checkpoint can change unnoticed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import RunConfig
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+MANIFEST, SUM, LOOP = "manifest.json", "manifest.sha256", "loop.json"
 _NAME = re.compile(r"^step_(\d{8})$")
 _CHUNK = 1 << 24
 # what a config.json may change without becoming another network
@@ -95,14 +96,16 @@ def choose(run: RunConfig) -> Path | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, with every file's presence and size checked. DamagedCheckpoint names the file that is not right."""
+    """The manifest, its own sum, and every file's presence and size checked. DamagedCheckpoint names the file that is
+    not right."""
     path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path} is missing") from None
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{path} is not JSON: {error}") from None
+    for needed in (path, checkpoint / SUM):
+        if not needed.is_file():
+            raise DamagedCheckpoint(f"{needed} is missing")
+    content = path.read_bytes()
+    if (checkpoint / SUM).read_bytes() != _sum_of(content):
+        raise DamagedCheckpoint(f"{path} or {SUM} beside it has changed since it was written (sha256 differs)")
+    manifest = json.loads(content)
     if manifest["format"] != FORMAT:
         raise ValueError(f"{path}: format {manifest['format']}, this version reads format {FORMAT}")
     for name, entry in manifest["files"].items():
@@ -123,6 +126,20 @@ def check_sums(checkpoint: Path, manifest: Mapping[str, Any], names: Iterable[st
                 digest.update(chunk)
         if digest.hexdigest() != manifest["files"][name]["sha256"]:
             raise DamagedCheckpoint(f"{checkpoint / name} has changed since it was written (sha256 differs)")
+
+
+def read_loop_state(checkpoint: Path) -> dict[str, Any]:
+    """loop.json, whole. ValueError with how to go on if it is damaged."""
+    try:
+        check_sums(checkpoint, read_manifest(checkpoint), [LOOP])
+    except ValueError as error:
+        raise explained(error, checkpoint) from None
+    return json.loads((checkpoint / LOOP).read_text())
+
+
+def _sum_of(manifest: bytes) -> bytes:
+    """The content of manifest.sha256, as `sha256sum -c` reads it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
@@ -171,8 +188,10 @@ def check_resume(run: RunConfig, model: Mapping[str, Any]) -> None:
 
 def commit(partial: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
     """Make the written folder `partial` the checkpoint `final`; then only the newest `keep` stay."""
-    with writing(partial / MANIFEST) as file:
-        file.write(json.dumps(manifest).encode())
+    content = json.dumps(manifest).encode()
+    for name, data in ((MANIFEST, content), (SUM, _sum_of(content))):
+        with writing(partial / name) as file:
+            file.write(data)
     sync(partial)
     if final.exists():
         set_aside(final)

@@ -6,7 +6,6 @@ which stage saved it, where that began and whether it was over. So a run that wa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -83,7 +82,7 @@ def current(config: Config) -> Stage:
     checkpoint = files.choose(config.run)
     if checkpoint is None:
         return _stage(config, 0, 0, fresh=True)
-    state = json.loads((checkpoint / "loop.json").read_text())
+    state = files.read_loop_state(checkpoint)
     place = state.get("stage", {"name": None, "index": 0})
     names = [stage.name for stage in config.stages]
     if place["index"] >= len(names) or names[place["index"]] != place["name"]:

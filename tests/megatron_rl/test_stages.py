@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_rl.config.load import load
+from megatron_rl.model import checkpoint_files as files
 from megatron_rl.recipes.stages import current, plateaued, resumed, stage_configs, widest
 
 STAGES = ("stages=[{name:math,steps:4,set:{c3po.phi:100,rollout.max_context_tokens:120}},"
@@ -19,9 +20,20 @@ def config(tmp_path):
 def saved(config, tmp_path, step, stage):
     """As a checkpoint of that step leaves the run's folder, as far as stages are concerned."""
     folder = tmp_path / "checkpoints" / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "loop.json").write_text(json.dumps({"step": step, **stage}))
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(parents=True)
+    with files.writing(partial / "loop.json") as file:
+        file.write(json.dumps({"step": step, **stage}).encode())
+    files.commit(partial, folder, {"format": files.FORMAT, "files": {"loop.json": file.entry}}, keep=9)
     return resumed(config)
+
+
+def test_a_damaged_stage_is_named_before_it_is_believed(config, tmp_path):
+    config = saved(config, tmp_path, 2, current(config).state(over=False))
+    path = tmp_path / "checkpoints" / "step_00000002" / "loop.json"
+    path.write_text(path.read_text().replace('"over": false', '"over": true '))
+    with pytest.raises(files.DamagedCheckpoint, match="loop.json has changed since it was written"):
+        current(config)
 
 
 def test_a_stage_changes_its_keys_and_nothing_else(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -197,17 +198,26 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
     assert "step_00000001" in saved and "step_00000002" not in saved and step == "1"
 
 
-def test_a_changed_byte_is_refused_before_anything_is_loaded(started, tmp_path):
+def test_a_flipped_bit_anywhere_is_refused_before_anything_is_loaded(started, tmp_path):
+    """In every file, at its beginning, its end and places in between."""
     run = started(tmp_path)
-    run.saves.save(1, {})
     run.train()
-    run.saves.save(2, {})
-    damaged = tmp_path / "checkpoints/step_00000002/rank_00000.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-7] ^= 1
-    damaged.write_bytes(content)
+    run.saves.save(1, {"updates_done": 1})
+    run.saves.save(2, {"updates_done": 2})
+    newest = tmp_path / "checkpoints/step_00000002"
+    names = sorted(path.name for path in newest.iterdir())
+    assert names == ["loop.json", "manifest.json", "manifest.sha256", "random.pt", "rank_00000.safetensors",
+                     "rollouts.pt"]
     again = started(tmp_path, resume=True)
-    before = again.weights()
-    with pytest.raises(DamagedCheckpoint, match="rank_00000.safetensors has changed .* run.resume_from=step_00000001"):
-        again.saves.restore()
+    before, chance = again.weights(), random.Random(0)
+    for name in names:
+        whole = (newest / name).read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(3))):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << chance.randrange(8)
+            (newest / name).write_bytes(flipped)
+            with pytest.raises(DamagedCheckpoint, match=rf"{name}.* has changed .* run.resume_from=step_00000001"):
+                again.saves.restore()
+        (newest / name).write_bytes(whole)
     assert same(again.weights(), before)
+    assert again.saves.restore()["updates_done"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ DAMAGE = {
     "cut_short": ("rank_00000.safetensors", cut, r"rank_00000.safetensors has 29 bytes, 32 were written"),
     "missing": ("loop.json", Path.unlink, r"loop.json is missing"),
     "no_manifest": ("manifest.json", Path.unlink, r"manifest.json is missing"),
-    "cut_manifest": ("manifest.json", cut, r"manifest.json is not JSON"),
+    "cut_manifest": ("manifest.json", cut, r"manifest.json or manifest.sha256 beside it has changed"),
+    "no_sum": ("manifest.sha256", Path.unlink, r"manifest.sha256 is missing"),
 }
 
 
@@ -143,5 +145,7 @@ def test_another_format_is_refused(tmp_path):
     checkpoint = save(tmp_path, 2)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
-    with pytest.raises(ValueError, match="manifest.json: format 99, this version reads format 1"):
+    (checkpoint / "manifest.sha256").write_text(
+        subprocess.run(["sha256sum", "manifest.json"], cwd=checkpoint, capture_output=True, text=True).stdout)
+    with pytest.raises(ValueError, match="manifest.json: format 99, this version reads format 2"):
         files.read_manifest(checkpoint)
