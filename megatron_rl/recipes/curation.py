@@ -107,8 +107,8 @@ def verify(items: Sequence[Item], config: Config, samples: Sequence[Sampled] = (
            agreement: float = 0.5) -> Split:
     """Removes problems whose reference answer the verifier or models do not bear out.
 
-    unverifiable: the verifier of the domain would not accept the answer in another spelling (math_verify only).
-    prose_answer: an answer of several words, which no rule can judge. response_fails: the worked response of
+    unverifiable: the domain's scorer (math_verify, science) does not accept the answer itself in another spelling.
+    prose_answer: an answer of several words, for math_verify. response_fails: the worked response of
     data.response_key is not right. models_disagree: no sample is right, and at least `agreement` of them box
     one and the same other answer.
     """
@@ -117,8 +117,9 @@ def verify(items: Sequence[Item], config: Config, samples: Sequence[Sampled] = (
     for place, item in enumerate(items):
         problem = item.problem
         prompt = Prompt(problem.id, (), "", problem.answer, problem.domain, problem.metadata)
-        if config.reward.routes.get(problem.domain) == "math_verify":
-            if _is_prose(problem.answer):
+        route = config.reward.routes.get(problem.domain)
+        if route in ("math_verify", "science"):
+            if route == "math_verify" and _is_prose(problem.answer):
                 removed[place] = Removal("prose_answer", problem.answer[:200])
                 continue
             questions.append((place, "unverifiable", prompt, RESPELLED.format(problem.answer)))

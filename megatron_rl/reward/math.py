@@ -1,7 +1,6 @@
-"""Mathematical answers: Math-Verify 0.9.0 on the last \\boxed{...} against the reference answer.
+"""Mathematical answers: what stands in the last \\boxed{...}, against the reference (reward/answer/).
 
-Math-Verify's own time limits use signal.alarm, which only works on a main thread (parser.py `parse`,
-grader.py `verify`), so they are off here and RewardPool kills a worker that takes too long.
+There is no time limit here, and 9^9^9^9 takes minutes: RewardPool kills a worker that takes too long.
 """
 
 from __future__ import annotations
@@ -9,45 +8,82 @@ from __future__ import annotations
 import logging
 import re
 
+from megatron_rl.reward.answer.compare import same
+from megatron_rl.reward.answer.copies import is_copy, same_shape
+from megatron_rl.reward.answer.latex import Unreadable, undress
+from megatron_rl.reward.answer.read import Rules, is_undone, read, read_reference
+from megatron_rl.reward.answer.words import final_letter, is_choice, same_words
 from megatron_rl.reward.base import Job, run, verdict
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.types import Prompt, Score
 
-__all__ = ["MathVerifyScorer", "judge_math"]
+__all__ = ["MathVerifyScorer", "judge", "judge_math", "prepared"]
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_EXACT = Rules()
 
 
 class MathVerifyScorer:
-    """1 if the boxed expression equals prompt.answer, else 0; no_answer without a closed, non-empty box."""
+    """1 if the last box holds prompt.answer, worked out; docs/rewards.md says what counts as equal, and as worked out.
 
-    preload = ("math_verify",)
+    no_answer without a closed, non-empty box; for a reference that is an option's letter the last line will do.
+    """
+
+    preload = ("math_verify", "mpmath", "pint")
 
     @staticmethod
     def warm_up() -> None:
-        """Grammar, number and symbol paths are set up at their first use: not at the first response's cost."""
+        """Number, unit and symbol paths are set up at their first use: not at the first response's cost."""
         logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)
-        for box, answer in (("0.5", "\\frac{1}{2}"), ("6+3x", "3*x+6"), ("(x+1)^2", "x^2+2x+1")):
+        for box, answer in (("0.5", "\\frac{1}{2}"), ("(x+1)^2", "x^2+2x+1"), ("5\\text{ cm}", "50\\text{ mm}"),
+                            ("\\sum_{k=1}^n k", "\\sum_{k=1}^{n} k")):
             judge_math(box, answer)
 
     def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
-        box = (last_boxed(response_text) or "").rstrip(" .")  # "\\boxed{\\frac{1}{2}.}" does not parse
-        if not box:
-            return Score(0.0, "no_answer")
-        answer = prompt.answer.strip()
-        if box == answer:
-            return verdict(True)
-        if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(answer):
+        box, answer = last_boxed(response_text), prompt.answer.strip()
+        if box is not None and _INTEGER.fullmatch(box) and _INTEGER.fullmatch(answer):
             return verdict(int(box) == int(answer))
-        return Job(judge_math, (box, answer), ("math_verify", box, answer))
+        return prepared(prompt, response_text, _EXACT)
 
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))
 
 
-def judge_math(box: str, answer: str) -> Score:
-    """Whether two LaTeX expressions are equal. No time limit: 9^9^9^9 takes minutes."""
-    from math_verify import parse, verify  # here, because only workers need sympy
+def prepared(prompt: Prompt, response_text: str, rules: Rules) -> Score | Job:
+    """The verdict if no worker is needed for it, else the job that finds it."""
+    answer, box = prompt.answer.strip(), last_boxed(response_text)
+    if box is None and is_choice(answer):
+        letter = final_letter(response_text)
+        return Score(0.0, "no_answer") if letter is None else verdict(letter == answer.strip("()"))
+    box = (box or "").rstrip(" .")
+    if not box:
+        return Score(0.0, "no_answer")
+    if box == answer and not is_undone(answer):
+        return verdict(True)
+    copied = is_copy(box, prompt.text)
+    return Job(judge, (box, answer, rules, copied), ("answer", box, answer, rules, copied))
 
-    gold, found = (parse(f"${expression}$", parsing_timeout=None) for expression in (answer, box))
-    return verdict(bool(verify(gold, found, timeout_seconds=None)))
+
+def judge_math(box: str, answer: str) -> Score:
+    """Whether two LaTeX answers are the same, numbers exactly. No time limit."""
+    return judge(box, answer, _EXACT, copied=False)
+
+
+def judge(box: str, answer: str, rules: Rules, copied: bool) -> Score:
+    """Whether a box holds the answer. copied: it stands in the question, and is an answer only as the reference has it.
+
+    `wrong` with a detail if no answer could be right. No time limit.
+    """
+    try:
+        wanted = read_reference(answer, rules)
+    except Unreadable as reason:
+        return Score(0.0, "wrong", f"no answer meets the reference: {reason}")
+    try:
+        if is_choice(undress(answer)):
+            return verdict(same_words(undress(box), undress(answer)))
+        found = read(box, rules)
+    except Unreadable:
+        return verdict(False)
+    if copied and not same_shape(found, wanted):
+        return verdict(False)
+    return verdict(same(found, wanted, rules))

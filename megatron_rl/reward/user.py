@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat
 
 from megatron_rl.reward.base import STATUSES, Job, run
 from megatron_rl.types import Prompt, Score
@@ -41,14 +42,24 @@ class UserScorer:
 
 
 def judge_user(path: str, prompt: Prompt, response_text: str, correct_from: float | None) -> Score:
-    """The function's Score. ValueError if it returns no finite number and no valid Score."""
+    """The function's Score, its value a plain float. ValueError if it returns no finite number and no valid Score."""
     result = _load(path)(prompt, response_text)
     score = result if isinstance(result, Score) else None
-    if score is None and isinstance(result, (bool, int, float)):
-        score = score_of(float(result), correct_from)
-    if score is None or not math.isfinite(score.value) or score.status not in STATUSES:
+    value = _number(result if score is None else score.value)
+    if value is None or (score is not None and (score.status not in STATUSES or not isinstance(score.detail, str))):
         raise ValueError(f"{path} returned {result!r}: not a finite number, nor a Score with a status of {STATUSES}")
-    return score
+    if score is None:
+        return score_of(value, correct_from)
+    return dataclasses.replace(score, value=value, correct=None if score.correct is None else bool(score.correct))
+
+
+def _number(result: Any) -> float | None:
+    """A finite float of whatever is one number: a truth value, numpy's or torch's numbers too; None for the rest."""
+    try:
+        value = float(result) if isinstance(result, SupportsFloat) else math.nan
+    except (TypeError, ValueError, OverflowError):  # an array of several; an integer beyond all floats
+        return None
+    return value if math.isfinite(value) else None
 
 
 def score_of(reward: float, correct_from: float | None) -> Score:

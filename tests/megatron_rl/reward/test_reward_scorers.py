@@ -163,6 +163,9 @@ def user_module(tmp_path, monkeypatch):
         def not_a_number(prompt, response_text): return float("nan")
         def nothing(prompt, response_text): return None
         def raises(prompt, response_text): return {}["key"]
+        def evaluated(prompt, response_text):
+            import fractions, math, numpy, torch
+            return eval(response_text)
     """))
     monkeypatch.syspath_prepend(tmp_path)
     return "user_rewards_of_test"
@@ -179,6 +182,29 @@ def test_a_user_reward_may_return_a_number_or_a_score(user_module):
     assert user_score(f"{user_module}.longer_is_better", "1234567890") == Score(1.0, "correct")
     assert user_score(f"{user_module}.longer_is_better", "") == Score(0.0, "wrong")
     assert user_score(f"{user_module}.own_status", "12345") == Score(0.25, "no_answer", "p")
+
+
+@pytest.mark.parametrize(("returned", "value"), [
+    ("True", 1), ("False", 0), ("1", 1), ("0", 0), ("0.5", 0.5), ("-1", -1), ("numpy.float64(0.5)", 0.5),
+    ("numpy.float32(0.5)", 0.5), ("numpy.float16(0.5)", 0.5), ("numpy.int64(1)", 1), ("numpy.uint8(1)", 1),
+    ("numpy.bool_(True)", 1), ("numpy.bool_(False)", 0), ("numpy.array(0.5)", 0.5), ("numpy.ones(3).mean()", 1),
+    ("numpy.array([1, 2]) is not None", 1), ("torch.tensor(0.5)", 0.5), ("torch.tensor(True)", 1),
+    ("fractions.Fraction(1, 2)", 0.5), ("Score(numpy.float32(0.5), 'correct')", 0.5), ("Score(True, 'correct')", 1),
+    ("Score(numpy.bool_(True), 'correct', '', numpy.bool_(True))", 1)])
+def test_every_kind_of_one_number_is_a_reward_and_a_plain_float(user_module, returned, value):
+    score = user_score(f"{user_module}.evaluated", returned)
+    assert score.value == value and type(score.value) is float
+    assert score.correct is (value == 1 or "correct" in returned)
+
+
+@pytest.mark.parametrize("returned", [
+    "None", "'1'", "'correct'", "[1.0]", "(1.0, 'correct')", "{}", "math.nan", "math.inf", "10**400", "1j",
+    "numpy.float32('nan')", "numpy.array([1.0, 0.0])", "numpy.array([])", "torch.tensor([1.0, 0.0])", "print", "float",
+    "Score(math.nan, 'correct')", "Score('1', 'correct')", "Score(None, 'correct')", "Score(1.0, None)",
+    "Score(1.0, 'correct', None)"])
+def test_what_is_not_one_finite_number_is_an_error(user_module, returned):
+    score = user_score(f"{user_module}.evaluated", returned)
+    assert score.status == "error" and score.value == 0.0 and score.detail
 
 
 @pytest.mark.parametrize(("name", "detail"), [
