@@ -24,12 +24,18 @@ def require_device(tensor: torch.Tensor, op: str) -> None:
 def dot(a, b, accumulator, INTERPRETED: tl.constexpr):
     """accumulator + a @ b in float32; float32 operands are not rounded to tf32.
 
+    A float32 `a` beside a 16-bit `b` goes in as two 16-bit parts, which keep 16 of its bits.
+
     The interpreter of triton 3.8 keeps bfloat16 as its bits (interpreter.create_dot multiplies them as integers), so
     there the operands are widened, which loses nothing: a product of two bfloat16 is exact in float32.
     """
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if a.dtype != b.dtype:
+        high = a.to(b.dtype)
+        accumulator = tl.dot(high, b, accumulator)
+        a = (a - high.to(tl.float32)).to(b.dtype)
     return tl.dot(a, b, accumulator, input_precision="ieee")
 
 

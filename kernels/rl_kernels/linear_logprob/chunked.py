@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from rl_kernels.linear_logprob.products import math_dtype, multiply
+
 __all__ = ["gradient_block", "statistics"]
 
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
@@ -55,7 +57,7 @@ def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chun
 
 
 def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature):
-    """d loss / d (h . w) [C, B] in the input dtype. g_entropy_C None: the entropy carries no gradient.
+    """d loss / d (h . w) [C, B] in the math dtype. g_entropy_C None: the entropy carries no gradient.
 
     d loss / d z_j = g_logprob (1[j = label] - p_j) - g_entropy p_j (log p_j + entropy), z = h . w / temperature.
     """
@@ -69,16 +71,12 @@ def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C,
     index_C, owned_C = _in_block(local_C, 0, weight_BH.shape[0])
     term_C = torch.where(owned_C, g_logprob_C, torch.zeros_like(g_logprob_C))
     grad_CB.scatter_add_(1, index_C[:, None], term_C[:, None])
-    return (grad_CB if temperature == 1.0 else grad_CB.div_(temperature)).to(scaled_CH.dtype)
-
-
-def math_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return grad_CB if temperature == 1.0 else grad_CB.div_(temperature)
 
 
 def _logits(scaled_CH, weight_BH, temperature):
     """[C, B] in the math dtype, a buffer of our own."""
-    logits_CB = (scaled_CH @ weight_BH.T).to(math_dtype(scaled_CH))
+    logits_CB = multiply(scaled_CH, weight_BH.T)
     return logits_CB if temperature == 1.0 else logits_CB.div_(temperature)
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rl_kernels.triton_impl import INTERPRETED, dot_nt, store
+from rl_kernels.triton_impl import INTERPRETED, dot_nt
 
 LOWEST = -1e30  # instead of -inf: LOWEST - LOWEST and LOWEST * 0 are numbers
 
@@ -84,7 +84,7 @@ def gradient_kernel(hidden, weight, local, lse, entropy, grad_logprob, grad_entr
     gradient = tl.where(is_label, g_logprob, 0.0) - tl.exp(logp) * slope
     mask = row_mask[:, None] & column_mask[None, :]
     place = out + rows.to(tl.int64)[:, None] * B + columns[None, :]
-    store(place, gradient * inverse_temperature, mask, INTERPRETED)
+    tl.store(place, gradient * inverse_temperature, mask=mask)
 
 
 def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens):
@@ -107,9 +107,9 @@ def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chun
 
 
 def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature):
-    """d loss / d (h . w) [C, B] in the input dtype. g_entropy_C None: the entropy carries no gradient."""
+    """d loss / d (h . w), float32 [C, B]. g_entropy_C None: the entropy carries no gradient."""
     (tokens, hidden), columns, size = scaled_CH.shape, weight_BH.shape[0], tiles(scaled_CH.dtype)
-    out = torch.empty(tokens, columns, dtype=scaled_CH.dtype, device=scaled_CH.device)
+    out = torch.empty(tokens, columns, dtype=torch.float32, device=scaled_CH.device)
     has_entropy = g_entropy_C is not None
     gradient_kernel[(triton.cdiv(columns, size["BN"]), triton.cdiv(tokens, size["BM"]))](
         scaled_CH.contiguous(), weight_BH.contiguous(), local_C, lse_C, entropy_C if has_entropy else lse_C,
