@@ -43,7 +43,6 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     def ours() -> None:
         learner._update(batch, microbatches, counts)
 
-    dtype = learner.policy.transformer.params_dtype
     chunks, optimizer, schedule = learner.policy.chunks, learner.optimizer, get_forward_backward_func()
 
     def loss_of(microbatch, losses_1T):
@@ -53,7 +52,7 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     def forward(iterator, chunk):
         microbatch = next(iterator)
         losses = chunk(microbatch.input_ids[None], microbatch.position_ids[None], None, labels=microbatch.labels[None],
-                       packed_seq_params=packed_sequences(microbatch, learner.policy.config, dtype))
+                       packed_seq_params=packed_sequences(microbatch, learner.policy.config))
         return losses, partial(loss_of, microbatch)
 
     def bare() -> None:

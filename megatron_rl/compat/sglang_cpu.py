@@ -14,6 +14,8 @@ Written for SGLang 0.5.23, which runs unmodified; what is adapted:
  - torch.cuda.synchronize does nothing: giving memory back ends with it, where a torch built for CUDA asks for a driver.
  - Megatron, which a debugging aid of SGLang's would import where it is installed, is not there.
  - SIGTERM is noticed at once, not up to 5 s later.
+ - rotary embedding is computed in float32 and rounded once, as the trainer and SGLang's CUDA kernels do it; on a CPU
+   SGLang rounds cosines and every product to the model's dtype. Delete when its forward_native keeps float32.
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
 Importing this module does nothing; prepare() comes before SGLang is imported.
@@ -114,8 +116,14 @@ def _register_hooks() -> None:
     attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
     HookRegistry.register(f"{attention}.init_forward_metadata", batched.forget_groups, HookType.AFTER)
     HookRegistry.register(f"{attention}._run_sdpa_forward_decode", batched.batched_decode, HookType.AROUND)
+    HookRegistry.register("sglang.srt.layers.rotary_embedding.base.apply_rotary_emb", rotate, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", batched.grouped_experts,
                           HookType.AROUND)
+
+
+def rotate(original, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:
+    """Around apply_rotary_emb, which casts cosines and sines to x's dtype: all of it in float32."""
+    return original(x.float(), cos, sin, is_neox_style).to(x.dtype)
 
 
 async def _stop_at_once(watchdog, manager) -> None:
@@ -134,6 +142,7 @@ def apply() -> None:
     """Adapts this process; call before anything of SGLang is imported."""
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ["SGLANG_ROPE_CACHE_FP32"] = "1"
     sys.modules["megatron.core"] = None  # an ImportError for who asks (sglang.srt.debug_utils.dumper)
     torch.cuda.synchronize = torch.cpu.synchronize
     _stand_in_for_sgl_kernel()

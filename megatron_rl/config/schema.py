@@ -77,8 +77,9 @@ class KernelConfig:
 class ModelConfig:
     """A Hugging Face folder, path (docs/models.md lists the kinds of model), and how the trainer holds it.
 
-    dtype: of weights and activations; the optimiser's are float32. recompute: `full` keeps the inputs of layers alone
-    and computes the rest again in the backward pass.
+    dtype: of weights and activations; the optimiser's are float32. fp32_lm_head: trainer and engines sum the products
+    of the head in float32 and keep the logits so; false: both round the logits to dtype. recompute: `full` keeps the
+    inputs of layers alone and computes the rest again in the backward pass.
     reference_path: the frozen policy of the KL term (Eq. 2); None means the starting weights.
     architecture: a config.json to check sizes against where the checkpoint is not at hand (`--check`), or the
     name of one that ships with the project: ling_lite.
@@ -89,6 +90,7 @@ class ModelConfig:
     architecture: str | None = None
     reference_path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    fp32_lm_head: bool = True
     recompute: Literal["none", "full"] = "none"
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)

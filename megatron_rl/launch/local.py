@@ -63,7 +63,7 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
         processes.append(EngineProcess.from_config(
             config.rollout, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
             weight_version=NOTHING_PUBLISHED, return_routed_experts=config.c3po.router_replay == "rollout",
-            taken_ports=[process.port for process in processes], number=number))
+            fp32_lm_head=config.model.fp32_lm_head, taken_ports=[process.port for process in processes], number=number))
     served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
     if engine.router == "local":
         processes.append(router_process(engine, log_path.with_stem(f"{log_path.stem}-router"),

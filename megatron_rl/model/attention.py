@@ -29,7 +29,7 @@ from megatron_rl.types import PackedMicrobatch
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed micro-batch, which it hands to every layer, and what our layers need of it.
 
-    spans: positions of each sequence over all context-parallel ranks; rotation: (cosine, sine), both [T, 1, D];
+    spans: positions of each sequence over all context-parallel ranks; rotation: (cosine, sine), both fp32 [T, 1, D];
     routing: the experts that it records or replays (None: neither).
     """
 
@@ -38,28 +38,27 @@ class PackedSequences(PackedSeqParams):
     routing: MicrobatchRouting | None = None
 
 
-def packed_sequences(batch: PackedMicrobatch, model: Network, dtype: torch.dtype,
+def packed_sequences(batch: PackedMicrobatch, model: Network,
                      routing: MicrobatchRouting | None = None) -> PackedSequences:
-    """What every layer of `model` needs to know of `batch`; dtype: of the activations."""
+    """What every layer of `model` needs to know of `batch`."""
     return PackedSequences(
         qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen, spans=batch.spans,
-        rotation=rotation(batch.position_ids, model, dtype), routing=routing)
+        rotation=rotation(batch.position_ids, model), routing=routing)
 
 
-def rotation(position_ids_T: torch.Tensor, model: Network,
-             dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [T, 1, D] of rotary embedding: angles position / factor * theta^(-2i/D) in fp32, halves alike."""
+def rotation(position_ids_T: torch.Tensor, model: Network) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, fp32 [T, 1, D], of rotary embedding: angles position / factor * theta^(-2i/D), halves alike."""
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / model.head_dim
     angles = torch.outer(position_ids_T.float() / model.rope_factor, 1.0 / model.rope_theta ** exponents)
     angles = torch.cat([angles, angles], -1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
 
 
 def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """heads [T, H, D], turned in the plane of each dimension i of the first half and i + D/2."""
+    """heads [T, H, D], turned in the plane of each dimension i of the first half and i + D/2: in fp32, rounded once."""
     first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], -1) * sine
+    return (heads * cosine + torch.cat([-second, first], -1) * sine).to(heads.dtype)
 
 
 class PackedSelfAttention(nn.Module):

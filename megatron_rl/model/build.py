@@ -24,7 +24,7 @@ class Policy:
     """One rank's share of the network.
 
     chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
-    DistributedDataParallel. gpt_models: the GPTModel inside each chunk. kernels: those that were asked for.
+    DistributedDataParallel. gpt_models: the GPTModel inside each chunk. kernels, fp32_lm_head: as configured.
     """
 
     config: Network
@@ -33,6 +33,7 @@ class Policy:
     gpt_models: list[GPTModel]
     router_losses: RouterLosses
     kernels: KernelConfig
+    fp32_lm_head: bool
 
     @property
     def moe_layers(self) -> list[int]:
@@ -65,7 +66,7 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     else:
         for chunk in chunks:
             chunk.requires_grad_(False)
-    return Policy(model, config, chunks, gpt_models, losses, options.kernels)
+    return Policy(model, config, chunks, gpt_models, losses, options.kernels, options.fp32_lm_head)
 
 
 def _check_triton(kernels: KernelConfig) -> None:

@@ -55,7 +55,7 @@ def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, eleme
     sent_on = 0 if chunk.last else element * model.hidden_size / parallel.tp
     if recompute:
         return len(chunk.layers) * element * model.hidden_size / parallel.tp + sent_on
-    rotation = 2 * model.head_dim * element  # cosine and sine, for all layers
+    rotation = 2 * model.head_dim * FP32  # cosine and sine, for all layers
     return sent_on + rotation + (head_bytes(model, parallel, element=element) if chunk.last else 0) + sum(
         layer_bytes(model, parallel, dense=model.is_dense_layer(layer), element=element) for layer in chunk.layers)
 

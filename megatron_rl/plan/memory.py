@@ -90,11 +90,12 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
     logits = 0
     if chunks[-1].last:
         # linear_logprob: two float32 buffers of a block of logits and, below float32, two in that type; then the
-        # weight's gradient, in float32 and as it is handed on
+        # weight's gradient, in float32 and as it is handed on. NormHead: the divided head and its gradient
         rows, chunk = model.vocab_size // parallel.tp, config.batch.logprob_chunk_tokens
         wide = FP32 + (0 if element == FP32 else element)
         columns = min(rows, block_columns(chunk, torch.device("cuda")))
-        logits = 2 * chunk * columns * wide + rows * model.hidden_size * wide
+        head = wide + 2 * element * model.norm_head
+        logits = 2 * chunk * columns * wide + rows * model.hidden_size * head
     return MemoryPlan(
         stage=stage, dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
         expert_parameters=sum(sum(chunk.experts) for chunk in chunks), num_microbatches=num_microbatches,

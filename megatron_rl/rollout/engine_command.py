@@ -39,13 +39,14 @@ def check_gpus(engine: EngineConfig, number: int) -> None:
 def engine_command(
     engine: EngineConfig, rollout: RolloutConfig, model_path: str | Path, port: int, *,
     model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
-    return_routed_experts: bool = False, number: int = 0,
+    return_routed_experts: bool = False, number: int = 0, fp32_lm_head: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and the whole environment of the server. number: of this server on its machine, from 0.
 
     `engine.dtype` overrides `model_dtype`. `seed` seeds SGLang's own sampler, which is reproducible only for
     the same arrival order of requests; `engine.deterministic` makes it a function of each request's seed.
-    return_routed_experts: keep the experts that tokens take, for requests that ask for them.
+    return_routed_experts: keep the experts that tokens take, for requests that ask for them. fp32_lm_head: logits are
+    float32 (on CUDA out of the matrix units, on a CPU by widening the head at each step).
     """
     device = resolve_device(engine.device)
     environment = _engine_environment(engine, device)
@@ -70,6 +71,8 @@ def engine_command(
         flags["--max-total-tokens"] = engine.max_total_tokens
     if engine.deterministic:
         switches.append("--enable-deterministic-inference")
+    if fp32_lm_head:
+        switches.append("--enable-fp32-lm-head")
     if return_routed_experts:
         switches.append("--enable-return-routed-experts")
     if alone:

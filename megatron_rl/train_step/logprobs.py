@@ -21,6 +21,7 @@ class HeadOptions:
     """temperature: the sampling temperature, so that trainer and engine speak of the same distribution.
 
     norm_head: divide each hidden column of the head by its norm over the vocabulary (spec: NormHead).
+    fp32: logits are float32, as model.fp32_lm_head says; otherwise they are rounded to the weights' dtype.
     """
 
     temperature: float
@@ -28,6 +29,7 @@ class HeadOptions:
     chunk_tokens: int
     tp_group: object
     sequence_parallel: bool
+    fp32: bool = True
     impl: Implementation = "auto"
     with_entropy: bool = True
 
@@ -44,18 +46,23 @@ def head_outputs(*, hidden_states, output_layer, output_weight, labels, context:
     elif context.tp_group.size() > 1:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     weight = output_layer.weight if output_weight is None else output_weight
-    scale = norm_head_scale(weight, context.tp_group) if context.norm_head else None
+    if context.norm_head:
+        weight = weight / norm_head_norms(weight, context.tp_group)
     logprobs_T, entropy_T = linear_logprob(
-        hidden.squeeze(1), weight, labels.squeeze(0), temperature=context.temperature,
-        column_scale_H=scale, group=context.tp_group, chunk_tokens=context.chunk_tokens,
-        with_entropy=context.with_entropy, impl=context.impl)
+        hidden.squeeze(1), weight, labels.squeeze(0), temperature=context.temperature, group=context.tp_group,
+        chunk_tokens=context.chunk_tokens, with_entropy=context.with_entropy, rounded=not context.fp32,
+        impl=context.impl)
     return torch.stack([logprobs_T, entropy_T]) if context.with_entropy else logprobs_T[None]
 
 
 @torch.no_grad()
-def norm_head_scale(weight_VH: torch.Tensor, tp_group) -> torch.Tensor:
-    """fp32 [H]: 1 / (norm of each column over the whole vocabulary + 1e-7); weight is this rank's rows."""
-    squares_H = weight_VH.float().square().sum(0)
+def norm_head_norms(weight_VH: torch.Tensor, tp_group) -> torch.Tensor:
+    """[H], the norm of each column over the whole vocabulary; weight is this rank's rows.
+
+    In the weight's dtype, because the engine divides in that dtype (F.normalize in bailing_moe.py: load_weights, SGLang
+    0.5.23): a head that is divided in float32 and not rounded is another head than the one that samples.
+    """
+    squares_H = torch.linalg.vector_norm(weight_VH, dim=0, dtype=torch.float32).square()
     if tp_group.size() > 1:
         torch.distributed.all_reduce(squares_H, group=tp_group)
-    return 1.0 / (squares_H.sqrt() + NORM_HEAD_EPS)
+    return squares_H.sqrt().to(weight_VH.dtype).clamp_min(NORM_HEAD_EPS)

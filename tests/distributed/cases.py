@@ -86,6 +86,12 @@ MUTATIONS: dict[str, tuple[str, ...]] = {
 """Faults that the worker puts in on purpose (mutations.py), by the layout that must show them."""
 
 
+BFLOAT16_KERNELS = ("megatron", "grouped_mm")
+BFLOAT16_MUTATIONS = ("loss_without_microbatches", "more_entropy", "sequences_see_each_other", "loss_without_dp",
+                      "head_gradient_of_own_vocabulary", "rotation_by_place_on_the_rank")
+"""Faults that must show above the roundings of bfloat16."""
+
+
 def mutations(layout: str) -> tuple[str, ...]:
     return MUTATIONS[layout] if layout in MUTATIONS else ()
 

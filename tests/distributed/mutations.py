@@ -162,7 +162,7 @@ def norm_gradient_of_own_tokens(runner):
 
 @breaks
 def head_scale_of_own_rows(runner):
-    return patch.object(logprobs, "norm_head_scale", lambda weight, group: 1.0 / weight.square().sum(0).sqrt())
+    return patch.object(logprobs, "norm_head_norms", lambda weight, group: weight.norm(dim=0))
 
 
 @breaks
@@ -186,8 +186,8 @@ def sequences_cut_in_order(runner):
 @breaks
 def rotation_by_place_on_the_rank(runner):
     original = attention.rotation
-    return patch.object(attention, "rotation", lambda positions, model, dtype: original(
-        torch.arange(len(positions), device=positions.device), model, dtype))
+    return patch.object(attention, "rotation", lambda positions, model: original(
+        torch.arange(len(positions), device=positions.device), model))
 
 
 @breaks

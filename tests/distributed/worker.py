@@ -71,18 +71,19 @@ class Runner:
 
     def __init__(self, folder: Path, layout: str, here: topology.Topology, *, distributed_optimizer: bool,
                  overlap: bool = False, recompute: str = "none", checkpoint: str = "norm_head_True",
-                 temperature: float = cases.TEMPERATURE, kernels: str = "megatron"):
+                 temperature: float = cases.TEMPERATURE, kernels: str = "megatron", dtype: str = "float32",
+                 step: str = "step.pt"):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
-        options = ModelConfig(path=str(checkpoint), recompute=recompute, kernels=cases.KERNELS[kernels])
+        options = ModelConfig(path=str(checkpoint), recompute=recompute, kernels=cases.KERNELS[kernels], dtype=dtype)
         self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
         optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
         self.train_step = self._train_step(self.policy, optimizer)
         self.exporter = Exporter(self.policy, self.here)
-        self.step: cases.Step = torch.load(folder / "step.pt", weights_only=False)
+        self.step: cases.Step = torch.load(folder / step, weights_only=False)
 
     def _train_step(self, policy, optimizer) -> TrainStep:
         return TrainStep(policy, optimizer, self.here, temperature=self.temperature, chunk_tokens=16)
@@ -102,7 +103,7 @@ class Runner:
         kept = [p.data for p in parameters]
         for parameter in parameters:
             parameter.data = parameter.main_grad
-        exported = self.weights()
+        exported = {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here)()}
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
         return exported
@@ -230,7 +231,25 @@ def run_kernels(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(results, folder / f"{layout}.kernels.pt")
 
 
-RUNS = {"kernels": run_kernels, "step": run_layout, "networks": run_networks, "exports": run_exports}
+def run_bfloat16(folder: Path, layout: str, here: topology.Topology) -> None:
+    """The step of bfloat16.pt in bfloat16, with each choice of kernels; rank 0 saves LAYOUT.bfloat16.pt."""
+    result: dict = {"mutated": {}, "gradients": {}}
+    for kernels in cases.BFLOAT16_KERNELS if layout in cases.KERNELS_IN else ("megatron",):
+        runner = Runner(folder, layout, here, distributed_optimizer=False, checkpoint="bfloat16", step="bfloat16.pt",
+                        dtype="bfloat16", kernels=kernels)
+        result["gradients"][kernels] = runner.gradients(cases.UPDATE_MICROBATCHES)
+        if kernels == "megatron":
+            result["logprobs"] = runner.logprobs(norm_head=True)
+            for mutation in cases.BFLOAT16_MUTATIONS:
+                if mutation in cases.mutations(layout):
+                    with BREAK[mutation](runner):
+                        result["mutated"][mutation] = runner.gradients(cases.UPDATE_MICROBATCHES)
+    if here.is_main:
+        torch.save(result, folder / f"{layout}.bfloat16.pt")
+
+
+RUNS = {"bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
+        "exports": run_exports}
 
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:

@@ -1,8 +1,9 @@
-"""Compiles every kernel of rl_kernels for sm_90 without a GPU and prints what ptxas made of it, one JSON object.
+"""Compiles every kernel of rl_kernels for a GPU that is not there and prints what ptxas made of it, one JSON object.
 
-`python -m tests.kernels.compile_for_gpu` runs the public operations on CPU tensors of Ling-lite's widths; in place of
-each launch the kernel is compiled for the very arguments it got, so results are meaningless. What the interpreter
-cannot show shows here: types, tile shapes, shared memory, spilled registers.
+`python -m tests.kernels.compile_for_gpu [90 | 100]` (the compute capability, by default sm_90) runs the public
+operations on CPU tensors of Ling-lite's widths; in place of each launch the kernel is compiled for the very arguments
+it got, so results are meaningless. What the interpreter cannot show shows here: types, tile shapes, shared memory,
+spilled registers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from rl_kernels.grouped_experts import grouped_experts
 from rl_kernels.linear_logprob import linear_logprob
 from rl_kernels.router_topk import router_topk
 
-TARGET = GPUTarget("cuda", 90, 32)
+TARGET = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
             torch.bool: "*i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -50,6 +52,8 @@ def compile_instead(kernel: JITFunction, *args, grid, warmup, num_warps=4, num_s
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET,
                               options={"num_warps": num_warps, "num_stages": num_stages})
     dtype = "bf16" if "*bf16" in signature.values() else "fp32"
+    if (signature.get("hidden"), signature.get("weight")) == ("*fp32", "*bf16"):
+        dtype = "mixed"
     padded = f".{values['EP']}" if "EP" in values else ""  # the router's tiles depend on the number of experts
     found[f"{kernel.fn.__module__.split('.')[1]}.{kernel.fn.__name__}{padded}.{dtype}"] = {
         "shared_bytes": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
@@ -75,6 +79,8 @@ def main() -> None:
         head_VH = torch.zeros(4096, 2048, dtype=dtype, requires_grad=True)
         logprobs_T, entropy_T = linear_logprob(hidden_TH, head_VH, torch.zeros(256, dtype=torch.int64), impl="triton")
         (logprobs_T.sum() + entropy_T.sum()).backward()
+        linear_logprob(hidden_TH, head_VH, torch.zeros(256, dtype=torch.int64), impl="triton",
+                       column_scale_H=torch.ones(2048))
 
         gate_up = torch.zeros(4, 2 * 1408, 2048, dtype=dtype, requires_grad=True)
         down = torch.zeros(4, 2048, 1408, dtype=dtype, requires_grad=True)

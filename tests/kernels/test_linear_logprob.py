@@ -132,16 +132,21 @@ def test_large_logits_stay_exact():
     assert entropy_T.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-6)
 
 
-def test_bfloat16_softmax_math_is_float32():
-    # Against a float32 softmax of the very same bfloat16 logits: only the order of float32 sums differs.
+def test_rounded_logits_are_those_of_a_head_that_is_not_float32():
+    """Against a float32 softmax of logits rounded to bfloat16; other logits than without `rounded`."""
     hidden_TH, weight_VH, labels_T = problem(12, 8, 64, dtype=torch.bfloat16)
-    logprobs_T, entropy_T = linear_logprob(hidden_TH, weight_VH, labels_T, chunk_tokens=12)
-    expected_TV = torch.log_softmax((hidden_TH @ weight_VH.T).float(), -1)
-    valid_T = labels_T >= 0
-    assert logprobs_T.dtype == entropy_T.dtype == torch.float32
-    torch.testing.assert_close(logprobs_T[valid_T], expected_TV[valid_T, labels_T[valid_T]], rtol=1e-5, atol=1e-5)
-    expected_entropy_T = -(expected_TV.exp() * expected_TV).sum(-1)
-    torch.testing.assert_close(entropy_T[valid_T], expected_entropy_T[valid_T], rtol=1e-5, atol=1e-5)
+    exact = values_and_gradients(linear_logprob, hidden_TH, weight_VH, labels_T)
+    logits_TV = (hidden_TH.float() @ weight_VH.float().T).bfloat16().float()
+    expected_T = torch.log_softmax(logits_TV, -1).gather(1, labels_T.clamp(min=0)[:, None])[:, 0]
+    both = [values_and_gradients(linear_logprob, hidden_TH, weight_VH, labels_T, rounded=True, impl=impl)
+            for impl in ("chunked", "reference")]
+    for logprobs_T, *_ in both:
+        torch.testing.assert_close(logprobs_T, torch.where(labels_T < 0, 0.0, expected_T), rtol=1e-5, atol=1e-5)
+        assert float((logprobs_T - exact[0]).abs().max()) > 1e-3
+    for ours, theirs in zip(both[0][2:], both[1][2:], strict=True):  # autograd rounds the logits' gradient too
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.01
+    with pytest.raises(ValueError, match="impl='triton' does not round logits"):
+        linear_logprob(hidden_TH, weight_VH, labels_T, rounded=True, impl="triton")
 
 
 def test_bfloat16_weight_gradient_accumulates_in_float32():

@@ -115,7 +115,7 @@ def test_on_a_gpu_every_product_takes_bfloat16_and_returns_float32(scaled):
         hidden_TH, weight_VH = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (6, 40))
         labels_T, g_T = torch.zeros(6, dtype=torch.int64, device="cuda"), torch.empty(6, device="cuda")
         scale_H = torch.ones(16, device="cuda") if scaled else None
-        head = op._Head(op.chunked, 0.7, 4, 0, 40, None, True)
+        head = op._Head(op.chunked, 0.7, 4, 0, 40, None, True, False)
         _, entropy_T, lse_T = op._forward(hidden_TH, weight_VH, labels_T, scale_H, head)
         op._backward(hidden_TH, weight_VH, labels_T, scale_H, lse_T, entropy_T, head, g_T, g_T, (True, True))
     # two chunks of tokens: logits twice (each in two parts if scaled), two gradients of two parts each

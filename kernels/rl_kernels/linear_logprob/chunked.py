@@ -25,7 +25,7 @@ def whole_tiles(columns: int) -> int:
     return max(128, columns // 128 * 128)
 
 
-def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens):
+def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens, rounded):
     """(maximum, exp_sum, exp_dot, label_logit), [1, T] each in the math dtype: an online log-sum-exp over blocks.
 
     exp_sum = sum exp(z - maximum), exp_dot = sum exp(z - maximum) (z - maximum), over this rank's logits z.
@@ -40,7 +40,7 @@ def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chun
         weight_BH = weight_VH[first:first + width]
         for start in range(0, tokens, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits_CB = _logits(scaled_TH[rows], weight_BH, temperature)
+            logits_CB = _logits(scaled_TH[rows], weight_BH, temperature, rounded)
             index_C, owned_C = _in_block(local_T[rows], first, weight_BH.shape[0])
             label_C = logits_CB.gather(1, index_C[:, None]).squeeze(1)
             label_T[rows] += torch.where(owned_C, label_C, torch.zeros_like(label_C))
@@ -56,12 +56,12 @@ def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chun
     return max_T[None], exp_sum_T[None], exp_dot_T[None], label_T[None]
 
 
-def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature):
+def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature, rounded):
     """d loss / d (h . w) [C, B] in the math dtype. g_entropy_C None: the entropy carries no gradient.
 
     d loss / d z_j = g_logprob (1[j = label] - p_j) - g_entropy p_j (log p_j + entropy), z = h . w / temperature.
     """
-    logp_CB = _logits(scaled_CH, weight_BH, temperature).sub_(lse_C[:, None])
+    logp_CB = _logits(scaled_CH, weight_BH, temperature, rounded).sub_(lse_C[:, None])
     grad_CB = logp_CB.exp()
     if g_entropy_C is None:
         grad_CB.mul_(-g_logprob_C[:, None])
@@ -74,9 +74,11 @@ def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C,
     return grad_CB if temperature == 1.0 else grad_CB.div_(temperature)
 
 
-def _logits(scaled_CH, weight_BH, temperature):
+def _logits(scaled_CH, weight_BH, temperature, rounded):
     """[C, B] in the math dtype, a buffer of our own."""
     logits_CB = multiply(scaled_CH, weight_BH.T)
+    if rounded:
+        logits_CB = logits_CB.to(weight_BH.dtype).to(logits_CB.dtype)
     return logits_CB if temperature == 1.0 else logits_CB.div_(temperature)
 
 

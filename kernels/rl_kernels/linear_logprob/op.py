@@ -40,6 +40,7 @@ def linear_logprob(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 1024,
     with_entropy: bool = True,
+    rounded: bool = False,
     impl: Implementation = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """log p(label) and entropy (nats) of softmax((h * column_scale) W^T / temperature), each float32 [T].
@@ -51,7 +52,8 @@ def linear_logprob(
     labels stay global ids, hidden_TH and labels_T are the same on every rank, and so are the outputs. The
     gradient of hidden_TH is then PARTIAL: this rank's vocabulary's share, which the caller's tensor-parallel
     region must sum over the group. The gradient of weight_VH is whole.
-    with_entropy False: entropy is None. Outputs are float64 for float64 inputs.
+    with_entropy False: entropy is None. rounded: each logit is rounded to the inputs' dtype, as by an engine whose head
+    is not float32; "chunked" and "reference" can. Outputs are float64 for float64 inputs.
     impl: "chunked" is plain torch; "triton" needs a CUDA tensor or Triton's interpreter; "liger" needs that package;
     "reference" holds all logits. The last two know one rank only. "auto" is "chunked", the only one measured so far.
     Nothing falls back to another in silence.
@@ -66,16 +68,18 @@ def linear_logprob(
     scale_H = None if column_scale_H is None else column_scale_H.detach()
     if world > 1 and impl in ("liger", "reference"):
         raise ValueError(f"linear_logprob: impl={impl!r} knows one rank; use 'chunked' or 'triton' with a group")
+    if rounded and impl in ("liger", "triton"):
+        raise ValueError(f"linear_logprob: impl={impl!r} does not round logits; use 'chunked' or 'reference'")
     if impl == "liger":
         return linear_logprob_liger(_scaled(hidden_TH, labels_T, scale_H), weight_VH, labels_T,
                                     temperature=temperature, with_entropy=with_entropy)
     if impl == "reference":
         logprobs_T, entropy_T = linear_logprob_reference(hidden_TH, weight_VH, labels_T, temperature=temperature,
-                                                         column_scale_H=scale_H)
+                                                         column_scale_H=scale_H, rounded=rounded)
         return logprobs_T, entropy_T if with_entropy else None
     rows = weight_VH.shape[0]
     head = _Head(_backend(impl, hidden_TH), temperature, chunk_tokens, rank * rows, world * rows,
-                 group if world > 1 else None, with_entropy)
+                 group if world > 1 else None, with_entropy, rounded)
     return _LinearLogprob.apply(hidden_TH, weight_VH, labels_T, scale_H, head)
 
 
@@ -103,6 +107,7 @@ class _Head:
     vocab: int
     group: dist.ProcessGroup | None
     with_entropy: bool
+    rounded: bool
 
     def block(self, tokens: int, device: torch.device) -> tuple[int, int]:
         """(tokens, vocabulary rows) of a block of logit gradients."""
@@ -135,7 +140,8 @@ def _forward(hidden_TH, weight_VH, labels_T, scale_H, head):
     """(logprobs_T, entropy_T or None, lse_T) in the math dtype; lse_T is log-sum-exp over the whole vocabulary."""
     max_T, exp_sum_T, dot_T, label_T = _merge(*head.backend.statistics(
         _scaled(hidden_TH, labels_T, scale_H), weight_VH, _local_labels(labels_T, weight_VH.shape[0], head),
-        temperature=head.temperature, with_entropy=head.with_entropy, chunk_tokens=head.chunk_tokens), head.group)
+        temperature=head.temperature, with_entropy=head.with_entropy, chunk_tokens=head.chunk_tokens,
+        rounded=head.rounded), head.group)
     valid_T, zeros_T = labels_T >= 0, torch.zeros_like(max_T)
     log_sum_T = exp_sum_T.log()
     lse_T = max_T + log_sum_T
@@ -185,7 +191,8 @@ def _backward(hidden_TH, weight_VH, labels_T, scale_H, lse_T, entropy_T, head, g
             grad_CB = head.backend.gradient_block(
                 scaled_TH[rows], weight_BH, local_T[rows] - first, lse_T[rows],
                 None if entropy_T is None else entropy_T[rows], g_logprob_T[rows],
-                None if g_entropy_T is None else g_entropy_T[rows], temperature=head.temperature)
+                None if g_entropy_T is None else g_entropy_T[rows], temperature=head.temperature,
+                rounded=head.rounded)
             for part_CB in parts(grad_CB, hidden_TH.dtype):
                 if wanted[0]:
                     add_product(grad_scaled_TH[rows], part_CB, weight_BH)

@@ -87,13 +87,13 @@ def gradient_kernel(hidden, weight, local, lse, entropy, grad_logprob, grad_entr
     tl.store(place, gradient * inverse_temperature, mask=mask)
 
 
-def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens):
+def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chunk_tokens, rounded):
     """(maximum, exp_sum, exp_dot, label_logit), fp32 [S, T] each.
 
     At few tokens S splits keep a GPU's units busy; at many, 4 of them, first in the grid, keep the rows that run
     at once to 33 blocks, 17 MB at H = 2048, which the L2 cache holds while all of the weight passes by.
     """
-    del chunk_tokens  # tiles need no chunks
+    del chunk_tokens, rounded  # tiles need no chunks, and op.py refuses rounded logits
     tokens, hidden = scaled_TH.shape
     vocab, size = weight_VH.shape[0], tiles(scaled_TH.dtype)
     splits = 2 if INTERPRETED else max(4, min(16, 264 * size["BM"] // max(1, tokens)))
@@ -106,8 +106,9 @@ def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chun
     return out.unbind(0)
 
 
-def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature):
+def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature, rounded):
     """d loss / d (h . w), float32 [C, B]. g_entropy_C None: the entropy carries no gradient."""
+    del rounded
     (tokens, hidden), columns, size = scaled_CH.shape, weight_BH.shape[0], tiles(scaled_CH.dtype)
     out = torch.empty(tokens, columns, dtype=torch.float32, device=scaled_CH.device)
     has_entropy = g_entropy_C is not None
