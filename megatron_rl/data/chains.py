@@ -102,7 +102,7 @@ def answer_style(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """A metric of this task (observe.metrics): the share of responses that answer at once, and how many of those that
     reason first are right."""
     judged = [(is_direct_answer(text), score.correct is True) for group in groups
-              for text, score in zip(group.texts, group.scores, strict=True)]
+              for text, score in zip(group.texts, group.scores, strict=True) if not score.failed]
     reasoned = [right for direct, right in judged if not direct]
     shares = {"direct_share": 1.0 - len(reasoned) / len(judged)}
     return shares | ({"reasoning_accuracy": sum(reasoned) / len(reasoned)} if reasoned else {})

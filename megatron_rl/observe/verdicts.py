@@ -15,11 +15,12 @@ __all__ = ["correctness_metrics", "is_mixed", "judged", "known", "number_right",
 
 
 def known(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups of which it is known, for every response, whether it is right."""
-    return [group for group in groups if all(score.correct is not None for score in group.scores)]
+    """The groups that have a verdict, and of which it is known, for every response, whether it is right."""
+    return [group for group in groups if judged(group) and all(score.correct is not None for score in group.scores)]
 
 
 def judged(group: RolloutGroup) -> list[Score]:
+    """The verdicts of a group: those of its responses that did not fail."""
     return [score for score in group.scores if not score.failed]
 
 
@@ -28,8 +29,8 @@ def number_right(group: RolloutGroup) -> int:
 
 
 def right_shares(groups: Sequence[RolloutGroup]) -> list[list[float]]:
-    """1 or 0 for each response of each group, as bootstrap_interval takes them."""
-    return [[float(score.correct is True) for score in group.scores] for group in groups]
+    """1 or 0 for each verdict of each group, as bootstrap_interval takes them."""
+    return [[float(score.correct is True) for score in judged(group)] for group in groups]
 
 
 def is_mixed(scores: Sequence[Score]) -> bool:
@@ -46,7 +47,7 @@ def is_mixed(scores: Sequence[Score]) -> bool:
 
 def correctness_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """reward/pass_rate and groups/* of a step (docs/metrics.md)."""
-    whole = [group for group in known(groups) if judged(group)]
+    whole = known(groups)
     metrics = {"groups/mixed_fraction": sum(is_mixed(group.scores) for group in groups) / len(groups)}
     if whole:
         right, sizes = [number_right(group) for group in whole], [len(judged(group)) for group in whole]

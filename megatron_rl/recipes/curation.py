@@ -30,6 +30,7 @@ from megatron_rl.data.templates import build_template
 from megatron_rl.launch.local import engines_for, terminable
 from megatron_rl.model.architectures import read_config
 from megatron_rl.observe.jsonl import read_jsonl
+from megatron_rl.observe.verdicts import judged
 from megatron_rl.recipes.serving import Serving, load_tokenizer
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
@@ -47,7 +48,8 @@ RESPELLED = "\\boxed{{\\displaystyle {}}}"  # another string than the answer: it
 
 @dataclass(frozen=True)
 class Sampled:
-    """The judged responses of a served model to one problem: which are right, and what they boxed."""
+    """The judged responses of a served model to one problem: which are right, and what they boxed. Failed ones are left
+    out, so there may be none."""
 
     correct: tuple[bool, ...]
     boxed: tuple[str | None, ...]
@@ -147,6 +149,8 @@ def difficulty(items: Sequence[Item], samples: Sequence[Sampled], *, model: str,
     """
     removed, notes = {}, {}
     for place, sampled in enumerate(samples):
+        if not sampled.correct:  # every response failed: nothing is known of the problem
+            continue
         rate = sampled.pass_rate
         notes[place] = {"difficulty": {"pass_rate": rate, "samples": len(sampled.correct), "model": model}}
         if rate == 1.0 and not keep_always_solved:
@@ -212,13 +216,14 @@ def _sampled(source: ProblemSource, first: int, config: Config, num_samples: int
                 if any(score.correct is None for score in group.scores):
                     raise ValueError(f"{group.prompt.id}: the scorer does not say which responses are right: set "
                                      "reward.correct_from, or return a Score with status correct or wrong")
-                yield Sampled(tuple(bool(score.correct) for score in group.scores),
-                              tuple(last_boxed(text) for text in group.texts))
+                yield Sampled(tuple(bool(score.correct) for score in judged(group)), tuple(
+                    last_boxed(text) for text, score in zip(group.texts, group.scores, strict=True)
+                    if not score.failed))
 
 
 def _disagreement(sampled: Sampled, agreement: float) -> Removal | None:
     answers = Counter(box for box in sampled.boxed if box)
-    if sampled.pass_rate > 0 or not answers:
+    if not answers or sampled.pass_rate > 0:
         return None
     answer, count = answers.most_common(1)[0]
     if count < 2 or count / len(sampled.correct) < agreement:

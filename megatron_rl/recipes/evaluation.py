@@ -14,7 +14,7 @@ from megatron_rl.observe.estimators import majority_at_k, pass_at_k, sample_coun
 from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.stats import bootstrap_interval
-from megatron_rl.observe.verdicts import known, number_right, right_shares
+from megatron_rl.observe.verdicts import judged, known, number_right, right_shares
 from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
@@ -112,33 +112,41 @@ def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dic
     intervals over problems, and lengths.
 
     Accuracy, pass@k and maj@k are over the problems whose responses can be called right or not (verdicts.known), and
-    absent without any. maj@k is there only if answers are boxed: right ones vote together however they are written,
+    absent without any. Failed responses have no verdict and count nowhere; pass@k and maj@k are over the problems with
+    k verdicts. maj@k is there only if answers are boxed: right ones vote together however they are written,
     others by what is in the box.
     """
-    n, judged = len(groups[0].scores), known(groups)
-    lengths = [rollout.response_tokens for group in groups for rollout in group.rollouts]
-    finishes = [rollout.finish for group in groups for rollout in group.rollouts]
+    n, whole = len(groups[0].scores), known(groups)
+    scores = [score for group in groups for score in group.scores]
+    rollouts = [rollout for group in groups for rollout, score in zip(group.rollouts, group.scores, strict=True)
+                if not score.failed]
     values: dict[str, float] = {}
 
     def put(name: str, by_problem: Sequence[Sequence[float]]) -> None:
         prefix = INTERVAL_PREFIX.get(name, f"{name}_")
         values[name], values[f"{prefix}low"], values[f"{prefix}high"] = bootstrap_interval(by_problem, resamples, seed)
 
-    if judged:
-        put("accuracy", right_shares(judged))
-    put("mean_reward", [[score.value for score in group.scores] for group in groups])
-    values |= {"problems": len(groups), "samples_per_problem": n, "mean_response_tokens": float(np.mean(lengths)),
-               "truncated_fraction": float(np.mean([finish is Finish.LENGTH for finish in finishes]))}
-    votes = [_votes(group) for group in judged]
+    if whole:
+        put("accuracy", right_shares(whole))
+    put("mean_reward", [[score.value for score in judged(group)] for group in groups if judged(group)])
+    values |= {"problems": len(groups), "samples_per_problem": n,
+               "mean_response_tokens": float(np.mean([each.response_tokens for each in rollouts])),
+               "truncated_fraction": float(np.mean([each.finish is Finish.LENGTH for each in rollouts])),
+               "failed_fraction": sum(score.failed for score in scores) / len(scores)}
+    votes = [_votes(group) for group in whole]
     boxed = any(vote is not None for vote in sum(votes, []))
-    for k in sample_counts(n)[1:] if judged else ():
-        put(f"pass@{k}", [[pass_at_k(n, number_right(group), k)] for group in judged])
-        if boxed and k > 2:
-            put(f"maj@{k}", [[majority_at_k(vote, k, right=RIGHT, seed=seed)] for vote in votes])
+    for k in sample_counts(n)[1:]:
+        enough = [place for place, group in enumerate(whole) if len(judged(group)) >= k]
+        if enough:
+            put(f"pass@{k}", [[pass_at_k(len(judged(whole[place])), number_right(whole[place]), k)]
+                              for place in enough])
+        if enough and boxed and k > 2:
+            put(f"maj@{k}", [[majority_at_k(votes[place], k, right=RIGHT, seed=seed)] for place in enough])
     return values
 
 
 def _votes(group: RolloutGroup) -> list[str | None]:
+    """What each response that was judged votes for."""
     boxes = [last_boxed(text) or None for text in group.texts]
     return [RIGHT if box is not None and score.correct else box
-            for box, score in zip(boxes, group.scores, strict=True)]
+            for box, score in zip(boxes, group.scores, strict=True) if not score.failed]

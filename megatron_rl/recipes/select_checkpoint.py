@@ -21,7 +21,7 @@ from megatron_rl.observe.estimators import pass_at_k
 from megatron_rl.observe.files import write_json
 from megatron_rl.observe.selection_plot import plot_selection
 from megatron_rl.observe.stats import bootstrap_interval
-from megatron_rl.observe.verdicts import known, number_right
+from megatron_rl.observe.verdicts import judged, known, number_right
 from megatron_rl.recipes.serving import Serving, load_tokenizer, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.responses import SamplingPlan
@@ -121,11 +121,11 @@ def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candi
     entropy, low, high = bootstrap_interval(surprises, config.eval.bootstrap_resamples, config.eval.seed)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = np.array([rollout.response_tokens for rollout in rollouts], dtype=np.float64)
-    k = len(groups[0].scores)
-    if len(known(groups)) < len(groups):
+    k, whole = len(groups[0].scores), known(groups)
+    if any(score.correct is None for group in groups for score in group.scores):
         raise ValueError("select-checkpoint needs to know which responses are right, and the scorer does not say: set "
                          "reward.correct_from, or return a Score with status correct or wrong")
-    right = [number_right(group) for group in groups]
+    right = [(len(judged(group)), number_right(group)) for group in whole]
     record = path / EPOCH
     sft = json.loads(record.read_text()) if record.is_file() else {}
     return Candidate(
@@ -134,8 +134,8 @@ def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candi
         entropy=entropy, entropy_low=low, entropy_high=high, mean_length=float(lengths.mean()),
         length_variance=float(lengths.var()), samples=k,
         truncated_fraction=float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
-        pass_at_1=float(np.mean([pass_at_k(k, c, 1) for c in right])),
-        pass_at_k=float(np.mean([pass_at_k(k, c, k) for c in right])))
+        pass_at_1=float(np.mean([pass_at_k(n, c, 1) for n, c in right])),
+        pass_at_k=float(np.mean([pass_at_k(n, c, n) for n, c in right])))
 
 
 def rl_tokens(config: Config) -> int:

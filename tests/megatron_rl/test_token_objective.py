@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from c3po import C3POLossConfig, StepTotals, c3po_loss, icepop_weights, kpop_weights
+from c3po import C3POLossConfig, Max, StepTotals, SumCount, c3po_loss, icepop_weights, kpop_weights
 from megatron_rl.batch import pack
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.observe.metrics import reduce_maxima, reduce_metrics
 from megatron_rl.recipes.objective import TokenObjective
+from megatron_rl.train_step.report import TOTALS as TOTALS_REPORTED
 from megatron_rl.train_step.report import metric_name
 from megatron_rl.types import TrainSample
 
@@ -138,6 +140,47 @@ def test_every_switch_is_independent_of_the_others():
             expected = without[selected] * weights * torch.tensor(keep)
             torch.testing.assert_close(gradient[selected], expected, rtol=1e-5, atol=1e-6)
             assert ("mismatch_weight" in report) == (mismatch != "none" or bool(rejection))
+
+
+PACKINGS = ([[0, 1, 2, 3, 4, 5]], [[0], [1], [2], [3], [4], [5]], [[5, 1], [0, 4, 2], [3], []], [[3, 2, 1, 0], [4, 5]])
+CORRECTED = {"mismatch": "icepop", "icepop_low": 0.7, "icepop_high": 1.4, "sequence_ratio_low": 0.8,
+             "sequence_ratio_high": 1.25, "sequence_min_token_ratio": 0.5}
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("objective", ["c3po", "grpo", "dr_grpo", "token_mean"])
+@pytest.mark.parametrize("correction", [{}, CORRECTED, {"mismatch": "tis"}, {"mismatch": "kpop"}],
+                         ids=["none", "icepop and sequences", "tis", "kpop"])
+def test_no_metric_depends_on_the_packing(objective, surrogate, correction):
+    """Six responses of uneven length in 1 to 6 micro-batches, one of them empty, with and without padding."""
+    loss = C3POLossConfig(surrogate=surrogate, kl_coef=0.1, entropy_coef=0.1)
+    algo, rng = AlgoConfig(objective=objective, loss=loss, **correction), np.random.default_rng(3)
+    lengths = [int(n) for n in rng.integers(3, 12, 6)]
+    rows = [rng.normal(scale=0.4, size=(5, n)) - 2.0 for n in lengths]  # rollout, old, new, reference, entropy
+    samples = [TrainSample(i, rng.integers(0, 9, n), np.arange(n) >= 2, np.where(np.arange(n) >= 2, rows[i][0], 0.0),
+                           float(rng.normal()), n - 2) for i, n in enumerate(lengths)]
+    totals = StepTotals(phi=64, selected_tokens=sum(lengths) - 12, num_responses=6, max_response_tokens=10)
+
+    def reported(packing, multiple_of: int) -> dict[str, float]:
+        sums, maxima = {}, {}
+        for members in packing:
+            batch = pack([samples[i] for i in members], multiple_of=multiple_of)
+            old, new, batch.ref_logprobs, entropy = (torch.tensor(np.concatenate(
+                [[], *(rows[i][row][1:] for i in members), np.zeros(int((~batch.real).sum()))])) for row in range(1, 5))
+            batch.old_logprobs = old
+            loss, report = TokenObjective(algo, totals)(batch, new, entropy)
+            for key, value in {**report, "loss": SumCount(loss, 1)}.items():
+                store = maxima if isinstance(value, Max) else sums
+                store[key] = value if key not in store else (
+                    store[key].merge(value) if isinstance(value, Max) else store[key] + value)
+        whole = {key: float(sums.pop(key).sum) for key in TOTALS_REPORTED}
+        return {**whole, **reduce_metrics(sums, None), **reduce_maxima(maxima, None)}
+
+    expected = reported(PACKINGS[0], 1)
+    assert len(expected) >= 12
+    for packing in PACKINGS[1:]:
+        for multiple_of in (1, 8):
+            assert reported(packing, multiple_of) == pytest.approx(expected, rel=1e-5)  # float32 inputs of a batch
 
 
 def test_what_the_corrections_report_is_documented():

@@ -80,3 +80,9 @@ def test_always_and_never_solved_problems_go_with_their_rates_noted():
     assert {place: removal.why for place, removal in split.removed.items()} == {0: "always_solved", 1: "never_solved"}
     assert split.notes[2] == {"difficulty": {"pass_rate": 0.25, "samples": 4, "model": "m"}}
     assert set(difficulty(given, samples, model="m", keep_never_solved=True).removed) == {0}
+
+
+def test_a_problem_whose_responses_all_failed_stays_without_a_rate():
+    split = difficulty(items(["unknown"]), [sampled([], [])], model="m")
+    assert (split.removed, split.notes) == ({}, {})
+    assert verify(items(["a"]), load(["reward.routes={math: exact}"]), [sampled([], [])]).removed == {}

@@ -77,4 +77,4 @@ def test_the_page_has_a_row_for_each_number_of_an_evaluation():
     measured = {re.sub(r"@\d+", "@<k>", name) for name in summary(GROUPS, resamples=5, seed=0)}
     measured = {name for name in measured if not name.endswith(("low", "high"))}
     rows = {name for name in ROWS if "/" not in name} - {"<name>", "seconds"}
-    assert measured == rows and len(rows) == 8
+    assert measured == rows and len(rows) == 9

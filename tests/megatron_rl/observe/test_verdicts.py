@@ -171,3 +171,27 @@ def test_failed_responses_take_no_part():
     assert correctness_metrics(groups) == {
         "groups/mixed_fraction": 1 / 3, "reward/pass_rate": 2 / 3, "groups/any_correct_fraction": 1.0,
         "groups/all_correct_fraction": 1 / 2}
+
+
+@pytest.mark.parametrize("failure", ["error", "engine_error", "environment_error"])
+@pytest.mark.parametrize("score", SCALES.values(), ids=SCALES)
+def test_failed_responses_change_no_statistic_of_the_others(score, failure, tmp_path):
+    """One more response of each group fails, and one whole group: what is said of the others stays as it was."""
+    whole = groups_of(score)
+    failed = Score(0.0, failure)
+    broken = [RolloutGroup(group.prompt, (*group.rollouts, rollout(19)), (*group.texts, r"\boxed{8}"),
+                           (*group.scores, failed)) for group in whole]
+    broken.append(RolloutGroup(whole[0].prompt, (rollout(7),) * 5, ("",) * 5, (failed,) * 5))
+    fill = BudgetFill(AlgoConfig(), 1, 20)
+    before, after = rollout_metrics(whole, fill, version=0), rollout_metrics(broken, fill, version=0)
+    own = ("rollout/failed_fraction", "groups/mixed_fraction")  # of all responses, and of all groups
+    same = [name for name in before if name not in own and not name.startswith("reward/status/")]
+    assert len(same) > 10 and {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert (after["rollout/failed_fraction"], after["groups/mixed_fraction"]) == (9 / 25, 2 / 5)
+    before, after = (summary(groups, resamples=20, seed=0) for groups in (whole, broken))
+    same = ("accuracy", "pass@2", "pass@4", "maj@4", "mean_reward", "mean_response_tokens", "truncated_fraction")
+    assert {name: after[name] for name in same} == {name: pytest.approx(before[name]) for name in same}
+    assert after["failed_fraction"] == 9 / 25 and "pass@5" not in after
+    before, after = (measure(load(["experiment=quickstart"]), groups, tmp_path / "epoch_01")
+                     for groups in (whole, broken))
+    assert (after.pass_at_1, after.pass_at_k) == (before.pass_at_1, before.pass_at_k) == (7 / 16, 3 / 4)
