@@ -28,7 +28,10 @@ class RankReport:
 
 
 def merge_reports(reports: Sequence[RankReport], num_moe_layers: int) -> tuple[dict[str, SumCount], dict[str, float]]:
-    """One report per stage for sums and layers, all ranks for maxima; names as in docs/metrics.md."""
+    """One report per stage for sums and layers, all ranks for maxima; names as in docs/metrics.md.
+
+    num_moe_layers: the layers whose router losses were measured; 0 leaves these losses out.
+    """
     stages = {report.stage: report for report in reversed(reports)}.values()
     sums, gauges, maxima = {}, {}, {}
     for key, (total, count) in (item for stage in stages for item in stage.sums.items()):
@@ -41,7 +44,8 @@ def merge_reports(reports: Sequence[RankReport], num_moe_layers: int) -> tuple[d
             maxima[key] = maxima.get(key, Max(value)).merge(Max(value))
     gauges |= {metric_name(key): largest.value for key, largest in maxima.items()}
     balance, z_loss, differing, choices = (sum(values) for values in zip(*(s.router for s in stages), strict=True))
-    gauges |= {"train/balance_loss": balance / num_moe_layers, "train/z_loss": z_loss / num_moe_layers}
+    if num_moe_layers:
+        gauges |= {"train/balance_loss": balance / num_moe_layers, "train/z_loss": z_loss / num_moe_layers}
     if choices:
         sums["router/replay_differing"] = SumCount(differing, choices)
     loads = {layer: load for stage in stages for layer, load in stage.loads.items()}

@@ -234,4 +234,5 @@ class TrainStep:
             loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in counts.experts.items()},
             entropies={layer: float(counts.entropies[layer] / c.sum()) * self.policy.config.num_experts_per_tok
                        for layer, c in counts.experts.items()}))
-        return merge_reports(reports, max(1, self.policy.config.num_moe_layers))
+        measured = losses.balance_coef or losses.z_coef  # without a coefficient the router does not compute its losses
+        return merge_reports(reports, self.policy.config.num_moe_layers if measured else 0)

@@ -66,6 +66,7 @@ def test_kept_sequences_are_the_rollouts_up_to_their_last_kept_token(seed):
     groups = random_groups(seed)
     [batch] = run(groups, AlgoConfig(phi=available(groups) // 2), seed=seed)
     cut = 0
+    assert batch.samples
     for sample in batch.samples:
         whole = flat(groups)[sample.index]
         end = len(sample.token_ids)

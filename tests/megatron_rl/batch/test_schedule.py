@@ -90,6 +90,7 @@ def test_cap_holds_on_each_context_parallel_rank_with_its_padding(seed):
     samples = [TrainSample(i, np.zeros(n + 1, np.int32), np.ones(n + 1, bool), np.zeros(n + 1, np.float32), 0.0, n)
                for i, n in enumerate(lengths)]
     plan = plan_microbatches(lengths, dp_size=2, tokens_per_microbatch=cap, cp_size=cp_size, align=align)
+    assert sorted(i for rank in plan for members in rank for i in members) == list(range(40))
     for members in (members for rank in plan for members in rank):
         assert pack([samples[i] for i in members], multiple_of=align, cp_size=cp_size).num_tokens <= cap
 
@@ -115,6 +116,7 @@ def test_ranks_run_equal_work_at_the_same_time():
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 200, 400).tolist()
     plan = plan_microbatches(lengths, dp_size=4, tokens_per_microbatch=2048)
+    assert len(plan) == 4 and len(plan[0]) > 1
     for row in zip(*plan, strict=True):
         costs = [cost(members, lengths) for members in row]
         assert max(costs) <= 1.1 * min(costs)

@@ -36,3 +36,8 @@ def test_a_maximum_that_is_nan_on_one_rank_is_nan(largest):
 def test_a_maximum_is_the_largest_of_all_ranks():
     _, gauges = merge_reports([rank(0, largest=0.1), rank(0, largest=0.3), rank(1, largest=0.2)], num_moe_layers=1)
     assert gauges["mismatch/max_abs"] == 0.3
+
+
+def test_router_losses_that_nobody_computed_are_left_out():
+    _, gauges = merge_reports([rank(0)], num_moe_layers=0)
+    assert gauges.keys() == {"router/load_max_over_mean", "router/entropy", "router/load_max_over_mean/layer_1"}
