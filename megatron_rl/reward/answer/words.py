@@ -80,7 +80,7 @@ def same_words(answer: str, wanted: str) -> bool:
     """
     said, asked = plain(answer), plain(wanted)
     if is_choice(asked):
-        return _chosen(said) == asked.strip("()")
+        return _chosen(_INTRODUCTION.sub("", said)) == asked.strip("()")
     return _spelling(said) == _spelling(asked)
 
 
