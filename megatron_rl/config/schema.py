@@ -262,6 +262,7 @@ class ObserveConfig:
     which a step warns. metrics: dotted paths of functions of your own; each takes the judged groups and returns
     numbers by name, logged as extra/<name> for every step and as <name> for every evaluation.
     samples_per_step: judged responses of each step that are written to samples.jsonl, for the report's table; 0: none.
+    print_samples: every so many steps one of them is printed on the terminal; 0: never.
     """
 
     wandb: Literal["offline", "online", "off"] = "offline"
@@ -270,10 +271,14 @@ class ObserveConfig:
     mismatch_alarm: float = 0.05
     metrics: tuple[str, ...] = ()
     samples_per_step: int = 4
+    print_samples: int = 0
 
     def __post_init__(self):
         require(self.samples_per_step >= 0,
                 f"observe.samples_per_step={self.samples_per_step} must not be negative")
+        require(self.print_samples >= 0, f"observe.print_samples={self.print_samples} must not be negative")
+        require(not self.print_samples or self.samples_per_step > 0,
+                f"observe.print_samples={self.print_samples} needs observe.samples_per_step of at least 1")
         require(self.mismatch_alarm > 0, f"observe.mismatch_alarm={self.mismatch_alarm} must be positive")
 
 

@@ -24,6 +24,7 @@ from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.model.hf_folder import refuse_code
 from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
+from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
@@ -111,17 +112,25 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
     total = config.run.steps if recipe == "rl" else config.sft.total_steps
     start = choose(config.run)
     resumed_at = None if start is None else step_of(start)
-    files = [JsonlTail(Path(config.run.dir) / name, resumed_at) for name in ("metrics.jsonl", "eval.jsonl")]
+    run_dir, every = Path(config.run.dir), config.observe.print_samples
+    files = [JsonlTail(run_dir / name, resumed_at) for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl")]
+    phases = PhaseFile(run_dir)
+    phases.remove()  # of an earlier start
     with RunProgress(total, recipe.upper(), config.observe.progress, first_step=resumed_at or 0) as progress:
         running = True
         while running:
             running = ranks.poll() is None
-            metrics, evaluations = (file.new_rows() for file in files)
+            metrics, evaluations, samples = (file.new_rows() for file in files)
+            if (phase := phases.read()) is not None:
+                progress.phase(*phase)
             for row in evaluations:
                 if "accuracy" in row:  # a graded reward has none
                     progress.update(row["step"], {"eval/accuracy": row["accuracy"]})
             for row in metrics:
                 progress.update(row["step"], row)
+            shown = {row["step"]: row for row in reversed(samples) if every and row["step"] % every == 0}
+            for step in sorted(shown):  # the first of each step
+                progress.show_sample(shown[step])
             if running:
                 time.sleep(POLL_S)
 

@@ -24,6 +24,7 @@ from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.samples import sampled_responses
 from megatron_rl.observe.sinks import METRICS
+from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.observe.verdicts import correctness_metrics
 from megatron_rl.recipes import stop
 from megatron_rl.recipes.evaluation import Evaluator
@@ -112,6 +113,7 @@ class RunRecord:
         self._config, self._topology, self._sizes = config, topology, asdict(network)
         self._log, self._evaluator, self._serving = log, evaluator, serving
         self._own = OwnMetrics(config.observe.metrics)
+        self.phases = None if log is None else PhaseFile(log.directory)
         self._rollouts, self._weights = rollouts, weights
         self._save, self._poll_save, self._stage = save, poll_save, stage
         self._plateau, self._rewards = False, []
@@ -146,6 +148,8 @@ class RunRecord:
     def evaluate(self, step: int, label: str) -> None:
         if label == "after_rl" and not self._stage.is_last:
             label = "during"
+        if self.phases is not None:
+            self.phases.write("evaluate")
         values = while_serving(self._topology, self._weights, self._serving,
                                self._evaluator and self._evaluator.evaluate(step))
         if self._log is not None:

@@ -17,6 +17,7 @@ from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe import MetricsLog, Timers
+from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.recipes import stages, stop
 from megatron_rl.recipes.colocated import ColocatedLearner, engine_memory
 from megatron_rl.recipes.evaluation import Evaluator
@@ -42,6 +43,7 @@ class RunParts:
     exporter: Exporter
     checkpoints: Checkpoints
     topology: topology.Topology
+    phases: PhaseFile | None
 
 
 def run(config: Config) -> bool:
@@ -51,7 +53,8 @@ def run(config: Config) -> bool:
     config = stage.config
     with build_run(stage) as parts:
         finished = loop.run(config, rollouts=parts.rollouts, learner=parts.learner, weights=parts.weights,
-                            record=parts.record, timers=Timers(), first_step=parts.first_step)
+                            record=parts.record, timers=Timers(parts.phases and parts.phases.write),
+                            first_step=parts.first_step)
         parts.checkpoints.finish()
         if finished and stage.is_last and config.run.export_hf:
             export(config, parts.exporter, parts.topology, Path(config.run.dir) / "hf")
@@ -92,7 +95,8 @@ def build_run(stage: Stage) -> Iterator[RunParts]:
                            serving=serving, rollouts=rollouts, weights=weights, save=save, poll_save=checkpoints.poll,
                            stage=stage)
         learning = ColocatedLearner(learner, weights) if config.rollout.engine.colocate else learner
-        yield RunParts(rollouts, learning, weights, record, first_step, learner.exporter, checkpoints, here)
+        yield RunParts(rollouts, learning, weights, record, first_step, learner.exporter, checkpoints, here,
+                       record.phases)
 
 
 class MainRank:
