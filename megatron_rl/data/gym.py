@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,13 @@ from megatron_rl.data.problems import MAX_DRAWS, Problem, in_split
 
 __all__ = ["Gym"]
 
-REFUSED = {"codeio": "it runs code shipped in its data inside this process"}
+REFUSED = {
+    "codeio": "it runs code shipped in its data inside this process",
+    "composite": "it hides other tasks; name them one by one, in data.source=mix",
+    "propositional_logic": "its checker gives full marks to a conclusion that repeats a premise",
+}
+EXAMPLES = {"graph_color": "possible_answer", "rubiks_cube": "example_correct_answer"}
+"""Task without a reference answer -> the metadata that holds a right one."""
 
 
 class Gym:
@@ -22,8 +30,8 @@ class Gym:
 
     metadata: {"task", "task_config", "entry"}, what the scorer of domain reasoning_gym needs. reasoning-gym
     seeds item i with seed + i, so neighbouring seeds would share items: data.seed is hashed first. An item
-    outside the split is replaced by item i of the next derived seed. Raises ValueError naming data.task or
-    data.task_config.
+    outside the split, or one that no answer or every answer solves, is replaced by item i of the next derived seed.
+    Raises ValueError naming data.task or data.task_config.
     """
 
     domains = frozenset({"reasoning_gym"})
@@ -42,10 +50,11 @@ class Gym:
             if draw == len(self._datasets):
                 self._datasets.append(self._dataset(draw))
             entry = self._datasets[draw][index]
-            if in_split(entry["question"], self._split):
+            answer = _right_answer(self._task, entry)
+            if _is_usable(self._task, entry, answer) and in_split(entry["question"], self._split):
                 metadata = {"task": self._task, "task_config": self._task_config, "entry": entry}
                 return Problem(f"{self._task}-{self._split}-{self._seed}-{index}", entry["question"],
-                               entry["answer"] or "", "reasoning_gym", metadata)
+                               answer or "", "reasoning_gym", metadata)
         raise ValueError(f"data.task={self._task} has too few distinct problems for data.split={self._split}")
 
     def _dataset(self, draw: int) -> Any:
@@ -65,3 +74,22 @@ def _check_task(task: str) -> None:
         near = difflib.get_close_matches(task, DATASETS, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(DATASETS)}, such as chain_sum"
         raise ValueError(f"data.task={task} is no reasoning-gym dataset; {hint}")
+
+
+def _right_answer(task: str, entry: Mapping[str, Any]) -> str | None:
+    """The reference, or an example of a right answer; None for a task that has neither."""
+    if task not in EXAMPLES:
+        return entry["answer"]
+    example = entry["metadata"][EXAMPLES[task]]
+    return example if isinstance(example, str) else json.dumps(example)
+
+
+def _is_usable(task: str, entry: Mapping[str, Any], answer: str | None) -> bool:
+    """False for a blank answer, an integral that is unsolved or any constant, and a graph without edges."""
+    if answer is None:
+        return True
+    if task == "graph_color":
+        return bool(entry["metadata"]["puzzle"]["edges"])
+    if task.endswith("_integration"):
+        return "Integral" not in answer and re.search("[A-Za-z]", answer.replace("C", "")) is not None
+    return bool(answer.strip())

@@ -11,20 +11,17 @@ from typing import Any
 
 from megatron_rl.reward.base import Job, run, verdict
 from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.gym_answers import OWN, fits, is_reference
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["ReasoningGymScorer", "judge_gym"]
 
-# Their checkers give full marks to wrong answers, so only the answer itself counts.
-# game_of_life_halting.py `score_answer` compares bool(text) with bool("True" or "False"): every text is right
-LENIENT = frozenset({"game_of_life_halting"})
-
-
 class ReasoningGymScorer:
-    """1 only for the checker's full mark: several checkers give part marks to a text that merely holds the answer.
+    """1 if the answer is the reference, or if the task's checker gives full marks to an answer of the task's shape.
 
-    The answer is the last \\boxed{...}, or the whole stripped text without a box. The prompt's metadata
-    carries {"task", "task_config", "entry"} (data source reasoning_gym).
+    reward/gym_answers.py says which shapes those are. Part marks count as wrong. The answer is the last \\boxed{...},
+    or the whole stripped text without a box. The prompt's metadata carries {"task", "task_config", "entry"}
+    (data.source=reasoning_gym).
     """
 
     preload = ("reasoning_gym",)
@@ -52,10 +49,12 @@ class ReasoningGymScorer:
 
 
 def judge_gym(task: str, config_json: str, answer: str, entry: dict[str, Any]) -> Score:
-    """The task's own verdict on `answer`; raises what the checker raises (some do, on nonsense)."""
-    if task in LENIENT:
-        return verdict(answer.strip().casefold() == str(entry["answer"]).strip().casefold())
-    return verdict(_dataset(task, config_json).score_answer(answer, entry) == 1.0)
+    """Whether `answer` is right. An exception of the task's checker becomes status `error`."""
+    if entry["answer"] is not None and is_reference(task, answer, entry["answer"]):
+        return verdict(True)
+    if task in OWN:
+        return verdict(OWN[task](answer, entry))
+    return verdict(fits(task, answer, entry) and _dataset(task, config_json).score_answer(answer, entry) == 1.0)
 
 
 @functools.lru_cache(maxsize=128)

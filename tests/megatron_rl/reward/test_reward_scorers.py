@@ -9,7 +9,6 @@ import pytest
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.reward.exact import ExactScorer
-from megatron_rl.reward.gym import ReasoningGymScorer
 from megatron_rl.reward.math import MathVerifyScorer, judge_math
 from megatron_rl.reward.route import Routes
 from megatron_rl.types import Prompt, Score
@@ -92,64 +91,6 @@ def test_equal_boxes_share_a_memo_key_and_other_answers_do_not():
     ("It is 21", "wrong"), ("", "no_answer"), (" \n", "no_answer")])
 def test_exact_compares_the_first_line(response, expected):
     assert status(ExactScorer(), "21", response, domain="arithmetic") == expected
-
-
-def gym_prompt(task="chain_sum", **config):
-    import reasoning_gym
-    entry = reasoning_gym.create_dataset(task, size=1, seed=0, **config)[0]
-    return Prompt("g", (1,), entry["question"], entry["answer"], "reasoning_gym",
-                  {"task": task, "task_config": config, "entry": entry})
-
-
-def test_gym_counts_full_marks_only():
-    scorer, problem = ReasoningGymScorer(), gym_prompt(min_terms=2, max_terms=2)
-    assert scorer.score(problem, f"thus \\boxed{{{problem.answer}}}.") == Score(1.0, "correct")
-    assert scorer.score(problem, f" {problem.answer}\n") == Score(1.0, "correct")
-    # chain_sum gives part marks to a text that holds the answer
-    assert scorer.score(problem, f"the answer is {problem.answer}") == Score(0.0, "wrong")
-    assert scorer.score(problem, " ").status == scorer.score(problem, "\\boxed{}").status == "no_answer"
-
-
-def test_a_gym_checker_that_raises_is_an_error_and_not_a_wrong_answer():
-    score = ReasoningGymScorer().score(gym_prompt("prime_factorization"), "\\boxed{x}")
-    assert score.status == "error" and score.detail.startswith("ValueError") and score.value == 0.0
-
-
-@pytest.mark.slow
-def test_no_task_of_the_gym_takes_nonsense_for_an_answer_and_each_takes_its_own():
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    from megatron_rl.data.gym import REFUSED
-
-    taken, refused, judged = [], [], 0
-    for task in sorted(DATASETS.keys() - REFUSED.keys() - {"composite"}):  # that one needs a config
-        dataset = reasoning_gym.create_dataset(task, size=2, seed=3)
-        for entry in dataset:
-            problem = Prompt("g", (1,), entry["question"], entry["answer"] or "", "reasoning_gym",
-                             {"task": task, "task_config": {}, "entry": entry})
-            scores = [ReasoningGymScorer().score(problem, text) for text in (
-                "nonsense", "I do not know", "\\boxed{0 0 0}", "{}", "[]", "\\boxed{-999999}")]
-            taken += [task] if any(score.value for score in scores) else []
-            if entry["answer"] is not None:
-                judged += 1
-                refused += [] if ReasoningGymScorer().score(problem, entry["answer"]).value else [task]
-    assert taken == [] and refused == [] and judged > 180
-
-
-def test_the_gym_memo_key_holds_all_that_the_checker_reads():
-    def key(problem, response):
-        return ReasoningGymScorer().prepare(problem, response).memo_key
-
-    problem = gym_prompt()
-    assert key(problem, "a \\boxed{3}") == key(gym_prompt(), "b \\boxed{3}")
-    assert key(problem, "\\boxed{3}") != key(problem, "\\boxed{4}")
-    assert key(problem, "\\boxed{3}") != key(gym_prompt(min_terms=3), "\\boxed{3}")
-
-
-def test_gym_refuses_prompts_of_other_sources():
-    with pytest.raises(ValueError, match="reward.routes.math=reasoning_gym"):
-        ReasoningGymScorer().prepare(prompt("5"), "\\boxed{5}")
 
 
 @pytest.fixture
