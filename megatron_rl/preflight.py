@@ -26,7 +26,8 @@ from megatron_rl.recipes import stages
 __all__ = ["check_data", "check_devices", "check_folders", "check_memory", "check_sft_data", "network_of",
            "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
 
-
+GENERATED_LOOKED_AT = 16
+"""Problems of a generator that are made before the start: they are made on access, and checked then."""
 MADE_BY = {"runs/quickstart/": "`make quickstart` makes it",
            "models/smollm2-moe": "`megatron-rl convert smollm2 models/smollm2-moe` makes it"}
 """Beginnings of model.path that the project's own experiments name, and where that model comes from."""
@@ -140,20 +141,25 @@ def check_data(config: Config, *, training: bool = True) -> None:
     training=False: those of the evaluation alone.
     """
     with quick_imports():
-        from megatron_rl.recipes.evaluation import evaluation_data
+        from megatron_rl.recipes.evaluation import evaluation_data, number_evaluated
         from megatron_rl.recipes.serving import load_tokenizer, prompt_source
         from megatron_rl.reward import RewardPool
         from megatron_rl.rollout.environment import load_environment
 
     for each in stages.stage_configs(config):
         load_environment(each.rollout.environment)
+    require(training or bool(evaluation_data(config)),
+            "eval.problems=0 without eval.benchmarks leaves nothing to evaluate: set one of them")
     tokenizer = load_tokenizer(config.model)
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
-            for data in (*[each.data][:training], *evaluation_data(each).values()):
-                source = prompt_source(each, data, tokenizer)
-                source.prompt(0)  # generated ones are made on access, and their lengths looked at then
+            for name, data in (*[("", each.data)][:training], *evaluation_data(each).items()):
+                source = prompt_source(each, data, tokenizer, rewards)
                 rewards.check_domains(source.domains)
+                if objections := source.objections(GENERATED_LOOKED_AT):
+                    raise ValueError(f"data.source={data.source}: {objections[0]}")
+                if name and (told := number_evaluated(each, name, len(source))[1]):
+                    Console(stderr=True).print(f"megatron-rl: {told}", soft_wrap=True)
 
 
 def check_memory(config: Config) -> None:

@@ -53,7 +53,8 @@ def train_rl(config: Config) -> None:
         run_ranks("rl", config)
         while config.stages and not stages.current(config := stages.resumed(config)).done:
             run_ranks("rl", config)
-    print_evaluations(run_dir)
+    if (run_dir / "eval.jsonl").is_file():  # eval.problems=0 without benchmarks evaluates nothing
+        print_evaluations(run_dir)
     write_run_report([run_dir])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_rl.ablations.spec import Ablation, Scale
+from megatron_rl.config.check import check_evaluates
 from megatron_rl.config.load import from_json, load
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
@@ -95,6 +96,7 @@ def plan(name: str, scale_name: str, scale: Scale, *, out: Path, seeds: Sequence
                 *scale.common, *arm.overrides, *([f"model.path={model}"] if model else []), f"run.seed={seed}",
                 f"run.name={key}_seed_{seed}", f"run.dir={root / key / f'seed_{seed}'}", "run.export_hf=false",
                 "observe.wandb=off", *overrides])))
+            check_evaluates(runs[-1].config, "an ablation")
     return Plan(root, starts, tuple(runs))
 
 

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from megatron_rl.config.rules import require, require_real_breaks
+
+
+_FILE = ("path", "on_error", "domain")
+_COLUMNS = ("prompt_key", "answer_key", "response_key", "domain_key", "id_key")
+_RENDERING = ("template", "prompt_prefix", "prompt_suffix", "split", "shuffle")
+KEYS: dict[str, tuple[str, ...]] = {
+    "jsonl": (*_FILE, *_COLUMNS, *_RENDERING),
+    **dict.fromkeys(("parquet", "hf_dataset"), (*_FILE, "hf_split", *_COLUMNS, *_RENDERING)),
+    **dict.fromkeys(("aime", "gpqa", "livecodebench"), (*_FILE, *_RENDERING)),
+    "reasoning_gym": ("task", "task_config", "size", "seed", *_RENDERING),
+    "human_eval": _RENDERING,
+    "chains": ("task_config", "size", "seed", *_RENDERING),
+    "arithmetic": ("size", "seed", *_RENDERING),
+    "mix": ("mix", "weights", "curriculum", "split", "shuffle"),
+}
+"""data.source -> the keys that it reads. Every other one is refused when it is set."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +41,20 @@ class CurriculumStage:
 class DataConfig:
     """Where prompts come from; docs/data.md describes the files. `source`, one of:
 
-    jsonl, parquet (a file, or a folder of them) and hf_dataset (a folder that Dataset.save_to_disk wrote; of several
-    splits, `hf_split`) read `path` with the columns named below. aime, gpqa and livecodebench read `path` with the
+    jsonl, parquet (a file, or a folder of them) and hf_dataset (a folder that Dataset.save_to_disk wrote) read `path`
+    with the columns named below; if a folder holds several splits, `hf_split` of them. aime, gpqa and livecodebench read `path` with the
     columns of those benchmarks' own files. reasoning_gym generates `task` with `task_config`;
     human_eval is HumanEval, built in;
     chains (with `task_config={max_operands: 20}` longer ones, of uneven lengths) and arithmetic are the built-in
     generators of the quick start and of the SmolLM2 example. mix draws from the
     sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
-    prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key and id_key are columns; `domain` is that
-    of rows without one. Generators make `size` problems from `seed`. shuffle: a new order every epoch.
+    prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key and id_key are columns, with dots into
+    nested ones (reward_model.ground_truth); `domain` is that of rows without one. Generators make `size` problems from `seed`. shuffle: a new order every epoch.
     on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
     template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
     split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
     the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
+    A key that the source does not read (KEYS) is refused if it is set.
     """
 
     source: Literal["jsonl", "parquet", "hf_dataset", "aime", "gpqa", "livecodebench", "reasoning_gym", "human_eval",
@@ -64,6 +82,7 @@ class DataConfig:
     curriculum: tuple[CurriculumStage, ...] = ()
 
     def __post_init__(self):
+        self._refuse_unread()
         require(self.source != "reasoning_gym" or self.task is not None,
                 "data.source=reasoning_gym needs data.task (a reasoning-gym dataset name, e.g. data.task=chain_sum)")
         require(self.size >= 1, f"data.size={self.size} must be at least 1")
@@ -71,12 +90,25 @@ class DataConfig:
             require_real_breaks(f"data.{name}", getattr(self, name))
         self._check_mix()
 
+    def _refuse_unread(self) -> None:
+        read = KEYS[self.source]
+        for each in fields(self):
+            default = each.default if each.default is not MISSING else each.default_factory()
+            value = getattr(self, each.name)
+            require(each.name in ("source", "mix", *read) or value == default,
+                    f"{each.name}={value!r} is not read by source={self.source}, which reads {', '.join(read)}: leave it "
+                    f"out{', or set it in the sections of data.mix' * (self.source == 'mix')} (if an experiment sets it: "
+                    f"{each.name}={json.dumps(default)})")
+
     def _check_mix(self) -> None:
         require(bool(self.mix) == (self.source == "mix"),
                 f"data.source={self.source} with data.mix of {len(self.mix)} section(s): a mix needs data.source=mix "
                 "and its sections under data.mix")
         for name, part in self.mix.items():
             require(part.source != "mix", f"data.mix.{name}.source=mix: a section of a mix cannot be a mix")
+            require(part.shuffle, f"data.mix.{name}.shuffle=false is not read: set data.shuffle, which holds for all")
+            require(self.split in ("all", part.split) or part.split == "all",
+                    f"data.mix.{name}.split={part.split}, but data.split={self.split} holds for all sections: keep one")
         require(not (self.weights and self.curriculum),
                 "data.weights and data.curriculum are both set; keep one (stages have their own weights)")
         for key, weights in [("data.weights", self.weights), *(
@@ -110,7 +142,7 @@ class EvalConfig:
     """Evaluation: a held-out set and benchmarks, during training and by `megatron-rl evaluate`.
 
     The held-out set is the first `problems` of eval.data, or of the training data's held-out split under eval.seed;
-    0: none. benchmarks: more sets, by name. Accuracy is the mean over samples_per_problem samples (avg@n), beside it
+    all of them if there are fewer; 0: none. benchmarks: more sets, by name. Without either nothing is evaluated. Accuracy is the mean over samples_per_problem samples (avg@n), beside it
     pass@k and maj@k for k up to their number, with intervals of bootstrap_resamples resamples. every_steps: of
     training; 0: at its ends alone. temperature, top_p: of the samples. max_response_tokens null: that of `rollout`.
     """
@@ -129,8 +161,15 @@ class EvalConfig:
     def __post_init__(self):
         require(self.samples_per_problem >= 1,
                 f"eval.samples_per_problem={self.samples_per_problem} must be at least 1")
-        require(self.problems >= 1 or (self.problems == 0 and bool(self.benchmarks)),
-                f"eval.problems={self.problems} must be at least 1, or 0 with eval.benchmarks")
+        require(self.problems >= 0, f"eval.problems={self.problems} must not be negative (0: no held-out set)")
+        for name, data in [("data", self.data), *(
+                (f"benchmarks.{name}.data", benchmark.data) for name, benchmark in self.benchmarks.items())]:
+            for key in ("weights", "curriculum"):
+                require(data is None or not getattr(data, key),
+                        f"eval.{name}.{key} is not read: problems are evaluated in the ratio of the sections' sizes; "
+                        "leave it out")
+            require(data is None or data.shuffle,
+                    f"eval.{name}.shuffle=false is not read: problems are always evaluated in their order; leave it out")
         require("held-out" not in self.benchmarks, "eval.benchmarks.held-out: that name is taken")
         require(self.max_response_tokens is None or self.max_response_tokens >= 1,
                 f"eval.max_response_tokens={self.max_response_tokens} must be at least 1")

@@ -123,7 +123,9 @@ def _dataclass(cls, raw: Any, path: str):
     try:
         return cls(**{key: _value(hints[key], value, _join(path, key)) for key, value in raw.items()})
     except ValueError as error:
-        if path and path.split(".")[0] not in str(error):  # c3po's own classes name the key without its section
+        if path and str(error).startswith(tuple(f"{name}=" for name in names)):  # a key without its section
+            raise ValueError(f"{path}.{error}") from error
+        if path and path.split(".")[0] not in str(error):
             raise ValueError(f"{path}{'.' if str(error).startswith(tuple(names)) else ': '}{error}") from error
         raise
 

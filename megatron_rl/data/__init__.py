@@ -1,8 +1,9 @@
 """Prompts: where they come from, how they are rendered, and the order in which they are dealt."""
 
 from megatron_rl.data.chains import chains_tokenizer
-from megatron_rl.data.mixture import build_prompts, build_sampler
+from megatron_rl.data.mixture import build_prompts, build_sampler, heldout
 from megatron_rl.data.sampler import PromptSampler
-from megatron_rl.data.sources import PromptSource, build_source
+from megatron_rl.data.sources import Limits, PromptSource, build_source
 
-__all__ = ["PromptSampler", "PromptSource", "build_prompts", "build_sampler", "build_source", "chains_tokenizer"]
+__all__ = ["Limits", "PromptSampler", "PromptSource", "build_prompts", "build_sampler", "build_source", "chains_tokenizer",
+           "heldout"]

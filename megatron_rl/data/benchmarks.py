@@ -33,15 +33,18 @@ IDENTIFIER = ("id", "ID", "Record ID", "question_id", "unique_id")
 
 
 def read_benchmark(config: DataConfig) -> FileProblems:
-    """The problems of data.path, which is a file of data.source. Bad rows as data.on_error says."""
+    """The problems of data.path, which is a file of data.source, in all splits. Bad rows as data.on_error says."""
     make, problems, bad = BENCHMARKS[config.source], FileProblems(), []
     for row in read_file(config):
         try:
             if isinstance(row.fields, BadRow):
                 raise row.fields
-            problems.append(make(row, row.fields, config.domain))
+            problem = make(row, row.fields, config.domain)
         except BadRow as error:
             bad.append(f"{row.where}: {error}")
+            continue
+        problems.places[problem.id] = row.where
+        problems.append(problem)
     if bad:
         report_bad(bad, config)
     if not problems:

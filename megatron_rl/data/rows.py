@@ -1,20 +1,27 @@
-"""Rows of the files that problems come in: JSON lines, Parquet, and what Hugging Face `datasets` writes to a disk."""
+"""Rows of the files that problems come in: JSON lines or a JSON list, CSV, Parquet, Hugging Face `datasets` on a disk.
+
+Text may be gzip or zstd, and may begin with a byte-order mark; what a file holds is seen from its first bytes.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_rl.config.load import read_json
 from megatron_rl.config.schema import DataConfig
+from megatron_rl.data.tables import arrow_files, arrow_rows, parquet_files, parquet_rows
 
 __all__ = ["FILE_SOURCES", "BadRow", "Row", "data_path", "read_file", "read_rows"]
 
 FILE_SOURCES = ("jsonl", "parquet", "hf_dataset")
+GZIP, ZSTD, MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 
 
 class BadRow(ValueError):
@@ -51,82 +58,133 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
     """Every row of data.path in file order; blank lines are skipped. ValueError when the whole cannot be read."""
     path = data_path(config)
     if config.source == "jsonl":
-        yield from _json_lines(path)
+        yield from _json_rows(path)
     elif config.source == "parquet":
-        for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
-            yield from _numbered(file, _parquet_rows(file))
+        for file in parquet_files(path, config.hf_split):
+            yield from _numbered(file, parquet_rows(file))
     else:
-        for file in _arrow_files(path, config.hf_split):
-            yield from _numbered(file, _arrow_rows(file))
+        for file in arrow_files(path, config.hf_split):
+            yield from _numbered(file, arrow_rows(file))
 
 
 def read_file(config: DataConfig) -> Iterator[Row]:
-    """Every row of the file data.path, whose name says what it is: .parquet, .csv, .json (a list), else JSON lines."""
+    """Every row of the file data.path, whose name says what it is: .parquet, .csv (packed or not), else JSON."""
     path = data_path(config)
-    if path.suffix == ".parquet":
-        yield from _numbered(path, _parquet_rows(path))
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from _numbered(path, csv.DictReader(file))
-    elif path.suffix == ".json" and path.read_text(encoding="utf-8").lstrip().startswith("["):
-        yield from _numbered(path, iter(read_json(path)))
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
+    if suffixes[-1:] == [".parquet"]:
+        yield from _numbered(path, parquet_rows(path))
+    elif suffixes[-1:] == [".csv"]:
+        with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            try:
+                yield from _numbered(path, csv.DictReader(text))
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
     else:
-        yield from _json_lines(path)
+        yield from _json_rows(path)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _opened(path: Path) -> BinaryIO:
+    """The file's bytes, unpacked, after a byte-order mark."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield Row(f"{path}:{number}", f"{path.name}:{number}", _json_object(raw.rstrip(b"\r\n")))
+        head = file.read(4)
+    if head.startswith(GZIP):
+        file = io.BufferedReader(gzip.open(path))
+    elif head.startswith(ZSTD):
+        import pyarrow as pa  # here, because only some runs read packed files
+
+        file = io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    else:
+        file = path.open("rb")
+    try:
+        if file.peek(len(MARK))[:len(MARK)] == MARK:
+            file.read(len(MARK))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}") from error
+    return file
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        with _opened(path) as file:
+            if not (first := file.peek(1)[:1].strip()):  # white space, or nothing
+                first = file.peek()[:4096].lstrip()[:1]
+            yield from _json_list(path, file) if first == b"[" else _json_lines(path, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read to its end: {error}") from error
+
+
+def _json_lines(path: Path, file: BinaryIO | io.BytesIO) -> Iterator[Row]:
+    for number, raw in enumerate(file, start=1):
+        if raw.strip():
+            yield Row(f"{path}:{number}", f"{path.name}:{number}", _json_object(raw.rstrip(b"\r\n")))
+
+
+def _json_list(path: Path, file: BinaryIO) -> Iterator[Row]:
+    """The items of one list, or lines of which the first is a list."""
+    raw = file.read()
+    first = raw.lstrip().splitlines()[0]
+    if _is_whole(first) and len(raw.strip()) > len(first):
+        yield from _json_lines(path, io.BytesIO(raw))
+        return
+    try:
+        text, place, number = raw.decode("utf-8"), 0, 0
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    decoder = json.JSONDecoder()
+    place = text.index("[") + 1
+    while True:
+        while text[place:place + 1] in (" ", "\n", "\r", "\t", ",") and place < len(text):
+            place += 1
+        if text[place:place + 1] == "]":
+            return
+        number += 1
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:  # where the item ends cannot be known
+            raise ValueError(f"{path} row {number}: {_reason(error)}") from error
+        yield Row(f"{path} row {number}", f"{path.name}:{number}", _object(value))
+
+
+def _is_whole(raw: bytes) -> bool:
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_object(raw: bytes) -> dict[str, Any] | BadRow:
     try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
-    except json.JSONDecodeError as error:
-        return BadRow(f"not JSON ({error.msg} at column {error.colno})")
-    return row if isinstance(row, dict) else BadRow(f"a JSON {type(row).__name__}, not an object")
+        return _object(json.loads(raw.decode("utf-8")))
+    except (ValueError, RecursionError) as error:
+        return BadRow(_reason(error))
 
 
-def _numbered(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[Row]:
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "brackets in brackets, too deep to be read"
+    return "a whole number of more than 4,300 digits, which Python does not read: write it as text"
+
+
+def _object(value: Any) -> dict[str, Any] | BadRow:
+    """The row, whole: everything in it can be written again."""
+    if not isinstance(value, dict):
+        return BadRow(f"a JSON {type(value).__name__}, not an object")
+    for name, content in value.items():
+        try:
+            json.dumps([name, content], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return BadRow(f"column {name!a} has half of a surrogate pair ({error.object[error.start]!a})")
+        except RecursionError:
+            return BadRow(f"column {name!r}: brackets in brackets, too deep to be written")
+    return value
+
+
+def _numbered(path: Path, rows: Iterator[dict[str, Any] | str]) -> Iterator[Row]:
     for number, fields in enumerate(rows, start=1):
-        yield Row(f"{path} row {number}", f"{path.name}:{number}", fields)
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowInvalid, parquet  # here, because only some runs read tables
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise ValueError(f"{path} is not an Arrow stream: {error}") from error
-
-
-def _arrow_files(folder: Path, split: str | None) -> list[Path]:
-    """The files of a saved Dataset, or of one split of a saved DatasetDict (datasets/arrow_dataset.py save_to_disk)."""
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        names = json.loads(splits.read_text())["splits"]
-        if split not in names:
-            raise ValueError(f"data.hf_split={split}: {folder} has the splits {', '.join(names)}")
-        folder = folder / split
-    state = folder / "state.json"
-    if not state.is_file():
-        raise ValueError(f"{folder} has no state.json: not a folder that Dataset.save_to_disk wrote")
-    return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        yield Row(f"{path} row {number}", f"{path.name}:{number}",
+                  BadRow(fields) if isinstance(fields, str) else fields)

@@ -1,25 +1,23 @@
-"""data.source -> a PromptSource: problems rendered and tokenised on access, with the length limit enforced."""
+"""data.source -> a PromptSource: problems rendered and tokenised on access, with its limits enforced."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.arithmetic import Arithmetic
 from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
 from megatron_rl.data.chains import Chains
-from megatron_rl.data.files import FileProblems, read_problems
+from megatron_rl.data.files import FileProblems, missing, read_problems, report_bad
 from megatron_rl.data.human_eval import HumanEval
-from megatron_rl.data.problems import Problem, Problems
+from megatron_rl.data.problems import Problem, Problems, in_split
 from megatron_rl.data.rows import FILE_SOURCES
 from megatron_rl.data.templates import Template, build_template
 from megatron_rl.types import Prompt
 
-__all__ = ["ProblemSource", "PromptSource", "build_source"]
-
-LISTED_PROMPTS = 20
-_LOG = logging.getLogger(__name__)
+__all__ = ["Limits", "ProblemSource", "PromptSource", "build_source"]
 
 
 class PromptSource(Protocol):
@@ -27,6 +25,7 @@ class PromptSource(Protocol):
 
     domains: every domain a prompt may carry (for RewardPool.check_domains before the first step).
     sft_example: (prompt, response token ids, end-of-sequence id included); ValueError without responses.
+    objections: of the first `number` problems those that cannot be used and have not been looked at yet, with why.
     """
 
     @property
@@ -38,15 +37,32 @@ class PromptSource(Protocol):
 
     def sft_example(self, index: int) -> tuple[Prompt, list[int]]: ...
 
+    def objections(self, number: int) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a prompt may be; None: anything goes.
+
+    vocabulary_size: token ids lie below it. check: raises ValueError if no reward can judge the prompt.
+    max_example_tokens: of a prompt with its response, which every problem must have then (SFT).
+    """
+
+    max_prompt_tokens: int
+    vocabulary_size: int | None = None
+    check: Callable[[Prompt], None] | None = None
+    max_example_tokens: int | None = None
+
 
 class ProblemSource:
     """A PromptSource over any Problems. Raises IndexError outside [0, len)."""
 
-    def __init__(self, problems: Problems, template: Template, tokenizer: Any, *, max_prompt_tokens: int):
+    def __init__(self, problems: Problems, template: Template, tokenizer: Any, limits: Limits):
         self._problems = problems
         self._template = template
         self._tokenizer = tokenizer
-        self._max_prompt_tokens = max_prompt_tokens
+        self._limits = limits
+        self._checked = False
 
     @property
     def domains(self) -> frozenset[str]:
@@ -62,20 +78,38 @@ class ProblemSource:
         problem = self._problem(index)
         if problem.response is None:
             raise ValueError(f"{problem.id} has no response to train on: SFT needs data.source=chains, or "
-                             "a file with data.response_key")
-        response_ids = self._tokenizer.encode(problem.response, add_special_tokens=False)
-        return self._prompt(problem), [*response_ids, self._tokenizer.eos_token_id]
+                             "a file with data.response_key, or chats that end with the assistant's answer")
+        response_ids = [*self._tokenizer.encode(problem.response, add_special_tokens=False),
+                        self._tokenizer.eos_token_id]
+        self._check_ids(problem.id, "response", response_ids)
+        prompt, room = self._prompt(problem), self._limits.max_example_tokens
+        if room is not None and (tokens := len(prompt.token_ids) + len(response_ids)) > room:
+            raise ValueError(f"{problem.id}: prompt and response have {tokens} tokens, {room} fit: raise "
+                             "batch.tokens_per_microbatch (or parallel.cp), up to the model's max_position_embeddings, or "
+                             "remove the example")
+        return prompt, response_ids
 
-    def too_long(self) -> list[tuple[str, int]]:
-        """(id, tokens) of every prompt that is over the limit; renders the whole source."""
-        rendered = (self._render(self._problems[index]) for index in range(len(self)))
-        return [(prompt.id, len(prompt.token_ids)) for prompt in rendered
-                if len(prompt.token_ids) > self._max_prompt_tokens]
+    def objections(self, number: int) -> list[str]:
+        places = range(0 if self._checked else min(number, len(self)))
+        return [f"{self._problems[place].id}: {why}" for place in places if (why := self.objection(place)) is not None]
 
-    def check_lengths(self) -> None:
-        """ValueError listing every prompt that is over the limit."""
-        if too_long := self.too_long():
-            raise ValueError(self._length_message(too_long))
+    def objection(self, index: int) -> str | None:
+        """Why problem `index` cannot be used, None if it can."""
+        try:
+            prompt = (self.prompt(index) if self._limits.max_example_tokens is None else self.sft_example(index)[0])
+            if self._limits.check is not None:
+                self._limits.check(prompt)
+        except ValueError as error:
+            name = self._problems[index].id
+            return str(error).removeprefix(f"prompt {name}: ").removeprefix(f"{name}: ")
+        return None
+
+    def without(self, problems: FileProblems, left_out: Collection[int]) -> ProblemSource:
+        """A source of the same problems but those at these places; all of them have been checked."""
+        kept = FileProblems((each for place, each in enumerate(problems) if place not in left_out), problems.places)
+        source = ProblemSource(kept, self._template, self._tokenizer, self._limits)
+        source._checked = True
+        return source
 
     def _problem(self, index: int) -> Problem:
         if not 0 <= index < len(self):
@@ -83,52 +117,66 @@ class ProblemSource:
         return self._problems[index]
 
     def _prompt(self, problem: Problem) -> Prompt:
-        prompt = self._render(problem)
-        if len(prompt.token_ids) > self._max_prompt_tokens:
-            raise ValueError(self._length_message([(prompt.id, len(prompt.token_ids))]))
-        return prompt
-
-    def _render(self, problem: Problem) -> Prompt:
         text = self._template.render(problem.text)
         token_ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        if len(token_ids) > self._limits.max_prompt_tokens:
+            raise ValueError(f"{problem.id}: {len(token_ids)} tokens, longer than {self._limits.max_prompt_tokens}. A "
+                             "prompt may take rollout.max_context_tokens - rollout.max_response_tokens: raise the first, "
+                             "lower the second, or remove it")
+        self._check_ids(problem.id, "prompt", token_ids)
         return Prompt(problem.id, token_ids, text, problem.answer, problem.domain, problem.metadata)
 
-    def _length_message(self, too_long: list[tuple[str, int]]) -> str:
-        lines = [f"  {name}: {length} tokens" for name, length in too_long[:LISTED_PROMPTS]]
-        if len(too_long) > LISTED_PROMPTS:
-            lines.append(f"  and {len(too_long) - LISTED_PROMPTS} more")
-        return "\n".join([
-            f"{len(too_long)} prompt(s) longer than {self._max_prompt_tokens} tokens:", *lines,
-            "A prompt may take rollout.max_context_tokens - rollout.max_response_tokens: "
-            "raise the first, lower the second, or remove these prompts."])
+    def _check_ids(self, name: str, what: str, token_ids: Sequence[int]) -> None:
+        size = self._limits.vocabulary_size
+        if size is not None and max(token_ids, default=0) >= size:
+            beyond = max(token_ids)
+            raise ValueError(f"{name}: its {what} holds token {beyond} ({self._tokenizer.convert_ids_to_tokens(beyond)}), "
+                             f"but the model knows {size} tokens (vocab_size): this tokenizer belongs to another model")
 
 
-def build_source(config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int) -> PromptSource:
-    """The source named by data.source. `tokenizer` is a Hugging Face tokenizer; the limit is in tokens.
+def build_source(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptSource:
+    """The source named by data.source. `tokenizer` is a Hugging Face tokenizer.
 
     Generated prompts are made and checked on access, so any data.size is cheap to build. A file is read and
     checked whole. Raises ValueError that names the data.* key or the file and line at fault.
     """
     template = build_template(config, tokenizer)
     problems = _problems(config)
-    source = ProblemSource(problems, template, tokenizer, max_prompt_tokens=max_prompt_tokens)
-    if config.source not in (*FILE_SOURCES, *BENCHMARKS):
+    source = ProblemSource(problems, template, tokenizer, limits)
+    if not isinstance(problems, FileProblems):
         return source
-    if config.on_error == "stop":
-        source.check_lengths()
-    elif too_long := {name for name, _ in source.too_long()}:
-        _LOG.warning("left out: %d prompt(s) of data.path=%s longer than %d tokens", len(too_long), config.path,
-                     max_prompt_tokens)
-        kept = FileProblems(problem for problem in problems if problem.id not in too_long)
-        source = ProblemSource(kept, template, tokenizer, max_prompt_tokens=max_prompt_tokens)
-    return source
+    objections = {index: why for index in range(len(source)) if (why := source.objection(index)) is not None}
+    if objections:
+        report_bad([_named(problems, index, why, config) for index, why in objections.items()], config)
+    if len(objections) == len(problems):
+        raise ValueError(f"data.path={config.path}: data.on_error=skip left out every problem")
+    return source.without(problems, objections)
+
+
+def _named(problems: FileProblems, index: int, why: str, config: DataConfig) -> str:
+    """The objection with the row's place and, if there is no answer, the columns that might hold one."""
+    problem = problems[index]
+    place = problems.places.get(problem.id, problem.id)
+    if not problem.answer and "answer" in why and config.source in FILE_SOURCES:
+        why = f"{why}; {missing(problem.metadata, 'answer_key', config.answer_key)}"
+    return f"{place}: {why}"
+
+
+def _in_split(problems: FileProblems, config: DataConfig) -> FileProblems:
+    chosen = FileProblems((problem for problem in problems if in_split(problem.text, config.split)), problems.places)
+    chosen.skipped = problems.skipped
+    if not chosen:
+        raise ValueError(f"data.path={config.path} has {len(problems)} problem(s), none of them in "
+                         f"data.split={config.split}, which parts them by a hash of the text: give more, or train on "
+                         "all (data.split=all) and evaluate on others (eval.data) or on none (eval.problems=0)")
+    return chosen
 
 
 def _problems(config: DataConfig) -> Problems:
     if config.source in FILE_SOURCES:
-        return read_problems(config)
+        return _in_split(read_problems(config), config)
     if config.source in BENCHMARKS:
-        return read_benchmark(config)
+        return _in_split(read_benchmark(config), config)
     if config.source == "reasoning_gym":
         from megatron_rl.data.gym import Gym  # here, because reasoning_gym takes 1.4 s to import
         return Gym(config.task, config.task_config, size=config.size, seed=config.seed, split=config.split)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.problems import Message
 
@@ -42,7 +44,10 @@ class ChatTemplate:
     def render(self, text: str | tuple[Message, ...]) -> str:
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(m) for m in text]
         messages[-1]["content"] = self._prefix + messages[-1]["content"] + self._suffix
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
 
 
 def build_template(config: DataConfig, tokenizer: Any) -> Template:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_rl.config.check import check_rl, check_sft
+from megatron_rl.config.check import check_evaluates, check_rl, check_sft
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import parse_config
@@ -23,6 +23,7 @@ __all__ = ["check", "check_start", "table"]
 
 def check(plan: Plan) -> None:
     """Every rule that needs neither rank nor data. ValueError names stage and key."""
+    check_evaluates(plan.whole, "a pipeline")
     network = base_network(plan)
     for stage in sorted(plan.stages, key=lambda stage: stage.recipe == "select"):  # which repeats an rl stage
         try:

@@ -12,7 +12,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rl.config.rules import require
@@ -22,10 +22,10 @@ from megatron_rl.data.curation.clean import clean
 from megatron_rl.data.curation.contamination import decontaminate
 from megatron_rl.data.curation.duplicates import dedup
 from megatron_rl.data.curation.items import Item, Removal, Split, read_items, write_split
-from megatron_rl.data.files import FileProblems, read_problems
+from megatron_rl.data.files import FileProblems, read_problems, report_bad
 from megatron_rl.data.problems import Problem
 from megatron_rl.data.rows import FILE_SOURCES
-from megatron_rl.data.sources import ProblemSource
+from megatron_rl.data.sources import Limits, ProblemSource
 from megatron_rl.data.templates import build_template
 from megatron_rl.launch.local import engines_for, terminable
 from megatron_rl.model.architectures import read_config
@@ -193,9 +193,12 @@ def _resume(path: Path, header: dict) -> list[Sampled]:
 def _source(items: Sequence[Item], config: Config) -> ProblemSource:
     tokenizer = load_tokenizer(config.model)
     rollout = config.rollout
+    limits = Limits(max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens,
+                    vocabulary_size=read_config(config.model.path).vocab_size)
     source = ProblemSource(FileProblems(item.problem for item in items), build_template(config.data, tokenizer),
-                           tokenizer, max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens)
-    source.check_lengths()
+                           tokenizer, limits)
+    if objections := source.objections(len(source)):
+        report_bad(objections, replace(config.data, on_error="stop"))
     return source
 
 

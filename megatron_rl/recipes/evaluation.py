@@ -21,7 +21,8 @@ from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Finish, Prompt, RolloutGroup
 
-__all__ = ["HELD_OUT", "INTERVAL_PREFIX", "Evaluator", "Measured", "evaluation_data", "summary"]
+__all__ = ["HELD_OUT", "INTERVAL_PREFIX", "Evaluator", "Measured", "evaluation_data", "number_evaluated",
+           "summary"]
 
 HELD_OUT = "held-out"
 RIGHT = "\0right"  # however it is written; no box holds this
@@ -53,8 +54,20 @@ def evaluation_data(config: Config) -> dict[str, DataConfig]:
     return held_out | {name: benchmark.data for name, benchmark in config.eval.benchmarks.items()}
 
 
+def number_evaluated(config: Config, name: str, available: int) -> tuple[int, str]:
+    """(how many problems of the set are evaluated, a line to print if that is fewer than was asked for)."""
+    benchmark = config.eval.benchmarks.get(name)
+    asked = config.eval.problems if benchmark is None else benchmark.problems or available
+    key = "eval.problems" if benchmark is None else f"eval.benchmarks.{name}.problems"
+    told = f"{key}={asked}, but the {name} set has {available}: all of them are evaluated"
+    return min(asked, available), told if available < asked else ""
+
+
 class Evaluator:
-    """Evaluates what the engines serve on fixed problems; used by training, evaluate and the quick start."""
+    """Evaluates what the engines serve on fixed problems; used by training, evaluate and the quick start.
+
+    Without a set it is not asked (evaluation_data is empty).
+    """
 
     def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
         self._config = config
@@ -64,13 +77,10 @@ class Evaluator:
 
     def _set(self, name: str, data: DataConfig, tokenizer, rewards: RewardPool) -> EvaluationSet:
         options = self._config.eval
-        source = prompt_source(self._config, data, tokenizer)
+        source = prompt_source(self._config, data, tokenizer, rewards)
         rewards.check_domains(source.domains)
         benchmark = options.benchmarks.get(name)
-        count = options.problems if benchmark is None else benchmark.problems or len(source)
-        if len(source) < count:
-            key = "eval.problems" if benchmark is None else f"eval.benchmarks.{name}.problems"
-            raise ValueError(f"{key}={count}, but the evaluation data has {len(source)}")
+        count, _ = number_evaluated(self._config, name, len(source))
         samples = benchmark.samples if benchmark and benchmark.samples else options.samples_per_problem
         return EvaluationSet(name, [source.prompt(i) for i in range(count)], samples)
 

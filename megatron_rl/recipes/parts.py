@@ -27,7 +27,7 @@ from megatron_rl.observe.sinks import METRICS
 from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.observe.verdicts import correctness_metrics
 from megatron_rl.recipes import stop
-from megatron_rl.recipes.evaluation import Evaluator
+from megatron_rl.recipes.evaluation import Evaluator, evaluation_data
 from megatron_rl.recipes.routing import without_routed_experts
 from megatron_rl.recipes.serving import Serving
 from megatron_rl.recipes.stages import Stage, plateaued
@@ -146,6 +146,8 @@ class RunRecord:
                                                           seed=self._config.run.seed, step=step))
 
     def evaluate(self, step: int, label: str) -> None:
+        if not evaluation_data(self._config):
+            return
         if label == "after_rl" and not self._stage.is_last:
             label = "during"
         if self.phases is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rl.config.check import check_evaluates
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
@@ -34,6 +35,7 @@ def run(overrides: Sequence[str], console: Console) -> Path:
     started = time.perf_counter()
     folder = free_folder(ROOT)
     rl = load(["experiment=quickstart", f"run.dir={folder / 'rl'}", f"model.path={folder / 'sft' / 'hf'}", *overrides])
+    check_evaluates(rl, "the quick start")
     seed = rl.run.seed
     sft = load(["experiment=quickstart_sft", f"run.dir={folder / 'sft'}", f"model.path={folder / 'init'}",
                 f"run.seed={seed}"])

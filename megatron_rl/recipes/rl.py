@@ -106,8 +106,8 @@ class MainRank:
                  log_until: int | None):
         config = stage.config
         tokenizer = load_tokenizer(config.model)
-        source = prompt_source(config, config.data, tokenizer)
         rewards = stack.enter_context(RewardPool(config.reward))
+        source = prompt_source(config, config.data, tokenizer, rewards)
         rewards.check_domains(source.domains)
         rewards.warm_up()
         self.serving = stack.enter_context(Serving(config))

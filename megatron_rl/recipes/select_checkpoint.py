@@ -103,7 +103,7 @@ def run(config: Config, engines_for: Callable[[Config, str, Path], AbstractConte
 def sample(config: Config, rewards: RewardPool) -> list[RolloutGroup]:
     """select.samples judged responses to each of the first select.problems RL prompts."""
     tokenizer = load_tokenizer(config.model)
-    source = prompt_source(config, config.data, tokenizer)
+    source = prompt_source(config, config.data, tokenizer, rewards)
     rewards.check_domains(source.domains)
     prompts = [source.prompt(i) for i in range(min(config.select.problems, len(source)))]
     rollout = config.rollout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from megatron_rl.batch import BudgetFill
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.schema import Config, DataConfig, ModelConfig
-from megatron_rl.data import PromptSource, build_prompts
+from megatron_rl.data import Limits, PromptSource, build_prompts, heldout
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.hf_folder import refuse_code
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.background import EventLoopThread
@@ -29,6 +29,8 @@ from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.router import RoutedFleet, RouterClient
 
+LISTED_EXAMPLES = 20
+
 
 def load_tokenizer(model: ModelConfig):
     """The tokenizer of the Hugging Face folder model.path; the model's own class is not needed for it."""
@@ -46,18 +48,29 @@ def load_tokenizer(model: ModelConfig):
                          f"copy tokenizer.json and tokenizer_config.json into it ({why})") from error
 
 
-def prompt_source(config: Config, data: DataConfig, tokenizer) -> PromptSource:
+def prompt_source(config: Config, data: DataConfig, tokenizer, rewards: RewardPool | None = None) -> PromptSource:
+    """The prompts of `data`. rewards: every row of a file must hold what its scorer needs."""
     rollout = config.rollout
-    return build_prompts(data, tokenizer, max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens)
+    return build_prompts(data, tokenizer, Limits(
+        max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens,
+        vocabulary_size=read_config(config.model.path).vocab_size, check=None if rewards is None else rewards.check))
 
 
 def sft_source(config: Config, tokenizer) -> PromptSource:
-    """The examples of supervised fine-tuning. ValueError when there are too few, or the first has no response."""
-    source = prompt_source(config, config.data, tokenizer)
+    """The examples of supervised fine-tuning, all of them checked.
+
+    ValueError if there are too few, or one has no response, is too long, or holds a token that the model does not know.
+    """
+    network = read_config(config.model.path)
+    room = min(config.batch.tokens_per_microbatch * config.parallel.cp, network.max_position_embeddings)
+    source = build_prompts(config.data, tokenizer, Limits(max_prompt_tokens=room, vocabulary_size=network.vocab_size,
+                                                          max_example_tokens=room))
     if len(source) < config.sft.examples:
         raise ValueError(f"sft.examples={config.sft.examples}, but data has {len(source)} examples: set "
                          f"sft.examples={len(source)} or give more")
-    source.sft_example(0)
+    if objections := source.objections(config.sft.examples):
+        listed = "\n  ".join(objections[:LISTED_EXAMPLES])
+        raise ValueError(f"{len(objections)} example(s) cannot be trained on, the first of them:\n  {listed}")
     return source
 
 
@@ -65,7 +78,7 @@ def heldout_data(config: Config) -> DataConfig:
     """eval.data, or the training data's held-out split under eval.seed."""
     if config.eval.data is not None:
         return config.eval.data
-    return dataclasses.replace(config.data, split="heldout", seed=config.eval.seed, size=config.eval.problems)
+    return heldout(config.data, seed=config.eval.seed, size=config.eval.problems)
 
 
 def engine_clients(config: Config) -> list[EngineClient]:

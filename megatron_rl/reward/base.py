@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron_rl.types import Prompt, Score
 
-__all__ = ["Job", "STATUSES", "Scorer", "run", "verdict"]
+__all__ = ["Job", "STATUSES", "Scorer", "needs_answer", "run", "verdict"]
 
 STATUSES = ("correct", "wrong", "no_answer", "timeout", "error", "graded",
             "compile_error", "runtime_error", "memory_limit", "output_limit")  # these four: of programs
@@ -40,6 +40,7 @@ class Scorer(Protocol):
 
     prepare: does the cheap part here and returns the Score if that decides it, else the Job that does.
     score: both parts in this process, without a time limit.
+    check: ValueError if the prompt lacks what the scorer needs of it; called for every row before a run starts.
     warm_up: run once in each worker before its first job (imports); None if prepare always decides.
     preload: modules a worker needs.
     """
@@ -51,10 +52,18 @@ class Scorer(Protocol):
 
     def score(self, prompt: Prompt, response_text: str) -> Score: ...
 
+    def check(self, prompt: Prompt) -> None: ...
+
 
 def run(prepared: Score | Job) -> Score:
     """The Score of what Scorer.prepare returned, computed in this process."""
     return prepared.run() if isinstance(prepared, Job) else prepared
+
+
+def needs_answer(prompt: Prompt) -> None:
+    """ValueError if the prompt has no reference answer."""
+    if not prompt.answer.strip():
+        raise ValueError(f"prompt {prompt.id}: no reference answer, which reward.routes.{prompt.domain} compares with")
 
 
 def verdict(correct: bool) -> Score:

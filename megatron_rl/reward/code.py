@@ -84,6 +84,10 @@ class CodeScorer:
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))
 
+    def check(self, prompt: Prompt) -> None:
+        """ValueError that names the prompt and the column at fault if its programs cannot be judged."""
+        self._task(prompt)
+
     def _task(self, prompt: Prompt) -> CodeTask:
         """ValueError that names the prompt and the column at fault."""
         columns, limits = prompt.metadata, self._limits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.reward.base import verdict
+from megatron_rl.reward.base import needs_answer, verdict
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["ExactScorer"]
@@ -20,6 +20,9 @@ class ExactScorer:
             return Score(0.0, "no_answer")
         first_line = text.splitlines()[0].rstrip()
         return verdict(prompt.answer.strip() in (text, first_line))
+
+    def check(self, prompt: Prompt) -> None:
+        needs_answer(prompt)
 
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return self.prepare(prompt, response_text)

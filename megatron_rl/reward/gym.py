@@ -30,11 +30,14 @@ class ReasoningGymScorer:
     def warm_up() -> None:
         importlib.import_module("reasoning_gym")
 
-    def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
+    def check(self, prompt: Prompt) -> None:
         missing = [name for name in ("task", "task_config", "entry") if name not in prompt.metadata]
         if missing:
             raise ValueError(f"prompt {prompt.id} has no metadata {missing}: reward.routes.{prompt.domain}="
                              "reasoning_gym judges prompts of data.source=reasoning_gym only")
+
+    def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
+        self.check(prompt)
         answer = last_boxed(response_text)
         if answer is None:
             answer = response_text.strip()

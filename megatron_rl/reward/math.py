@@ -13,7 +13,7 @@ from megatron_rl.reward.answer.copies import is_copy, same_shape
 from megatron_rl.reward.answer.latex import Unreadable, undress
 from megatron_rl.reward.answer.read import Rules, is_undone, read, read_reference
 from megatron_rl.reward.answer.words import final_letter, is_choice, same_words
-from megatron_rl.reward.base import Job, run, verdict
+from megatron_rl.reward.base import Job, needs_answer, run, verdict
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.types import Prompt, Score
 
@@ -44,6 +44,9 @@ class MathVerifyScorer:
         if box is not None and _INTEGER.fullmatch(box) and _INTEGER.fullmatch(answer):
             return verdict(int(box) == int(answer))
         return prepared(prompt, response_text, _EXACT)
+
+    def check(self, prompt: Prompt) -> None:
+        needs_answer(prompt)
 
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))

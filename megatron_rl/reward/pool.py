@@ -73,6 +73,10 @@ class RewardPool:
         """ValueError naming reward.routes.<domain> for each domain without a scorer."""
         self._routes.check_domains(domains)
 
+    def check(self, prompt: Prompt) -> None:
+        """ValueError if the scorer of the prompt's domain lacks something that it needs of the prompt."""
+        self._routes.scorer(prompt.domain).check(prompt)
+
     def warm_up(self) -> None:
         """Starts the workers and waits until one is ready (seconds: imports). No-op if no route needs one."""
         if self._started or all(scorer.warm_up is None for scorer in self._routes.scorers()):

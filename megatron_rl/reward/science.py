@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.reward.answer.read import Rules
-from megatron_rl.reward.base import Job, run
+from megatron_rl.reward.base import Job, needs_answer, run
 from megatron_rl.reward.math import MathVerifyScorer, judge, prepared
 from megatron_rl.types import Prompt, Score
 
@@ -29,6 +29,13 @@ class ScienceScorer:
 
     def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
         return prepared(prompt, response_text, Rules(float(prompt.metadata.get("tolerance", self._tolerance))))
+
+    def check(self, prompt: Prompt) -> None:
+        """Also a tolerance that is no number."""
+        needs_answer(prompt)
+        tolerance = prompt.metadata.get("tolerance", self._tolerance)
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+            raise ValueError(f"prompt {prompt.id}: tolerance={tolerance!r} must be a number from 0 to 1")
 
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))

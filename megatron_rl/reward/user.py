@@ -37,6 +37,9 @@ class UserScorer:
     def prepare(self, prompt: Prompt, response_text: str) -> Job:
         return Job(judge_user, (self._path, prompt, response_text, self._correct_from), memo_key=None)
 
+    def check(self, prompt: Prompt) -> None:
+        """What the function needs is its own affair."""
+
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))
 

@@ -53,5 +53,6 @@ def test_sets_are_the_held_out_one_and_the_benchmarks():
     assert list(evaluation_data(load(["experiment=quickstart"]))) == ["held-out"]
     assert list(evaluation_data(load(["experiment=quickstart", *more]))) == ["held-out", "aime24"]
     assert list(evaluation_data(load(["experiment=quickstart", *more, "eval.problems=0"]))) == ["aime24"]
-    with pytest.raises(ValueError, match="eval.problems=0 must be at least 1, or 0 with eval.benchmarks"):
-        load(["experiment=quickstart", "eval.problems=0"])
+    assert evaluation_data(load(["experiment=quickstart", "eval.problems=0"])) == {}
+    with pytest.raises(ValueError, match="eval.problems=-1 must not be negative"):
+        load(["experiment=quickstart", "eval.problems=-1"])

@@ -87,11 +87,11 @@ def test_a_run_in_place_of_its_model_is_answered_with_the_folder_of_the_model(tm
 
 @pytest.mark.parametrize(("overrides", "said"), [
     (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl is not a file"),
-    (["data.source=chains"], "sft.examples=4000, but data has 20 examples: set sft.examples=20"),
+    (["data.source=chains", "data.size=20"], "sft.examples=4000, but data has 20 examples: set sft.examples=20"),
 ])
 def test_supervised_examples_are_looked_at_before_ranks_start(overrides, said, tmp_path, capsys):
     model = write_tiny_bailing(tmp_path / "model")
-    assert main(["sft", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.size=20", *overrides]) == 2
+    assert main(["sft", f"model.path={model}", f"run.dir={tmp_path / 'run'}", *overrides]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -108,7 +108,7 @@ def test_a_generated_prompt_that_has_no_room_is_named_before_an_engine_starts(tm
     model = write_tiny_bailing(tmp_path / "model")
     assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=chains",
                  "rollout.max_response_tokens=63", "rollout.max_context_tokens=64"]) == 2
-    assert "prompt(s) longer than 1 tokens" in capsys.readouterr().err
+    assert "data.source=chains: chains-all-7-0: 16 tokens, longer than 1" in capsys.readouterr().err
 
 
 def test_a_resumed_run_without_a_checkpoint_says_so(tmp_path, capsys):

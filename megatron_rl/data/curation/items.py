@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_rl.config.data import DataConfig
 from megatron_rl.data.files import problem_of, report_bad
-from megatron_rl.data.problems import Problem
+from megatron_rl.data.problems import Problem, asked
 from megatron_rl.data.rows import FILE_SOURCES, BadRow, Row, read_rows
 from megatron_rl.observe.files import write_json
 
@@ -109,9 +109,7 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def problem_text(problem: Problem) -> str:
     """The text of a problem; of chat messages, what the user says."""
-    if isinstance(problem.text, str):
-        return problem.text
-    return "\n".join(message["content"] for message in problem.text if message["role"] == "user")
+    return asked(problem.text)
 
 
 def words(text: str) -> list[str]:

@@ -30,7 +30,7 @@ def test_steps_follow_one_another_and_lose_no_row(tmp_path):
         source = tmp_path / name / "kept.jsonl"
         gone += [row["removed"]["why"] for row in read(tmp_path / name / "removed.jsonl")]
     assert len(read(source)) + len(gone) == len(rows) + 1
-    assert sorted(gone) == ["bad_row", "contaminated", "exact_duplicate", *["image"] * len(UNUSABLE["image"])]
+    assert sorted(gone) == ["contaminated", "exact_duplicate", *["image"] * len(UNUSABLE["image"]), "no_answer"]
     assert read(source)[0] == rows[0]
 
 

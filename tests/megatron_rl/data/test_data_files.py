@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data import build_source, chains_tokenizer
+from megatron_rl.data import Limits, build_source, chains_tokenizer
 
 CHAT_TEMPLATE = ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}\n{% endfor %}"
                  "{% if add_generation_prompt %}[assistant]{% endif %}")
@@ -30,7 +30,7 @@ def write(tmp_path, lines):
 
 
 def build(path, tokenizer, *, max_prompt_tokens=64, **keys):
-    return build_source(DataConfig(source="jsonl", path=path, **keys), tokenizer, max_prompt_tokens=max_prompt_tokens)
+    return build_source(DataConfig(source="jsonl", path=path, **keys), tokenizer, Limits(max_prompt_tokens=max_prompt_tokens))
 
 
 def test_columns_domains_ids_and_metadata_are_taken_from_the_named_columns(tmp_path, tokenizer):
@@ -47,20 +47,20 @@ def test_columns_domains_ids_and_metadata_are_taken_from_the_named_columns(tmp_p
 
 def test_every_bad_line_is_listed_with_its_reason(tmp_path, tokenizer):
     path = write(tmp_path, [
-        {"prompt": "3+4", "answer": "7"}, "{not json", ["a", "list"], {"prompt": "1+1", "answr": "2"},
-        {"prompt": "1+1", "answer": "  "}, {"prompt": "1+1", "answer": 2}, {"prompt": None, "answer": "2"},
+        {"prompt": "3+4", "answer": "7"}, "{not json", ["a", "list"], {"promt": "1+1", "answer": "2"},
+        {"prompt": "  ", "answer": "2"}, {"prompt": "1+1", "answer": {"x": 2}}, {"prompt": None, "answer": "2"},
         {"prompt": "\ud800", "answer": "2"}, {"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}])
     with open(path, "ab") as file:
         file.write(b'{"prompt": "\xff", "answer": "1"}\n')
     with pytest.raises(ValueError) as caught:
         build(path, tokenizer)
     reasons = {int(line.split(":")[1]): line for line in str(caught.value).splitlines()[1:]}
-    expected = {2: "not JSON", 3: "a JSON list, not an object", 4: "did you mean data.answer_key=answr?",
-                5: "column 'answer' (data.answer_key=answer) is empty", 6: "holds int 2, not a string",
+    expected = {2: "not JSON", 3: "a JSON list, not an object", 4: "did you mean data.prompt_key=promt?",
+                5: "column 'prompt' (data.prompt_key=prompt) is empty", 6: "neither text, a number, nor a list",
                 7: "holds NoneType None", 8: "surrogate", 9: "set data.template=chat", 10: "not UTF-8"}
     assert reasons.keys() == expected.keys()
     assert all(reason in reasons[line] for line, reason in expected.items()), reasons
-    assert "columns: prompt, answr" in reasons[4]
+    assert "columns: promt, answer" in reasons[4]
 
 
 def test_a_long_list_of_bad_lines_ends_in_a_count(tmp_path, tokenizer):

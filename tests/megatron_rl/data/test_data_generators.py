@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data import build_source, chains_tokenizer, gym
+from megatron_rl.data import Limits, build_source, chains_tokenizer, gym
 from megatron_rl.data.arithmetic import KINDS, SHOTS, Arithmetic
 from megatron_rl.data.chains import Chains, is_direct_answer
 from megatron_rl.data.gym import Gym
@@ -133,12 +133,12 @@ def test_chains_tokenizer_round_trips_and_has_96_ids_with_end_of_text_0(tokenize
 def test_building_a_large_generated_source_generates_nothing(tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(Chains, "__getitem__", lambda self, index: seen.append(index))
-    assert len(build_source(DataConfig(source="chains", size=20000), tokenizer, max_prompt_tokens=64)) == 20000
+    assert len(build_source(DataConfig(source="chains", size=20000), tokenizer, Limits(max_prompt_tokens=64))) == 20000
     assert not seen
 
 
 def test_sft_example_ends_with_end_of_text(tokenizer):
-    source = build_source(DataConfig(source="chains", size=10), tokenizer, max_prompt_tokens=64)
+    source = build_source(DataConfig(source="chains", size=10), tokenizer, Limits(max_prompt_tokens=64))
     prompt, response = source.sft_example(4)
     assert prompt == source.prompt(4) and source.domains == {"math"} == {prompt.domain}
     assert response[-1] == 0 and tokenizer.decode(response[:-1]).endswith(f"\\boxed{{{prompt.answer}}}")
@@ -147,13 +147,13 @@ def test_sft_example_ends_with_end_of_text(tokenizer):
 
 
 def test_a_source_without_responses_says_so(tokenizer):
-    source = build_source(DataConfig(source="arithmetic", size=10), tokenizer, max_prompt_tokens=128)
+    source = build_source(DataConfig(source="arithmetic", size=10), tokenizer, Limits(max_prompt_tokens=128))
     with pytest.raises(ValueError, match="data.response_key"):
         source.sft_example(0)
 
 
 def test_a_generated_prompt_over_the_limit_is_an_error_on_access(tokenizer):
-    source = build_source(DataConfig(source="arithmetic", size=10, seed=7), tokenizer, max_prompt_tokens=20)
+    source = build_source(DataConfig(source="arithmetic", size=10, seed=7), tokenizer, Limits(max_prompt_tokens=20))
     with pytest.raises(ValueError, match=r"arithmetic-all-7-3: \d+ tokens[\s\S]*rollout.max_context_tokens"):
         source.prompt(3)
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_rl.config.data import CurriculumStage
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data import build_prompts, build_sampler, chains_tokenizer
+from megatron_rl.data import Limits, build_prompts, build_sampler, chains_tokenizer
 
 PARTS = {"sums": {"source": "chains", "size": 30}, "shots": {"source": "arithmetic", "size": 10}}
 
@@ -20,7 +20,7 @@ def tokenizer(tmp_path_factory):
 
 def mixed(tokenizer, **keys):
     config = DataConfig(source="mix", mix={name: DataConfig(**part) for name, part in PARTS.items()}, **keys)
-    source = build_prompts(config, tokenizer, max_prompt_tokens=200)
+    source = build_prompts(config, tokenizer, Limits(max_prompt_tokens=200))
     return source, build_sampler(source, config, seed=1)
 
 

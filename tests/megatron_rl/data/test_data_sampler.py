@@ -5,13 +5,13 @@ import json
 import pytest
 
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data import PromptSampler, build_source, chains_tokenizer
+from megatron_rl.data import Limits, PromptSampler, build_source, chains_tokenizer
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     tokenizer = chains_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return lambda size: build_source(DataConfig(source="chains", size=size), tokenizer, max_prompt_tokens=64)
+    return lambda size: build_source(DataConfig(source="chains", size=size), tokenizer, Limits(max_prompt_tokens=64))
 
 
 def ids(prompts):

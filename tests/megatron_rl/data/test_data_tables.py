@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_rl.config.schema import DataConfig
-from megatron_rl.data import build_source, chains_tokenizer
+from megatron_rl.data import Limits, build_source, chains_tokenizer
 
 ROWS = [{"prompt": "3+4", "answer": "7", "kind": "easy"}, {"prompt": "9-4", "answer": "5", "kind": "hard"},
         {"prompt": "1+1", "answer": "2", "kind": "easy"}]
@@ -35,7 +35,7 @@ def write_hf(folder, rows, files=2):
 
 
 def load(source, path, tokenizer, **keys):
-    return build_source(DataConfig(source=source, path=str(path), **keys), tokenizer, max_prompt_tokens=8)
+    return build_source(DataConfig(source=source, path=str(path), **keys), tokenizer, Limits(max_prompt_tokens=8))
 
 
 def contents(source):
@@ -70,7 +70,7 @@ def test_a_missing_split_names_those_that_are_there(tmp_path, tokenizer):
 
 def test_every_bad_row_of_a_table_is_listed(tmp_path, tokenizer):
     write_parquet(tmp_path / "a.parquet", [{"prompt": "3+4", "answer": "7"}, {"prompt": "", "answer": "7"},
-                                           {"prompt": "1+1", "answer": None}])
+                                           {"prompt": None, "answer": "2"}])
     with pytest.raises(ValueError, match=r"2 bad line[\s\S]*a.parquet row 2: .*empty[\s\S]*row 3: .*holds NoneType"):
         load("parquet", tmp_path / "a.parquet", tokenizer)
     (tmp_path / "b.parquet").write_text("no")
@@ -79,10 +79,10 @@ def test_every_bad_row_of_a_table_is_listed(tmp_path, tokenizer):
 
 
 def test_skip_leaves_bad_and_long_rows_out_and_says_how_many(tmp_path, tokenizer, caplog):
-    rows = [*ROWS, {"prompt": "1+1", "answer": 2}, {"prompt": "1" * 9, "answer": "1"}]
+    rows = [*ROWS, {"prompt": "1+1", "answer": {}}, {"prompt": "1" * 9, "answer": "1"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     with caplog.at_level(logging.WARNING):
         source = load("jsonl", tmp_path / "a.jsonl", tokenizer, on_error="skip")
     assert [text for text, *_ in contents(source)] == [row["prompt"] for row in ROWS]
     assert "2 bad line(s)" in caplog.text and "a.jsonl:4: " in caplog.text and "a.jsonl:6: not JSON" in caplog.text
-    assert "1 prompt(s) of data.path" in caplog.text
+    assert "1 bad line(s)" in caplog.text and "a.jsonl:5: 9 tokens" in caplog.text
