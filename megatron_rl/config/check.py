@@ -63,9 +63,11 @@ def check_sft(config: Config, sizes: Sizes) -> None:
             f"rollout.max_context_tokens={config.rollout.max_context_tokens} exceeds the model's "
             f"max_position_embeddings={sizes.max_position_embeddings}")
     for key in ("weights", "curriculum"):
-        require(not getattr(config.data, key), f"data.{key} is not read by SFT, which trains on the first sft.examples, in "
-                "the ratio of the sections' sizes, in a new order every epoch: leave it out")
-    require(config.data.shuffle, "data.shuffle=false is not read by SFT, which has a new order every epoch: leave it out")
+        require(not getattr(config.data, key),
+                f"data.{key} is not read by SFT, which trains on the first sft.examples, in the ratio of the sections' "
+                "sizes, in a new order every epoch: leave it out")
+    require(config.data.shuffle,
+            "data.shuffle=false is not read by SFT, which has a new order every epoch: leave it out")
 
 
 def check_evaluates(config: Config, who: str) -> None:

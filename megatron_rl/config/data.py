@@ -8,7 +8,6 @@ from typing import Literal
 
 from megatron_rl.config.rules import require, require_real_breaks
 
-
 _FILE = ("path", "on_error", "domain")
 _COLUMNS = ("prompt_key", "answer_key", "response_key", "domain_key", "id_key")
 _RENDERING = ("template", "prompt_prefix", "prompt_suffix", "split", "shuffle")
@@ -42,19 +41,20 @@ class DataConfig:
     """Where prompts come from; docs/data.md describes the files. `source`, one of:
 
     jsonl, parquet (a file, or a folder of them) and hf_dataset (a folder that Dataset.save_to_disk wrote) read `path`
-    with the columns named below; if a folder holds several splits, `hf_split` of them. aime, gpqa and livecodebench read `path` with the
-    columns of those benchmarks' own files. reasoning_gym generates `task` with `task_config`;
+    with the columns named below; if a folder holds several splits, `hf_split` of them. aime, gpqa and livecodebench
+    read `path` with the columns of those benchmarks' own files. reasoning_gym generates `task` with `task_config`;
     human_eval is HumanEval, built in;
     chains (with `task_config={max_operands: 20}` longer ones, of uneven lengths) and arithmetic are the built-in
     generators of the quick start and of the SmolLM2 example. mix draws from the
     sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
     prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key and id_key are columns, with dots into
-    nested ones (reward_model.ground_truth); `domain` is that of rows without one. Generators make `size` problems from `seed`. shuffle: a new order every epoch.
+    nested ones (reward_model.ground_truth); `domain` is that of rows without one. Generators make `size` problems from
+    `seed`. shuffle: a new order every epoch.
     on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
     template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
     split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
     the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
-    A key that the source does not read (KEYS) is refused if it is set.
+    A key that the source does not read is refused if it is set.
     """
 
     source: Literal["jsonl", "parquet", "hf_dataset", "aime", "gpqa", "livecodebench", "reasoning_gym", "human_eval",
@@ -96,9 +96,9 @@ class DataConfig:
             default = each.default if each.default is not MISSING else each.default_factory()
             value = getattr(self, each.name)
             require(each.name in ("source", "mix", *read) or value == default,
-                    f"{each.name}={value!r} is not read by source={self.source}, which reads {', '.join(read)}: leave it "
-                    f"out{', or set it in the sections of data.mix' * (self.source == 'mix')} (if an experiment sets it: "
-                    f"{each.name}={json.dumps(default)})")
+                    f"{each.name}={value!r} is not read by source={self.source}, which reads {', '.join(read)}: leave "
+                    f"it out{', or set it in the sections of data.mix' * (self.source == 'mix')} (if an experiment "
+                    f"sets it: {each.name}={json.dumps(default)})")
 
     def _check_mix(self) -> None:
         require(bool(self.mix) == (self.source == "mix"),
@@ -142,8 +142,9 @@ class EvalConfig:
     """Evaluation: a held-out set and benchmarks, during training and by `megatron-rl evaluate`.
 
     The held-out set is the first `problems` of eval.data, or of the training data's held-out split under eval.seed;
-    all of them if there are fewer; 0: none. benchmarks: more sets, by name. Without either nothing is evaluated. Accuracy is the mean over samples_per_problem samples (avg@n), beside it
-    pass@k and maj@k for k up to their number, with intervals of bootstrap_resamples resamples. every_steps: of
+    all of them if there are fewer; 0: none. benchmarks: more sets, by name. Without either nothing is evaluated.
+    Accuracy is the mean over samples_per_problem samples (avg@n), beside it pass@k and maj@k for k up to their number,
+    with intervals of bootstrap_resamples resamples. every_steps: of
     training; 0: at its ends alone. temperature, top_p: of the samples. max_response_tokens null: that of `rollout`.
     """
 
@@ -169,7 +170,7 @@ class EvalConfig:
                         f"eval.{name}.{key} is not read: problems are evaluated in the ratio of the sections' sizes; "
                         "leave it out")
             require(data is None or data.shuffle,
-                    f"eval.{name}.shuffle=false is not read: problems are always evaluated in their order; leave it out")
+                    f"eval.{name}.shuffle=false is not read: problems are evaluated in their order; leave it out")
         require("held-out" not in self.benchmarks, "eval.benchmarks.held-out: that name is taken")
         require(self.max_response_tokens is None or self.max_response_tokens >= 1,
                 f"eval.max_response_tokens={self.max_response_tokens} must be at least 1")

@@ -5,5 +5,5 @@ from megatron_rl.data.mixture import build_prompts, build_sampler, heldout
 from megatron_rl.data.sampler import PromptSampler
 from megatron_rl.data.sources import Limits, PromptSource, build_source
 
-__all__ = ["Limits", "PromptSampler", "PromptSource", "build_prompts", "build_sampler", "build_source", "chains_tokenizer",
-           "heldout"]
+__all__ = ["Limits", "PromptSampler", "PromptSource", "build_prompts", "build_sampler", "build_source",
+           "chains_tokenizer", "heldout"]

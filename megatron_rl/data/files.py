@@ -184,7 +184,7 @@ def _json(text: str, name: str) -> Any:
 
 
 def _messages(value: list[Any], config: DataConfig) -> tuple[tuple[Message, ...], str | None]:
-    """(the messages of the prompt, what the assistant answered to them): an answer at the end is no part of a prompt."""
+    """(the messages of the prompt, what the assistant answered): an answer at the end is no part of a prompt."""
     where = f"column {config.prompt_key!r} (data.prompt_key={config.prompt_key})"
     if config.template == "plain":
         raise BadRow(f"{where} is a list of chat messages, which data.template=plain cannot send; "

@@ -106,7 +106,7 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def heldout(config: DataConfig, *, seed: int, size: int) -> DataConfig:
-    """The held-out problems of what `config` trains on; generators draw `size` from `seed`, parts of a mix their own."""
+    """The held-out problems of what `config` trains on; generators draw `size` of them from `seed`."""
     if config.source == "mix":
         parts = {name: heldout(part, seed=seed, size=part.size) for name, part in config.mix.items()}
         return replace(config, mix=parts, split="all", weights={}, curriculum=(), shuffle=True)

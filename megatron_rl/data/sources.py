@@ -48,7 +48,7 @@ class Limits:
     max_example_tokens: of a prompt with its response, which every problem must have then (SFT).
     """
 
-    max_prompt_tokens: int
+    max_prompt_tokens: int | None = None
     vocabulary_size: int | None = None
     check: Callable[[Prompt], None] | None = None
     max_example_tokens: int | None = None
@@ -85,8 +85,8 @@ class ProblemSource:
         prompt, room = self._prompt(problem), self._limits.max_example_tokens
         if room is not None and (tokens := len(prompt.token_ids) + len(response_ids)) > room:
             raise ValueError(f"{problem.id}: prompt and response have {tokens} tokens, {room} fit: raise "
-                             "batch.tokens_per_microbatch (or parallel.cp), up to the model's max_position_embeddings, or "
-                             "remove the example")
+                             "batch.tokens_per_microbatch (or parallel.cp), up to the model's max_position_embeddings, "
+                             "or remove the example")
         return prompt, response_ids
 
     def objections(self, number: int) -> list[str]:
@@ -119,10 +119,10 @@ class ProblemSource:
     def _prompt(self, problem: Problem) -> Prompt:
         text = self._template.render(problem.text)
         token_ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        if len(token_ids) > self._limits.max_prompt_tokens:
-            raise ValueError(f"{problem.id}: {len(token_ids)} tokens, longer than {self._limits.max_prompt_tokens}. A "
-                             "prompt may take rollout.max_context_tokens - rollout.max_response_tokens: raise the first, "
-                             "lower the second, or remove it")
+        if (most := self._limits.max_prompt_tokens) is not None and len(token_ids) > most:
+            raise ValueError(f"{problem.id}: {len(token_ids)} tokens, longer than {most}. A "
+                             "prompt may take rollout.max_context_tokens - rollout.max_response_tokens: raise the "
+                             "first, lower the second, or remove it")
         self._check_ids(problem.id, "prompt", token_ids)
         return Prompt(problem.id, token_ids, text, problem.answer, problem.domain, problem.metadata)
 
@@ -130,8 +130,9 @@ class ProblemSource:
         size = self._limits.vocabulary_size
         if size is not None and max(token_ids, default=0) >= size:
             beyond = max(token_ids)
-            raise ValueError(f"{name}: its {what} holds token {beyond} ({self._tokenizer.convert_ids_to_tokens(beyond)}), "
-                             f"but the model knows {size} tokens (vocab_size): this tokenizer belongs to another model")
+            piece = self._tokenizer.convert_ids_to_tokens(beyond)
+            raise ValueError(f"{name}: its {what} holds token {beyond} ({piece}), but the model knows {size} tokens "
+                             "(vocab_size in config.json): this tokenizer belongs to another model")
 
 
 def build_source(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptSource:

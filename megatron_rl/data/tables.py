@@ -15,8 +15,8 @@ __all__ = ["arrow_files", "arrow_rows", "parquet_files", "parquet_rows"]
 ONLY_SPLIT = DataConfig.hf_split
 """data.hf_split as nobody set it: a folder without splits has this one."""
 _SHARD = re.compile(r"(.+?)-\d+-of-\d+(?:-[0-9a-f]+)?$")
-_SPLIT_NAMES = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout",
-                "held_out")
+_SPLIT_NAMES = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation",
+                "heldout", "held_out")
 
 
 def parquet_files(path: Path, split: str) -> list[Path]:
@@ -36,8 +36,8 @@ def parquet_files(path: Path, split: str) -> list[Path]:
     if not names or (len(names) == 1 and split == ONLY_SPLIT):
         return files
     if stray := [file.name for file, name in owners.items() if name is None]:
-        raise ValueError(f"data.path={path} holds the splits {', '.join(names)}, and {', '.join(stray[:3])}, of which no "
-                         "name says the split: name one file, or move them apart")
+        raise ValueError(f"data.path={path} holds the splits {', '.join(names)}, and {', '.join(stray[:3])}, whose "
+                         "names say no split: name one file, or move them apart")
     if split not in names:
         raise ValueError(f"data.hf_split={split}: {path} has the splits {', '.join(names)}")
     return [file for file in files if owners[file] == split]

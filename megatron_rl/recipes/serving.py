@@ -63,8 +63,7 @@ def sft_source(config: Config, tokenizer) -> PromptSource:
     """
     network = read_config(config.model.path)
     room = min(config.batch.tokens_per_microbatch * config.parallel.cp, network.max_position_embeddings)
-    source = build_prompts(config.data, tokenizer, Limits(max_prompt_tokens=room, vocabulary_size=network.vocab_size,
-                                                          max_example_tokens=room))
+    source = build_prompts(config.data, tokenizer, Limits(vocabulary_size=network.vocab_size, max_example_tokens=room))
     if len(source) < config.sft.examples:
         raise ValueError(f"sft.examples={config.sft.examples}, but data has {len(source)} examples: set "
                          f"sft.examples={len(source)} or give more")

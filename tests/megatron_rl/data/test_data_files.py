@@ -30,7 +30,7 @@ def write(tmp_path, lines):
 
 
 def build(path, tokenizer, *, max_prompt_tokens=64, **keys):
-    return build_source(DataConfig(source="jsonl", path=path, **keys), tokenizer, Limits(max_prompt_tokens=max_prompt_tokens))
+    return build_source(DataConfig(path=path, **keys), tokenizer, Limits(max_prompt_tokens))
 
 
 def test_columns_domains_ids_and_metadata_are_taken_from_the_named_columns(tmp_path, tokenizer):

@@ -91,7 +91,8 @@ def test_a_question_is_in_one_split_whatever_surrounds_it(tmp_path, tokenizer):
     path = str(write_jsonl(tmp_path / "chats.jsonl", [*chats, *rows(40)]))
     asked = {split: {text.split("What")[1].strip("|") for text in texts(build_prompts(DataConfig(
         path=path, template="chat", split=split), tokenizer, ANYTHING))} for split in ("train", "heldout")}
-    assert len(asked["train"]) + len(asked["heldout"]) == 40 and asked["heldout"] and not asked["train"] & asked["heldout"]
+    train, held_out = asked["train"], asked["heldout"]
+    assert len(train) + len(held_out) == 40 and held_out and not train & held_out
 
 
 OF_RL = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml")

@@ -36,9 +36,9 @@ def value(prompt, answer):
 def cheats(prompt, other):
     """What a policy could copy or derive: never the answer itself."""
     entry, answer = prompt.metadata["entry"], prompt.answer
-    derived = [prompt.text, str(entry), json.dumps(entry["metadata"], default=str), str(entry["metadata"]), other.answer,
-               f"{answer} or {other.answer}", f"{other.answer} or {answer}", f"not {answer}", f"{answer} {answer}",
-               f"The answer is {answer}.", answer[:len(answer) // 4], f"{answer}\n{other.answer}"]
+    derived = [prompt.text, str(entry), json.dumps(entry["metadata"], default=str), str(entry["metadata"]),
+               other.answer, f"{answer} or {other.answer}", f"{other.answer} or {answer}", f"not {answer}",
+               f"{answer} {answer}", f"The answer is {answer}.", answer[:len(answer) // 4], f"{answer}\n{other.answer}"]
     if re.fullmatch(r"[0-9.]+", answer) and float(answer):
         derived += [f"-{answer}", f"1{answer}", f"{answer}e0x", f"[{answer}]"]
     task = prompt.metadata["task"]
