@@ -16,6 +16,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.model.network import check_layout
 from megatron_rl.preflight import (
+    check_backends,
     check_data,
     check_folders,
     network_of,
@@ -89,6 +90,7 @@ def sft(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
     check_layout(network, config.parallel)
+    check_backends(config)
     sizes = sizes_of(network)
     check_sft(config, sizes)
     print_rows(config.run.name, sft_summary(config, sizes))
@@ -149,6 +151,7 @@ def convert(options) -> int:
     else:
         config = load(options.overrides)
         check_layout(network_of(config), config.parallel)
+        check_backends(config)
         check_folders(config, exports=True)
         run_ranks("convert", config)
         Console().print(f"{config.model.path} -> Megatron ({config.parallel.world_size} ranks) -> {config.run.dir}/hf: "

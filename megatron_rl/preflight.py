@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from megatron_rl.compat.quick_imports import quick_imports
-from megatron_rl.config.check import Sizes, check_rl
+from megatron_rl.config.check import Sizes, check_gloo, check_rl
 from megatron_rl.config.load import read_json
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
@@ -23,8 +23,8 @@ from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.recipes import stages
 
-__all__ = ["check_data", "check_devices", "check_folders", "check_memory", "check_sft_data", "network_of",
-           "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
+__all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory", "check_sft_data",
+           "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
 
 GENERATED_LOOKED_AT = 16
 """Problems of a generator that are made before the start: they are made on access, and checked then."""
@@ -69,6 +69,7 @@ def validate(config: Config, *, start: bool, exports: bool = True) -> Sizes:
     if start or (config.model.path and any(Path(config.model.path).glob("*.safetensors"))):
         check_folders(config, exports=exports and config.run.export_hf)
     check_layout(network, config.parallel)
+    check_backends(config)
     sizes = sizes_of(network)
     for each in stages.stage_configs(config):
         check_rl(each, sizes)
@@ -100,14 +101,22 @@ def sizes_of(network: Network) -> Sizes:
     return Sizes(network.max_position_embeddings, *count_parameters(network))
 
 
+def check_backends(config: Config) -> None:
+    """ValueError for a kernel or a layout that needs GPUs, unless there are some here or slurm.gpus_per_node is set."""
+    if torch.cuda.is_available() or config.slurm.gpus_per_node:
+        return
+    check_gloo(config.parallel)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        for name, choice in asdict(config.model.kernels).items():
+            require(choice != "triton",
+                    f"model.kernels.{name}=triton needs a GPU, and this machine has none; leave it at auto")
+
+
 def check_devices(config: Config) -> None:
-    """ValueError when this machine has too few GPUs for the ranks, or none for a kernel that needs one."""
+    """ValueError when this machine has too few GPUs for the ranks, or none for what needs one."""
     ranks = config.parallel.world_size
     if not torch.cuda.is_available():
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            for name, choice in asdict(config.model.kernels).items():
-                require(choice != "triton",
-                        f"model.kernels.{name}=triton needs a GPU, and this machine has none; leave it at auto")
+        check_backends(config)
         return
     found = torch.cuda.device_count()
     require(ranks <= found, f"parallel.world_size={ranks} ranks need a GPU each, and this machine has {found}: choose "

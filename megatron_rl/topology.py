@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_rl.compat import loopback_store, megatron_cpu
+from megatron_rl.config.check import check_gloo
 from megatron_rl.config.schema import ParallelConfig
 
 megatron_cpu.patch_megatron()
@@ -125,7 +126,7 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
     """
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
-        _check_gloo(config)
+        check_gloo(config)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     world_size = int(os.environ["WORLD_SIZE"])
@@ -173,15 +174,6 @@ def _replicas(control_group: Any) -> tuple[Any, tuple[int, ...]]:
         group = dist.new_group(ranks, backend="gloo") if len(ranks) > 1 else None
         own = group if dist.get_rank() in ranks else own
     return own, tuple(members[dp_rank][0] for dp_rank in sorted(members))
-
-
-def _check_gloo(config: ParallelConfig) -> None:
-    """ValueError where expert-tensor-parallel ranks would gather different numbers of rows, which gloo does not do."""
-    uneven = config.etp > 1 and (config.ep > 1 or config.tp * config.cp % config.etp > 0)
-    if uneven and config.token_dispatcher == "alltoall":
-        raise ValueError(f"parallel.etp={config.etp} with parallel.tp={config.tp}, cp={config.cp}, ep={config.ep}: "
-                         "ranks gather different numbers of rows, which needs GPUs (NCCL); here use parallel.etp=1 or "
-                         "parallel.token_dispatcher=allgather")
 
 
 def stop(*, keep_processes: bool = False) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_rl.config.rules import require
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ def check_evaluates(config: Config, who: str) -> None:
     """ValueError if nothing is evaluated, which `who` needs."""
     require(bool(config.eval.problems or config.eval.benchmarks),
             f"eval.problems=0 without eval.benchmarks evaluates nothing, but {who} needs evaluations: set one of them")
+
+
+def check_gloo(parallel: ParallelConfig) -> None:
+    """ValueError if expert-tensor-parallel ranks would gather different numbers of rows, which gloo cannot do."""
+    uneven = parallel.etp > 1 and (parallel.ep > 1 or parallel.tp * parallel.cp % parallel.etp > 0)
+    require(not uneven or parallel.token_dispatcher != "alltoall",
+            f"parallel.etp={parallel.etp} with parallel.tp={parallel.tp}, cp={parallel.cp}, ep={parallel.ep}: ranks "
+            "gather different numbers of rows, which needs GPUs (NCCL); here use parallel.etp=1 or "
+            "parallel.token_dispatcher=allgather")
 
 
 def _check_kernels(config: Config) -> None:

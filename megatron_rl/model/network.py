@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from megatron_rl.config.schema import ParallelConfig
 
@@ -55,6 +59,48 @@ class Network:
         return sum(not self.is_dense_layer(layer) for layer in range(self.num_hidden_layers))
 
 
+_MAY_BE_ZERO = {"intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts",
+                "moe_intermediate_size", "first_k_dense_replace", "initializer_range"}
+
+
+def check_types(values: Mapping[str, Any], where: str) -> None:
+    """ValueError, naming the key, unless each of Network's fields in `values` has its type and a size that can be."""
+    hints = get_type_hints(Network)
+    for key, value in values.items():
+        number = type(value) is int or (type(value) is float and hints[key] is float and math.isfinite(value))
+        fits = number and (value > 0 or (value == 0 and key in _MAY_BE_ZERO)) if hints[key] in (int, float) else \
+            type(value) is hints[key]
+        if not fits:
+            size = "" if hints[key] not in (int, float) else " of at least 0" if key in _MAY_BE_ZERO else " above 0"
+            raise ValueError(f"{where}: {key}={json.dumps(value)} must be {hints[key].__name__}{size}")
+
+
+def check_network(network: Network, where: str) -> None:
+    """ValueError, naming the key, for a network that Megatron, SGLang or transformers refuses or takes otherwise."""
+    experts, top, layers = network.num_experts, network.num_experts_per_tok, network.num_hidden_layers
+    rules = (
+        (network.num_attention_heads % network.num_key_value_heads == 0,
+         f"num_key_value_heads={network.num_key_value_heads} does not divide "
+         f"num_attention_heads={network.num_attention_heads}"),
+        (network.head_dim % 2 == 0, f"head_dim={network.head_dim} must be even (rotary embedding)"),
+        (not experts or 1 <= top <= experts, f"num_experts_per_tok={top} must be in 1..num_experts={experts}"),
+        (not experts or network.moe_intermediate_size > 0, "moe_intermediate_size=0: experts have a width"),
+        (not (top == 1 and network.norm_topk_prob and experts),
+         "num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one weight divided by itself is 1, so "
+         "that the router would learn nothing, and the published bailing_moe does not divide it"),
+        (not experts or network.first_k_dense_replace < layers,
+         f"first_k_dense_replace={network.first_k_dense_replace} leaves no layer of num_hidden_layers={layers} with "
+         "experts"),
+        (network.intermediate_size > 0 or network.num_moe_layers == layers, "intermediate_size=0: dense layers have a "
+         "width"),
+        (not (network.norm_head and network.tie_word_embeddings),
+         "tie_word_embeddings=true with norm_head=true is not supported: the engine would use the embedding as it is"),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(f"{where}: {message}")
+
+
 def check_layout(network: Network, parallel: ParallelConfig) -> None:
     """Raise ValueError, naming the key, when a parallel size does not divide what it splits."""
     for key, size in (("ep", parallel.ep), ("etp", parallel.etp)):
@@ -74,4 +120,5 @@ def check_layout(network: Network, parallel: ParallelConfig) -> None:
     for key, size, name, total in rules:
         if total % size:
             shown = f"pp*vpp={size}" if key == "pp" and parallel.vpp else f"{key}={size}"
-            raise ValueError(f"parallel.{shown} does not divide {name}={total}")
+            fitting = ", ".join(str(value) for value in range(1, min(total, 4 * size) + 1) if total % value == 0)
+            raise ValueError(f"parallel.{shown} does not divide {name}={total}; {fitting} would")

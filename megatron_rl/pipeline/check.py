@@ -14,7 +14,7 @@ from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.pipeline.plan import Plan, Stage
-from megatron_rl.preflight import check_data, check_folders, network_of, sizes_of
+from megatron_rl.preflight import check_backends, check_data, check_folders, network_of, sizes_of
 from megatron_rl.recipes import stages as rl_stages
 from megatron_rl.recipes.serving import load_tokenizer, sft_source
 
@@ -65,6 +65,7 @@ def _check_stage(stage: Stage, network: Network) -> None:
     if stage.recipe == "base":
         return
     check_layout(network, config.parallel)
+    check_backends(config)
     if stage.recipe == "sft":
         check_sft(config, sizes)
         return

@@ -108,6 +108,10 @@ class ExpectedChecksums:
             tensor = _zero_padded(tensor, width_dim, self._engine_width(name))
         entry = self._parameters.setdefault(parameter, _Parameter(places))
         entry.add(place, tensor.to(self._dtype))
+        if parameter.endswith(".mlp.gate.weight") and self._config["model_type"] == "bailing_moe" \
+                and not self._config["num_shared_experts"]:  # SGLang makes the shared expert all the same, of width 0
+            for part in ("gate_up_proj", "down_proj"):
+                self._parameters[parameter.replace(".gate.", f".shared_experts.{part}.")] = _Parameter(places=0)
 
     def _locate(self, name: str) -> tuple[str, int, int, int | None]:
         """(engine parameter, place of this tensor in it, number of places, dimension of the MLP's width)."""

@@ -14,6 +14,7 @@ import torch
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
+from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.sampling import SamplingParams
 from megatron_rl.sync.broadcast import BroadcastPublisher
@@ -22,8 +23,9 @@ from megatron_rl.sync.disk import DiskPublisher
 from megatron_rl.sync.publish import Publisher, PublishError
 from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engine, verify_engines
-from tests.engine.conftest import PROMPTS, LiveEngine
+from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
 from tests.reference_bailing import response_logprobs
+from tests.tiny_models import write_tiny_bailing
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
 SMALL_BUCKET = 100_000
@@ -55,6 +57,28 @@ def test_engine_serves_the_published_weights(live_engine: LiveEngine, publisher:
         assert live_engine.largest_error(PROMPTS, results, weights=old) > 1e-3
         assert {span.version for result in results for span in result.weight_versions} == {live_engine.version}
         assert live_engine.call(live_engine.client.weight_version()) == live_engine.version
+
+
+def test_a_model_without_shared_experts_is_served_and_proven(tmp_path: Path):
+    """SGLang holds a shared expert of width 0 for it (bailing_moe.py: BailingMoESparseMoeBlock)."""
+    folder = write_tiny_bailing(tmp_path / "model", num_shared_experts=0)
+    with EngineProcess.from_config(ROLLOUT, folder, log_path=tmp_path / "engine.log") as process:
+        engine = LiveEngine(process, folder)
+        old, new = engine.weights, engine.new_weights()
+        assert not any("shared" in name for name in new)
+        engine.publish(new)
+        results = engine.generate(PROMPTS, SAMPLING)
+        assert engine.largest_error(PROMPTS, results) < 1e-4 < 1e-3 < engine.largest_error(
+            PROMPTS, results, weights=old)
+        with pytest.raises(WeightMismatchError, match="parameters differ"):
+            verify_engines([engine.client], other_weights(engine))
+
+
+def other_weights(engine: LiveEngine) -> ExpectedChecksums:
+    expected = ExpectedChecksums(engine.config, engine_dtype=torch.float32)
+    for _ in expected.watch(engine.new_weights().items()):
+        pass
+    return expected
 
 
 def test_an_update_that_a_killed_trainer_left_open_is_ended_first(live_engine: LiveEngine):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megatron_rl import cli, commands
-from megatron_rl.config.check import Sizes, check_rl, summary
+from megatron_rl.config.check import Sizes, check_gloo, check_rl, summary
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.model.architectures import HF_FILES
 from megatron_rl.recipes.stages import stage_configs
@@ -43,33 +43,43 @@ def test_a_rule_names_its_keys(overrides, message):
         check_rl(load(["experiment=quickstart", "batch.tokens_per_microbatch=8192", *overrides]), SIZES)
 
 
-def test_a_sequence_may_be_as_long_as_its_context_parallel_ranks_hold_together():
-    check_rl(load(["experiment=quickstart", "parallel.world_size=2", "parallel.cp=2", "parallel.ep=1",
-                   "batch.tokens_per_microbatch=64"]), SIZES)
+QUICK = ["experiment=quickstart", "batch.tokens_per_microbatch=8192"]
 
 
-def test_without_a_budget_phi_is_not_checked():
+@pytest.mark.parametrize("passes, fails, message", [
+    (["parallel.world_size=2", "parallel.cp=2", "parallel.ep=1", "batch.tokens_per_microbatch=64"],
+     ["batch.tokens_per_microbatch=62"], r"tokens_per_microbatch=62 x parallel\.cp=2"),
+    (["rollout.collector=async", "rollout.max_staleness=0"], ["rollout.max_staleness=1"], r"set c3po\.mismatch"),
+    (["rollout.collector=partial", "c3po.mismatch=tis", "c3po.phi=100000", "rollout.prompts_per_step=1",
+      "rollout.budget_tokens=100000", "c3po.max_collect_rounds=1"], ["rollout.budget_tokens=99999"],
+     r"rollout\.budget_tokens=99999 in 1 round\(s\) .* 100000 response tokens"),
+    (["c3po.phi=1"], ["c3po.cutoff=response"], r"c3po\.phi=1 .* smaller than one response"),
+    (["c3po.phi=1000000", "c3po.objective=token_mean"], ["c3po.objective=c3po"], r"can never be met by 256 responses"),
+    (["parallel.world_size=2", "parallel.ep=1", "parallel.etp=2", "parallel.token_dispatcher=allgather"],
+     ["parallel.token_dispatcher=alltoall"], r"parallel\.etp=2 with parallel\.tp=1, cp=1, ep=1: ranks"),
+])
+def test_a_rule_ends_where_it_says(passes, fails, message):
+    """The first configuration passes; with one key changed, the rule that it just met refuses it."""
+    def check(overrides: list[str]) -> None:
+        config = load([*QUICK, *overrides])
+        check_rl(config, SIZES)
+        check_gloo(config.parallel)
+
+    check(passes)
+    with pytest.raises(ValueError, match=message):
+        check([*passes, *fails])
+
+
+def test_without_a_budget_phi_is_none():
     config = load(["experiment=quickstart", "c3po.phi=1000000", "c3po.objective=token_mean"])
-    check_rl(config, SIZES)
     assert dict(summary(config, SIZES))["Phi"].startswith("none")
 
 
-def test_async_without_staleness_needs_no_correction():
-    check_rl(load(["experiment=quickstart", "rollout.collector=async", "rollout.max_staleness=0"]), SIZES)
-
-
-def test_partial_is_bounded_by_its_budget_and_not_by_the_groups_that_are_open():
-    check_rl(load(["experiment=quickstart", "rollout.collector=partial", "c3po.mismatch=tis", "c3po.phi=100000",
-                   "rollout.prompts_per_step=1", "rollout.budget_tokens=100000"]), SIZES)
-
-
-def test_phi_may_be_below_a_response_when_tokens_are_cut():
-    check_rl(load(["experiment=quickstart", "c3po.phi=1"]), SIZES)
-
-
-def test_phi_per_rank_is_multiplied_by_the_data_parallel_size():
-    rows = dict(summary(load(["experiment=quickstart", "c3po.scope=per_dp_rank"]), SIZES))
-    assert rows["Phi"].startswith("8192 response tokens") or rows["Phi"].startswith("8,192 response tokens")
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_phi_per_rank_is_multiplied_by_the_data_parallel_size(ranks):
+    overrides = ["experiment=quickstart", "c3po.scope=per_dp_rank", "c3po.phi=4096", "parallel=single"]
+    rows = dict(summary(load([*overrides, f"parallel.world_size={ranks}"]), SIZES))
+    assert rows["Phi"].startswith(f"{4096 * ranks:,} response tokens per optimiser step over the cluster, 4,096 per")
 
 
 def test_the_report_layout_checks_without_a_gpu(capsys):
@@ -129,7 +139,10 @@ def read_config_of(architecture):
     (["model.path=/nowhere"], "model.path=/nowhere: no config.json there"),
     (["model.architecture=ling_light"], "no such file, and no shipped one of that name"),
     (["experiment=ring_lite_rl_stage1", "parallel.ep=7", "parallel.world_size=7"],
-     "parallel.ep=7 does not divide num_experts=64"),
+     "parallel.ep=7 does not divide num_experts=64; 1, 2, 4, 8, 16 would"),
+    (["experiment=ring_lite_rl_stage1", "parallel.etp=2", "parallel.ep=1"],
+     "parallel.etp=2 with parallel.tp=1, cp=1, ep=1: ranks gather different numbers of rows, which needs GPUs"),
+    (["experiment=ring_lite_rl_stage1", "model.kernels.experts=triton"], "model.kernels.experts=triton needs a GPU"),
     (["experiment=ring_lite_rl_stage1", "parallel.tp=8"], "parallel.tp=8 does not divide num_key_value_heads=4"),
     (["experiment=ring_lite_rl_stage1", "parallel.pp=3", "parallel.world_size=24"],
      "parallel.pp=3 does not divide num_hidden_layers=28"),
@@ -137,6 +150,12 @@ def read_config_of(architecture):
 def test_a_wrong_model_or_layout_ends_with_exit_code_2(overrides, message, capsys):
     assert cli.main(["rl", "--check", *overrides]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_layout_for_gpus_elsewhere_is_checked_as_one(capsys):
+    overrides = ["experiment=ring_lite_rl_stage1", "parallel.etp=2", "parallel.ep=1", "slurm.gpus_per_node=8"]
+    assert cli.main(["rl", "--check", *overrides]) == 0
+    assert "ep 1 x etp 2" in capsys.readouterr().out
 
 
 def test_a_run_is_never_written_over(tmp_path):

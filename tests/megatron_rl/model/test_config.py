@@ -110,9 +110,14 @@ def test_parallel_size_that_does_not_divide_is_named(model, parallel, message):
         check_layout(parsed(**model), ParallelConfig(world_size=world_size, **parallel))
 
 
-def test_intermediate_size_is_free_where_no_layer_is_dense():
-    check_layout(parsed(intermediate_size=33, first_k_dense_replace=0), ParallelConfig(world_size=2, tp=2))
-
-
-def test_layout_that_divides_is_accepted():
-    check_layout(parsed(num_hidden_layers=4), ParallelConfig(world_size=8, tp=2, pp=2, vpp=2, ep=2, etp=2))
+@pytest.mark.parametrize(("model", "parallel", "change", "message"), [
+    ({"intermediate_size": 33}, {"world_size": 2, "tp": 2}, {"first_k_dense_replace": 1}, "tp=2 does not divide inter"),
+    ({"num_hidden_layers": 4}, {"world_size": 8, "tp": 2, "pp": 2, "vpp": 2, "ep": 2, "etp": 2},
+     {"num_hidden_layers": 5}, r"pp\*vpp=4 does not divide num_hidden_layers=5; 1, 5 would"),
+    ({"num_experts": 6}, {"world_size": 3, "ep": 3}, {"num_experts": 8}, "ep=3 does not divide num_experts=8; 1, 2, 4"),
+])
+def test_a_layout_that_divides_passes_and_the_next_size_does_not(model, parallel, change, message):
+    layout = ParallelConfig(**parallel)
+    check_layout(parsed(**model), layout)
+    with pytest.raises(ValueError, match=message):
+        check_layout(parsed(**{**model, **change}), layout)

@@ -145,7 +145,7 @@ def test_tokenizer_files_are_copied(tmp_path):
     ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope_scaling=.*llama3"),
     ({"eos_token_id": [0, 1]}, r"eos_token_id=\[0, 1\]"),
     ({"model_type": "qwen3"}, "model_type='qwen3' cannot be upcycled: a bailing_moe has no norms of queries and keys"),
-    ({"model_type": "bailing_moe", "num_experts": 2, "num_experts_per_tok": 1, "num_shared_experts": 1,
+    ({"model_type": "bailing_moe", "num_experts": 2, "num_experts_per_tok": 2, "num_shared_experts": 1,
       "moe_intermediate_size": 8, "norm_topk_prob": True}, "cannot be upcycled: it has experts already"),
     ({"vocab_size": None}, "missing vocab_size"),
 ])
