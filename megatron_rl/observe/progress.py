@@ -116,7 +116,8 @@ class RunProgress:
             found.append(Part(self._phase_text(*self._phase), PHASE))
         if self.step > self.first_step:
             each_s = elapsed_s / (self.step - self.first_step)
-            found += [Part(f"{each_s:.1f} s/step", PER_STEP), Part(f"after {duration(elapsed_s)}", ELAPSED),
+            step_s = self._took_s.get("step", each_s)  # the run's mean also holds its set-up and evaluations
+            found += [Part(f"{step_s:.1f} s/step", PER_STEP), Part(f"after {duration(elapsed_s)}", ELAPSED),
                       Part(f"{duration(each_s * (self.total_steps - self.step))} left", LEFT)]
         else:
             found.append(Part(f"after {duration(elapsed_s)}", LEFT))

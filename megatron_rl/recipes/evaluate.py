@@ -47,24 +47,19 @@ def measure(config: Config) -> list[Measured]:
 
 
 def table(measured: Sequence[Measured], title: str) -> Table:
-    """A line for each set: accuracy (or the mean reward, if nobody can say what is right), pass@k and maj@k with 95%
-    intervals."""
-    means = [name for name in ("accuracy", "mean_reward") if any(
-        name in each.values and (name == "accuracy" or "accuracy" not in each.values) for each in measured)]
-    estimates = {key for each in measured for key in each.values if "@" in key and "_" not in key}
-    estimates = sorted(estimates, key=lambda key: (key.startswith("maj"), int(key.partition("@")[2])))
-    shown = Table("set", "problems", "samples", *(name.replace("_", " ") for name in means), *estimates, "tokens",
-                  "truncated", title=title)
+    """A line for each number of each set, so that any number of estimates fits 80 columns: accuracy (or the mean
+    reward, if nobody can say what is right), pass@k and maj@k with 95% intervals, then lengths."""
+    shown = Table("set", "measured", "value", "95% interval", title=title)
     for each in measured:
         values = each.values
-        shown.add_row(each.name, str(values["problems"]), str(values["samples_per_problem"]),
-                      *(_interval(values, name) for name in (*means, *estimates)),
-                      f"{values['mean_response_tokens']:.0f}", f"{values['truncated_fraction']:.3f}")
+        estimates = sorted((key for key in values if "@" in key and "_" not in key),
+                           key=lambda key: (key.startswith("maj"), int(key.partition("@")[2])))
+        name = f"{each.name}\n{values['problems']} x {values['samples_per_problem']}"
+        for key in ("accuracy" if "accuracy" in values else "mean_reward", *estimates):
+            prefix = INTERVAL_PREFIX.get(key, f"{key}_")
+            shown.add_row(name, key.replace("_", " "), f"{values[key]:.3f}",
+                          f"{values[f'{prefix}low']:.3f} - {values[f'{prefix}high']:.3f}")
+            name = ""
+        shown.add_row("", "response tokens", f"{values['mean_response_tokens']:.0f}", "")
+        shown.add_row("", "truncated", f"{values['truncated_fraction']:.3f}", "", end_section=True)
     return shown
-
-
-def _interval(values: dict[str, float], name: str) -> str:
-    if name not in values:
-        return "-"
-    prefix = INTERVAL_PREFIX.get(name, f"{name}_")
-    return f"{values[name]:.3f} [{values[f'{prefix}low']:.3f}, {values[f'{prefix}high']:.3f}]"

@@ -1,7 +1,10 @@
 """What judged responses amount to, by hand; and which sets are evaluated."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_rl.config.load import load
 from megatron_rl.recipes.evaluate import table
@@ -37,15 +40,18 @@ def test_without_boxes_there_is_no_vote():
     assert "maj@4" not in values and values["pass@4"] == 1.0
 
 
-def test_the_table_has_a_line_for_each_set_and_its_own_estimates():
-    values = summary(GROUPS, resamples=5, seed=0)
-    few = {key: value for key, value in values.items() if "@" not in key}
-    without = {key: value for key, value in few.items() if key not in ("accuracy", "low", "high")}
-    shown = table([Measured("a", [], values), Measured("b", [], few)], "t")
-    assert [column.header for column in shown.columns][4:7] == ["pass@2", "pass@4", "maj@4"]
-    assert [list(column.cells)[1] for column in shown.columns][4:7] == ["-", "-", "-"]
-    graded = table([Measured("graded", [], without)], "t")
-    assert [column.header for column in graded.columns][3] == "mean reward"
+def test_the_table_has_a_line_for_each_number_and_fits_80_columns():
+    """16 samples give four pass@k and three maj@k; a graded set has its mean reward instead."""
+    values = summary([group(["\\boxed{1/2}"] * 16, [1] * 15 + [0])], resamples=5, seed=0)
+    graded = {key: value for key, value in values.items() if "@" not in key and key not in ("accuracy", "low", "high")}
+    shown = table([Measured("a benchmark with a long name", [], values), Measured("graded", [], graded)], "t")
+    assert list(shown.columns[1].cells) == ["accuracy", "pass@2", "pass@4", "pass@8", "pass@16", "maj@4", "maj@8",
+                                            "maj@16", "response tokens", "truncated", "mean reward",
+                                            "response tokens", "truncated"]
+    file = io.StringIO()
+    Console(file=file, width=80).print(shown)
+    assert "0.938 - 0.938" in file.getvalue() and "1 x 16" in file.getvalue()
+    assert max(map(len, file.getvalue().splitlines())) <= 80 and "\u2026" not in file.getvalue()
 
 
 def test_sets_are_the_held_out_one_and_the_benchmarks():

@@ -10,7 +10,7 @@ from megatron_rl.observe.progress import RunProgress, duration
 from megatron_rl.observe.timing import PhaseFile, Timers
 
 RL = {"reward/mean": 0.648, "eval/accuracy": 0.75, "budget/fill": 1.0, "tokens_per_s/rollout": 2345.6,
-      "tokens_per_s/train": 1900.0, "time/generate": 4.0, "time/train": 2.0}
+      "tokens_per_s/train": 1900.0, "time/generate": 4.0, "time/train": 2.0, "time/step": 4.7}
 
 
 def plain_lines(steps: int, metrics: dict[str, float], **options) -> list[str]:
@@ -58,9 +58,9 @@ def after(steps: int, seconds: float, metrics: dict[str, float] = RL, total: int
 
 @pytest.mark.parametrize(("width", "line"), [
     (200, "RL 6/60  reward 0.648  accuracy 0.750  fill 1.00  generated tok/s 2,346  trained tok/s 1,900  generate 62%  "
-          "5.0 s/step  after 30 s  4 min 30 s left"),
-    (110, "RL 6/60  reward 0.648  accuracy 0.750  fill 1.00  generate 62%  5.0 s/step  after 30 s  4 min 30 s left"),
-    (85, "RL 6/60  reward 0.648  accuracy 0.750  generate 62%  5.0 s/step  4 min 30 s left"),
+          "4.7 s/step  after 30 s  4 min 30 s left"),
+    (110, "RL 6/60  reward 0.648  accuracy 0.750  fill 1.00  generate 62%  4.7 s/step  after 30 s  4 min 30 s left"),
+    (85, "RL 6/60  reward 0.648  accuracy 0.750  generate 62%  4.7 s/step  4 min 30 s left"),
     (77, "RL 6/60  reward 0.648  accuracy 0.750  generate 62%  4 min 30 s left"),
     (50, "RL 6/60  reward 0.648  4 min 30 s left"),
     (20, "RL 6/60  reward 0.648  4 min 30 s left")])
