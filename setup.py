@@ -54,7 +54,8 @@ setup(
     ],
     extras_require={
         "cpu": requirements("requirements-cpu-engine.txt"),
-        "gpu": ["sglang==0.5.23", "transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "gpu": ["sglang==0.5.23"],
+        "te": ["transformer-engine[core_cu13,pytorch]==2.20.2"],  # compiles: installed last, where it is asked for
         "slurm": ["hydra-submitit-launcher==1.2.0", "submitit==1.5.4"],
         "dev": [
             "pytest==9.2.0",

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Builds .venv: trainer and engine in one Python 3.12 environment. A second run with nothing changed returns at once.
 #   VARIANT=cpu|gpu   overrides what nvidia-smi says
+#   TE=1              with the gpu variant: Transformer Engine too, the one thing that is compiled (some 15 minutes)
 #   PYTHON=...        a Python 3.12 to build from; otherwise looked for
+# Every version is that of the variant's lock, .ci/constraints-*.txt (written by .ci/lock.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,6 +32,10 @@ find_python() {
 
 check_machine() {
     [ "$(uname -s)/$(uname -m)" = Linux/x86_64 ] || fail "this is $(uname -s)/$(uname -m); the engine and torch wheels need Linux x86-64"
+    local glibc
+    glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null || echo "glibc 0 (another C library)")
+    [ "$(printf '%s\n' "glibc 2.34" "$glibc" | sort -V | head -n 1)" = "glibc 2.34" ] ||
+        fail "this system has $glibc; the engine's wheels need glibc 2.34 or later (Ubuntu 22.04, Debian 12, RHEL 9). Use such a system, or a container of one"
 }
 
 check_disk() {
@@ -59,7 +65,35 @@ make_venv() {
         rm -rf $VENV
     fi
     say "creating $VENV with $python ($("$python" -V))"
-    "$python" -m venv $VENV
+    if [ "$VARIANT" = gpu ] && brings_te "$python"; then
+        say "$python brings Transformer Engine for the same torch: using it"
+        "$python" -m venv --system-site-packages $VENV
+    else
+        "$python" -m venv $VENV
+    fi
+}
+
+brings_te() {  # an image (NVIDIA's, say) whose Python has Transformer Engine built for the torch that setup.py pins
+    local pin
+    pin=$(sed -n 's/^ *"torch==\(.*\)",$/\1/p' setup.py)
+    "$1" -c 'import sys, torch, transformer_engine.pytorch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' \
+        "$pin" >/dev/null 2>&1
+}
+
+install_te() {  # last, because it compiles against the torch that is there, with the headers that came with it
+    local site headers header where
+    site=$($VENV/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    headers="$site/nvidia/cu13/include $site/nvidia/cudnn/include $site/nvidia/nccl/include"
+    for header in cuda_runtime.h crt/host_config.h cudnn.h nccl.h; do
+        for where in $headers missing; do
+            if [ -e "$where/$header" ]; then continue 2; fi
+        done
+        fail "Transformer Engine needs $header, which none of $headers has: install the gpu variant first, without TE=1"
+    done
+    command -v c++ >/dev/null || fail "Transformer Engine needs a C++ compiler (c++): apt-get install g++"
+    export CUDA_HOME="$site/nvidia/cu13" CPATH="${headers// /:}" NVTE_FRAMEWORK=pytorch
+    install "Transformer Engine (compiles, some 15 minutes)" --no-build-isolation \
+        -c .ci/constraints-gpu.txt -c .ci/constraints-te.txt -e ".[gpu,te,slurm,dev]"
 }
 
 install() {  # install MESSAGE PIP_ARGUMENTS...
@@ -74,7 +108,9 @@ install() {  # install MESSAGE PIP_ARGUMENTS...
 check_machine
 VARIANT=$(choose_variant)
 # The directory is part of the key: an editable install holds absolute paths.
-KEY=$( { echo "$PWD $VARIANT"; cat setup.py .ci/setup.sh .ci/requirements-*.txt; } | sha256sum | cut -d' ' -f1)
+case ${TE:-} in "" | 1) ;; *) fail "TE=$TE: must be 1 or unset" ;; esac
+[ -z "${TE:-}" ] || [ "$VARIANT" = gpu ] || fail "TE=1 needs VARIANT=gpu: Transformer Engine's kernels run on a GPU only"
+KEY=$( { echo "$PWD $VARIANT ${TE:-}"; cat setup.py .ci/setup.sh .ci/*.txt; } | sha256sum | cut -d' ' -f1)
 if [ -x $VENV/bin/python ] && [ "$(cat $STAMP 2>/dev/null || true)" = "$KEY" ] && is_312 $VENV/bin/python; then
     echo "setup: $VENV is up to date ($VARIANT)"
     exit 0
@@ -85,12 +121,13 @@ rm -f $STAMP
 : >$LOG
 say "installing the $VARIANT variant; details in $LOG"
 if [ "$VARIANT" = cpu ]; then
-    install "torch, Megatron-Core, the engine's libraries, test tools (some 6 GB, minutes the first time)" -e ".[cpu,slurm,dev]"
+    install "torch, Megatron-Core, the engine's libraries, test tools (some 6 GB, minutes the first time)" \
+        -c .ci/constraints-cpu.txt -e ".[cpu,slurm,dev]"
     install "SGLang without its CUDA dependencies" --no-deps -r .ci/requirements-cpu-nodeps.txt
 else
-    install "torch, Megatron-Core, test tools (several GB, minutes the first time)" -e ".[slurm,dev]"
-    # Transformer Engine compiles against the torch just installed, so it must see it.
-    install "SGLang and Transformer Engine (compiles; long)" --no-build-isolation -e ".[gpu,slurm,dev]"
+    install "torch, Megatron-Core, SGLang, test tools (4 GB to download, minutes the first time)" \
+        -c .ci/constraints-gpu.txt -e ".[gpu,slurm,dev]"
+    if [ -n "${TE:-}" ]; then install_te; fi
 fi
 say "checking that it imports"
 TORCHDYNAMO_DISABLE=1 $VENV/bin/python -c 'import megatron_rl, c3po, megatron.core, transformers, hydra' >>$LOG 2>&1 ||
