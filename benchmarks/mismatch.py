@@ -43,12 +43,11 @@ def write_model(folder: Path, *, norm_head: bool) -> Path:
     return write_hf_folder(folder, config, weights, tokenizer_from=tokenizer)
 
 
-async def sample(url: str, prompts: list[list[int]], tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+async def sample(client: Any, prompts: list[list[int]], tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(token ids, log-probabilities) of each response."""
-    from megatron_rl.rollout.client import EngineClient
     from megatron_rl.rollout.sampling import SamplingParams
 
-    client, params = EngineClient(url, timeout_s=1200.0), SamplingParams(1.0, tokens, ignore_eos=True)
+    params = SamplingParams(1.0, tokens, ignore_eos=True)
     try:
         results = await asyncio.gather(*(client.generate(prompt, rid=f"mismatch-{number}", sampling=params)
                                          for number, prompt in enumerate(prompts)))
@@ -63,14 +62,17 @@ def differences(folder: Path, overrides: list[str], responses: int, tokens: int,
     from megatron_rl.config.load import load
     from megatron_rl.launch.local import engines_for
     from megatron_rl.recipes.learner import build_trainable, packed_microbatches
+    from megatron_rl.recipes.serving import engine_clients
     from megatron_rl.types import TrainSample
 
     config = load([f"model.path={folder}", "model.dtype=bfloat16", f"rollout.max_response_tokens={tokens}",
-                   "rollout.max_context_tokens=1024", "rollout.engine.start_timeout_s=600", *overrides])
+                   "rollout.max_context_tokens=1024", "rollout.engine.start_timeout_s=600",
+                   "rollout.request_timeout_s=1200", *overrides])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(SIZES["vocab_size"] - 1, size=int(rng.integers(8, 33))).tolist() for _ in range(responses)]
     with engines_for(config, str(folder), folder.parent / "engine.log") as served:
-        sampled = asyncio.run(sample(served.rollout.engine.urls[0], prompts, tokens))
+        (client,) = engine_clients(served)
+        sampled = asyncio.run(sample(client, prompts, tokens))
     samples = []
     for index, (prompt, (ids, logprobs)) in enumerate(zip(prompts, sampled, strict=True)):
         whole = np.concatenate([prompt, ids]).astype(np.int32)

@@ -21,7 +21,7 @@ from tests.reference_bailing import bailing_forward
 
 GRADIENT_BUDGET = 6e-2
 """||found - float64|| / ||float64|| of any parameter."""
-LOGPROB_MEAN, LOGPROB_MAX = 1e-2, 6e-2  # nats
+LOGPROB_MEAN, LOGPROB_MAX = 1.3e-2, 7e-2  # nats
 CLIP_MARGIN = 0.06
 
 pytestmark = pytest.mark.slow
