@@ -104,6 +104,18 @@ def test_an_environment_that_is_not_there_is_named_before_an_engine_starts(path,
     assert f"rollout.environment={path}" in (err := capsys.readouterr().err) and said in err
 
 
+@pytest.mark.parametrize(("path", "said"), [
+    ("no_such_module.words", "no_such_module.words cannot be imported"), ("os.no_words", "has no attribute 'no_words'"),
+    ("words", "words is no dotted path")])
+@pytest.mark.parametrize("options", [["--check"], []])
+def test_a_metric_that_is_not_there_is_named_before_an_engine_starts(path, said, options, tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    assert main(["rl", *options, "experiment=quickstart", f"model.path={model}", f"run.dir={tmp_path / 'run'}",
+                 f"observe.metrics=[{path}]"]) == 2
+    error = capsys.readouterr().err
+    assert "observe.metrics: " in error and said in error
+
+
 def test_a_generated_prompt_that_has_no_room_is_named_before_an_engine_starts(tmp_path, capsys):
     model = write_tiny_bailing(tmp_path / "model")
     assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=chains",
