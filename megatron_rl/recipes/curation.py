@@ -21,7 +21,7 @@ from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
 from megatron_rl.data.curation.clean import clean
 from megatron_rl.data.curation.contamination import decontaminate
 from megatron_rl.data.curation.duplicates import dedup
-from megatron_rl.data.curation.items import Item, Removal, Split, read_items, write_split
+from megatron_rl.data.curation.items import Item, Removal, Split, problem_text, read_items, write_split
 from megatron_rl.data.files import FileProblems, read_problems, report_bad
 from megatron_rl.data.problems import Problem
 from megatron_rl.data.rows import FILE_SOURCES
@@ -41,9 +41,12 @@ __all__ = ["Sampled", "difficulty", "run", "verify"]
 
 SAMPLES = "samples.jsonl"
 PROMPTS_AT_A_TIME = 64
-_COMMAND = re.compile(r"\\(?:text|mbox|mathrm|mathbf|operatorname|begin|end)\s*\{[^}]*\}|\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:text|mbox|mathrm|mathbf|operatorname|begin|end)\s{0,9}\{[^}]{0,200}\}"
+                      r"|\\[A-Za-z]+")
 _PROSE_WORD = re.compile(r"[A-Za-z]{3,}")
-RESPELLED = "\\boxed{{\\displaystyle {}}}"  # another string than the answer: it is parsed, not only compared
+OWN_ANSWER = {"exact": "{}", "reasoning_gym": "\\boxed{{{}}}",
+              **dict.fromkeys(("math_verify", "science"), "\\boxed{{\\displaystyle {}}}")}  # parsed, not only compared
+"""Scorer -> a response that gives the reference itself. Programs and rewards of the user need a worked response."""
 
 
 @dataclass(frozen=True)
@@ -107,28 +110,34 @@ def benchmark_problems(given: Sequence[str]) -> Iterator[Problem]:
 
 def verify(items: Sequence[Item], config: Config, samples: Sequence[Sampled] = (), *,
            agreement: float = 0.5) -> Split:
-    """Removes problems whose reference answer the verifier or models do not bear out.
+    """Removes problems whose reference answer the scorer or models do not bear out.
 
-    unverifiable: the domain's scorer (math_verify, science) does not accept the answer itself in another spelling.
+    unjudgeable: the row lacks what the domain's scorer needs. unverifiable: the scorer does not accept a response that
+    gives the reference itself, for math_verify and science in another spelling, so that no answer could meet it.
     prose_answer: an answer of several words, for math_verify. response_fails: the worked response of
     data.response_key is not right. models_disagree: no sample is right, and at least `agreement` of them box
     one and the same other answer.
     """
     questions: list[tuple[int, str, Prompt, str]] = []
     removed: dict[int, Removal] = {}
-    for place, item in enumerate(items):
-        problem = item.problem
-        prompt = Prompt(problem.id, (), "", problem.answer, problem.domain, problem.metadata)
-        route = config.reward.routes.get(problem.domain)
-        if route in ("math_verify", "science"):
+    with RewardPool(config.reward) as rewards:
+        rewards.check_domains({item.problem.domain for item in items})
+        for place, item in enumerate(items):
+            problem = item.problem
+            prompt = Prompt(problem.id, (), problem_text(problem), problem.answer, problem.domain, problem.metadata)
+            route = config.reward.routes[problem.domain]
+            try:
+                rewards.check(prompt)
+            except ValueError as error:
+                removed[place] = Removal("unjudgeable", str(error)[:200])
+                continue
             if route == "math_verify" and _is_prose(problem.answer):
                 removed[place] = Removal("prose_answer", problem.answer[:200])
                 continue
-            questions.append((place, "unverifiable", prompt, RESPELLED.format(problem.answer)))
-        if problem.response is not None:
-            questions.append((place, "response_fails", prompt, problem.response))
-    with RewardPool(config.reward) as rewards:
-        rewards.check_domains({item.problem.domain for item in items})
+            if route in OWN_ANSWER and problem.answer:
+                questions.append((place, "unverifiable", prompt, OWN_ANSWER[route].format(problem.answer)))
+            if problem.response is not None:
+                questions.append((place, "response_fails", prompt, problem.response))
         rewards.warm_up()
         scores = rewards.score_many([(prompt, text) for _, _, prompt, text in questions])
     for (place, why, prompt, _), score in zip(questions, scores, strict=True):

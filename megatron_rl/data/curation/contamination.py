@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from megatron_rl.data.curation.items import Item, Removal, Split, problem_text, words
 from megatron_rl.data.problems import Problem
 
 __all__ = ["decontaminate"]
 
-MIN_WORDS = 3
+MIN_WORDS, MAX_SENTENCES, MOST = 3, 5, 2 / 3
+_SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The words of a benchmark problem, and its n-grams: one if it is shorter than that."""
+
+    name: str
+    words: tuple[str, ...]
+    grams: frozenset[tuple[str, ...]]
 
 
 def decontaminate(items: Sequence[Item], benchmarks: Iterable[Problem], *, ngram: int = 10,
                   share: float = 0.5) -> Split:
     """Removes a problem that shares at least `share` of the n-grams of the shorter of it and some benchmark problem.
 
-    That is share of the benchmark's text found in the problem, or the other way round. A benchmark problem of fewer
-    than `ngram` words counts as one n-gram; below 3 words it is not looked for.
+    That is share of the benchmark's text found in the problem, or the other way round. A text of fewer than two n-grams
+    may be a phrase that many problems have ("What is the area of the shaded region?"). So it must also make up two
+    thirds of the longer text, or hold a number and be a sentence of the problem. A benchmark problem of fewer than
+    `ngram` words counts as one n-gram; below 3 words it is not looked for.
     """
     if ngram < 1 or not 0 < share <= 1:
         raise ValueError(f"ngram={ngram} must be at least 1, and share={share} must lie in (0, 1]")
     owners: dict[int, dict[tuple[str, ...], set[int]]] = defaultdict(lambda: defaultdict(set))
-    known: list[tuple[str, int]] = []  # id and number of distinct n-grams of each benchmark problem
+    known: list[_Text] = []
     for problem in benchmarks:
         text = words(problem_text(problem))
         if len(text) < MIN_WORDS:
@@ -32,7 +46,7 @@ def decontaminate(items: Sequence[Item], benchmarks: Iterable[Problem], *, ngram
         grams = _ngrams(text, length)
         for gram in grams:
             owners[length][gram].add(len(known))
-        known.append((problem.id, len(grams)))
+        known.append(_Text(problem.id, tuple(text), frozenset(grams)))
     removed = {}
     for place, item in enumerate(items):
         text = words(problem_text(item.problem))
@@ -42,11 +56,26 @@ def decontaminate(items: Sequence[Item], benchmarks: Iterable[Problem], *, ngram
             for gram in own[length] & owner.keys():
                 for number in owner[gram]:
                     shared[number, length] += 1
-        overlap, (number, _) = max(((count / min(known[key[0]][1], len(own[key[1]])), key)
-                                    for key, count in shared.items()), default=(0.0, (0, 0)))
-        if overlap >= share:
-            removed[place] = Removal("contaminated", f"{overlap:.2f} of {known[number][0]}")
+        overlaps = sorted(((count / min(len(known[number].grams), len(own[length])), number)
+                           for (number, length), count in shared.items()), reverse=True)
+        for overlap, number in overlaps:
+            if overlap >= share and _is_telling(known[number].words, text, item, 2 * ngram):
+                removed[place] = Removal("contaminated", f"{overlap:.2f} of {known[number].name}")
+                break
     return Split(items, removed)
+
+
+def _is_telling(benchmark: Sequence[str], text: Sequence[str], item: Item, enough: int) -> bool:
+    """Whether what two texts share says that they are one problem."""
+    shorter, longer = sorted((benchmark, text), key=len)
+    if len(shorter) >= enough or len(shorter) >= MOST * len(longer):
+        return True
+    if not any(character.isdigit() for word in shorter for character in word):
+        return False
+    sentences = [words(sentence) for sentence in _SENTENCE_END.split(problem_text(item.problem))]
+    starts = [place for place, sentence in enumerate(sentences) if sentence and sentence[0] == benchmark[0]]
+    return any(list(benchmark) == sum(sentences[first:last], []) for first in starts
+               for last in range(first + 1, min(first + MAX_SENTENCES, len(sentences)) + 1))
 
 
 def _ngrams(text: Sequence[str], length: int) -> set[tuple[str, ...]]:

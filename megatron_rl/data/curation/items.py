@@ -6,16 +6,16 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config.data import DataConfig
-from megatron_rl.data.files import problem_of, report_bad
+from megatron_rl.data.files import is_absent, problem_of, report_bad
 from megatron_rl.data.problems import Problem, asked
 from megatron_rl.data.rows import FILE_SOURCES, BadRow, Row, read_rows
-from megatron_rl.observe.files import write_json
+from megatron_rl.observe.files import write_whole
 
 __all__ = ["Item", "Removal", "Split", "problem_text", "read_items", "words", "write_split"]
 
@@ -66,9 +66,16 @@ def read_items(config: DataConfig) -> tuple[list[Item], list[tuple[Row, Removal]
     items, bad = [], []
     for row in read_rows(config):
         try:
-            items.append(Item(row, problem_of(row, config)))
+            problem = problem_of(row, config)
         except BadRow as error:
             bad.append((row, Removal("bad_row", str(error))))
+            continue
+        try:
+            _line(row.fields)  # what cannot be written again must not end a step half-way
+        except BadRow as error:
+            bad.append((replace(row, fields=error), Removal("bad_row", str(error))))
+            continue
+        items.append(Item(row, problem))
     if bad:
         report_bad([f"{row.where}: {removal.detail}" for row, removal in bad], config)
     return items, bad
@@ -77,9 +84,9 @@ def read_items(config: DataConfig) -> tuple[list[Item], list[tuple[Row, Removal]
 def write_split(folder: Path, split: Split, bad: Sequence[tuple[Row, Removal]] = ()) -> dict[str, int]:
     """kept.jsonl and removed.jsonl with the rows as they were read, and report.json with the counts, which it returns.
 
+    All three appear when all are whole; an error before that leaves what was there.
     A removed row has one more column, removed: {"why", "detail", "from"}.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     kept, removed = [], [_removed(row, removal, {}) for row, removal in bad]
     for place, item in enumerate(split.items):
         extra = split.notes.get(place, {})
@@ -87,12 +94,14 @@ def write_split(folder: Path, split: Split, bad: Sequence[tuple[Row, Removal]] =
             removed.append(_removed(item.row, split.removed[place], extra))
         else:
             kept.append({**item.row.fields, **extra})
-    _write(folder / KEPT, kept)
-    _write(folder / REMOVED, removed)
     counts = split.counts
     if bad:
         counts |= {"read": counts["read"] + len(bad), "bad_row": len(bad)}
-    write_json(folder / REPORT, counts)
+    texts = {KEPT: "".join(map(_line, kept)), REMOVED: "".join(map(_line, removed)),
+             REPORT: json.dumps(counts, indent=2) + "\n"}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_whole(folder / name, text)
     return counts
 
 
@@ -101,10 +110,32 @@ def _removed(row: Row, removal: Removal, extra: Mapping[str, Any]) -> dict[str, 
     return {**fields, **extra, "removed": {"why": removal.why, "detail": removal.detail, "from": row.where}}
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+def _line(row: Mapping[str, Any]) -> str:
+    """The row as a line of JSON; NaN, as tables have it for null, becomes null. BadRow names what cannot be written."""
+    try:
+        return json.dumps(row, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
+    except BadRow:
+        raise
+    except ValueError:
+        pass
+    try:
+        return json.dumps(_without_nan(row), ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise BadRow("it holds an infinite number, which JSON does not know") from error
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (bytes, bytearray)):
+        raise BadRow(f"it holds bytes ({value[:20]!r}), which JSON lines cannot: leave the column out")
+    return str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(content) for name, content in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(content) for content in value]
+    return None if is_absent(value) else value
 
 
 def problem_text(problem: Problem) -> str:
