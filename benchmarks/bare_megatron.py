@@ -23,7 +23,7 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     from megatron_rl.batch import assemble
     from megatron_rl.config.schema import ParallelConfig
     from megatron_rl.model.attention import packed_sequences
-    from megatron_rl.recipes.learner import PolicyLearner
+    from megatron_rl.trainer.learner import PolicyLearner
 
     responses, typical, longest, repeats = (8, 24, 96, 2) if quick else (32, 100, 1024, repeats)
     model = workload.TINY_MOE if quick else workload.SMALL_MOE
@@ -37,7 +37,8 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
         learner = PolicyLearner(config, here)
     groups = workload.rollout_groups(lengths, responses_per_prompt=8, vocab=model["vocab_size"],
                                      prompt_tokens=(16, 64), seed=0)
-    (batch,) = assemble(groups, config.c3po, dp=1, seed=0, step=0, max_response_tokens=longest)
+    batches = assemble(groups, config.c3po, dp=1, seed=0, step=0, max_response_tokens=longest)
+    (batch,) = workload.shard_of(learner, batches)
     microbatches, counts = learner._prepare(batch)  # learn() is _prepare, then _update, which is what is timed
 
     def ours() -> None:

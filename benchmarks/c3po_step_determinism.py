@@ -26,7 +26,7 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
     from megatron_rl.config.schema import ParallelConfig
     from megatron_rl.observe.flops import train_flops
     from megatron_rl.observe.timing import Timers
-    from megatron_rl.recipes.learner import PolicyLearner
+    from megatron_rl.trainer.learner import PolicyLearner
 
     steps, responses, typical, longest = (3, 16, 24, 96) if quick else (steps, 32, 200, 1024)
     model = workload.TINY_MOE if quick else workload.SMALL_MOE
@@ -50,7 +50,8 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
         for step in range(steps):
             batches = {name: assemble(groups[step], configs[name].c3po, dp=1, seed=0, step=step,
                                       max_response_tokens=longest) for name in learners}
-            timed = interleaved({name: lambda name=name, batches=batches: learners[name].learn(batches[name], Timers())
+            shards = {name: workload.shard_of(learners[name], batches[name]) for name in learners}
+            timed = interleaved({name: lambda name=name, shards=shards: learners[name].learn(shards[name], Timers())
                                  for name in learners}, repeats=1 if quick else 3, warmup=int(step == 0))
             for name, (batch,) in batches.items():
                 seconds[name].append(min(timed[name]))

@@ -28,9 +28,9 @@ from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.kernel_layers import KernelExperts, KernelRouter
 from megatron_rl.model.router import BudgetRouter
 from megatron_rl.observe.flops import train_flops
-from megatron_rl.recipes.objective import TokenObjective
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
 
 LAYERS = 4

@@ -61,8 +61,8 @@ def differences(folder: Path, overrides: list[str], responses: int, tokens: int,
     from megatron_rl.batch import by_sample
     from megatron_rl.config.load import load
     from megatron_rl.launch.local import engines_for
-    from megatron_rl.recipes.learner import build_trainable, packed_microbatches
-    from megatron_rl.recipes.serving import engine_clients
+    from megatron_rl.rollout.client import engine_clients
+    from megatron_rl.trainer.learner import build_trainable, packed_microbatches
     from megatron_rl.types import TrainSample
 
     config = load([f"model.path={folder}", "model.dtype=bfloat16", f"rollout.max_response_tokens={tokens}",

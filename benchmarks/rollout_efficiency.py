@@ -24,8 +24,8 @@ from benchmarks.common import Row, main, median
 from megatron_rl.batch import BudgetFill, assemble
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import AlgoConfig, ModelConfig
+from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.recipes.serving import load_tokenizer
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.collectors import BudgetedCollector, Collector, PartialCollector, SyncCollector
 from megatron_rl.rollout.engine_command import draw_key, engine_key

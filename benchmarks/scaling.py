@@ -42,7 +42,7 @@ def run_rank(rank: int, layout: str, folder: str, port: int, quick: bool, repeat
     from megatron_rl.batch import assemble
     from megatron_rl.config.schema import ParallelConfig
     from megatron_rl.observe.timing import Timers
-    from megatron_rl.recipes.learner import PolicyLearner
+    from megatron_rl.trainer.learner import PolicyLearner
 
     parallel = ParallelConfig(**options)
     here = topology.start(parallel, seed=0)
@@ -59,7 +59,7 @@ def run_rank(rank: int, layout: str, folder: str, port: int, quick: bool, repeat
     for turn in range(repeats + 1):
         here.barrier()
         started = time.perf_counter()
-        learner.learn(batches, Timers())
+        learner.learn(workload.shard_of(learner, batches), Timers())
         here.barrier()
         if turn:
             seconds.append(time.perf_counter() - started)

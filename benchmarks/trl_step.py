@@ -108,7 +108,7 @@ def run_ours(path: Path, steps: list, longest: int) -> tuple[list[float], list[f
     from megatron_rl.batch import assemble
     from megatron_rl.config.schema import ParallelConfig
     from megatron_rl.observe.timing import Timers
-    from megatron_rl.recipes.learner import PolicyLearner
+    from megatron_rl.trainer.learner import PolicyLearner
 
     here = topology.start(ParallelConfig(), seed=0)
     seconds, losses, norms, learner = [], [], [], None
@@ -121,7 +121,7 @@ def run_ours(path: Path, steps: list, longest: int) -> tuple[list[float], list[f
         learner.config = config
         batches = assemble(groups, config.c3po, dp=1, seed=0, step=number, max_response_tokens=longest)
         started = time.perf_counter()
-        (result,) = learner.learn(batches, Timers())
+        (result,) = learner.learn(workload.shard_of(learner, batches), Timers())
         seconds.append(time.perf_counter() - started)
         losses.append(result.gauges["train/loss"])
         norms.append(result.gauges["train/grad_norm"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def rollout_groups(lengths_N: np.ndarray, *, responses_per_prompt: int, vocab: i
         groups.append(RolloutGroup(Prompt(str(start), tuple(prompt.tolist()), "", "", "math"), tuple(rollouts),
                                    ("",) * len(rollouts), tuple(scores)))
     return groups
+
+
+def shard_of(learner, batches) -> list:
+    """What this rank of a PolicyLearner trains on, of the step's batches (UpdateShards)."""
+    from megatron_rl.handoff import cut_into_shards
+
+    return cut_into_shards(batches, learner.config, asdict(learner.policy.config))[learner.topology.dp_rank]
 
 
 def train_config(folder: Path, *, objective: str, phi: int, tokens_per_microbatch: int, parallel: ParallelConfig,

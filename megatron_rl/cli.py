@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     parts = {name: _add(commands, name, text) for name, text in usage.COMMANDS.items()}
     for name in ("quickstart", "rl", "sft", "pipeline", "plan", "evaluate", "select-checkpoint", "slurm"):
         _overrides(parts[name])
+    parts["completion"].set_defaults(top=top)
     for name in ("rl", "sft", "pipeline"):
         parts[name].add_argument("--check", action="store_true",
                                  help="validate, print the resolved layout, start nothing")

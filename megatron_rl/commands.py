@@ -14,7 +14,9 @@ from megatron_rl.config.check import Sizes, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
+from megatron_rl.launch.programs import EXIT_CODES
 from megatron_rl.model.network import check_layout
+from megatron_rl.orchestrator.stages import stage_configs
 from megatron_rl.preflight import (
     check_backends,
     check_data,
@@ -25,7 +27,6 @@ from megatron_rl.preflight import (
     validate,
     warn_of_shared_gpus,
 )
-from megatron_rl.recipes.stages import stage_configs
 from megatron_rl.runs import engine_errors, prepare_model, prepare_smollm2, train_rl, train_sft, write_run_report
 
 __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
@@ -50,9 +51,12 @@ def rl(options) -> int:
         prepare_model(config)
     sizes = validate(config, start=not options.check)
     print_summary(config, sizes)
-    if not options.check:
-        train_rl(config)
-    return 0
+    if options.check:
+        return 0
+    ended = train_rl(config)
+    if ended.why:
+        Console(stderr=True).print(f"megatron-rl: the run ended early: {ended.why}", soft_wrap=True)
+    return EXIT_CODES[ended.how]
 
 
 def config(options) -> int:
@@ -232,10 +236,9 @@ def doctor(options) -> int:
 
 
 def completion(options) -> int:
-    from megatron_rl.cli import parser
     from megatron_rl.completion import script
 
-    print(script(options.shell, parser()), end="")
+    print(script(options.shell, options.top), end="")
     return 0
 
 

@@ -1,116 +1,134 @@
-"""The story of one step of C3PO reinforcement learning; nothing distributed in it.
+"""The story of one step, told by the two programs that live it; nothing distributed in it.
 
-Every rank runs this loop on the same groups: `rollouts` hands out what rank 0 collected, `learner` trains this
-rank's share, `weights` publishes what all ranks hold together.
+The orchestrator decides and the trainer obeys. `orchestrate` runs in the orchestrator, once: it collects judged
+responses, cuts them to the budget, offers the trainer what it trains on, and tells the engines of the new weights.
+`obey` runs in every rank of the trainer, beside it, and carries out one command after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_rl.batch import StepBatch, assemble, step_budget
+from megatron_rl.batch import UnfillableStep
 from megatron_rl.config.schema import Config
-from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.timing import Timers
-from megatron_rl.types import RolloutGroup, StepResult
+from megatron_rl.types import StepResult
 
 
 class Rollouts(Protocol):
-    """Judged responses, K per prompt, equal on every rank."""
+    """Judged responses, cut and scheduled for the trainer's ranks."""
 
-    def collect(self, step: int, round_: int) -> list[RolloutGroup]: ...
+    async def offer(self, step: int, timers: Timers) -> Any:
+        """From here on the trainer may pull what it trains on in `step`; what the record needs to know of it.
 
-    def state_dict(self) -> dict[str, Any]: ...
+        UnfillableStep when the responses that could be had are too few.
+        """
+        ...
 
 
-class Learner(Protocol):
-    """The policy under training."""
+class Ranks(Protocol):
+    """The trainer, as the orchestrator commands it. A command that has been carried out is not carried out again."""
 
-    def learn(self, batches: Sequence[StepBatch], timers: Timers) -> list[StepResult]: ...
+    steps_done: int
+
+    async def train(self, step: int, timers: Timers) -> list[StepResult]: ...
+
+    async def save(self, step: int, *, over: bool) -> None: ...
 
 
 class Weights(Protocol):
-    """Sends the policy's weights to the engines under a version, and proves that they arrived."""
+    """Has the trainer send the policy's weights to the engines, and each engine prove that it holds them."""
 
-    def publish(self, version: int) -> None: ...
+    async def publish(self, version: int) -> None: ...
 
 
 class Record(Protocol):
-    """Where a step's story goes: metrics, progress, held-out evaluation, checkpoints."""
+    """Where a step's story goes: metrics, progress, held-out evaluation."""
 
-    def step(self, step: int, groups: Sequence[RolloutGroup], batches: Sequence[StepBatch],
-             results: Sequence[StepResult], timers: Timers) -> None: ...
+    def step(self, step: int, offered: Any, results: list[StepResult], timers: Timers) -> None: ...
 
-    def evaluate(self, step: int, label: str) -> None: ...
-
-    def save(self, step: int) -> None: ...
+    async def evaluate(self, step: int, label: str) -> None: ...
 
     def over(self, step: int) -> bool:
-        """Whether the run, or its stage, ends after `step` steps; the same answer on every rank."""
+        """Whether the run, or its stage, ends after `step` steps."""
         ...
 
     def stop_asked(self) -> bool:
-        """Whether the run was asked to end early; the same answer on every rank."""
+        """Whether the run was asked to end early."""
         ...
 
 
-def run(config: Config, *, rollouts: Rollouts, learner: Learner, weights: Weights, record: Record,
-        timers: Timers, first_step: int) -> bool:
-    """Steps first_step .. run.steps - 1; False when it saved and ended early, as asked.
+class End(enum.Enum):
+    """How a run, or one of its stages, came to its end."""
 
-    Version v of the weights is the policy after v rollouts.
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    UNFILLABLE = "unfillable"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """why: for people, if there is more to say."""
+
+    how: End
+    why: str = ""
+
+
+async def orchestrate(config: Config, *, rollouts: Rollouts, ranks: Ranks, weights: Weights, record: Record,
+                      timers: Timers, first_step: int, evaluated: bool) -> Ended:
+    """Steps first_step .. run.steps - 1. Version v of the weights is the policy after v steps.
+
+    After a restart of the orchestrator the trainer may have trained first_step already (ranks.steps_done), and its
+    weights are the next version. evaluated: what precedes the first step was evaluated before such a restart.
     """
-    weights.publish(first_step)
-    if first_step == 0:
-        record.evaluate(0, "before_rl")
+    if ranks.steps_done == first_step:
+        await weights.publish(first_step)
+    if first_step == 0 and not evaluated:
+        await record.evaluate(0, "before_rl")
     for step in range(first_step, config.run.steps):
         with timers("step"):
-            groups, batches = collect_budget(config, rollouts, step, timers)
-            results = learner.learn(batches, timers)
+            try:
+                offered = await rollouts.offer(step, timers)
+            except UnfillableStep as short:
+                await record.evaluate(step, "after_rl")
+                await ranks.save(step, over=False)
+                return Ended(End.UNFILLABLE, str(short))
+            results = await ranks.train(step, timers)
             with timers("publish"):
-                weights.publish(step + 1)
-        record.step(step, groups, batches, results, timers)
+                await weights.publish(step + 1)
+        record.step(step, offered, results, timers)
         done = step + 1
         over = record.over(done)
         if over or (config.eval.every_steps and done % config.eval.every_steps == 0):
-            record.evaluate(done, "after_rl" if over else "during")
+            await record.evaluate(done, "after_rl" if over else "during")
         stopping = not over and record.stop_asked()
         if stopping or over or done % config.run.save_every_steps == 0:
-            record.save(done)
+            await ranks.save(done, over=over)
         if over or stopping:
-            return over
-    return True
+            return Ended(End.FINISHED if over else End.STOPPED)
+    return Ended(End.FINISHED)
 
 
-def collect_budget(config: Config, rollouts: Rollouts, step: int,
-                   timers: Timers) -> tuple[list[RolloutGroup], list[StepBatch]]:
-    """Whole groups until this rollout has what its optimiser steps need (c3po.underfull decides).
+class Trainer(Protocol):
+    """One rank's part of every command; all ranks are given the same ones (handoff/protocol.py)."""
 
-    With a budget that is Phi tokens for each step; without one, prompts_per_step groups that dynamic sampling keeps.
-    """
-    algo, dp = config.c3po, config.parallel.dp
-    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    groups: list[RolloutGroup] = []
-    for round_ in range(algo.max_collect_rounds):
-        with timers("generate"):
-            groups += rollouts.collect(step, round_)
-        bear_failures(groups, what=f"step {step}", max_fraction=config.rollout.max_failed_fraction)
-        if not groups:
-            continue  # a budget of sampled tokens may end before the first group has finished
-        batches = assemble(groups, algo, dp=dp, seed=config.run.seed, step=step,
-                           max_response_tokens=config.rollout.max_response_tokens)
-        if algo.has_budget:
-            full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
-        else:
-            full = not algo.dynamic_sampling or sum(batch.num_responses for batch in batches) >= responses
-        if full or algo.underfull != "collect_more":
-            return groups, batches
-    if groups and not algo.has_budget:
-        raise ValueError(f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses "
-                         f"in mixed groups after c3po.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, "
-                         "or set c3po.dynamic_sampling=false or c3po.underfull=train_short")
-    available = sum(batch.available_tokens for batch in batches) if groups else 0
-    raise ValueError(f"step {step}: {available} response tokens after c3po.max_collect_rounds="
-                     f"{algo.max_collect_rounds} rounds, {step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise "
-                     "rollout.prompts_per_step or c3po.max_collect_rounds, or lower c3po.phi")
+    def execute(self, command: dict[str, Any]) -> dict[str, Any]: ...
+
+
+class Orders(Protocol):
+    """Where commands come from and outcomes go."""
+
+    def next(self) -> dict[str, Any]: ...
+
+    def done(self, outcome: dict[str, Any]) -> None: ...
+
+
+def obey(trainer: Trainer, orders: Orders) -> None:
+    """start, then publish, (make_room,) train, publish, train, ... and save now and then, until finish."""
+    while True:
+        command = orders.next()
+        orders.done(trainer.execute(command))
+        if command["kind"] == "finish":
+            return

@@ -21,7 +21,7 @@ from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
-from megatron_rl.recipes import stages
+from megatron_rl.orchestrator import stages
 
 __all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory", "check_sft_data",
            "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
@@ -139,7 +139,8 @@ def warn_of_shared_gpus(config: Config, *, slurm: bool = False) -> None:
 def check_sft_data(config: Config) -> None:
     """Read the examples before ranks are started. ValueError as the parts raise it."""
     with quick_imports():
-        from megatron_rl.recipes.serving import load_tokenizer, sft_source
+        from megatron_rl.model.tokenizer import load_tokenizer
+        from megatron_rl.prompts import sft_source
 
     sft_source(config, load_tokenizer(config.model))
 
@@ -150,8 +151,9 @@ def check_data(config: Config, *, training: bool = True) -> None:
     training=False: those of the evaluation alone.
     """
     with quick_imports():
-        from megatron_rl.recipes.evaluation import evaluation_data, number_evaluated
-        from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+        from megatron_rl.model.tokenizer import load_tokenizer
+        from megatron_rl.orchestrator.evaluation import evaluation_data, number_evaluated
+        from megatron_rl.prompts import prompt_source
         from megatron_rl.reward import RewardPool
         from megatron_rl.rollout.environment import load_environment
 

@@ -15,8 +15,11 @@ from rich.table import Table
 
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import RunFailed, engines_for, run_ranks, terminable
+from megatron_rl.launch.programs import run_rl
+from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint_files import check_resume
+from megatron_rl.orchestrator import stages
 from megatron_rl.preflight import (
     check_data,
     check_devices,
@@ -27,7 +30,6 @@ from megatron_rl.preflight import (
     warn_of_seen_problems,
     warn_of_shared_gpus,
 )
-from megatron_rl.recipes import stages
 from megatron_rl.rollout.engines import EngineError
 
 __all__ = ["engine_errors", "prepare_model", "prepare_smollm2", "train_rl", "train_sft", "write_run_report"]
@@ -36,8 +38,8 @@ SMOLLM2_FOLDER = "models/smollm2-moe"
 SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
 
 
-def train_rl(config: Config) -> None:
-    """One RL run on this machine: engine, ranks, report. Everything started is stopped."""
+def train_rl(config: Config) -> Ended:
+    """One RL run on this machine: engine, orchestrator, ranks, report. Everything started is stopped."""
     run_dir = Path(config.run.dir)
     check_devices(config)
     warn_of_shared_gpus(config)
@@ -50,12 +52,11 @@ def train_rl(config: Config) -> None:
             engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:
         engine = served.rollout.engine
         config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
-        run_ranks("rl", config)
-        while config.stages and not stages.current(config := stages.resumed(config)).done:
-            run_ranks("rl", config)
+        ended = run_rl(config)
     if (run_dir / "eval.jsonl").is_file():  # eval.problems=0 without benchmarks evaluates nothing
         print_evaluations(run_dir)
     write_run_report([run_dir])
+    return ended
 
 
 def train_sft(config: Config) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -24,8 +22,8 @@ megatron_cpu.patch_megatron()
 loopback_store.use_loopback_stores()
 
 
-WHILE_RANK_0_COLLECTS = datetime.timedelta(days=7)
-"""How long other ranks wait for what rank 0 samples, judges or evaluates; that a rank died is its launcher's to see."""
+TIMEOUT_S = 1800.0
+"""How long a rank waits for the others in one collective call."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +80,19 @@ class Topology:
         dist.broadcast_object_list(box, src=source, group=self.control_group)
         return box[0]
 
-    def scatter_to_replicas(self, part: Callable[[int], np.ndarray], own: np.ndarray) -> None:
-        """Collective: fills `own` with what rank 0's part(data-parallel rank) returns for this one (over gloo).
-
-        Each part leaves rank 0 once, and goes on from the first rank of its replica to the others. part: called on
-        rank 0 alone, one data-parallel rank after the other; C-contiguous, of the shape and dtype of that one's `own`.
-        """
+    def share_with_replica(self, body: bytes | None) -> bytes:
+        """Collective within a replica: the bytes that its first rank has, on all its ranks (over gloo)."""
+        if self.replica_group is None:
+            return body
         first = self.replica_firsts[self.dp_rank]
-        if self.is_main:
-            for dp_rank, receiver in enumerate(self.replica_firsts):
-                if dp_rank == self.dp_rank:
-                    own[...] = part(dp_rank)
-                else:
-                    dist.send(torch.from_numpy(part(dp_rank)), receiver, group=self.control_group)
-        elif self.rank == first:
-            dist.recv(torch.from_numpy(own), 0, group=self.control_group)
-        if self.replica_group is not None:
-            dist.broadcast(torch.from_numpy(own), first, group=self.replica_group)
+        size = torch.tensor([0 if body is None else len(body)])
+        dist.broadcast(size, first, group=self.replica_group)
+        if self.rank == first:
+            content = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        else:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(content, first, group=self.replica_group)
+        return content.numpy().tobytes()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank."""
@@ -118,7 +112,7 @@ class Topology:
             dist.all_reduce(tensor, group=self.dp_cp_group)
 
 
-def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> Topology:
+def start(config: ParallelConfig, *, seed: int, timeout_s: float = TIMEOUT_S) -> Topology:
     """Join the process group, build Megatron's groups and seed its random states.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them, one process.
@@ -135,8 +129,8 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_s)
         if world_size == 1 and "MASTER_PORT" not in os.environ:
             dist.init_process_group("nccl" if has_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1,
                                     timeout=timeout)
@@ -148,8 +142,8 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         expert_model_parallel_size=config.ep, expert_tensor_parallel_size=config.etp,
         create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    control_group = dist.new_group(backend="gloo", timeout=WHILE_RANK_0_COLLECTS)
-    replica_group, replica_firsts = _replicas(control_group)
+    control_group = dist.new_group(backend="gloo", timeout=timeout)
+    replica_group, replica_firsts = _replicas(control_group, timeout)
     return Topology(
         rank=dist.get_rank(), world_size=world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=config.tp,
@@ -162,7 +156,7 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> To
         device=device, control_group=control_group, replica_group=replica_group, replica_firsts=replica_firsts)
 
 
-def _replicas(control_group: Any) -> tuple[Any, tuple[int, ...]]:
+def _replicas(control_group: Any, timeout: datetime.timedelta) -> tuple[Any, tuple[int, ...]]:
     """The gloo group of the ranks that share this one's data-parallel rank, and the first of each such group."""
     dp_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(dp_ranks, parallel_state.get_data_parallel_rank(), group=control_group)
@@ -171,7 +165,7 @@ def _replicas(control_group: Any) -> tuple[Any, tuple[int, ...]]:
         members.setdefault(dp_rank, []).append(rank)
     own = None
     for ranks in members.values():  # every rank makes every group, in one order, as torch.distributed asks for
-        group = dist.new_group(ranks, backend="gloo") if len(ranks) > 1 else None
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout) if len(ranks) > 1 else None
         own = group if dist.get_rank() in ranks else own
     return own, tuple(members[dp_rank][0] for dp_rank in sorted(members))
 

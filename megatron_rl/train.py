@@ -6,10 +6,12 @@ The launcher has composed and checked the configuration; here it is only read.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.rollout.die_with_parent import die_with_parent
+from megatron_rl.signals import ignore
 
 RECIPES = ("rl", "sft", "convert", "replay")
 
@@ -21,12 +23,11 @@ def main() -> None:
     die_with_parent()  # no rank outlives its torchrun, whatever ends it
     if os.getppid() == 1:
         sys.exit("the launcher is gone")
-    from megatron_rl.recipes import stop
-
-    stop.listen()  # before the slow imports: the signal may come at any time
+    ignore([signal.SIGUSR1])  # a request to stop is the orchestrator's business; it may come at any time
     with quick_imports():
         from megatron_rl.config.load import from_json
-        from megatron_rl.recipes import convert, replay, rl, sft
+        from megatron_rl.recipes import convert, replay, sft
+        from megatron_rl.trainer import main as rl
 
     {"rl": rl, "sft": sft, "convert": convert, "replay": replay}[recipe].run(from_json(config_path))
 

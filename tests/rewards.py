@@ -5,7 +5,7 @@ import time
 import zlib
 from pathlib import Path
 
-from megatron_rl.types import Prompt
+from megatron_rl.types import Prompt, Score
 
 
 def brevity(prompt: Prompt, response_text: str) -> float:
@@ -26,3 +26,11 @@ def as_marked(prompt: Prompt, response_text: str) -> float:
     """1, 0 or by the response's checksum, as the problem's column `solved` says: always, never, sometimes."""
     sometimes = float(zlib.crc32(response_text.encode()) % 2)
     return {"always": 1.0, "never": 0.0, "sometimes": sometimes}[prompt.metadata["solved"]]
+
+
+def learnt_after_two_steps(prompt: Prompt, response_text: str) -> Score:
+    """Right or wrong by the response's checksum; right without exception once the run of LEARNT_RUN has two steps."""
+    metrics = Path(os.environ["LEARNT_RUN"], "metrics.jsonl")
+    learnt = metrics.exists() and metrics.read_text().count("\n") >= 2
+    right = learnt or zlib.crc32(response_text.encode()) % 2 == 1
+    return Score(float(right), "correct" if right else "wrong")

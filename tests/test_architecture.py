@@ -9,7 +9,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for folder in ("c3po", "kernels/rl_kernels", "megatron_rl")
            for path in sorted((ROOT / folder).rglob("*.py")) if "hf_files" not in path.parts]
 
-# Inside megatron_rl: a package may import those of its own row and of the rows above it that are listed.
+# Inside megatron_rl: what each package may import besides itself. Two programs stand side by side, orchestrator and
+# trainer, and neither imports the other; what both need stands below both.
+LEAVES = {"types", "signals", "config", "observe", "compat"}
+ENGINES = {"rollout", "reward", "data", "prompts"}
+LAUNCHED = {"orchestrator", "trainer", "loop", "recipes", "launch"}
 FLOORS = {
     "types": set(),
     "signals": set(),
@@ -22,12 +26,27 @@ FLOORS = {
     "reward": {"types", "signals", "config", "observe"},
     "batch": {"types", "config", "observe"},
     "handoff": {"types", "config", "observe", "batch"},
+    "prompts": {"config", "data", "model", "reward"},
     "model": {"types", "config", "observe", "compat", "topology"},
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
     "sync": {"types", "signals", "config", "observe", "compat", "topology", "model", "rollout"},
     "plan": {"types", "config", "batch", "model"},
     "loop": {"types", "config", "observe", "batch"},
+    "orchestrator": {*LEAVES, *ENGINES, "batch", "handoff", "loop", "model", "sync"},
+    "trainer": {*LEAVES, "rollout", "batch", "handoff", "loop", "model", "sync", "topology", "train_step"},
+    "launch": {*LEAVES, "rollout", "model", "loop", "orchestrator", "trainer"},
+    "recipes": {*LEAVES, *ENGINES, "model", "topology", "train_step", "orchestrator", "trainer", "launch"},
     "doctor": {"observe", "reward"},
+    "preflight": {*LEAVES, *ENGINES, "model", "plan", "orchestrator"},
+    "train": {"compat", "config", "rollout", "signals", "recipes", "trainer"},
+    "runs": {*LEAVES, "rollout", "model", "preflight", *LAUNCHED},
+    "pipeline": {*LEAVES, *ENGINES, "model", "preflight", "runs", *LAUNCHED},
+    "ablations": {*LEAVES, "preflight", "runs", *LAUNCHED},
+    "completion": {"config"},
+    "usage": set(),
+    "commands": {*LEAVES, "model", "plan", "preflight", "runs", "pipeline", "ablations", "completion", "doctor",
+                 *LAUNCHED},
+    "cli": {"commands", "usage"},
 }
 MAY_IMPORT_MEGATRON = {"topology", "model", "train_step", "sync", "compat"}
 MAY_IMPORT_SGLANG = {"rollout", "sync", "compat"}
@@ -39,9 +58,17 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+LAZY_DETOURS = {"megatron_rl.ablations.multirun": {"megatron_rl.ablations.command"}}
+"""Hydra's application, which starts itself anew in a job and there plans what it was started from."""
+
+
+def imported_modules(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Whole names. at_run_time: without what is imported under TYPE_CHECKING."""
+    found, tree = set(), ast.parse(path.read_text())
+    if at_run_time:
+        tree.body = [node for node in tree.body
+                     if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -67,14 +94,67 @@ def test_imports_go_downwards(path):
         assert top - allowed <= _standard_library(), f"{name} imports {sorted(top - allowed - _standard_library())}"
         return
     here = room(name)
-    if here in FLOORS:
-        known = {room(module) for module in imports if module.startswith("megatron_rl.")} - {here, ""}
+    if here:
+        assert here in FLOORS, f"megatron_rl.{here} has no rule: say in FLOORS what it may import"
+        known = {room(module) for module in imports if module.startswith("megatron_rl.")} - {here, "", "__version__"}
         assert known <= FLOORS[here], f"{name} imports megatron_rl.{sorted(known - FLOORS[here])}"
     if here not in MAY_IMPORT_MEGATRON:
         assert "megatron" not in top, f"{name} imports megatron"
     if here not in MAY_IMPORT_SGLANG:
         assert "sglang" not in top, f"{name} imports sglang"
     assert "triton" not in top, f"{name} imports triton"
+
+
+def graph_of_files() -> dict[str, set[str]]:
+    """Module of megatron_rl -> those that it imports, anywhere in it but under TYPE_CHECKING.
+
+    Without the two that wait for somebody else to import Megatron, and then adapt it.
+    """
+    paths = {module_name(path): path for path in SOURCES if "megatron_rl" in path.parts}
+    del paths["megatron_rl"], paths["megatron_rl.compat"]
+    return {name: {module for module in imported_modules(path, at_run_time=True) if module in paths} - {name}
+            for name, path in paths.items()}
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str] | None:
+    """The nodes of one cycle, or None: whatever is left when nodes that nothing left imports are taken away."""
+    left = dict(graph)
+    while free := [node for node, targets in left.items() if not targets & left.keys()]:
+        for node in free:
+            del left[node]
+    return sorted(left) or None
+
+
+def test_no_file_and_no_package_imports_itself_by_a_detour():
+    files = graph_of_files()
+    assert cycle_in({name: targets - LAZY_DETOURS.get(name, set()) for name, targets in files.items()}) is None
+    packages: dict[str, set[str]] = {}
+    for name, targets in files.items():
+        packages.setdefault(room(name), set()).update({room(target) for target in targets} - {room(name), ""})
+    assert cycle_in({name: targets for name, targets in packages.items() if name}) is None
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]
+
+
+def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
+    found, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += graph.get(name, set())
+    return found
+
+
+def test_the_orchestrator_holds_neither_megatron_nor_a_process_group():
+    """Not even by way of what it imports; what is reached are modules that only the trainer's side may use."""
+    files, paths = graph_of_files(), {module_name(path): path for path in SOURCES}
+    known = set().union(*(reachable(name, files) for name in files if room(name) == "orchestrator"))
+    assert "megatron_rl.orchestrator.main" in known and "megatron_rl.rollout.fleet" in known
+    for name in known:
+        top = {module.split(".")[0] for module in imported_modules(paths[name], at_run_time=True)}
+        assert "megatron" not in top and "sglang" not in top, f"the orchestrator reaches {name}"
+        assert "torch.distributed" not in imported_modules(paths[name]), f"the orchestrator reaches {name}"
+        assert "init_process_group" not in paths[name].read_text(), f"the orchestrator reaches {name}"
 
 
 def test_only_configuration_and_entry_points_know_omegaconf():

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -76,7 +76,8 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
 
 
 def run_ranks(recipe: str, config: Config) -> None:
-    """torchrun parallel.world_size ranks of `recipe` and wait. RunFailed or RunInterrupted; no rank is left.
+    """torchrun parallel.world_size ranks of `recipe` (not of rl: programs.py) and wait. RunFailed or RunInterrupted; no
+    rank is left.
 
     Their output goes to <run.dir>/trainer.log; progress is shown from the metrics they write.
     """
@@ -85,14 +86,11 @@ def run_ranks(recipe: str, config: Config) -> None:
     launch_config = run_dir / "launch.json"
     write_json(launch_config, to_dict(config))
     log_path = run_dir / "trainer.log"
-    command = [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1",
-               f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
-               f"--master-port={choose_port(None)}", "-m", "megatron_rl.train", recipe, str(launch_config)]
+    command = guarded([*ranks_command(config), "megatron_rl.train", recipe, str(launch_config)])
     with log_path.open("ab") as log, terminable():
         begin = log.tell()
-        guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
-        ranks = subprocess.Popen([*guard, *command], env=rank_environment() | loopback_only(config),
-                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        ranks = subprocess.Popen(command, env=rank_environment() | loopback_only(config), stdin=subprocess.DEVNULL,
+                                 stdout=log, stderr=log, start_new_session=True)
         try:
             follow(ranks, recipe, config)
         except KeyboardInterrupt:
@@ -104,8 +102,20 @@ def run_ranks(recipe: str, config: Config) -> None:
                         f"{last_words(log_path, begin)}\n{how_to_resume(run_dir)}")
 
 
-def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
-    """Show progress from the metrics that rank 0 writes, until the ranks end."""
+def ranks_command(config: Config) -> list[str]:
+    """torchrun's command line up to the module that its ranks run."""
+    return [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1",
+            f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
+            f"--master-port={choose_port(None)}", "-m"]
+
+
+def guarded(command: Sequence[str]) -> list[str]:
+    """`command`, which the kernel ends when this process ends."""
+    return [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid()), *command]
+
+
+def follow(ranks: subprocess.Popen, recipe: str, config: Config, look: Callable[[], None] = lambda: None) -> None:
+    """Show progress from the metrics that the run writes, until the ranks end. look: called at every turn."""
     if recipe in ("convert", "replay"):
         ranks.wait()
         return
@@ -120,6 +130,8 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config) -> None:
         running = True
         while running:
             running = ranks.poll() is None
+            if running:
+                look()
             metrics, evaluations, samples = (file.new_rows() for file in files)
             if (phase := phases.read()) is not None:
                 progress.phase(*phase)
@@ -195,12 +207,12 @@ def terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_group(process: subprocess.Popen) -> int:
+def stop_group(process: subprocess.Popen, grace_s: float = STOP_GRACE_S) -> int:
     """Exit code of the leader; SIGTERM, then SIGKILL, for what still runs of its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_GRACE_S)
+        process.wait(grace_s)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait()

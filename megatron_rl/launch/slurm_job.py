@@ -1,7 +1,9 @@
-"""The batch script's body: engines up, ranks up, and what to do when they end: `... slurm_job LAUNCH.json`.
+"""The batch script's body: engines, orchestrator and ranks up, and what to do when they end: `slurm_job LAUNCH.json`.
 
- - The time limit nears, or the job is preempted: Slurm signals us (--signal=B:USR1) or the ranks (SIGTERM); the ranks
-   save after their step and leave with STOPPED, and the job goes back into the queue.
+ - The time limit nears, or the job is preempted: Slurm signals us (--signal=B:USR1) or all steps (SIGTERM); the
+   orchestrator has the ranks save after the step, the run ends as stopped, and the job goes back into the queue.
+ - The orchestrator is killed or hangs: it is started again while the ranks wait.
+ - A stage of the run ends: the next one begins in the same job.
  - A node fails: the run goes on as a new job that excludes it, at most slurm.max_restarts times.
  - A job that is not the run's first start goes on from the last checkpoint.
 """
@@ -23,8 +25,10 @@ from pathlib import Path
 from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.keys import check_keys
+from megatron_rl.launch.programs import EXIT_CODES, OrchestratorFailed, OrchestratorKeeper, prepared
+from megatron_rl.loop import End
 from megatron_rl.observe.files import write_json
-from megatron_rl.recipes.stop import STOPPED
+from megatron_rl.orchestrator import stages, state
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.ports import PORTS
 
@@ -58,12 +62,12 @@ class Job:
 
     def run(self) -> int:
         """Exit code of the job; 0 also when it has been requeued."""
-        signal.signal(signal.SIGUSR1, lambda *_: self.ask_ranks_to_stop())
+        signal.signal(signal.SIGUSR1, lambda *_: self.ask_to_stop())
         say(f"job {self.id}, start {self.restarts + 1}, trainers on {','.join(self.trainer_hosts)}, "
             f"engines on {','.join(self.engine_hosts)}")
         try:
             urls = self.start_engines()
-            code = self.run_ranks(urls)
+            code = self.run_programs(urls)
         finally:
             for engine in self.engines:
                 engine.terminate()
@@ -92,20 +96,51 @@ class Job:
             time.sleep(POLL_S)
         return tuple(path.read_text() for path in ready)
 
-    def run_ranks(self, urls: tuple[str, ...]) -> int:
-        """Exit code of srun over all ranks; STOPPED when a signal came before they started."""
-        if self.stop_asked:
-            return STOPPED
+    def run_programs(self, urls: tuple[str, ...]) -> int:
+        """Exit code of the run, with stages of all of them; STOPPED when a signal came before it started."""
+        config = with_engines(self.config, urls, resume=self.restarts > 0)
+        while not self.stop_asked:
+            code, is_last = self.run_stage(config)
+            if code or is_last:
+                return code
+            config = stages.resumed(config)
+        return EXIT_CODES[End.STOPPED]
+
+    def run_stage(self, config: Config) -> tuple[int, bool]:
+        """(exit code, whether no stage is left) of one start of the orchestrator and all ranks."""
+        several = len(self.trainer_hosts) > 1
+        config = prepared(config, host=self.trainer_hosts[0] if several else None)  # the steps inherit the run's key
         path = self.folder / "ranks.json"
-        write_json(path, to_dict(with_engines(self.config, urls, resume=self.restarts > 0)))
-        world, nodes = self.config.parallel.world_size, len(self.trainer_hosts)
-        environment = {"MASTER_ADDR": self.trainer_hosts[0] if nodes > 1 else "127.0.0.1",
+        write_json(path, to_dict(config))
+        environment = {"MASTER_ADDR": self.trainer_hosts[0] if several else "127.0.0.1",
                        "MASTER_PORT": str(master_port(self.id))}
+        keeper = OrchestratorKeeper(config.orchestrator, self.folder / "orchestrator.log", lambda: self.step(
+            "orchestrator", ["--nodes=1", "--ntasks=1", f"--nodelist={self.trainer_hosts[0]}"],
+            [sys.executable, "-m", "megatron_rl.launch.slurm_step", "orchestrator", str(path)],
+            {"CUDA_VISIBLE_DEVICES": ""}))
+        keeper.start()
+        world, nodes = config.parallel.world_size, len(self.trainer_hosts)
         ranks = self.step(
             "rank", [f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}",
                      f"--nodelist={','.join(self.trainer_hosts)}", "--kill-on-bad-exit=1"],
             [sys.executable, "-m", "megatron_rl.launch.slurm_step", "rank", str(path)], environment)
-        return wait(ranks)
+        try:
+            while (code := wait(ranks, POLL_S)) is None:
+                keeper.look()
+            if code == 0:
+                keeper.wait_for_end()
+        except OrchestratorFailed as failed:
+            say(str(failed))
+            ranks.terminate()
+            return 1, True
+        finally:
+            keeper.stop()
+        ended = state.read_end(Path(config.run.dir) / state.FOLDER)
+        if code or ended is None:
+            return code or 1, True
+        if ended[0].why:
+            say(f"the run ended early: {ended[0].why}")
+        return EXIT_CODES[ended[0].how], ended[1]
 
     def step(self, name: str, placing: Sequence[str], command: Sequence[str],
              environment: dict[str, str] | None = None) -> subprocess.Popen:
@@ -117,11 +152,11 @@ class Job:
                 f"--output={log}", "--open-mode=append", *placing, *options]
         with open(self.folder / f"{name}.srun.log", "ab") as errors:
             return subprocess.Popen([*srun, *inside], env=os.environ | (environment or {}), stderr=errors,
-                                    stdin=subprocess.DEVNULL)
+                                    stdin=subprocess.DEVNULL, start_new_session=name == "orchestrator")
 
-    def ask_ranks_to_stop(self) -> None:
-        """SIGUSR1 to the step, not to srun, which would kill its tasks."""
-        say("asked to stop: the ranks save after this step")
+    def ask_to_stop(self) -> None:
+        """SIGUSR1 to the orchestrator's step, not to srun, which would kill its task."""
+        say("asked to stop: the run saves after this step")
         self.stop_asked = True
         steps = subprocess.run(["squeue", "--steps", "--noheader", "--format=%i %j", f"--jobs={self.id}"],
                                capture_output=True, text=True)
@@ -129,14 +164,14 @@ class Job:
             say(f"the signal could not be passed on: {steps.stderr.strip()}")
         for line in steps.stdout.splitlines():
             step, name = line.split()
-            if name == "rank":
+            if name == "orchestrator":
                 subprocess.run(["scancel", "--signal=USR1", step], check=False)
 
     def after(self, code: int) -> int:
-        if code == 0:
+        if code in (0, EXIT_CODES[End.UNFILLABLE]):
             say("done")
-            return 0
-        if code == STOPPED:
+            return code
+        if code == EXIT_CODES[End.STOPPED]:
             say("saved; back into the queue")
             return requeue(self.id)
         if self.preempted():
@@ -145,7 +180,7 @@ class Job:
         bad = sorted(self.failed_nodes())
         if bad and self.faults < self.config.slurm.max_restarts:
             return self.resubmit_without(bad)
-        say(f"the ranks ended with exit code {code}; see {self.folder}/rank-*.log")
+        say(f"the run ended with exit code {code}; see {self.folder}/rank-*.log and orchestrator.log")
         return code
 
     def resubmit_without(self, bad: Sequence[str]) -> int:
@@ -203,11 +238,11 @@ def requeue(job: str) -> int:
     return subprocess.run(["scontrol", "requeue", job], check=False).returncode
 
 
-def wait(process: subprocess.Popen) -> int:
-    """Exit code; signals that we handle meanwhile do not end the wait."""
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(POLL_S)
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """Exit code, None if it still runs; signals that we handle meanwhile do not end the wait."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
 
 
 def output(command: Sequence[str], environment: dict[str, str] | None = None) -> str:

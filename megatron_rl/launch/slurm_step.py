@@ -1,4 +1,5 @@
-"""What srun starts: `slurm_step rank CONFIG.json` on every task, `slurm_step engine CONFIG.json INDEX PLACE HOST`."""
+"""What srun starts: `slurm_step orchestrator CONFIG.json` once, `slurm_step rank CONFIG.json` on every task of the
+trainer, `slurm_step engine CONFIG.json INDEX PLACE HOST`."""
 
 from __future__ import annotations
 
@@ -13,20 +14,27 @@ from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.load import from_json
 from megatron_rl.launch.local import engines_for
 from megatron_rl.observe.files import write_whole
+from megatron_rl.orchestrator import __main__ as program
+from megatron_rl.signals import STOP_SIGNALS, ignore
 
 
 def rank(config_path: str) -> None:
-    """One rank of the RL recipe, with Slurm's numbers under the names that torch.distributed reads."""
-    from megatron_rl.recipes import stop
+    """One rank of the trainer, with Slurm's numbers under the names that torch.distributed reads.
 
-    stop.listen((signal.SIGUSR1, signal.SIGTERM))  # SIGTERM: preempted. Before the slow imports: it may come any time
+    Slurm signals it too when the job is preempted; it stays until the orchestrator has had it save.
+    """
+    ignore(STOP_SIGNALS)  # before the slow imports: the signal may come at any time
     with quick_imports():
-        from megatron_rl.recipes import rl
+        from megatron_rl.trainer import main as rl
 
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"],
                    "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
-    if not rl.run(from_json(config_path)):  # the next stage is another start of this job
-        stop.leave()
+    rl.run(from_json(config_path))
+
+
+def orchestrator(config_path: str) -> None:
+    """The orchestrator; a preempted job gets SIGTERM, and with it some time to save."""
+    program.main(config_path, stop_signals=STOP_SIGNALS)
 
 
 def engine(config_path: str, index: str, place: str, host: str) -> None:
@@ -34,7 +42,7 @@ def engine(config_path: str, index: str, place: str, host: str) -> None:
 
     place: its number among those on its node.
     """
-    from megatron_rl.recipes import stages
+    from megatron_rl.orchestrator import stages
 
     config = stages.widest(from_json(config_path))
     engines = config.rollout.engine
@@ -51,4 +59,4 @@ def engine(config_path: str, index: str, place: str, host: str) -> None:
 
 
 if __name__ == "__main__":
-    {"rank": rank, "engine": engine}[sys.argv[1]](*sys.argv[2:])
+    {"rank": rank, "engine": engine, "orchestrator": orchestrator}[sys.argv[1]](*sys.argv[2:])

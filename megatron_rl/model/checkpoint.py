@@ -5,7 +5,8 @@
     manifest.sha256          the sum of manifest.json
     rank_00000.safetensors   what rank 0 holds: "weight/KEY/PIECE", "exp_avg/...", "exp_avg_sq/...", flat fp32 ranges
     random.pt                random states of all ranks
-    loop.json, rollouts.pt   what the loop adds
+    loop.json                where the loop stands
+    orchestrator.safetensors the orchestrator's state (orchestrator/state.py); SFT has none
 
 KEY is the parameter's first Hugging Face name (slots.Slot), PIECE its number in the tensor- or expert-tensor-parallel
 cut. Each rank writes what its optimiser holds and reads what its own layout needs, cut anew through the Slot where the
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -36,6 +38,8 @@ from megatron_rl.model.checkpoint_shards import Held, ShardReader, file_name, lo
 from megatron_rl.model.convert import slots
 from megatron_rl.model.slots import Slot
 from megatron_rl.topology import Topology
+
+ORCHESTRATOR_STATE = files.ORCHESTRATOR_STATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +64,16 @@ class Checkpoints:
 
     # ---- saving ------------------------------------------------------------------------------------------
 
-    def save(self, step: int, loop_state: dict[str, Any], rollouts: Any = None) -> None:
+    def save(self, step: int, loop_state: dict[str, Any], others: Mapping[str, bytes] | None = None) -> None:
         """Save the state after `step` steps. With run.async_save this returns when the state is copied to the host.
 
-        loop_state: JSON values. rollouts: anything that pickles. Those of rank 0 are kept. OSError on every rank,
-        naming rank and file, when something cannot be written: the earlier checkpoints stay as they are.
+        loop_state: JSON values. others: files by name. Those of rank 0 are kept. OSError on every rank, naming rank
+        and file, when something cannot be written: the earlier checkpoints stay as they are.
         """
         self.finish()
         partial = self._partial(step)
         self._on_main(step, lambda: self._make_folder(partial))
-        manifest, contents = self._manifest(step), self._small_files({"step": step, **loop_state}, rollouts)
+        manifest, contents = self._manifest(step), self._small_files({"step": step, **loop_state}, others or {})
         tensors = self._tensors()
         if self._run.async_save:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -108,13 +112,12 @@ class Checkpoints:
                 "layout": self._layout(), "model": dataclasses.asdict(self._policy.config),
                 "parameters": locate(gather(held)), "files": {}}
 
-    def _small_files(self, loop_state: dict[str, Any], rollouts: Any) -> dict[str, bytes]:
-        """Files that rank 0 writes beside its tensors; pickled now, because training goes on."""
+    def _small_files(self, loop_state: dict[str, Any], others: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Files that rank 0 writes beside its tensors; made now, because training goes on."""
         states = self._topology.gather_objects(_random_state())
         if not self._topology.is_main:
             return {}
-        return {"random.pt": _pickled(states), "loop.json": json.dumps(loop_state).encode(),
-                "rollouts.pt": _pickled(rollouts)}
+        return {"random.pt": _pickled(states), "loop.json": json.dumps(loop_state).encode(), **others}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Name -> flat fp32 tensor of all that this rank saves, not copied."""
@@ -159,16 +162,16 @@ class Checkpoints:
 
     # ---- restoring ---------------------------------------------------------------------------------------
 
-    def restore(self) -> dict[str, Any] | None:
-        """Load the checkpoint that run.resume and run.resume_from mean, in place; None to begin at the start.
+    def restore(self, checkpoint: Path | None) -> dict[str, Any] | None:
+        """Load `checkpoint`, the same on every rank, in place; None to begin at the start.
 
-        Returns what `save` was given: loop_state with its "step", and "rollouts" (rank 0; None elsewhere). Random
-        states come back in the layout that saved them; in another one they are seeded from (run.seed, step).
-        ValueError for a checkpoint that is damaged or of another model.
+        Returns the loop_state that `save` was given, with its "step". Random states come back in the layout that saved
+        them; in another one they are seeded from (run.seed, step). ValueError for a checkpoint that is damaged, of
+        another model, or that a rank cannot see.
         """
-        checkpoint = files.choose(self._run)
         if checkpoint is None:
             return None
+        self._check_visible(checkpoint)
         manifest = self._verified(checkpoint)
         reader = ShardReader(checkpoint, manifest["parameters"])
         for slot, parameter in self._slots:
@@ -180,9 +183,7 @@ class Checkpoints:
         else:
             _seed_random_state(self._run.seed + manifest["step"])
         state = json.loads((checkpoint / "loop.json").read_text())
-        state["rollouts"] = None
         if self._topology.is_main:
-            state["rollouts"] = torch.load(checkpoint / "rollouts.pt", weights_only=False)
             files.set_aside_after(checkpoint)
         self._topology.barrier()
         return state
@@ -194,6 +195,15 @@ class Checkpoints:
             for kind in KINDS[1:]:
                 tensors[kind].zero_()
         set_step_count(self._optimizer, 0)
+
+    def _check_visible(self, checkpoint: Path) -> None:
+        """ValueError on every rank when some rank's machine does not have the folder."""
+        seen = checkpoint.is_dir()  # what is missing inside is damage
+        mine = None if seen else f"rank {self._topology.rank} on {os.uname().nodename}"
+        blind = [each for each in self._topology.gather_objects(mine) if each is not None]
+        if blind:
+            raise ValueError(f"{', '.join(blind)} cannot see {checkpoint.resolve()}: run.dir={self._run.dir} must be a "
+                             "folder that every node of the run shares")
 
     def _verified(self, checkpoint: Path) -> dict[str, Any]:
         """The manifest; every rank reads its share of the files, and all raise what one has found."""

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import RunConfig
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, SUM, LOOP = "manifest.json", "manifest.sha256", "loop.json"
+ORCHESTRATOR_STATE = "orchestrator.safetensors"
 _NAME = re.compile(r"^step_(\d{8})$")
 _CHUNK = 1 << 24
 # what a config.json may change without becoming another network

@@ -76,7 +76,7 @@ class RunProgress:
         if metrics.get("mismatch/alarm") and not self._warned:
             self._warned = True
             self.console.print(Text(f"step {step}: engine and trainer disagree on log-probabilities "
-                                    "(mismatch/mean_abs); trainer.log says more", style="red"), soft_wrap=True)
+                                    "(mismatch/mean_abs); orchestrator.log says more", style="red"), soft_wrap=True)
         self._values.update({name: metrics[name] for name, *_ in SHOWN if name in metrics})
         self._took_s.update({name.removeprefix("time/"): value for name, value in metrics.items()
                              if name.startswith("time/")})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,12 @@ class Timers:
     def seconds(self, phase: str) -> float:
         """Seconds of `phase` so far in this step; 0.0 if it was not entered."""
         return self._seconds.get(phase, 0.0)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Seconds that another process popped."""
+        for name, value in seconds.items():
+            phase = name.removeprefix("time/")
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + value
 
     def pop(self) -> dict[str, float]:
         """Seconds per phase since the last pop, named as metrics: {"time/generate": 1.9, ...}."""

@@ -13,10 +13,11 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network, check_layout
+from megatron_rl.model.tokenizer import load_tokenizer
+from megatron_rl.orchestrator import stages as rl_stages
 from megatron_rl.pipeline.plan import Plan, Stage
 from megatron_rl.preflight import check_backends, check_data, check_folders, network_of, sizes_of
-from megatron_rl.recipes import stages as rl_stages
-from megatron_rl.recipes.serving import load_tokenizer, sft_source
+from megatron_rl.prompts import sft_source
 
 __all__ = ["check", "check_start", "table"]
 

@@ -22,7 +22,7 @@ from megatron_rl.pipeline.record import Record, begin, finish, next_stage, recor
 from megatron_rl.pipeline.report import write_result
 from megatron_rl.recipes import evaluate, select_checkpoint
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.recipes.serving import engine_clients
+from megatron_rl.rollout.client import engine_clients
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.fleet import FleetError
 from megatron_rl.runs import engine_errors, train_rl, train_sft

@@ -15,7 +15,7 @@ from megatron_rl.config.load import CONF_DIR, SHORTHANDS, load
 from megatron_rl.config.pipeline import BASE, PipelineStage
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes import stages as rl_stages
+from megatron_rl.orchestrator import stages as rl_stages
 
 __all__ = ["Plan", "Stage", "plan"]
 

@@ -15,7 +15,7 @@ from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.model.hf_folder import HFReader
 from megatron_rl.model.slots import expected_shapes
-from megatron_rl.recipes.rl import export
+from megatron_rl.trainer.export import export
 
 
 def run(config: Config) -> None:

@@ -7,11 +7,12 @@ stopped goes on where it was.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from megatron_rl.data.sources import Limits, ProblemSource
 from megatron_rl.data.templates import build_template
 from megatron_rl.launch.local import engines_for, terminable
 from megatron_rl.model.architectures import read_config
+from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.verdicts import judged
-from megatron_rl.recipes.serving import Serving, load_tokenizer
+from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.rollout.responses import SamplingPlan
@@ -179,12 +181,16 @@ def sample(items: Sequence[Item], config: Config, num_samples: int, folder: Path
     path = folder / SAMPLES
     done = _resume(path, header)
     source = _source(items, config)
-    with path.open("a", encoding="utf-8") as file:
-        for place, sampled in enumerate(_sampled(source, len(done), config, num_samples), start=len(done)):
-            file.write(json.dumps({"id": items[place].problem.id, "correct": sampled.correct,
-                                   "boxed": sampled.boxed}) + "\n")
-            file.flush()
-            done.append(sampled)
+
+    async def write_as_they_come() -> None:
+        with path.open("a", encoding="utf-8") as file:
+            async for sampled in _sampled(source, len(done), config, num_samples):
+                file.write(json.dumps({"id": items[len(done)].problem.id, "correct": sampled.correct,
+                                       "boxed": sampled.boxed}) + "\n")
+                file.flush()
+                done.append(sampled)
+
+    asyncio.run(write_as_they_come())
     return done
 
 
@@ -211,26 +217,26 @@ def _source(items: Sequence[Item], config: Config) -> ProblemSource:
     return source
 
 
-def _sampled(source: ProblemSource, first: int, config: Config, num_samples: int) -> Iterator[Sampled]:
+async def _sampled(source: ProblemSource, first: int, config: Config, num_samples: int) -> AsyncIterator[Sampled]:
     if first == len(source):
         return
     rollout = config.rollout
     plan = SamplingPlan(samples_per_prompt=num_samples, temperature=rollout.temperature, top_p=rollout.top_p,
                         max_response_tokens=rollout.max_response_tokens, stop=rollout.stop)
-    with RewardPool(config.reward) as rewards, Serving(config) as serving:
+    with RewardPool(config.reward) as rewards:
         rewards.check_domains(source.domains)
         rewards.warm_up()
-        responder = serving.responder(config, load_tokenizer(config.model), rewards)
-        for begin in range(first, len(source), PROMPTS_AT_A_TIME):
-            prompts = [source.prompt(i) for i in range(begin, min(begin + PROMPTS_AT_A_TIME, len(source)))]
-            for group in serving.background.run(responder.groups(prompts, step=0, first_index=begin, tag="curate",
-                                                                 plan=plan)):
-                if any(score.correct is None for score in group.scores):
-                    raise ValueError(f"{group.prompt.id}: the scorer does not say which responses are right: set "
-                                     "reward.correct_from, or return a Score with status correct or wrong")
-                yield Sampled(tuple(bool(score.correct) for score in judged(group)), tuple(
-                    last_boxed(text) for text, score in zip(group.texts, group.scores, strict=True)
-                    if not score.failed))
+        async with Serving(config) as serving:
+            responder = serving.responder(config, load_tokenizer(config.model), rewards)
+            for begin in range(first, len(source), PROMPTS_AT_A_TIME):
+                prompts = [source.prompt(i) for i in range(begin, min(begin + PROMPTS_AT_A_TIME, len(source)))]
+                for group in await responder.groups(prompts, step=0, first_index=begin, tag="curate", plan=plan):
+                    if any(score.correct is None for score in group.scores):
+                        raise ValueError(f"{group.prompt.id}: the scorer does not say which responses are right: set "
+                                         "reward.correct_from, or return a Score with status correct or wrong")
+                    yield Sampled(tuple(bool(score.correct) for score in judged(group)), tuple(
+                        last_boxed(text) for text, score in zip(group.texts, group.scores, strict=True)
+                        if not score.failed))
 
 
 def _disagreement(sampled: Sampled, agreement: float) -> Removal | None:

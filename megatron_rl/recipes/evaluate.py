@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe.files import write_json
-from megatron_rl.recipes.evaluation import INTERVAL_PREFIX, Evaluator, Measured
-from megatron_rl.recipes.serving import Serving, load_tokenizer
+from megatron_rl.orchestrator.evaluation import INTERVAL_PREFIX, Evaluator, Measured
+from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.reward import RewardPool
 
 RESULTS, SAMPLES = "evaluation.json", "evaluation_samples.jsonl"
@@ -20,18 +23,12 @@ RESULTS, SAMPLES = "evaluation.json", "evaluation_samples.jsonl"
 
 def run(config: Config) -> dict[str, float]:
     """Held-out accuracy of what the engines serve, as one row; values as Evaluator returns them."""
-    with RewardPool(config.reward) as rewards, Serving(config) as serving:
-        rewards.warm_up()
-        evaluator = Evaluator(config, serving, load_tokenizer(config.model), rewards)
-        return serving.background.run(evaluator.evaluate(step=0))
+    return asyncio.run(_with_evaluator(config, lambda evaluator: evaluator.evaluate(step=0)))
 
 
 def measure(config: Config) -> list[Measured]:
     """The held-out set and every benchmark; writes <run.dir>/evaluation.json and evaluation_samples.jsonl."""
-    with RewardPool(config.reward) as rewards, Serving(config) as serving:
-        rewards.warm_up()
-        evaluator = Evaluator(config, serving, load_tokenizer(config.model), rewards)
-        measured = serving.background.run(evaluator.measure(step=0))
+    measured = asyncio.run(_with_evaluator(config, lambda evaluator: evaluator.measure(step=0)))
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = {each.name: each.values for each in measured}
@@ -44,6 +41,13 @@ def measure(config: Config) -> list[Measured]:
                                            "reward": score.value, "correct": score.correct, "status": score.status,
                                            "text": text}) + "\n")
     return measured
+
+
+async def _with_evaluator(config: Config, use: Callable[[Evaluator], Awaitable[Any]]) -> Any:
+    with RewardPool(config.reward) as rewards:
+        rewards.warm_up()
+        async with Serving(config) as serving:
+            return await use(Evaluator(config, serving, load_tokenizer(config.model), rewards))
 
 
 def table(measured: Sequence[Measured], title: str) -> Table:

@@ -21,6 +21,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
 from megatron_rl.launch.local import engines_for, run_ranks
+from megatron_rl.launch.programs import run_rl
 from megatron_rl.model.fresh import bailing_config, random_weights
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe.report import LABELS, write_report
@@ -47,7 +48,7 @@ def run(overrides: Sequence[str], console: Console) -> Path:
         run_ranks("sft", sft)
         console.print(f"[bold]3/4[/bold] C3PO: {rl.c3po.phi} training tokens in each of {rl.run.steps} steps "
                       "(Megatron trains, SGLang samples, Math-Verify judges)")
-        run_ranks("rl", served)
+        run_rl(served)
     results = label_stages(folder / "rl", before_sft)
     console.print("[bold]4/4[/bold] report")
     console.print(result_table(results))

@@ -8,8 +8,8 @@ from megatron_rl import topology
 from megatron_rl.config.schema import Config
 from megatron_rl.observe import dump
 from megatron_rl.observe.files import write_json
-from megatron_rl.recipes.learner import build_trainable
 from megatron_rl.train_step.watch import Finding, Watch
+from megatron_rl.trainer.learner import build_trainable
 
 
 def run(config: Config) -> None:

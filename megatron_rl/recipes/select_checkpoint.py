@@ -6,6 +6,7 @@ entropy as its mean; its interval is over problems.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -17,12 +18,14 @@ import numpy as np
 from rich.table import Table
 
 from megatron_rl.config.schema import Config, SelectConfig
+from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe.estimators import pass_at_k
 from megatron_rl.observe.files import write_json
 from megatron_rl.observe.selection_plot import plot_selection
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.observe.verdicts import judged, known, number_right
-from megatron_rl.recipes.serving import Serving, load_tokenizer, prompt_source
+from megatron_rl.orchestrator.serving import Serving
+from megatron_rl.prompts import prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Finish, RolloutGroup
@@ -109,9 +112,12 @@ def sample(config: Config, rewards: RewardPool) -> list[RolloutGroup]:
     rollout = config.rollout
     plan = SamplingPlan(samples_per_prompt=config.select.samples, temperature=1.0, top_p=1.0,
                         max_response_tokens=rollout.max_response_tokens, stop=rollout.stop)
-    with Serving(config) as serving:
-        responder = serving.responder(config, tokenizer, rewards)
-        return serving.background.run(responder.groups(prompts, step=0, tag="select", plan=plan))
+
+    async def answers() -> list[RolloutGroup]:
+        async with Serving(config) as serving:
+            return await serving.responder(config, tokenizer, rewards).groups(prompts, step=0, tag="select", plan=plan)
+
+    return asyncio.run(answers())
 
 
 def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candidate:

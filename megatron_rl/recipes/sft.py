@@ -14,16 +14,18 @@ from megatron_rl import topology
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.data import PromptSource
+from megatron_rl.model import checkpoint_files
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
+from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe import MetricsLog, reduce_metrics
 from megatron_rl.observe.dump import StepInputs
 from megatron_rl.observe.files import write_json
-from megatron_rl.recipes.guarded import GuardedStep
-from megatron_rl.recipes.learner import build_trainable, packed_microbatches
-from megatron_rl.recipes.rl import export, log_until
-from megatron_rl.recipes.serving import load_tokenizer, sft_source
+from megatron_rl.prompts import sft_source
 from megatron_rl.train_step.optimizer import learning_rate
+from megatron_rl.trainer.export import export
+from megatron_rl.trainer.guarded import GuardedStep
+from megatron_rl.trainer.learner import build_trainable, packed_microbatches
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
 EPOCH = "epoch.json"
@@ -35,7 +37,7 @@ def run(config: Config) -> None:
     here = topology.start(config.parallel, seed=config.run.seed)
     policy, optimizer, step = build_trainable(config, here, temperature=1.0)
     checkpoints = Checkpoints(config.run, policy, optimizer, here)
-    state = checkpoints.restore()
+    state = checkpoints.restore(here.broadcast_object(checkpoint_files.choose(config.run) if here.is_main else None))
     exporter = Exporter(policy, here)
     guarded = GuardedStep(config, here, step, exporter, temperature=1.0)
     source = sft_source(config, load_tokenizer(config.model))
@@ -47,7 +49,7 @@ def run(config: Config) -> None:
         log = None
         if here.is_main:
             log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(config),
-                                                 resume_step=log_until(config, state)))
+                                                 resume_step=done if config.run.resume else None))
         for epoch in range(done // per_epoch, options.epochs):
             order = np.random.default_rng([config.run.seed, epoch]).permutation(options.examples)
             for index in range(done - epoch * per_epoch, per_epoch):

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_rl.config.schema import Config
 from megatron_rl.rollout.connection import EngineHTTPError, JsonConnection, well_formed
+from megatron_rl.rollout.engine_command import engine_key
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams, read_result
 from megatron_rl.types import Finish
@@ -225,5 +227,17 @@ class EngineClient:
         return await self._connection.request(
             method, path, body, timeout_s=self.control_timeout_s if timeout_s is None else timeout_s)
 
+
 def _version_to_wire(version: int | None) -> dict[str, str]:
     return {} if version is None else {"weight_version": str(version)}
+
+
+def engine_clients(config: Config) -> list[EngineClient]:
+    """A client of each engine, for one event loop. ValueError when there is no engine, or no key where one is named."""
+    engine = config.rollout.engine
+    if not engine.urls:
+        raise ValueError("rollout.engine.urls is empty: start through `megatron-rl rl`, which starts an engine, "
+                         "or give the URLs of running SGLang servers")
+    key = engine_key(engine)
+    return [EngineClient(url, timeout_s=config.rollout.request_timeout_s, control_timeout_s=engine.control_timeout_s,
+                         api_key=key) for url in engine.urls]

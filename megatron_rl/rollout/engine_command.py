@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 import megatron_rl
+from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig, is_loopback
 
 # torchrun's variables would make the engine join the trainer's store instead of opening its own
@@ -115,7 +116,7 @@ def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in (*TRAINER_VARIABLES, ENGINE_KEY) and not name.startswith("TORCHELASTIC_")
+        if name not in (*TRAINER_VARIABLES, ENGINE_KEY, RUN_KEY) and not name.startswith("TORCHELASTIC_")
     }
     environment[ENGINE_KEY] = engine_key(engine)
     if is_loopback(engine.host):

@@ -67,15 +67,15 @@ class Fleet:
         self._upcoming: int | None = None
         self._slots = asyncio.Semaphore(config.concurrency)
         self._queues: list[int] = []
-        self._watch: asyncio.Task | None = None
+        self.watch: asyncio.Task | None = None
 
     async def start(self) -> None:
-        self._watch = asyncio.create_task(self._watch_members())
+        self.watch = asyncio.create_task(self._watch_members())
 
     async def close(self) -> None:
         """Raises what the watch itself has died of."""
-        self._watch.cancel()
-        watch, *_ = await asyncio.gather(self._watch, *(member.client.close() for member in self._members),
+        self.watch.cancel()
+        watch, *_ = await asyncio.gather(self.watch, *(member.client.close() for member in self._members),
                                          return_exceptions=True)
         if isinstance(watch, Exception):
             raise watch
@@ -112,6 +112,10 @@ class Fleet:
         """Requests that waited inside an engine, mean over the watch's looks since the last call; None without any."""
         seen, self._queues = self._queues, []
         return sum(seen) / len(seen) if seen else None
+
+    def client(self, url: str) -> EngineClient:
+        (member,) = self._named([url])
+        return member.client
 
     def answering(self) -> list[str]:
         return [member.client.base_url for member in self._members if member.reachable]

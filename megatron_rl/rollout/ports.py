@@ -10,11 +10,12 @@ PORTS = range(20000, 32768)
 """Below Linux's ephemeral ports, any of which another program may be given before a slow server binds its own."""
 
 
-def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1") -> int:
-    """A free port of `host` that is none of `taken`, or `port` itself. Raises ValueError when `port` is taken."""
+def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1",
+                key: str = "rollout.engine.port") -> int:
+    """A free port of `host` that is none of `taken`, or `port` itself. ValueError naming `key` when that is taken."""
     if port is not None:
         if not _can_bind(host, port):
-            raise ValueError(f"rollout.engine.port={port} is taken on {host}: choose another, or leave it unset "
+            raise ValueError(f"{key}={port} is taken on {host}: choose another, or leave it unset "
                              "to have a free one found")
         return port
     for candidate in random.SystemRandom().sample(PORTS, len(PORTS)):

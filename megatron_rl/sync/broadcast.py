@@ -22,7 +22,7 @@ from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.buckets import FLATTENED_BUCKET, Bucket, NamedTensor, bucket_metadata
 from megatron_rl.sync.memory import EngineMemory
-from megatron_rl.sync.publish import Check, EnginePublisher, PublishError, PublishReport
+from megatron_rl.sync.publish import Call, EnginePublisher, PublishError, PublishReport
 
 POLL_S = 0.001
 JOIN_SLACK_S = 2.0
@@ -54,9 +54,9 @@ class BroadcastPublisher(EnginePublisher):
         self._loading: list[asyncio.Task[None]] = []
 
     def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
-                check: Check | None = None) -> PublishReport:
+                resume: bool = True) -> PublishReport:
         try:
-            report = super().publish(named_tensors, version, only=only, check=check)
+            report = super().publish(named_tensors, version, only=only, resume=resume)
         except BaseException:
             self._drop_group()  # some rank may still wait in it
             raise
@@ -143,7 +143,7 @@ class BroadcastPublisher(EnginePublisher):
     def _new_buffer(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-    async def _on_all_or_none(self, where: str, call: Check) -> None:
+    async def _on_all_or_none(self, where: str, call: Call) -> None:
         """As _on_all, but the first failure ends it for all: the others may wait for the one that failed."""
         tasks = [asyncio.create_task(call(client)) for client in self._active]
         done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

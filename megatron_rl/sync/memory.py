@@ -60,9 +60,9 @@ class EngineMemory:
     async def _release(self, client: EngineClient) -> None:
         await _until_idle(client)
         held = [tag for tag in (*CACHE, *WEIGHTS) if tag not in self._released.get(client.base_url, ())]
-        self._released[client.base_url] = {*CACHE, *WEIGHTS}
         if held:
-            await client.release_memory_occupation(held)
+            await client.release_memory_occupation(held)  # refused, it still has all: it must not be told to resume it
+        self._released[client.base_url] = {*CACHE, *WEIGHTS}
 
     async def resume_weights(self, client: EngineClient) -> None:
         """Before new weights are sent. An engine that was started again meanwhile has nothing to get back."""

@@ -2,8 +2,8 @@
 
 Runs on trainer rank 0 and knows nothing of Megatron: it takes (checkpoint name, tensor) pairs as they come
 and holds one bucket at a time. Every publisher pauses the engines (running requests go back to the queue and
-recompute their key-value cache), updates, flushes the prefix cache, has each engine checked, and resumes those
-that passed. An engine that fails stays paused with unknown weights; the others go on without it, and the report
+recompute their key-value cache), updates, flushes the prefix cache, and resumes them, unless the caller checks them
+first. An engine that fails stays paused with unknown weights; the others go on without it, and the report
 names it. The next publish to it starts over, wherever it had stopped.
 Written for SGLang 0.5.23 (sglang/srt/managers/scheduler_components/weight_updater.py).
 """
@@ -22,9 +22,8 @@ from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.buckets import Bucket, NamedTensor, make_buckets
 from megatron_rl.sync.memory import EngineMemory
-from megatron_rl.sync.verify import WeightMismatchError
 
-Check = Callable[[EngineClient], Coroutine[Any, Any, None]]
+Call = Callable[[EngineClient], Coroutine[Any, Any, None]]
 
 
 class PublishError(RuntimeError):
@@ -45,13 +44,12 @@ class PublishReport:
 
 class Publisher(Protocol):
     def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
-                check: Check | None = None) -> PublishReport:
+                resume: bool = True) -> PublishReport:
         """Makes the engines serve these weights as `version`, which must grow (ValueError otherwise).
 
         only: URLs of the engines that get them; with it, the version that was published last may be sent again.
-        check: called for each engine once all tensors have arrived, before it resumes; raises PublishError or
-        WeightMismatchError when something is wrong with it. PublishError, or what the last check raised, when no
-        engine is left.
+        resume: whether the engines go on by themselves; otherwise they stay paused, with the new weights, until
+        somebody has checked them. PublishError when no engine is left.
         """
         ...
 
@@ -76,14 +74,14 @@ class EnginePublisher:
         self._buffer: torch.Tensor | None = None
 
     def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
-                check: Check | None = None) -> PublishReport:
+                resume: bool = True) -> PublishReport:
         if self._version is not None and (version < self._version or (version == self._version and only is None)):
             raise ValueError(f"weight version {version} does not follow {self._version}: versions must grow")
         start = time.perf_counter()
         self._active = [client for client in self._clients if only is None or client.base_url in only]
         self._failures = {}
         try:
-            tensors, num_bytes, buckets = self._run(self._publish(named_tensors, version, check))
+            tensors, num_bytes, buckets = self._run(self._publish(named_tensors, version, resume))
         finally:
             self._buffer = None
         self._version = version
@@ -115,24 +113,22 @@ class EnginePublisher:
 
         return asyncio.run(run_and_close())
 
-    async def _on_all(self, where: str, call: Check) -> None:
+    async def _on_all(self, where: str, call: Call) -> None:
         """One call to every engine that is still in; waits for all answers. Raises when none is left."""
         clients = tuple(self._active)
         answers = await asyncio.gather(*(call(client) for client in clients), return_exceptions=True)
         for client, answer in zip(clients, answers, strict=True):
-            if isinstance(answer, EngineHTTPError | PublishError | WeightMismatchError):
+            if isinstance(answer, EngineHTTPError | PublishError):
                 self._failures[client.base_url] = f"{where}: {answer}; the engine stays paused"
                 self._active.remove(client)
                 failure = answer
             elif isinstance(answer, BaseException):
                 raise answer
         if not self._active:
-            if isinstance(failure, WeightMismatchError):
-                raise failure
             raise PublishError("; ".join(self._failures.values())) from failure
 
     async def _publish(self, named_tensors: Iterable[NamedTensor], version: int,
-                       check: Check | None) -> tuple[int, int, int]:
+                       resume: bool) -> tuple[int, int, int]:
         what = f"publishing version {version}"
         await self._prepare(what)
         await self._on_all(f"{what}: pause", lambda client: client.pause_generation("retract"))
@@ -149,9 +145,8 @@ class EnginePublisher:
         if self._memory is not None:
             await self._on_all(f"{what}: memory of the cache", self._memory.resume_cache)
         await self._on_all(f"{what}: flush", lambda client: client.flush_cache())
-        if check is not None:
-            await self._on_all(f"{what}: check", check)
-        await self._on_all(f"{what}: continue", lambda client: client.continue_generation())
+        if resume:
+            await self._on_all(f"{what}: continue", lambda client: client.continue_generation())
         return tensors, num_bytes, buckets
 
     async def _prepare(self, what: str) -> None:

@@ -17,10 +17,12 @@ import torch
 import tests.distributed.cases as cases
 from megatron_rl import topology
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_rl.handoff import dump, load
 from megatron_rl.model.adam_state import adam_shards, step_count
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
-from megatron_rl.model.checkpoint import Checkpoints
+from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
+from megatron_rl.model.checkpoint_files import choose
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
@@ -94,7 +96,7 @@ def save(data: Path, out: Path, case: Case) -> None:
     trainer.update()
     random.seed(case.name + str(trainer.here.rank))
     torch.manual_seed(trainer.here.rank + 17)
-    trainer.checkpoints.save(2, LOOP_STATE, ROLLOUTS)
+    trainer.checkpoints.save(2, LOOP_STATE, {ORCHESTRATOR_STATE: dump(ROLLOUTS)})
     result = {"state": trainer.state(), "steps": step_count(trainer.optimizer), "random": draws(trainer.here)}
     trainer.update()
     result["next"] = trainer.state()
@@ -104,7 +106,9 @@ def save(data: Path, out: Path, case: Case) -> None:
 def resume(data: Path, out: Path, source: str, case: Case) -> None:
     """What the checkpoint of `source` becomes in the layout of `case`, and after one step more."""
     trainer = Trainer(data, case, run_of(out, source, resume=True))
-    loop_state = trainer.checkpoints.restore()
+    checkpoint = choose(run_of(out, source, resume=True))
+    loop_state = trainer.checkpoints.restore(checkpoint)
+    loop_state["rollouts"] = load((checkpoint / ORCHESTRATOR_STATE).read_bytes())
     result = {"state": trainer.state(), "steps": step_count(trainer.optimizer), "random": draws(trainer.here),
               "loop_state": loop_state}
     trainer.update()

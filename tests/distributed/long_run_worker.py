@@ -16,8 +16,9 @@ import torch
 from megatron_rl import topology
 from megatron_rl.batch import StepBatch, assemble
 from megatron_rl.config.load import from_json
+from megatron_rl.handoff import UpdateShard, cut_into_shards
 from megatron_rl.observe.timing import Timers
-from megatron_rl.recipes.learner import PolicyLearner
+from megatron_rl.trainer.learner import PolicyLearner
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 
 STEPS, SPOILT_STEP, SPOILT_PLACE, BROKEN_STEP = 6, 3, 2, 5
@@ -49,6 +50,12 @@ def step_batch(config, step: int) -> StepBatch:
     return batch
 
 
+def shard(config, step: int, learner: PolicyLearner) -> list[UpdateShard]:
+    """What this rank trains on in the step."""
+    network = dataclasses.asdict(learner.policy.config)
+    return cut_into_shards([step_batch(config, step)], config, network)[learner.topology.dp_rank]
+
+
 def moments(learner: PolicyLearner) -> list[torch.Tensor]:
     return [value.clone() for each in learner.optimizer.chained_optimizers if each.optimizer is not None
             for state in each.optimizer.state.values() for value in state.values()]
@@ -68,7 +75,7 @@ def main() -> None:
         before, kept = moments(learner), norm.data[5].clone()
         if step == BROKEN_STEP:
             norm.data[5] = float("nan")
-        result, = learner.learn([step_batch(config, step)], Timers())
+        result, = learner.learn(shard(config, step, learner), Timers())
         if step == BROKEN_STEP:
             norm.data[5] = kept
         after = moments(learner)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from megatron_rl.config.load import from_json
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.serving import load_tokenizer, prompt_source
+from megatron_rl.model.tokenizer import load_tokenizer
+from megatron_rl.prompts import prompt_source
 from tests.distributed.reference_step import RouterLogits, router_losses
 from tests.reference_bailing import bailing_logits
 
@@ -72,8 +73,8 @@ def losses(config: Config, weights: dict[str, torch.Tensor], hf_config: dict, st
 def rl_logprob(config: Config, indices: Sequence[int]) -> float:
     """Mean log-probability of the examples' response tokens under the policy that an RL run starts from."""
     from megatron_rl import topology
-    from megatron_rl.recipes.learner import PolicyLearner, packed_microbatches
     from megatron_rl.recipes.sft import sft_sample
+    from megatron_rl.trainer.learner import PolicyLearner, packed_microbatches
 
     here = topology.start(config.parallel, seed=config.run.seed)
     learner = PolicyLearner(config, here)

@@ -1,8 +1,9 @@
-"""Kill a run at random moments of every phase, resume it each time, and compare what it becomes with a run left alone.
+"""Kill a run at random moments of every phase, and compare what it becomes with a run left alone.
 
-`python -m tests.engine.kills [--chains N] [--seed S]` (make test-kills) prints one line for each kill. A chain is one
-run that is killed once in each phase, in random order, and goes on from its newest checkpoint after each; ranks are
-torchrun's, the engine is real. Exit code 1 when anything differs.
+`python -m tests.engine.kills [--chains N] [--seed S]` (make test-kills) prints one line for each kill; the engine is
+real. Two tables. A rank that is killed ends the run: a chain is one run that is killed once in each phase, in random
+order, and goes on from its newest checkpoint after each. An orchestrator that is killed is started again while the
+ranks wait: one run survives a kill in each phase. Exit code 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -12,76 +13,74 @@ import dataclasses
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config.load import load, to_dict
+from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
-from megatron_rl.launch import local
+from megatron_rl.launch.local import RunFailed
+from megatron_rl.launch.programs import Programs, run_rl
 from megatron_rl.model.checkpoint_files import read_manifest, saved_steps, step_name
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
-from megatron_rl.rollout.ports import choose_port
 
-ROOT = Path(__file__).resolve().parents[2]
-PHASES = ("rollout", "reward", "logprobs", "forward_backward", "optimiser", "publish", "save")
-STEPS, SAVE_EVERY = 8, 2
+PHASES = ("waiting", "logprobs", "forward_backward", "optimiser", "publish", "save")
+ORCHESTRATOR_PHASES = ("sampling", "judging", "handing over", "training", "publishing", "evaluating", "saving",
+                       "finishing")
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 8, 2, 4
 SETTINGS = [
     "experiment=quickstart", f"run.steps={STEPS}", f"run.save_every_steps={SAVE_EVERY}", "run.keep_checkpoints=99",
-    "eval.every_steps=4", "eval.problems=2", "rollout.prompts_per_step=2", "rollout.responses_per_prompt=4",
+    f"eval.every_steps={EVALUATE_EVERY}", "eval.problems=2",
+    "rollout.prompts_per_step=2", "rollout.responses_per_prompt=4",
     "rollout.max_response_tokens=12", "rollout.max_context_tokens=64", "c3po.phi=40", "c3po.updates_per_rollout=2",
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
-    "rollout.engine.start_timeout_s=900",
+    "rollout.engine.start_timeout_s=900", "observe.progress=false", "orchestrator.max_restarts=99",
 ]
-TIMEOUT_S = 800.0
-LOG = "ranks.log"
 CLOCKED = ("time", "tokens_per_s", "seconds", "flops", "rollout/engine_queue")  # beginnings of metrics' names
 WORKING_FILES = ("random.pt",)  # Python's own generator is drawn from by libraries, as often as they retry
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL for `rank` (everything: and torchrun, hence all ranks) delay_s after it enters `phase` of `step`."""
+    """SIGKILL delay_s after `rank` of the trainer, or the orchestrator, enters `phase` of `step`.
 
-    phase: str | None = None
-    step: int = 0
+    everything: for torchrun too, and hence for all ranks.
+    """
+
+    phase: str
+    step: int
     rank: int = 0
     delay_s: float = 0.0
     everything: bool = False
+    program: str = "rank"
 
 
-def run_ranks(config: Config, kill: Kill) -> int:
-    """torchrun the configuration until it ends or `kill` ends it; the exit code. Output goes to <run.dir>/ranks.log."""
+def run_programs(config: Config, *kills: Kill) -> str:
+    """Both programs to the end of the run, or until a kill ends it; "", or why it failed."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    config_path, kill_path = run_dir / "ranks.json", run_dir / "kill.json"
-    config_path.write_text(json.dumps(to_dict(config)))
-    kill_path.write_text(json.dumps(dataclasses.asdict(kill)))
-    (run_dir / "killed.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1",
-               f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
-               f"--master-port={choose_port(None)}", "-m", "tests.engine.killed_rank", str(config_path), str(kill_path)]
-    with (run_dir / LOG).open("wb") as log:  # no pipe: torch_shm_manager outlives the ranks and would hold it open
-        return subprocess.run(command, cwd=ROOT, env=local.rank_environment(), stdout=log, stderr=log,
-                              timeout=TIMEOUT_S, check=False).returncode
-
-
-def last_words(config: Config) -> str:
-    return local.last_words(Path(config.run.dir) / LOG, 0)
+    for path in run_dir.glob("killed-*.json"):
+        path.unlink()
+    (run_dir / "kills.json").write_text(json.dumps([dataclasses.asdict(kill) for kill in kills]))
+    module = "tests.engine.killed_program"
+    try:
+        run_rl(config, Programs((module, "orchestrator"), (module, "rank")))
+    except RunFailed as failed:
+        return str(failed)
+    return ""
 
 
 def with_run(config: Config, **run) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, **run))
 
 
-def was_killed(config: Config) -> dict | None:
-    """Where the kill struck: {"step", "inside": phases}; None if it did not."""
-    path = Path(config.run.dir) / "killed.json"
+def was_killed(config: Config, number: int = 0) -> dict | None:
+    """Where the kill of this number struck: {"step", "inside": phases}; None if it did not."""
+    path = Path(config.run.dir) / f"killed-{number}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -141,19 +140,45 @@ def chain(config: Config, engine: Engine, phases: Sequence[str], seconds: Mappin
         step = min(STEPS - 1, first + rng.randrange(3))
         if phase == "save":  # the step after which the next checkpoint is written
             step = first + SAVE_EVERY - 1
-        kill = Kill(phase, step, rank=0 if phase == "reward" else rng.randrange(2),
-                    delay_s=rng.random() * statistics.median(seconds[phase]), everything=rng.random() < 0.5)
-        run_ranks(with_url(with_run(config, resume=True), engine.url()), kill)
+        kill = Kill(phase, step, rank=rng.randrange(2), delay_s=rng.random() * statistics.median(seconds[phase]),
+                    everything=rng.random() < 0.5)
+        said = run_programs(with_url(with_run(config, resume=True), engine.url()), kill)
         struck = was_killed(config)
         if struck is None:
-            raise RuntimeError(f"{kill} did not strike:\n{last_words(config)}")
+            raise RuntimeError(f"{kill} did not strike: {said}")
         first = max(saved_steps(Path(config.run.dir) / "checkpoints"), default=0)
         whom = "torchrun and all ranks" if kill.everything else f"rank {kill.rank}"
         where = "+".join(struck["inside"]) or "just after"
         rows.append([phase, f"step {step}, {kill.delay_s * 1000:.0f} ms in ({where}), {whom}",
                      f"step {first}" if first else "the start"])
-    if run_ranks(with_url(with_run(config, resume=True), engine.url()), Kill()):
-        raise RuntimeError(f"the resumed run failed:\n{last_words(config)}")
+    if said := run_programs(with_url(with_run(config, resume=True), engine.url())):
+        raise RuntimeError(f"the resumed run failed: {said}")
+    return rows
+
+
+def orchestrator_kills(phases: Sequence[str], seconds: Mapping[str, Sequence[float]], rng: random.Random) -> list[Kill]:
+    """One kill in each of `phases`, in the order in which a run comes by them."""
+    kills = []
+    for phase in phases:
+        every = {"evaluating": EVALUATE_EVERY, "saving": SAVE_EVERY, "finishing": STEPS}.get(phase, 1)
+        step = every * rng.randrange(1, STEPS // every + 1) - 1
+        kills.append(Kill(phase, step, delay_s=rng.random() * statistics.median(seconds[phase]),
+                          program="orchestrator"))
+    return sorted(kills, key=lambda kill: (kill.step, ORCHESTRATOR_PHASES.index(kill.phase)))
+
+
+def survive(config: Config, engine: Engine, kills: Sequence[Kill]) -> list[list[str]]:
+    """One run whose orchestrator is killed so often. A row (phase, kill, started again) for each kill."""
+    if said := run_programs(with_url(config, engine.url()), *kills):
+        raise RuntimeError(f"the run did not survive: {said}")
+    rows = []
+    for number, kill in enumerate(kills):
+        struck = was_killed(config, number)
+        if struck is None:
+            raise RuntimeError(f"{kill} did not strike")
+        where = "+".join(sorted(set(struck["inside"]))) or "just after"
+        rows.append([kill.phase, f"step {kill.step}, {kill.delay_s * 1000:.0f} ms in ({where}), orchestrator",
+                     "at once"])
     return rows
 
 
@@ -164,8 +189,9 @@ def with_url(config: Config, url: str) -> Config:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chains", type=int, default=3, help=f"runs, each killed {len(PHASES)} times")
+    parser.add_argument("--chains", type=int, default=3, help="runs of each table, each killed once in every phase")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("rank", "orchestrator"), help="one of the two tables")
     parser.add_argument("--folder", type=Path, help="where the runs go, and stay (default: a temporary folder)")
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -176,20 +202,26 @@ def main() -> int:
         config = load([*SETTINGS, f"model.path={folder / 'init'}", f"run.dir={folder / 'alone'}"])
         engine = Engine(config, folder)
         try:
-            if run_ranks(with_url(config, engine.url()), Kill()):
-                raise RuntimeError(f"the run left alone failed:\n{last_words(config)}")
-            seconds = json.loads((folder / "alone" / "phases.json").read_text())
+            if said := run_programs(with_url(config, engine.url())):
+                raise RuntimeError(f"the run left alone failed: {said}")
+            seconds = {program: json.loads((folder / "alone" / f"phases-{program}.json").read_text())
+                       for program in ("rank", "orchestrator")}
             print(f"{'phase':18}{'kill':70}{'resumed from':14}equal", flush=True)
-            for number in range(options.chains):
-                in_background = number % 2 == 0
-                killed = with_run(config, dir=str(folder / f"chain{number}"), async_save=in_background)
-                rows = chain(killed, engine, rng.sample(PHASES, len(PHASES)), seconds, rng)
-                differing = differences(folder / "alone", folder / f"chain{number}")
-                failed |= bool(differing)
-                for phase, kill, start in rows:
-                    print(f"{phase:18}{kill:70}{start:14}{'no' if differing else 'yes'}", flush=True)
-                print(f"  run {number}, {'background' if in_background else 'waiting'} saves: "
-                      f"{'; '.join(differing) or 'every checkpoint, metric and weight equal bit for bit'}", flush=True)
+            for program in [options.only] if options.only else seconds:
+                for number in range(options.chains):
+                    in_background = number % 2 == 0
+                    killed = with_run(config, dir=str(folder / f"{program}{number}"), async_save=in_background)
+                    if program == "rank":
+                        rows = chain(killed, engine, rng.sample(PHASES, len(PHASES)), seconds[program], rng)
+                    else:
+                        rows = survive(killed, engine, orchestrator_kills(ORCHESTRATOR_PHASES, seconds[program], rng))
+                    differing = differences(folder / "alone", folder / f"{program}{number}")
+                    failed |= bool(differing)
+                    for phase, kill, start in rows:
+                        print(f"{phase:18}{kill:70}{start:14}{'no' if differing else 'yes'}", flush=True)
+                    print(f"  {program} {number}, {'background' if in_background else 'waiting'} saves: "
+                          f"{'; '.join(differing) or 'every checkpoint, metric and weight equal bit for bit'}",
+                          flush=True)
         finally:
             engine.close()
     return int(failed)

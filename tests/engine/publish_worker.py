@@ -16,12 +16,12 @@ from megatron_rl.config.load import from_json
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf
-from megatron_rl.recipes.rl import export
-from megatron_rl.recipes.serving import engine_clients
+from megatron_rl.rollout.client import engine_clients
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.disk import DiskPublisher
 from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
+from megatron_rl.trainer.export import export
 from tests.tiny_models import tiny_bailing_weights
 
 PROBE = tuple(range(10, 58))

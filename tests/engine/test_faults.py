@@ -5,6 +5,8 @@ FAULT_SEEDS says how often each fault is tried, at how many different moments (`
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +14,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,12 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config, ModelConfig, RunConfig
-from megatron_rl.recipes.parts import BroadcastRollouts, while_serving
-from megatron_rl.recipes.serving import Serving, build_collector, engine_clients
-from megatron_rl.recipes.weights import Channel, PublishedWeights, build_publisher
+from megatron_rl.model.architectures import read_config
+from megatron_rl.orchestrator.serving import Serving, build_collector
+from megatron_rl.orchestrator.weights import PublishedWeights
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
+from megatron_rl.trainer.sender import Sender
 from megatron_rl.types import Prompt, Score
 from tests.engine.conftest import client_of
 from tests.engine.faulty_proxy import FaultyProxy
@@ -40,6 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SEEDS = range(int(os.environ.get("FAULT_SEEDS", "1")))
 STEPS, PROMPTS, SAMPLES, HELD_OUT = 3, 4, 2, 2
 PROBE = tuple(range(20, 60))
+CPU = torch.device("cpu")
 ENGINE = EngineConfig(count=2, max_running_requests=8, max_total_tokens=4096, deterministic=True, health_interval_s=0.5,
                       hang_timeout_s=8.0, start_timeout_s=600.0, max_restarts=1000, wait_timeout_s=900.0)
 ROLLOUT = RolloutConfig(prompts_per_step=PROMPTS, responses_per_prompt=SAMPLES, max_response_tokens=24,
@@ -105,52 +108,66 @@ class Outcome(SimpleNamespace):
     """state: digest of everything that was collected; judged: prompt ids; recovery_s: until both engines served."""
 
 
+class Trainer:
+    """Publishes as the trainer does (trainer/main.py), from weights that this test sets."""
+
+    def __init__(self, config: Config, model: dict, weights: dict[str, torch.Tensor]):
+        self._sender, self._weights, self._model = Sender(config, read_config(config.model.path), CPU), weights, model
+
+    async def execute(self, kind: str, *, version: int, urls: list[str], checksums: bool) -> dict:
+        assert kind == "publish"
+        sent = await asyncio.to_thread(self._sender.send, iter(self._weights.items()), version, urls,
+                                       checksums=checksums)
+        return {**sent, "reference": reference(self._weights, self._model).tolist()}
+
+    def close(self) -> None:
+        self._sender.close()
+
+
+def reference(weights: dict[str, torch.Tensor], model: dict) -> np.ndarray:
+    return response_logprobs(weights, model, PROBE[:1], list(PROBE[1:])).numpy()
+
+
 def run(engines: Engines, urls: tuple[str, str], *, at: int = 10**9,
         fault: Callable[[], None] = lambda: None) -> Outcome:
-    """STEPS steps of publish, collect and evaluate, as the recipe does them, with new weights at every step."""
+    """STEPS steps of publish, collect and evaluate, as a run does them, with new weights at every step."""
     config = Config(run=RunConfig(seed=5), model=ModelConfig(path=str(engines.folder)),
                     rollout=replace(ROLLOUT, engine=replace(ENGINE, urls=urls)))
-    alone = SimpleNamespace(is_main=True, broadcast_object=lambda value: value)
     struck: list[float] = []
 
     def strike() -> None:
         struck.append(time.monotonic())
         fault()
 
-    judge, digest, weights = Judge(at, strike), hashlib.sha256(), {}
-    with ExitStack() as stack:
-        serving = stack.enter_context(Serving(config))
-        clients = engine_clients(config)
-        publisher = build_publisher(config, clients, torch.device("cpu"))
-        published = PublishedWeights(
-            lambda: iter(weights.items()), alone,
-            lambda: response_logprobs(weights, engines.config, PROBE[:1], list(PROBE[1:])).numpy(),
-            Channel(config, engines.config, serving, clients, publisher, PROBE))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(engines.folder)
-        responder = serving.responder(config, tokenizer, judge)
-        collector = build_collector(config, responder, Prompts())
-        held_out = [prompt(f"e{i}", i) for i in range(HELD_OUT)]
-        rollouts = BroadcastRollouts(alone, published, serving, collector)
-        seen = []
-        for step in range(STEPS):
-            weights.update(tiny_bailing_weights(engines.config, seed=100 + step))
-            published.publish(step)
-            collected = rollouts.collect(step, 0)
-            evaluated = while_serving(alone, published, serving, responder.groups(held_out, step=step, tag="eval"))
-            for group in [*collected, *evaluated]:
-                for sample, rollout in enumerate(group.rollouts):
-                    seen.append((group.prompt.id, sample))
-                    digest.update(rollout.token_ids.tobytes() + rollout.rollout_logprobs.tobytes())
-                    assert {span.version for span in rollout.weight_versions} == {step}
-        while serving.fleet.serving < 2:
-            if serving.fleet.behind():
-                published.catch_up()
-            time.sleep(0.1)
-        recovery_s = time.monotonic() - struck[0] if struck else 0.0
-        for client in clients:
-            found = serving.background.run(probe(client.base_url))
-            expected = response_logprobs(weights, engines.config, PROBE[:1], list(PROBE[1:])).numpy()
-            assert np.abs(found - expected).max() < 1e-4
+    judge, digest, weights, seen = Judge(at, strike), hashlib.sha256(), {}, []
+
+    async def live() -> float:
+        async with Serving(config) as serving:
+            with contextlib.closing(Trainer(config, engines.config, weights)) as trainer:
+                published = PublishedWeights(config, trainer, serving.fleet)
+                published.probe_tokens = list(PROBE)
+                responder = serving.responder(config, PreTrainedTokenizerFast.from_pretrained(engines.folder), judge)
+                collector = build_collector(config, responder, Prompts())
+                held_out = [prompt(f"e{i}", i) for i in range(HELD_OUT)]
+                for step in range(STEPS):
+                    weights.update(tiny_bailing_weights(engines.config, seed=100 + step))
+                    await published.publish(step)
+                    collected, _ = await published.while_serving(collector.collect(step, 0))
+                    evaluated = await published.while_serving(responder.groups(held_out, step=step, tag="eval"))
+                    for group in [*collected, *evaluated]:
+                        for sample, rollout in enumerate(group.rollouts):
+                            seen.append((group.prompt.id, sample))
+                            digest.update(rollout.token_ids.tobytes() + rollout.rollout_logprobs.tobytes())
+                            assert {span.version for span in rollout.weight_versions} == {step}
+                while serving.fleet.serving < 2:
+                    await published.catch_up()
+                    await asyncio.sleep(0.1)
+                recovery_s = time.monotonic() - struck[0] if struck else 0.0
+                for url in urls:
+                    assert np.abs(await probe(url) - reference(weights, engines.config)).max() < 1e-4
+                return recovery_s
+
+    recovery_s = asyncio.run(live())
     return Outcome(state=digest.hexdigest(), seen=seen, judged=judge.judged, recovery_s=recovery_s)
 
 

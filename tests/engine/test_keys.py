@@ -20,7 +20,7 @@ from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.launch.keys import check_keys
 from megatron_rl.launch.local import engines_for
-from megatron_rl.recipes.serving import engine_clients
+from megatron_rl.rollout.client import engine_clients
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.sampling import SamplingParams
 from tests.engine.conftest import ROLLOUT

@@ -22,7 +22,7 @@ from megatron_rl.sync.buckets import make_buckets
 from megatron_rl.sync.disk import DiskPublisher
 from megatron_rl.sync.publish import Publisher, PublishError
 from megatron_rl.sync.tensor import TensorPublisher
-from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engine, verify_engines
+from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engines
 from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import write_tiny_bailing
@@ -251,22 +251,20 @@ def test_an_engine_that_fails_is_named_and_the_others_get_the_weights(live_engin
         assert live_engine.largest_error(PROMPTS, live_engine.generate(PROMPTS, SAMPLING)) < 1e-4
 
 
-def test_an_engine_that_fails_its_check_stays_paused(live_engine: LiveEngine):
-    """A tensor that is tampered with on the way: what arrives is not what was sent."""
+def test_engines_stay_paused_with_the_new_weights_until_they_are_told_to_go_on(live_engine: LiveEngine):
+    """The orchestrator checks them meanwhile; here a tensor was tampered with on the way."""
     def tampered(tensors):
         for name, tensor in tensors:
             yield name, tensor + 1e-3 if name == "model.norm.weight" else tensor
-
-    async def check(client: EngineClient) -> None:
-        await verify_engine(client, live_engine.expected.digests())
 
     async def try_to_generate():
         return await live_engine.client.generate((5, 6), rid="paused.", sampling=SAMPLING, timeout_s=0.5)
 
     publisher = TensorPublisher([live_engine.client], bucket_bytes=SMALL_BUCKET)
     watched = live_engine.expected.watch(live_engine.weights.items())
+    publisher.publish(tampered(watched), live_engine.version + 1, resume=False)
     with pytest.raises(WeightMismatchError, match="1 parameters differ: model.norm.weight"):
-        publisher.publish(tampered(watched), live_engine.version + 1, check=check)
+        verify_engines([live_engine.client], live_engine.expected)
     with pytest.raises(EngineHTTPError, match="no answer within 0.5 s"):
         live_engine.call(try_to_generate())
     live_engine.publish(live_engine.weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -17,13 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rl.config.load import load, to_dict
+from megatron_rl.config.load import load
 from megatron_rl.launch.local import rank_environment
+from megatron_rl.launch.programs import Programs, run_rl
 from megatron_rl.model.checkpoint_files import saved_steps, step_name
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.rollout.engines import EngineProcess
 from tests.engine.faulty_proxy import FaultyProxy
-from tests.engine.kills import Kill, differences, last_words, run_ranks, timeless, was_killed
+from tests.engine.kills import Kill, differences, run_programs, timeless, was_killed
 
 pytestmark = pytest.mark.slow
 
@@ -169,10 +169,7 @@ def test_a_run_through_a_router_takes_the_same_step(whole_run, model, tmp_path):
 def test_a_skipped_publish_shows_as_mismatch(model, engine_url, tmp_path):
     config = load([*SMALL, "parallel=single", "run.steps=3", f"run.dir={tmp_path}", f"model.path={model}",
                    "observe.mismatch_alarm=1e-5", f"rollout.engine.urls=[{engine_url}]"])
-    path = tmp_path / "config_in.json"
-    path.write_text(json.dumps(to_dict(config)))
-    subprocess.run([sys.executable, "-m", "tests.engine.skip_one_publish", str(path)], cwd=ROOT,
-                   env=rank_environment(), check=True, timeout=600)
+    run_rl(config, Programs(("tests.engine.skip_one_publish",)))
     mismatch = [row["mismatch/max_abs"] for row in rows(tmp_path)]
     assert max(mismatch[:2]) < 1e-4 < 1e-3 < mismatch[2], mismatch
     assert [row["mismatch/alarm"] for row in rows(tmp_path)] == [0, 0, 1]
@@ -197,11 +194,23 @@ def test_killed_while_saving_and_while_training_it_ends_the_same(whole_run, mode
     config = load([*SMALL, f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]",
                    "run.resume=true", "run.async_save=true"])
     for kill, whole in ((Kill("save", step=1, rank=1), set()), (Kill("optimiser", step=3, everything=True), {2})):
-        run_ranks(config, kill)
+        said = run_programs(config, kill)
         struck = was_killed(config)
-        assert struck is not None and kill.phase in struck["inside"], last_words(config)
+        assert struck is not None and kill.phase in struck["inside"], said
         assert set(saved_steps(run_dir / "checkpoints")) <= whole
-    assert run_ranks(config, Kill()) == 0, last_words(config)
+    assert run_programs(config) == ""
+    assert differences(whole_run, run_dir) == []
+
+
+def test_a_killed_orchestrator_is_started_again_and_the_run_ends_the_same(whole_run, model, engine_url, tmp_path):
+    """In one run: while it hands a step over, judges, and saves; all phases, many times: make test-kills."""
+    run_dir = tmp_path / "killed"
+    config = load([*SMALL, f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]",
+                   "orchestrator.wait_timeout_s=300"])
+    kills = [Kill(phase, step, program="orchestrator") for phase, step in (
+        ("handing over", 0), ("judging", 1), ("saving", 1), ("publishing", 2))]
+    assert run_programs(config, *kills) == ""
+    assert all(was_killed(config, number) is not None for number in range(len(kills)))
     assert differences(whole_run, run_dir) == []
 
 

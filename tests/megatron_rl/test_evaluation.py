@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from megatron_rl.config.load import load
+from megatron_rl.orchestrator.evaluation import Measured, evaluation_data, summary
 from megatron_rl.recipes.evaluate import table
-from megatron_rl.recipes.evaluation import Measured, evaluation_data, summary
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 
 

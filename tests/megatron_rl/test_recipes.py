@@ -7,7 +7,7 @@ import torch
 from c3po import BudgetSelection, SumCount
 from megatron_rl.batch import BudgetFill, StepBatch
 from megatron_rl.config.schema import AlgoConfig
-from megatron_rl.recipes.parts import budget_metrics, rollout_metrics, update_metrics
+from megatron_rl.orchestrator.record import budget_metrics, rollout_metrics, update_metrics
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, StepResult, VersionSpan
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.model import checkpoint_files as files
-from megatron_rl.recipes.stages import current, plateaued, resumed, stage_configs, widest
+from megatron_rl.orchestrator.stages import current, plateaued, resumed, stage_configs, widest
 
 STAGES = ("stages=[{name:math,steps:4,set:{c3po.phi:100,rollout.max_context_tokens:120}},"
           "{name:mixed,steps:3,optimizer:reset,set:{optimizer.lr:1e-4,data.seed:8}}]")

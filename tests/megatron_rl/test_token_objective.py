@@ -16,9 +16,9 @@ from megatron_rl.batch import pack
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.metrics import reduce_maxima, reduce_metrics
-from megatron_rl.recipes.objective import TokenObjective
 from megatron_rl.train_step.report import TOTALS as TOTALS_REPORTED
 from megatron_rl.train_step.report import metric_name
+from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
 
 TOTALS = StepTotals(phi=10, selected_tokens=7, num_responses=3, max_response_tokens=5)

@@ -3,83 +3,83 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 from dataclasses import replace
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_rl.config.schema import Config
-from megatron_rl.model.network import Network
-from megatron_rl.recipes.parts import RunRecord, while_serving
-from megatron_rl.recipes.serving import Serving
+from megatron_rl.orchestrator.serving import Serving
+from megatron_rl.orchestrator.weights import PublishedWeights
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.sync.publish import PublishError
 from tests.megatron_rl.rollout.test_fleet import CONFIG, Engine, ask
 
-NETWORK = Network("bailing_moe", *[1] * 15, norm_topk_prob=True)
-ALONE = SimpleNamespace(is_main=True, broadcast_object=lambda value: value)
+
+class Trainer:
+    """Sends its weights to whoever it is told, and the engines then label themselves so."""
+
+    def __init__(self, engine: Engine, failures: dict[str, str] | None = None):
+        self._engine, self._failures, self.published = engine, failures or {}, []
+
+    async def execute(self, kind: str, *, version: int, urls: list[str], checksums: bool) -> dict:
+        assert kind == "publish"
+        self.published.append((version, urls))
+        self._engine.label = version
+        return {"failures": self._failures, "bytes": 1, "digests": None, "reference": [0.0, 0.0], "free_bytes": {}}
 
 
-class Weights:
-    """Publishes version 4 to whoever is behind, and counts how often."""
-
-    def __init__(self, serving: Serving):
-        self._serving, self.caught_up = serving, 0
-
-    def catch_up(self) -> None:
-        urls = self._serving.fleet.behind()
-        self._serving.tell(self._serving.fleet.updating, 4, urls)
-        self._serving.tell(self._serving.fleet.published, 4, urls, {})
-        self.caught_up += 1
-
-
-def with_engine_behind(use):
-    """use(serving, weights) while the only engine answers but lacks version 4, as after a restart."""
+def with_engine(use, monkeypatch, failures=None):
+    """use(weights, serving, trainer) on an engine that serves version 4 under that label."""
     engine = Engine(4)
-    config = Config(rollout=replace(CONFIG, engine=replace(CONFIG.engine, urls=(engine.url,))))
 
-    def work():
-        with Serving(config) as serving:
-            serving.tell(serving.fleet.published, 4, [], {})
-            return use(serving, Weights(serving))
+    async def nothing(self) -> None:
+        return None
+
+    async def zeros(self, tokens, *, rid) -> np.ndarray:
+        return np.zeros(2)
+
+    monkeypatch.setattr(EngineClient, "continue_generation", nothing)
+    monkeypatch.setattr(EngineClient, "input_logprobs", zeros)
 
     async def run():
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(engine.serving())
-            return await asyncio.to_thread(work)
+        config = Config(rollout=replace(CONFIG, verify_checksums=False,
+                                        engine=replace(CONFIG.engine, urls=(engine.url,))))
+        async with engine.serving(), Serving(config) as serving:
+            trainer = Trainer(engine, failures and {engine.url: failures})
+            return await use(PublishedWeights(config, trainer, serving.fleet), serving, trainer)
 
     return asyncio.run(run())
 
 
-def test_an_engine_that_comes_back_during_evaluation_catches_up():
-    logged = []
+def test_an_engine_that_comes_back_meanwhile_catches_up(monkeypatch):
+    async def use(weights, serving, trainer):
+        await weights.publish(4)
+        serving.fleet.published(4, [], {serving.fleet.answering()[0]: "lost its weights"})
+        await weights.while_serving(ask(serving.fleet, "eval-3"))
+        assert [version for version, _ in trainer.published] == [4, 4]
+        assert weights.metrics["sync/version"] == 4
 
-    def use(serving: Serving, weights: Weights) -> None:
-        async def evaluate(step: int) -> dict[str, float]:
-            await ask(serving.fleet, f"eval-{step}")
-            return {"accuracy": 0.5}
-
-        record = RunRecord(None, ALONE, network=NETWORK, evaluator=SimpleNamespace(evaluate=evaluate),
-                           log=SimpleNamespace(log_eval=lambda *row: logged.append(row)), serving=serving,
-                           rollouts=None, weights=weights, save=None, poll_save=None,
-                           stage=SimpleNamespace(options=None))
-        record.evaluate(3, "during")
-        assert weights.caught_up == 1
-
-    with_engine_behind(use)
-    assert logged == [(3, "during", {"accuracy": 0.5})]
+    with_engine(use, monkeypatch)
 
 
-def test_what_goes_wrong_meanwhile_is_raised():
+def test_what_goes_wrong_meanwhile_is_raised(monkeypatch):
     async def fail() -> None:
         raise ValueError("no such problem")
 
-    with pytest.raises(ValueError, match="no such problem"):
-        with_engine_behind(lambda serving, weights: while_serving(ALONE, weights, serving, fail()))
+    async def use(weights, serving, trainer):
+        with pytest.raises(ValueError, match="no such problem"):
+            await weights.while_serving(fail())
+
+    with_engine(use, monkeypatch)
 
 
-def test_other_ranks_follow_the_first_until_it_is_done():
-    orders, caught_up = [False, False, True], []
-    here = SimpleNamespace(broadcast_object=lambda value: orders.pop(0))
-    weights = SimpleNamespace(catch_up=lambda: caught_up.append(1))
-    assert while_serving(here, weights, None, None) is None
-    assert len(caught_up) == 2 and orders == []
+def test_versions_grow_and_a_publish_that_reaches_no_engine_is_tried_again_and_then_an_error(monkeypatch):
+    async def use(weights, serving, trainer):
+        with pytest.raises(PublishError, match="publishing version 4: no room"):
+            await weights.publish(4)
+        assert len(trainer.published) == 3
+        with pytest.raises(ValueError, match="weight version 4 does not follow 4"):
+            await weights.publish(4)
+
+    with_engine(use, monkeypatch, failures="no room")

@@ -9,7 +9,7 @@ from megatron_rl import cli, commands
 from megatron_rl.config.check import Sizes, check_gloo, check_rl, summary
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.model.architectures import HF_FILES
-from megatron_rl.recipes.stages import stage_configs
+from megatron_rl.orchestrator.stages import stage_configs
 
 SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters=1)
 

@@ -101,7 +101,7 @@ OF_RL = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml")
 
 @pytest.mark.parametrize("experiment", OF_RL)
 def test_no_experiment_trains_on_what_it_evaluates(experiment, tokenizer):
-    from megatron_rl.recipes.evaluation import evaluation_data
+    from megatron_rl.orchestrator.evaluation import evaluation_data
 
     config = load([f"experiment={experiment}"])
     sets = {"": config.data, **evaluation_data(config)}

@@ -21,7 +21,7 @@ from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConf
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.checkpoint import Checkpoints
-from megatron_rl.model.checkpoint_files import DamagedCheckpoint
+from megatron_rl.model.checkpoint_files import DamagedCheckpoint, choose
 from megatron_rl.model.convert import load_hf
 from megatron_rl.train_step.optimizer import build_optimizer
 from tests.tiny_models import write_tiny_bailing
@@ -59,6 +59,9 @@ class Run:
         for parameter in self.policy.gpt_models[0].parameters():
             parameter.main_grad.fill_(size)
         self.optimizer.step()
+
+    def restore(self) -> dict:
+        return self.saves.restore(choose(self.saves._run))
 
     def weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.policy.gpt_models[0].parameters()]
@@ -116,7 +119,7 @@ def test_a_background_save_holds_the_state_of_its_step_while_training_goes_on(st
 
     for name, weights in (("step_00000001", at_save), ("step_00000002", after)):
         again = started(tmp_path, resume=True, resume_from=name)
-        again.saves.restore()
+        again.restore()
         assert same(again.weights(), weights) and not same(at_save, after)
         again.train()
         if name == "step_00000001":  # one step more than step 1 is step 2, moments and counters included
@@ -150,7 +153,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_last_checkpoint_stays(st
     assert run.saved() == ["step_00000001"]
 
     again = started(tmp_path, resume=True)
-    assert again.saves.restore()["updates_done"] == 1
+    assert again.restore()["updates_done"] == 1
     assert same(again.weights(), at_save)
     again.saves.save(2, {})  # there is room again
     again.saves.finish()
@@ -175,7 +178,7 @@ except OSError as error:
     print(error)
 print(run.saved())
 topology.stop()
-print(Run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True).saves.restore()["step"])
+print(Run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True).restore()["step"])
 """
 
 
@@ -217,7 +220,7 @@ def test_a_flipped_bit_anywhere_is_refused_before_anything_is_loaded(started, tm
             flipped[place] ^= 1 << chance.randrange(8)
             (newest / name).write_bytes(flipped)
             with pytest.raises(DamagedCheckpoint, match=rf"{name}.* has changed .* run.resume_from=step_00000001"):
-                again.saves.restore()
+                again.restore()
         (newest / name).write_bytes(whole)
     assert same(again.weights(), before)
     assert again.saves.restore()["updates_done"] == 2

@@ -15,7 +15,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.launch.local import engines_for
 from megatron_rl.model.hf_folder import HF_FILES, write_hf_folder
-from megatron_rl.recipes.serving import load_tokenizer
+from megatron_rl.model.tokenizer import load_tokenizer
 from tests.tiny_models import write_tiny_bailing
 
 KEPT = ["generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from megatron_rl.recipes.evaluation import summary
+from megatron_rl.orchestrator.evaluation import summary
 from megatron_rl.train_step.report import ROUTER_SUMS, TOTALS, metric_name
 from tests.megatron_rl.test_evaluation import GROUPS
 

@@ -9,8 +9,8 @@ from megatron_rl.batch import BudgetFill, assemble
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.verdicts import correctness_metrics, is_mixed
-from megatron_rl.recipes.evaluation import summary
-from megatron_rl.recipes.parts import rollout_metrics
+from megatron_rl.orchestrator.evaluation import summary
+from megatron_rl.orchestrator.record import rollout_metrics
 from megatron_rl.recipes.select_checkpoint import measure
 from megatron_rl.reward.user import score_of
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan

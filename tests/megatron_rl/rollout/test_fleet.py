@@ -13,7 +13,7 @@ from aiohttp import web
 
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.serving import Serving
+from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 from megatron_rl.rollout.ports import choose_port
@@ -306,17 +306,17 @@ def test_a_request_loses_one_attempt_to_an_engine_that_dies():
 def test_at_the_end_requests_are_aborted_before_connections_are_closed():
     engine = Engine(behave=asyncio.Event().wait)
 
-    async def serve() -> None:
-        async with engine.serving():
-            await asyncio.to_thread(end_with_a_request)
-
-    def end_with_a_request() -> None:
+    async def end_with_a_request() -> None:
         config = Config(rollout=replace(CONFIG, engine=replace(CONFIG.engine, urls=(engine.url,))))
-        with Serving(config) as serving:
-            serving.background.submit(ask(serving.fleet, "r"))
-            serving.background.run(until(lambda: engine.seen == ["r-0."]))
+        async with Serving(config) as serving:
+            request = asyncio.create_task(ask(serving.fleet, "r"))
+            await until(lambda: engine.seen == ["r-0."])
             (member,) = serving.fleet._members
-        assert engine.aborted == ["r-0."]
+        assert request.cancelled() and engine.aborted == ["r-0."]
         assert member.client._connection._session is None
+
+    async def serve() -> None:
+        async with engine.serving():  # in a loop of its own: at its end the program cancels all that runs in its loop
+            await asyncio.to_thread(lambda: asyncio.run(end_with_a_request()))
 
     asyncio.run(serve())

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.serving import build_fleet
+from megatron_rl.orchestrator.serving import build_fleet
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.router import RoutedFleet, RouterClient, router_process
 from tests.megatron_rl.rollout.test_fleet import CONFIG, Engine, ask, publish, until

@@ -15,11 +15,11 @@ from aiohttp import web
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.weights import build_publisher
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.publish import PublishError
+from megatron_rl.trainer.sender import build_publisher
 
 over = threading.Event()
 """Set when an engine that hangs has answered after all."""

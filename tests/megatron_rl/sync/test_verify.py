@@ -10,17 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_rl.config.load import load
-from megatron_rl.recipes.weights import Channel
-from megatron_rl.sync.verify import ExpectedChecksums, UnpredictableChecksumsError
-
-TENSOR = ("model.norm.weight", torch.arange(4.0))
+from megatron_rl.orchestrator.weights import PublishedWeights
+from megatron_rl.sync.verify import UnpredictableChecksumsError
 
 
 class GPUEngine:
-    """The answers to the publisher of an engine that cannot run here."""
+    """The answers of an engine that cannot run here."""
 
     base_url = "http://engine"
 
@@ -33,42 +30,40 @@ class GPUEngine:
     async def input_logprobs(self, tokens, rid) -> np.ndarray:
         return np.zeros(len(tokens) - 1)
 
-    async def close(self) -> None:
+    async def continue_generation(self) -> None:
         pass
 
 
-class Publisher:
-    """Takes all tensors and lets the channel check its engine."""
+class Trainer:
+    """Answers a publish as the trainer does; `hashed` says of each whether it was to hash what it sent."""
 
-    def __init__(self, engine: GPUEngine):
-        self._engine = engine
+    def __init__(self):
+        self.hashed: list[bool] = []
 
-    def publish(self, tensors, version, *, only, check) -> SimpleNamespace:
-        sent = sum(tensor.nbytes for _, tensor in tensors)
-        asyncio.run(check(self._engine))
-        return SimpleNamespace(failures={}, bytes=sent)
+    async def execute(self, kind: str, *, version: int, urls: list[str], checksums: bool) -> dict:
+        self.hashed.append(checksums)
+        return {"failures": {}, "bytes": 16, "digests": {"model.norm.weight": "00"} if checksums else None,
+                "reference": [0.0, 0.0], "free_bytes": {}}
 
 
-def channel(*overrides: str) -> Channel:
+def weights(trainer: Trainer, *overrides: str) -> PublishedWeights:
     engine = GPUEngine()
-    fleet = SimpleNamespace(answering=lambda: [engine.base_url], updating=None, published=None)
-    serving = SimpleNamespace(fleet=fleet, tell=lambda *_: None)
-    return Channel(load(["run.dir=unused", "model.path=unused", *overrides]), {}, serving, [engine],
-                   Publisher(engine), probe_tokens=[1, 2, 3])
+    fleet = SimpleNamespace(answering=lambda: [engine.base_url], client=lambda url: engine,
+                            updating=lambda *_: None, published=lambda *_: None)
+    made = PublishedWeights(load(["run.dir=unused", "model.path=unused", *overrides]), trainer, fleet)
+    made.probe_tokens = [1, 2, 3]
+    return made
 
 
-def send(through: Channel, version: int) -> int:
-    assert through.send(iter([TENSOR]), version, None, np.zeros(2), last=True)
-    return through.metrics["sync/engines_verified"]
-
-
-def test_an_engine_that_cannot_be_predicted_is_used_unproven_and_says_so(monkeypatch):
-    gpu = channel()
-    assert send(gpu, 1) == 0
-    monkeypatch.setattr(ExpectedChecksums, "watch", None)  # what it sends next is not hashed in vain
-    assert send(gpu, 2) == 0
+def test_an_engine_that_cannot_be_predicted_is_used_unproven_and_says_so():
+    trainer = Trainer()
+    gpu = weights(trainer)
+    for version in (1, 2):
+        asyncio.run(gpu.publish(version))
+        assert gpu.metrics["sync/engines_verified"] == 0
+    assert trainer.hashed == [True, False]  # what it sends next is not hashed in vain
 
 
 def test_who_asks_for_proof_gets_it_or_an_error():
     with pytest.raises(UnpredictableChecksumsError, match="runs on cuda.*rollout.verify_checksums=null"):
-        send(channel("rollout.verify_checksums=true"), 1)
+        asyncio.run(weights(Trainer(), "rollout.verify_checksums=true").publish(1))

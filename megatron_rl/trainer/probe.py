@@ -6,9 +6,9 @@ import numpy as np
 
 from megatron_rl.batch import by_sample
 from megatron_rl.config.schema import Config
-from megatron_rl.recipes.learner import PolicyLearner, packed_microbatches
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.trainer.learner import PolicyLearner, packed_microbatches
 from megatron_rl.types import TrainSample
 
 PROBE_TOKENS = 48

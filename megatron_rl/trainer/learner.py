@@ -1,4 +1,4 @@
-"""The policy under training: plan, pack, no-gradient passes, then one optimiser step per StepBatch."""
+"""The policy under training: pack, no-gradient passes, then one optimiser step per UpdateShard."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 
 from c3po import StepTotals
-from megatron_rl.batch import StepBatch, common_tokens, pack, plan_microbatches
+from megatron_rl.batch import pack
 from megatron_rl.config.schema import Config
+from megatron_rl.handoff import UpdateShard, schedule
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import RoutingCounts
 from megatron_rl.observe.dump import StepInputs
-from megatron_rl.observe.flops import attention_balance_tokens
 from megatron_rl.observe.timing import Timers
-from megatron_rl.recipes.guarded import GuardedStep
-from megatron_rl.recipes.objective import TokenObjective
-from megatron_rl.recipes.routing import share_routed_experts
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.optimizer import build_optimizer, learning_rate
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.trainer.guarded import GuardedStep
+from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import PackedMicrobatch, StepResult, TrainSample
 
 
@@ -38,29 +37,24 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
     return policy, optimizer, step
 
 
-def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology, network: Network, *,
-                        experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
-    """This rank's micro-batches of `samples`; every rank gets equally many. experts_shape as in pack(), of the experts
-    that rank 0's samples have."""
-    parallel, cp_size = config.parallel, topology.cp_size
-    lengths = [len(sample.token_ids) - 1 for sample in samples]
-    plan = plan_microbatches(
-        lengths, dp_size=topology.dp_size, cp_size=cp_size,
-        tokens_per_microbatch=config.batch.tokens_per_microbatch, align=parallel.token_multiple,
-        multiple_of=parallel.pp if parallel.vpp else 1,
-        attention_tokens=attention_balance_tokens(dataclasses.asdict(network)))
-    if experts_shape is not None:
-        places = [[i for members in microbatches for i in members] for microbatches in plan]
-        samples = share_routed_experts(samples, places, topology, experts_shape)
-    align = {"multiple_of": parallel.token_multiple, "cp_size": cp_size}
-    least = common_tokens(plan, lengths, **align) if parallel.token_dispatcher == "allgather" else [0] * len(plan[0])
-    return [pack([samples[i] for i in members], **align, cp_rank=topology.cp_rank, min_tokens=tokens,
-                 device=topology.device, experts_shape=experts_shape)
-            for members, tokens in zip(plan[topology.dp_rank], least, strict=True)]
+def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology,
+                        network: Network) -> list[PackedMicrobatch]:
+    """This rank's micro-batches of `samples`, which every rank has; every rank gets equally many."""
+    plan, least = schedule([len(sample.token_ids) - 1 for sample in samples], config, dataclasses.asdict(network))
+    return pack_all([[samples[place] for place in members] for members in plan[topology.dp_rank]], least, config,
+                    topology)
+
+
+def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequence[int], config: Config,
+             topology: Topology, experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
+    """Packed for this context-parallel rank. least_tokens: what each micro-batch is padded to at least."""
+    return [pack(members, multiple_of=config.parallel.token_multiple, cp_size=topology.cp_size,
+                 cp_rank=topology.cp_rank, min_tokens=tokens, device=topology.device, experts_shape=experts_shape)
+            for members, tokens in zip(microbatches, least_tokens, strict=True)]
 
 
 class PolicyLearner:
-    """loop.Learner on Megatron. updates_done: the place in the learning-rate schedule, which spans schedule_updates
+    """The policy on Megatron. updates_done: the place in the learning-rate schedule, which spans schedule_updates
     optimiser steps (None: those of the run). stage: index of the run's stage, None in a run without."""
 
     def __init__(self, config: Config, topology: Topology, schedule_updates: int | None = None,
@@ -84,17 +78,17 @@ class PolicyLearner:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.updates_done, self._guarded.in_a_row = state["updates_done"], state["skipped_in_a_row"]
 
-    def learn(self, batches: Sequence[StepBatch], timers: Timers) -> list[StepResult]:
-        """Old (and reference) log-probabilities of all batches first, then their optimiser steps in order."""
+    def learn(self, updates: Sequence[UpdateShard], timers: Timers) -> list[StepResult]:
+        """Old (and reference) log-probabilities of all updates first, then their optimiser steps in order."""
         with timers("logprobs"):
-            prepared = [self._prepare(batch) for batch in batches]
+            prepared = [self._prepare(update) for update in updates]
         with timers("train"):
-            return [self._update(batch, *parts) for batch, parts in zip(batches, prepared, strict=True)]
+            return [self._update(update, *parts) for update, parts in zip(updates, prepared, strict=True)]
 
-    def _prepare(self, batch: StepBatch) -> tuple[list[PackedMicrobatch], RoutingCounts | None]:
+    def _prepare(self, update: UpdateShard) -> tuple[list[PackedMicrobatch], RoutingCounts | None]:
         network, replay = self.policy.config, self.config.c3po.router_replay
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
-        microbatches = packed_microbatches(batch.samples, self.config, self.topology, network, experts_shape=shape)
+        microbatches = pack_all(update.microbatches(), update.least_tokens, self.config, self.topology, shape)
         old, counts = None, None
         if self._needs_old_pass:
             old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
@@ -114,10 +108,10 @@ class PolicyLearner:
         return (algo.updates_per_rollout > 1 or algo.router_replay == "trainer"
                 or (network.num_moe_layers > 0 and algo.balance_coef > 0))
 
-    def _update(self, batch: StepBatch, microbatches: list[PackedMicrobatch], counts) -> StepResult:
+    def _update(self, update: UpdateShard, microbatches: list[PackedMicrobatch], counts) -> StepResult:
         algo = self.config.c3po
-        totals = StepTotals(phi=batch.selection.phi, selected_tokens=batch.selection.selected_tokens,
-                            num_responses=batch.num_responses,
+        totals = StepTotals(phi=update.phi, selected_tokens=update.selected_tokens,
+                            num_responses=update.num_responses,
                             max_response_tokens=self.config.rollout.max_response_tokens)
         lr = learning_rate(self.updates_done, self._schedule_updates, self.config.optimizer)
         self.updates_done += 1

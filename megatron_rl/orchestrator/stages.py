@@ -14,7 +14,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.config.stage import StageConfig
 from megatron_rl.model import checkpoint_files as files
 
-__all__ = ["Stage", "current", "plateaued", "resumed", "stage_configs", "widest"]
+__all__ = ["Stage", "current", "plateaued", "resumed", "stage_at", "stage_configs", "widest"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class Stage:
         """The index, None in a run without stages."""
         return None if self.options is None else self.index
 
+    def ending_at(self, step: int) -> Stage:
+        return replace(self, config=replace(self.config, run=replace(self.config.run, steps=step)))
+
     def state(self, *, over: bool) -> dict:
         """What a checkpoint of this stage says of it; {} without stages."""
         if self.options is None:
@@ -81,7 +84,7 @@ def current(config: Config) -> Stage:
         return Stage(config, config)
     checkpoint = files.choose(config.run)
     if checkpoint is None:
-        return _stage(config, 0, 0, fresh=True)
+        return stage_at(config, 0, 0, fresh=True)
     state = files.read_loop_state(checkpoint)
     place = state.get("stage", {"name": None, "index": 0})
     names = [stage.name for stage in config.stages]
@@ -90,15 +93,17 @@ def current(config: Config) -> Stage:
                          f"but stages are {', '.join(names)}: they must stay the same up to there")
     following = place["index"] + 1
     if place["over"] and following < len(names):
-        return _stage(config, following, state["step"], fresh=True)
-    stage = _stage(config, place["index"], place["first_step"], fresh=False)
+        return stage_at(config, following, state["step"], fresh=True)
+    stage = stage_at(config, place["index"], place["first_step"], fresh=False)
     if not place["over"]:
         return stage
-    ended = replace(stage.config, run=replace(stage.config.run, steps=state["step"]))
-    return replace(stage, config=ended, done=True)
+    return replace(stage.ending_at(state["step"]), done=True)
 
 
-def _stage(config: Config, index: int, first_step: int, *, fresh: bool) -> Stage:
+def stage_at(config: Config, index: int, first_step: int, *, fresh: bool) -> Stage:
+    """Stage `index` of a run whose stage began after `first_step` steps; the run itself if it has no stages."""
+    if not config.stages:
+        return Stage(config, config)
     return Stage(config, stage_config(config, index, first_step), index, first_step, fresh,
                  options=config.stages[index])
 

@@ -15,7 +15,8 @@ from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.observe.verdicts import judged, known, number_right, right_shares
-from megatron_rl.recipes.serving import Serving, heldout_data, prompt_source
+from megatron_rl.orchestrator.serving import Serving
+from megatron_rl.prompts import heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.rollout.responses import SamplingPlan

@@ -1,0 +1,23 @@
+"""The commands of the orchestrator, in the order in which a run sees them, and what the trainer answers.
+
+    start      config, checkpoint (a folder or None), stage, schedule_updates, reset_optimizer
+               -> steps_done, probe_tokens
+    publish    version, urls, checksums     -> failures by URL, bytes, digests, reference, free_bytes
+    make_room  urls                         -> {}
+    train      step                         -> results of its optimiser steps, seconds by phase
+    save       step, loop_state             -> {}
+    finish     export_hf                    -> {}, and the ranks end
+
+    GET  /command/N           the N-th command of this trainer, counted from 0; 204 when there is none for POLL_S
+    POST /done/N              its outcome
+    GET  /step/S/shard/D      what data-parallel rank D trains on in step S (shard.py); 503 before it is offered
+    GET  /state/S             the orchestrator's state after S steps (body.py)
+    POST /heartbeat/R         rank R lives
+    GET  /health              the orchestrator lives
+
+Asking again is always allowed. Every request carries the key of the run. The trainer counts; an orchestrator that was
+started again goes on from the number that it is asked for first, and says what it needs: a command that the trainer has
+carried out already is not carried out twice (trainer/main.py).
+"""
+
+POLL_S = 5.0

@@ -1,0 +1,115 @@
+"""From prompts to what the trainer trains on: collect, assemble, schedule, offer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble, step_budget
+from megatron_rl.config.schema import Config
+from megatron_rl.handoff import cut_into_shards, dump, write_shard
+from megatron_rl.model.network import Network
+from megatron_rl.observe.failures import bear_failures
+from megatron_rl.observe.flops import train_flops
+from megatron_rl.observe.own import OwnMetrics
+from megatron_rl.observe.samples import sampled_responses
+from megatron_rl.observe.timing import Timers
+from megatron_rl.orchestrator.port import TrainerPort
+from megatron_rl.orchestrator.record import budget_metrics, ledger_metrics, rollout_metrics
+from megatron_rl.orchestrator.state import OfferedStep
+from megatron_rl.orchestrator.weights import PublishedWeights
+from megatron_rl.rollout.collectors import Collector, Ledger
+from megatron_rl.types import RolloutGroup
+
+
+class Rollouts:
+    """loop.Rollouts. offered: what an orchestrator that died had handed over last, which is handed over again."""
+
+    def __init__(self, config: Config, network: Network, collector: Collector, weights: PublishedWeights,
+                 port: TrainerPort, folder: Path, offered: OfferedStep | None = None):
+        self._config, self._sizes, self._collector = config, asdict(network), collector
+        self._weights, self._port, self._folder, self._again = weights, port, folder, offered
+        self._own = OwnMetrics(config.observe.metrics)
+        if offered is not None:
+            self._hand_over(offered)
+
+    def keep_state(self, step: int) -> None:
+        """The collector's state now is that of a checkpoint of `step` steps."""
+        self._port.keep_state(step, dump({"collector": self._collector.state_dict()}))
+
+    async def offer(self, step: int, timers: Timers) -> OfferedStep:
+        if self._again is not None and self._again.step == step:
+            again, self._again = self._again, None
+            return again
+
+        async def collect(round_: int) -> tuple[list[RolloutGroup], Ledger]:
+            with timers("generate"):
+                return await self._weights.while_serving(self._collector.collect(step, round_))
+
+        groups, batches, ledger, rounds = await collect_budget(self._config, collect, step)
+        with timers("assemble"):
+            offered = await asyncio.to_thread(self._offered, step, groups, batches, timers, ledger, rounds)
+            await asyncio.to_thread(offered.write, self._folder)
+        self._hand_over(offered)
+        return offered
+
+    def _offered(self, step: int, groups: list[RolloutGroup], batches: list[StepBatch], timers: Timers,
+                 ledger: Ledger, rounds: int) -> OfferedStep:
+        shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
+        lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
+        config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
+        fill = BudgetFill(config.c3po, config.parallel.dp, config.rollout.max_response_tokens)
+        metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
+                   **budget_metrics(groups, batches)}
+        samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
+        return OfferedStep(step, shards, metrics, samples, train_flops(self._sizes, lengths),
+                           timers.seconds("generate"), self._collector.state_dict())
+
+    def _hand_over(self, offered: OfferedStep) -> None:
+        self._port.offer(offered.step, offered.shards)
+        self._port.keep_state(offered.step + 1, dump({"collector": offered.collector}))
+
+
+class Collect(Protocol):
+    def __call__(self, round_: int) -> Awaitable[tuple[list[RolloutGroup], Ledger]]: ...
+
+
+async def collect_budget(config: Config, collect: Collect | Callable,
+                         step: int) -> tuple[list[RolloutGroup], list[StepBatch], Ledger, int]:
+    """Whole groups until this step has what its optimiser steps need (c3po.underfull decides), and their account.
+
+    With a budget that is Phi tokens for each optimiser step; without one, prompts_per_step groups that dynamic sampling
+    keeps. UnfillableStep after c3po.max_collect_rounds.
+    """
+    algo, dp = config.c3po, config.parallel.dp
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    groups: list[RolloutGroup] = []
+    ledger: Ledger | None = None
+    for round_ in range(algo.max_collect_rounds):
+        more, account = await collect(round_)
+        groups, ledger = groups + more, account if ledger is None else ledger.then(account)
+        bear_failures(groups, what=f"step {step}", max_fraction=config.rollout.max_failed_fraction)
+        if not groups:
+            continue  # a budget of sampled tokens may end before the first group has finished
+        batches = await asyncio.to_thread(
+            assemble, groups, algo, dp=dp, seed=config.run.seed, step=step,
+            max_response_tokens=config.rollout.max_response_tokens)
+        if algo.has_budget:
+            full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
+        else:
+            full = not algo.dynamic_sampling or sum(batch.num_responses for batch in batches) >= responses
+        if full or algo.underfull != "collect_more":
+            return groups, batches, ledger, round_ + 1
+    if groups and not algo.has_budget:
+        raise UnfillableStep(
+            f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses in mixed "
+            f"groups after c3po.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, or set "
+            "c3po.dynamic_sampling=false or c3po.underfull=train_short")
+    available = sum(batch.available_tokens for batch in batches) if groups else 0
+    raise UnfillableStep(
+        f"step {step}: {available} response tokens after c3po.max_collect_rounds={algo.max_collect_rounds} rounds, "
+        f"{step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise rollout.prompts_per_step or "
+        "c3po.max_collect_rounds, or lower c3po.phi")

@@ -1,0 +1,86 @@
+"""The engines of a run as those who sample see them: the fleet, the responder, the collector."""
+
+from __future__ import annotations
+
+from megatron_rl.batch import BudgetFill
+from megatron_rl.config.schema import Config
+from megatron_rl.model.architectures import read_config
+from megatron_rl.reward import RewardPool
+from megatron_rl.rollout.background import cancel_others
+from megatron_rl.rollout.client import engine_clients
+from megatron_rl.rollout.collectors import (
+    AheadCollector,
+    BudgetedCollector,
+    Collector,
+    PartialCollector,
+    Prompts,
+    SyncCollector,
+)
+from megatron_rl.rollout.engine_command import engine_key
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.responses import Responder
+from megatron_rl.rollout.routed_experts import RoutedLayers
+from megatron_rl.rollout.router import RoutedFleet, RouterClient
+
+
+def build_fleet(config: Config) -> Fleet:
+    """With the router's choice of engine, if there is one, or our own."""
+    clients, engine = engine_clients(config), config.rollout.engine
+    if engine.router is None:
+        return Fleet(clients, config.rollout)
+    if engine.router == "local":
+        raise ValueError("rollout.engine.router=local is started with the engines; with rollout.engine.urls give the "
+                         "router's URL")
+    key = engine_key(engine)
+    router = RouterClient(engine.router, timeout_s=config.rollout.request_timeout_s,
+                          control_timeout_s=engine.control_timeout_s, api_key=key)
+    return RoutedFleet(clients, router, config.rollout, key=key)
+
+
+class Serving:
+    """The engines of a run, watched. `async with Serving(config) as serving:` in the one event loop of a program."""
+
+    def __init__(self, config: Config):
+        self.fleet = build_fleet(config)
+
+    async def __aenter__(self) -> Serving:
+        await self.fleet.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Whatever still runs in the loop is cancelled: its requests are aborted over connections that are open."""
+        await cancel_others(but=self.fleet.watch)
+        await self.fleet.close()
+
+    def responder(self, config: Config, tokenizer, rewards: RewardPool,
+                  routed_layers: RoutedLayers | None = None) -> Responder:
+        return Responder(self.fleet, config.rollout, tokenizer, rewards, seed=config.run.seed,
+                         eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers)
+
+
+def engine_routing(config: Config) -> RoutedLayers | None:
+    """What to ask the engine about experts: nothing unless c3po.router_replay=rollout."""
+    if config.c3po.router_replay != "rollout":
+        return None
+    network = read_config(config.model.path)
+    layers = range(network.num_hidden_layers)
+    return RoutedLayers(network.num_hidden_layers, tuple(i for i in layers if not network.is_dense_layer(i)),
+                        network.num_experts_per_tok, network.num_experts)
+
+
+def build_collector(config: Config, responder: Responder, prompts: Prompts) -> Collector:
+    """The collector that rollout.collector names."""
+    rollout = config.rollout
+    fill = BudgetFill(config.c3po, config.parallel.dp, rollout.max_response_tokens)
+    shared = {"prompts_per_step": rollout.prompts_per_step}
+    if rollout.collector == "budgeted":
+        return BudgetedCollector(responder, prompts, fill, **shared, overprovision=rollout.overprovision,
+                                 seed=config.run.seed)
+    if rollout.collector == "partial":
+        return PartialCollector(responder, prompts, **shared, budget_tokens=rollout.budget_tokens or fill.tokens,
+                                slice_tokens=rollout.slice_tokens, retention_steps=rollout.retention_steps,
+                                concurrency=rollout.concurrency)
+    if rollout.collector == "async":
+        return AheadCollector(responder, prompts, **shared, max_staleness=rollout.max_staleness,
+                              last_step=config.run.steps - 1)
+    return SyncCollector(responder, prompts, **shared)

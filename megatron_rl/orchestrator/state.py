@@ -1,0 +1,90 @@
+"""What an orchestrator leaves for the one that is started after it, in <run.dir>/orchestrator; and for checkpoints.
+
+    start.json         where the run began: the checkpoint that was chosen, and the stage
+    step.safetensors   the step that was offered last: its shards, its metrics, and the state after collecting it
+    end.json           how the run ended, written before the trainer is told to finish
+
+The launcher removes the folder when it starts a run, so whatever is in it belongs to this run. Each file is whole or
+absent. The state of a checkpoint of S steps is that after collecting step S - 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.handoff import dump, load
+from megatron_rl.loop import End, Ended
+from megatron_rl.observe.files import write_bytes, write_json
+
+FOLDER, START, STEP, END = "orchestrator", "start.json", "step.safetensors", "end.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Decided once: checkpoints that this run writes later must not change it.
+
+    stage, first_step, fresh: which stage it is (stages.stage_at). last_step: after which it ends.
+    """
+
+    checkpoint: str | None
+    stage: int
+    first_step: int
+    fresh: bool
+    last_step: int
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / START, asdict(self))
+
+
+def read_start(folder: Path) -> Start | None:
+    path = folder / START
+    return Start(**json.loads(path.read_text())) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class OfferedStep:
+    """One step as it was handed over.
+
+    shards: by data-parallel rank. metrics: of what was sampled. samples: responses to be read. flops: of training on
+    it. generate_s: seconds of sampling. collector: its state after this step.
+    """
+
+    step: int
+    shards: list[bytes]
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    flops: float
+    generate_s: float
+    collector: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        shards = [np.frombuffer(shard, dtype=np.uint8) for shard in self.shards]
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        write_bytes(folder / STEP, dump({**fields, "shards": shards}))
+
+
+def read_offered(folder: Path) -> OfferedStep | None:
+    path = folder / STEP
+    if not path.exists():
+        return None
+    state = load(path.read_bytes())
+    return OfferedStep(**{**state, "shards": [shard.tobytes() for shard in state["shards"]]})
+
+
+def write_end(folder: Path, ended: Ended, *, is_last: bool) -> None:
+    """is_last: no further stage of the run is left."""
+    write_json(folder / END, {"how": ended.how.value, "why": ended.why, "is_last": is_last})
+
+
+def read_end(folder: Path) -> tuple[Ended, bool] | None:
+    path = folder / END
+    if not path.exists():
+        return None
+    end = json.loads(path.read_text())
+    return Ended(End(end["how"]), end["why"]), end["is_last"]

@@ -1,0 +1,135 @@
+"""The version that the engines serve: when they get weights, whether they hold them, and who is behind.
+
+The trainer sends tensors and leaves the engines paused. Here each engine proves by checksums that it got them, goes
+on, and proves by the log-probabilities of a fixed prompt that it computes with them. The fleet is told the outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_rl.config.schema import Config
+from megatron_rl.orchestrator.port import TrainerPort
+from megatron_rl.rollout.connection import EngineHTTPError
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.sync.publish import PublishError
+from megatron_rl.sync.verify import UnpredictableChecksumsError, WeightMismatchError, verify_engine
+
+ATTEMPTS = 3
+WAIT_POLL_S = 0.2
+CATCH_UP_POLL_S = 0.1
+
+
+class PublishedWeights:
+    """loop.Weights. metrics: of the last publish, and the memory that was free in each phase of a colocated step."""
+
+    def __init__(self, config: Config, port: TrainerPort, fleet: Fleet):
+        rollout = config.rollout
+        self._port, self._fleet = port, fleet
+        self._checksums, self._must_verify = rollout.verify_checksums is not False, rollout.verify_checksums is True
+        self._tolerance, self._wait_s = rollout.probe_tolerance, rollout.engine.wait_timeout_s
+        self._version: int | None = None
+        self._verified: set[str] = set()
+        self.probe_tokens: list[int] = []
+        self.metrics: dict[str, float] = {}
+
+    async def publish(self, version: int) -> None:
+        """To every engine that answers; engines that fail serve nothing until catch_up() or the next publish.
+
+        Tried again while no engine has the weights; PublishError after ATTEMPTS.
+        """
+        if self._version is not None and version <= self._version:
+            raise ValueError(f"weight version {version} does not follow {self._version}: versions must grow")
+        self._version = version
+        for attempt in range(1, ATTEMPTS + 1):
+            urls = await self._answering()
+            failures = await self._send(urls)
+            if len(failures) < len(urls):
+                return
+            if attempt == ATTEMPTS:
+                raise PublishError(f"publishing version {version}: {'; '.join(failures.values())}")
+
+    async def catch_up(self) -> None:
+        """The version published last, to engines that answer and do not hold it. Between updates of the policy only."""
+        urls = self._fleet.behind()
+        if urls:
+            await self._send(urls, first=False)
+
+    async def while_serving(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Its result. Engines that come back meanwhile catch up, which the trainer, who waits, has the time for."""
+        task = asyncio.create_task(coroutine)
+        try:
+            while not (await asyncio.wait({task}, timeout=CATCH_UP_POLL_S))[0]:
+                await self.catch_up()
+        finally:
+            task.cancel()
+        return await task
+
+    async def make_room(self) -> None:
+        """Engines that share the trainer's GPUs give up their memory; they serve nothing until the next publish."""
+        urls = self._fleet.answering()
+        self._fleet.emptied(urls)
+        await self._port.execute("make_room", urls=urls)
+
+    async def _send(self, urls: Sequence[str], *, first: bool = True) -> dict[str, str]:
+        """By URL: why an engine does not hold the version now. first: its metrics are logged."""
+        version, failures = self._version, dict.fromkeys(urls, "the publish was broken off")
+        self._fleet.updating(version, urls)
+        self._verified.clear()
+        try:
+            sent = await self._port.execute("publish", version=version, urls=list(urls), checksums=self._checksums)
+            reached = [url for url in urls if url not in sent["failures"]]
+            proofs = dict(zip(reached, await asyncio.gather(*(self._prove(url, sent) for url in reached)), strict=True))
+            failures = {**sent["failures"], **{url: proof for url, proof in proofs.items() if isinstance(proof, str)}}
+            gaps = [proof for proof in proofs.values() if not isinstance(proof, str)]
+            if gaps and first:
+                self.metrics = {
+                    "sync/version": version, "sync/bytes": sent["bytes"], "sync/probe_max_abs": max(gaps),
+                    "sync/engines_verified": len(self._verified),
+                    **{f"memory/free_bytes_{phase}": free for phase, free in sent["free_bytes"].items()}}
+        finally:
+            self._fleet.published(version, [url for url in urls if url not in failures], failures)
+        return failures
+
+    async def _prove(self, url: str, sent: dict[str, Any]) -> float | str:
+        """The largest difference of its log-probabilities to the trainer's, or why it may not serve."""
+        client, reference = self._fleet.client(url), np.asarray(sent["reference"], dtype=np.float32)
+        try:
+            await self._verify(url, sent["digests"])
+            await client.continue_generation()
+            found = await client.input_logprobs(self.probe_tokens, rid="probe.")
+        except (EngineHTTPError, WeightMismatchError) as error:
+            return f"check: {error}"
+        gap = float(np.abs(found - reference).max())
+        if self._tolerance is not None and not gap <= self._tolerance:
+            return (f"{url}: log-probabilities of the fixed prompt differ by {gap:.3g} from the trainer's, more than "
+                    f"rollout.probe_tolerance={self._tolerance:g}")
+        return gap
+
+    async def _verify(self, url: str, digests: dict[str, str] | None) -> None:
+        """Of an engine that cannot be predicted: nothing, and for no later publish the trainer hashes what it sends."""
+        if digests is None:
+            return
+        try:
+            await verify_engine(self._fleet.client(url), digests)
+        except UnpredictableChecksumsError:
+            if self._must_verify:
+                raise
+            self._checksums = False
+        else:
+            self._verified.add(url)
+
+    async def _answering(self) -> list[str]:
+        """URLs of the engines that answer; waits for the first."""
+        deadline = time.monotonic() + self._wait_s
+        while not (urls := self._fleet.answering()):
+            if time.monotonic() > deadline:
+                raise PublishError(f"no engine answered for rollout.engine.wait_timeout_s={self._wait_s:g}: "
+                                   f"{self._fleet.describe()}")
+            await asyncio.sleep(WAIT_POLL_S)
+        return urls

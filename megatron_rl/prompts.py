@@ -1,0 +1,42 @@
+"""The prompts and examples that a configuration names, checked against its model and its scorers."""
+
+from __future__ import annotations
+
+from megatron_rl.config.schema import Config, DataConfig
+from megatron_rl.data import Limits, PromptSource, build_prompts, heldout
+from megatron_rl.model.architectures import read_config
+from megatron_rl.reward import RewardPool
+
+LISTED_EXAMPLES = 20
+
+
+def prompt_source(config: Config, data: DataConfig, tokenizer, rewards: RewardPool | None = None) -> PromptSource:
+    """The prompts of `data`. rewards: every row of a file must hold what its scorer needs."""
+    rollout = config.rollout
+    return build_prompts(data, tokenizer, Limits(
+        max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens,
+        vocabulary_size=read_config(config.model.path).vocab_size, check=None if rewards is None else rewards.check))
+
+
+def sft_source(config: Config, tokenizer) -> PromptSource:
+    """The examples of supervised fine-tuning, all of them checked.
+
+    ValueError if there are too few, or one has no response, is too long, or holds a token that the model does not know.
+    """
+    network = read_config(config.model.path)
+    room = min(config.batch.tokens_per_microbatch * config.parallel.cp, network.max_position_embeddings)
+    source = build_prompts(config.data, tokenizer, Limits(vocabulary_size=network.vocab_size, max_example_tokens=room))
+    if len(source) < config.sft.examples:
+        raise ValueError(f"sft.examples={config.sft.examples}, but data has {len(source)} examples: set "
+                         f"sft.examples={len(source)} or give more")
+    if objections := source.objections(config.sft.examples):
+        listed = "\n  ".join(objections[:LISTED_EXAMPLES])
+        raise ValueError(f"{len(objections)} example(s) cannot be trained on, the first of them:\n  {listed}")
+    return source
+
+
+def heldout_data(config: Config) -> DataConfig:
+    """eval.data, or the training data's held-out split under eval.seed."""
+    if config.eval.data is not None:
+        return config.eval.data
+    return heldout(config.data, seed=config.eval.seed, size=config.eval.problems)

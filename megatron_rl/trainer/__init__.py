@@ -1,0 +1,1 @@
+"""The trainer: ranks that train on what the orchestrator offers, and obey its commands. They see no text."""

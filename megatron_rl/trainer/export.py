@@ -1,0 +1,23 @@
+"""The policy as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_rl.config.schema import Config
+from megatron_rl.model.convert import Exporter
+from megatron_rl.model.hf_folder import write_hf_folder
+from megatron_rl.topology import Topology
+
+
+def export(config: Config, exporter: Exporter, here: Topology, folder: Path) -> None:
+    """Collective: writes `folder`, with the tokenizer of model.path."""
+    tensors = exporter()
+    if here.is_main:
+        raw = json.loads((Path(config.model.path) / "config.json").read_text())
+        write_hf_folder(folder, raw, tensors, tokenizer_from=Path(config.model.path))
+    else:
+        for _ in tensors:
+            pass
+    here.barrier()

@@ -1,0 +1,138 @@
+"""PROGRAM 2: a rank of the trainer. It builds the policy, then does what the orchestrator says (loop.obey).
+
+A command may come twice, from an orchestrator that died before it heard the outcome: `train` and `save` of a step that
+is done already give their old outcome again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl import loop, topology
+from megatron_rl.config.load import build
+from megatron_rl.config.schema import Config
+from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
+from megatron_rl.observe.timing import PhaseFile, Timers
+from megatron_rl.trainer.client import Heartbeat, Link
+from megatron_rl.trainer.export import export
+from megatron_rl.trainer.learner import PolicyLearner
+from megatron_rl.trainer.probe import Probe
+from megatron_rl.trainer.sender import Sender
+from megatron_rl.types import StepResult
+
+
+def run(config: Config) -> None:
+    """What every rank does, from joining the others to the command `finish`."""
+    options = config.orchestrator
+    here = topology.start(config.parallel, seed=config.run.seed,
+                          timeout_s=max(topology.TIMEOUT_S, 2 * options.wait_timeout_s))
+    heartbeat = Heartbeat(options, here.rank)
+    heartbeat.start()
+    loop.obey(Trainer(here, link := Link(options, here), heartbeat), link)
+    heartbeat.stop()
+    topology.stop()
+
+
+class Trainer:
+    """loop.Trainer: one rank's part of every command. All ranks call the same method with the same arguments."""
+
+    def __init__(self, here: topology.Topology, link: Link, heartbeat: Heartbeat):
+        self._here, self._link, self._heartbeat = here, link, heartbeat
+        self._learner: PolicyLearner | None = None
+        self._sender: Sender | None = None
+        self._done: dict[str, tuple[int, dict[str, Any]]] = {}  # kind -> (step, outcome) of the last one
+        self.steps_done = 0
+
+    def execute(self, command: dict[str, Any]) -> dict[str, Any]:
+        """The outcome, which is the same on all ranks or of interest on rank 0 alone."""
+        kind, arguments = command["kind"], {key: value for key, value in command.items() if key != "kind"}
+        self._heartbeat.doing = " ".join([kind, *(str(arguments[key]) for key in ("step", "version")
+                                                  if key in arguments)])
+        before = self._done.get(kind)
+        if before is not None and before[0] == arguments["step"]:
+            return before[1]
+        outcome = getattr(self, f"_{kind}")(**arguments)
+        if kind in ("train", "save"):
+            self._done[kind] = (arguments["step"], outcome)
+        self._heartbeat.doing = "waits for a command"
+        return outcome
+
+    def _start(self, config: dict[str, Any], checkpoint: str | None, stage: int | None, schedule_updates: int,
+               reset_optimizer: bool) -> dict[str, Any]:
+        """Builds the policy from `checkpoint`, or from model.path. A second time: only says where it stands."""
+        if self._learner is None:
+            self._config = build(config)
+            self._learner = PolicyLearner(self._config, self._here, schedule_updates, stage)
+            self._checkpoints = Checkpoints(self._config.run, self._learner.policy, self._learner.optimizer,
+                                            self._here)
+            self._restore(None if checkpoint is None else Path(checkpoint), reset_optimizer)
+            self._probe = Probe(self._learner, self._config, self._here)
+            if self._here.is_main:
+                self._sender = Sender(self._config, self._learner.policy.config, self._here.device)
+        return {"steps_done": self.steps_done, "probe_tokens": self._probe.token_ids.tolist()}
+
+    def _restore(self, checkpoint: Path | None, reset_optimizer: bool) -> None:
+        state = self._checkpoints.restore(checkpoint)
+        if state is None:
+            return
+        self.steps_done = state["step"]
+        self._done["save"] = (self.steps_done, {})  # it is on the disk
+        self._learner.load_state_dict(state)
+        if reset_optimizer:
+            self._checkpoints.reset_optimizer()
+            self._learner.updates_done = 0
+
+    def _publish(self, version: int, urls: list[str], checksums: bool) -> dict[str, Any]:
+        """Sends the weights to the engines at `urls`, which stay paused until the orchestrator has checked them."""
+        reference = self._probe()
+        tensors, outcome = self._learner.exporter(), {}
+        if self._sender is not None:
+            outcome = {**self._sender.send(tensors, version, urls, checksums=checksums),
+                       "reference": reference.tolist()}
+        for _ in tensors:  # on rank 0: what a failed publish left, which the other ranks send all the same
+            pass
+        self._here.barrier()
+        return outcome
+
+    def _make_room(self, urls: list[str]) -> dict[str, Any]:
+        """Engines that share the trainer's GPUs give up their memory until the next publish."""
+        if self._sender is not None:
+            self._sender.make_room(urls)
+        self._here.barrier()
+        return {}
+
+    def _train(self, step: int) -> dict[str, Any]:
+        """The optimiser steps of one step of the loop, on this rank's shard."""
+        if step != self.steps_done:
+            raise RuntimeError(f"asked to train step {step} after {self.steps_done} steps")
+        timers = Timers(PhaseFile(self._config.run.dir).write if self._here.is_main else None)
+        with timers("handoff"):
+            updates = self._link.shard(step)
+        results = self._learner.learn(updates, timers)
+        self.steps_done = step + 1
+        self._checkpoints.poll()
+        if self._config.rollout.engine.colocate and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what torch keeps for the next step, the engines cannot have
+        return {"results": [_plain(result) for result in results], "seconds": timers.pop()}
+
+    def _save(self, step: int, loop_state: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint with both programs' state in one folder."""
+        files = {ORCHESTRATOR_STATE: self._link.state(step)} if self._here.is_main else {}
+        self._checkpoints.save(step, {**self._learner.state_dict(), **loop_state}, files)
+        return {}
+
+    def _finish(self, export_hf: bool) -> dict[str, Any]:
+        self._checkpoints.finish()
+        if export_hf:
+            export(self._config, self._learner.exporter, self._here, Path(self._config.run.dir) / "hf")
+        if self._sender is not None:
+            self._sender.close()
+        return {}
+
+
+def _plain(result: StepResult) -> dict[str, Any]:
+    return {"sums": {key: [float(each.sum), float(each.count)] for key, each in result.sums.items()},
+            "gauges": dict(result.gauges), "skipped": result.skipped}

@@ -1,0 +1,93 @@
+"""Rank 0's way to the engines: it pauses them and sends tensors. Whether they serve again the orchestrator decides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.config.schema import Config
+from megatron_rl.model.config import DTYPES
+from megatron_rl.model.network import Network
+from megatron_rl.rollout.client import EngineClient, engine_clients
+from megatron_rl.sync.broadcast import BroadcastPublisher
+from megatron_rl.sync.buckets import NamedTensor
+from megatron_rl.sync.disk import DiskPublisher
+from megatron_rl.sync.memory import EngineMemory, free_bytes
+from megatron_rl.sync.publish import Publisher, PublishError
+from megatron_rl.sync.tensor import TensorPublisher
+from megatron_rl.sync.verify import ExpectedChecksums
+
+_LOG = logging.getLogger(__name__)
+
+
+class Sender:
+    """Sends one version at a time to the engines that the orchestrator names."""
+
+    def __init__(self, config: Config, network: Network, device: torch.device):
+        self._clients = engine_clients(config)
+        self._memory = engine_memory(config, device)
+        self._publisher = build_publisher(config, self._clients, device, self._memory)
+        self._network = asdict(network)
+        self._engine_dtype = DTYPES[config.rollout.engine.dtype or config.model.dtype]
+
+    def send(self, tensors: Iterable[NamedTensor], version: int, urls: Sequence[str], *,
+             checksums: bool) -> dict[str, Any]:
+        """failures: by URL, why an engine did not get the weights. digests: what its checksums must be, or None.
+
+        The engines that got them hold them and are paused.
+        """
+        expected = ExpectedChecksums(self._network, engine_dtype=self._engine_dtype) if checksums else None
+        outcome: dict[str, Any] = {"failures": {}, "bytes": 0, "digests": None}
+        try:
+            report = self._publisher.publish(tensors if expected is None else expected.watch(tensors), version,
+                                             only=urls, resume=False)
+            outcome |= {"failures": dict(report.failures), "bytes": report.bytes}
+            if expected is not None:
+                outcome["digests"] = expected.digests()
+        except PublishError as error:
+            outcome["failures"] = dict.fromkeys(urls, str(error))
+        return outcome | {"free_bytes": {} if self._memory is None else dict(self._memory.free_bytes)}
+
+    def make_room(self, urls: Sequence[str]) -> None:
+        """The engines at `urls` release all memory."""
+
+        async def release() -> None:
+            clients = [client for client in self._clients if client.base_url in urls]
+            try:
+                await self._memory.release(clients)
+            finally:
+                await asyncio.gather(*(client.close() for client in clients))
+
+        asyncio.run(release())
+
+    def close(self) -> None:
+        self._publisher.close()
+
+
+def engine_memory(config: Config, device: torch.device) -> EngineMemory | None:
+    """None unless engines share the trainer's GPUs. On CPU SGLang obeys and frees nothing, which is said."""
+    if not config.rollout.engine.colocate:
+        return None
+    if device.type == "cpu":
+        _LOG.warning("rollout.engine.colocate=true: SGLang has no memory saver on CPU; the engines are told to release "
+                     "their memory in every step, and keep it")
+    return EngineMemory(partial(free_bytes, device))
+
+
+def build_publisher(config: Config, clients: Sequence[EngineClient], device: torch.device,
+                    memory: EngineMemory | None = None) -> Publisher:
+    """The transport that rollout.publish names."""
+    shared = {"bucket_bytes": config.rollout.bucket_bytes, "memory": memory}
+    if config.rollout.publish == "tensor":
+        return TensorPublisher(clients, **shared)
+    if config.rollout.publish == "broadcast":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        return BroadcastPublisher(clients, **shared, backend=backend, device=device)
+    return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)

@@ -1,0 +1,142 @@
+"""One process of a run that kills itself at a set moment: `python -m tests.engine.killed_program PROGRAM CONFIG.json`.
+
+PROGRAM is `rank` (of torchrun) or `orchestrator`; apart from its death it is what `megatron-rl rl` starts. The run's
+folder holds kills.json, a list of kills.Kill; the first of them that has not struck yet and is meant for PROGRAM is
+carried out, and noted in killed-N.json. Without any, the seconds of each phase are written to phases-PROGRAM.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.load import from_json
+from megatron_rl.rollout.die_with_parent import die_with_parent
+from tests.engine.kills import Kill
+
+
+class Killer:
+    """Watches the phases go by; `seconds` collects how long each took. number: of `kill` in kills.json."""
+
+    def __init__(self, kill: Kill | None, number: int, rank: int, run_dir: Path):
+        self._kill, self._rank = kill, rank
+        self._report = run_dir / f"killed-{number}.json"
+        self.step, self._inside = 0, []
+        self.seconds: dict[str, list[float]] = {}
+
+    def entered(self, phase: str) -> float:
+        self._inside.append(phase)
+        kill = self._kill
+        if kill is not None and (phase, self.step, self._rank) == (kill.phase, kill.step, kill.rank):
+            self._kill = None
+            if kill.delay_s == 0.0:
+                self._die(kill)
+            threading.Timer(kill.delay_s, self._die, [kill]).start()
+        return time.perf_counter()
+
+    def left(self, phase: str, since: float) -> None:
+        self._inside.remove(phase)
+        self.seconds.setdefault(phase, []).append(time.perf_counter() - since)
+
+    def _die(self, kill: Kill) -> None:
+        self._report.write_text(json.dumps({"step": self.step, "inside": self._inside}))
+        if kill.everything:
+            os.kill(os.getppid(), signal.SIGKILL)  # torchrun: the kernel then kills all its ranks
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, owner: type, method: str, phase: str,
+              step_of: Callable[[dict[str, Any]], int] | None = None) -> None:
+        """Calls of owner.method are `phase`. step_of: which step of the loop it is, from the arguments by name."""
+        original = getattr(owner, method)
+
+        def begin(arguments: tuple, options: dict) -> float:
+            if step_of is not None:
+                self.step = step_of(inspect.signature(original).bind(*arguments, **options).arguments)
+            return self.entered(phase)
+
+        @functools.wraps(original)
+        def plain(*arguments, **options):
+            since = begin(arguments, options)
+            try:
+                return original(*arguments, **options)
+            finally:
+                self.left(phase, since)
+
+        @functools.wraps(original)
+        async def awaited(*arguments, **options):
+            since = begin(arguments, options)
+            try:
+                return await original(*arguments, **options)
+            finally:
+                self.left(phase, since)
+
+        setattr(owner, method, awaited if inspect.iscoroutinefunction(original) else plain)
+
+
+def rank(killer: Killer) -> Callable[..., None]:
+    from megatron.core.optimizer import ChainedOptimizer
+
+    from megatron_rl.model.checkpoint import Checkpoints
+    from megatron_rl.train_step.step import TrainStep
+    from megatron_rl.trainer import main
+    from megatron_rl.trainer.client import Link
+
+    killer.watch(Link, "next", "waiting")
+    killer.watch(main.Trainer, "_train", "train", lambda given: given["step"])
+    killer.watch(TrainStep, "count_routing", "logprobs")
+    killer.watch(TrainStep, "backward", "forward_backward")
+    killer.watch(ChainedOptimizer, "step", "optimiser")
+    killer.watch(main.Trainer, "_publish", "publish", lambda given: given["version"] - 1)
+    killer.watch(Checkpoints, "_write", "save")
+    return main.run
+
+
+def orchestrator(killer: Killer) -> Callable[..., None]:
+    from megatron_rl.orchestrator import main
+    from megatron_rl.orchestrator.evaluation import Evaluator
+    from megatron_rl.orchestrator.ranks import Ranks
+    from megatron_rl.orchestrator.rollouts import Rollouts
+    from megatron_rl.orchestrator.state import OfferedStep
+    from megatron_rl.orchestrator.weights import PublishedWeights
+    from megatron_rl.reward import RewardPool
+    from megatron_rl.rollout.fleet import Fleet
+
+    killer.watch(Rollouts, "offer", "offer", lambda given: given["step"])
+    killer.watch(Fleet, "generate", "sampling")
+    killer.watch(RewardPool, "score", "judging")
+    killer.watch(OfferedStep, "write", "handing over")
+    killer.watch(Ranks, "train", "training")
+    killer.watch(PublishedWeights, "publish", "publishing")
+    killer.watch(Evaluator, "evaluate", "evaluating")
+    killer.watch(Ranks, "save", "saving")
+    killer.watch(Ranks, "finish", "finishing")
+    return main.run
+
+
+def main(program: str, config_path: str) -> None:
+    die_with_parent()
+    config = from_json(config_path)
+    run_dir = Path(config.run.dir)
+    kills = [Kill(**each) for each in json.loads((run_dir / "kills.json").read_text())]
+    left = [number for number, kill in enumerate(kills)
+            if kill.program == program and not (run_dir / f"killed-{number}.json").exists()]
+    number = left[0] if left else -1
+    mine = int(os.environ.get("RANK", "0"))
+    killer = Killer(kills[number] if left else None, number, mine, run_dir)
+    run = {"rank": rank, "orchestrator": orchestrator}[program](killer)
+    run(config)
+    if not kills and mine == 0:
+        (run_dir / f"phases-{program}.json").write_text(json.dumps(killer.seconds))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
