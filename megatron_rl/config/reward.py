@@ -13,18 +13,23 @@ from megatron_rl.config.rules import require
 class CodeConfig:
     """Limits of generated programs; a problem's own time_s and memory_mb come first.
 
-    time_s: processor seconds of one test of a stdin problem, or of all calls of a function or unit-test problem
-    (whole seconds); the clock may show thrice that and 2 s. compile_s: processor seconds of the compiler.
-    memory_mb: of all processes of a program together. tolerance: relative and absolute, of decimal numbers in outputs.
+    time_s: processor seconds of one test of a stdin problem, or of all calls of a function or unit-test problem; it
+    may wait without working for thrice that and 2 s.
+    compile_s: processor seconds of the compiler.
+    memory_mb: of all processes of a program together.
+    tolerance: relative and absolute, of decimal numbers in outputs.
+    judge_thinking: whether a code block before </think> counts as the answer.
     """
 
-    time_s: int = 4
+    time_s: float = 4.0
     compile_s: int = 15
     memory_mb: int = 512
     tolerance: float = 1e-6
+    judge_thinking: bool = False
 
     def __post_init__(self):
-        for name in ("time_s", "compile_s", "memory_mb"):
+        require(self.time_s >= 0.1, f"reward.code.time_s={self.time_s} must be at least 0.1")
+        for name in ("compile_s", "memory_mb"):
             require(getattr(self, name) >= 1, f"reward.code.{name}={getattr(self, name)} must be at least 1")
         require(self.tolerance >= 0, f"reward.code.tolerance={self.tolerance} must not be negative")
 
@@ -33,10 +38,12 @@ class CodeConfig:
 class RemoteConfig:
     """A judge elsewhere that speaks SandboxFusion's protocol (POST url/run_code), for reward.sandbox=remote.
 
+    key_env: the environment variable that holds the server's key, sent as `Authorization: Bearer KEY`; null: none.
     timeout_s: of one request beyond the program's own limits. retries: of a request that failed, with growing pauses.
     """
 
     url: str | None = None
+    key_env: str | None = None
     timeout_s: float = 30.0
     retries: int = 3
 
@@ -51,7 +58,8 @@ class RemoteConfig:
 class RewardConfig:
     """How responses are judged.
 
-    workers: processes that judge; timeout_s: for one response, of a scorer other than code. routes: domain -> scorer,
+    workers: processes that judge; timeout_s: processor seconds for one response, of a scorer other than
+    code (thrice that and 2 s by the clock). routes: domain -> scorer,
     which is math_verify, science, code, exact, reasoning_gym, or the dotted path of a function. relative_tolerance: of
     science answers that are numbers.
     correct_from: if a function returns a number alone, the response is right from this number on, wrong at 0 and below,

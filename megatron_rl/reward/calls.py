@@ -7,13 +7,17 @@ function's own parameter types decide what they are converted to.
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from typing import Any
 
 from megatron_rl.reward.harness import wire
-from megatron_rl.reward.languages import java_class
+from megatron_rl.reward.languages import java_classes, java_source
 
-__all__ = ["call_sources", "harness_source", "read_values"]
+__all__ = ["JAVA_MAIN", "call_sources", "harness_source", "literal", "read_values", "split_entry_point"]
+
+ENTRY_POINT = re.compile(r"(?:([A-Za-z_]\w*)(?:\(\))?\.)?([A-Za-z_]\w*)")
+JAVA_MAIN = "JudgedMain"
 
 
 def harness_source(name: str) -> str:
@@ -25,19 +29,30 @@ def call_sources(language: str, context: str, code: str, entry_point: str,
                  calls: list[list[Any]]) -> tuple[dict[str, str], bytes]:
     """(file name -> source, standard input) of the program that makes the calls.
 
-    Python's `code` already holds the context. ValueError for an argument that C++ or Java has no literal for.
+    ValueError for an argument that C++ or Java has no literal for.
     """
     if language == "python":
         requests = "".join(wire.encode([list(arguments), {}]) + "\n" for arguments in calls)
-        return {"solution.py": code, **_files("serve.py", "wire.py")}, requests.encode()
-    solution = f"{context}\n{code}"
+        return {"solution.py": code, "context.py": context, **_files("serve.py", "load.py", "wire.py")}, requests.encode()
     if language == "cpp":
-        return {"main.cpp": _cpp(solution, entry_point, calls)}, b""
-    name = java_class(solution)
-    lines = "".join(f'        Calls.call({name}.class, "{entry_point}"'
-                    f'{"".join(f", {_java_literal(value)}" for value in arguments)});\n' for arguments in calls)
-    main = f"public class Harness {{\n    public static void main(String[] a) throws Throwable {{\n{lines}    }}\n}}\n"
-    return {f"{name}.java": solution, "Harness.java": main, **_files("Calls.java")}, b""
+        return {"main.cpp": _cpp(f"{context}\n{code}", entry_point, calls)}, b""
+    solution = java_source(context, code)
+    classes = java_classes(solution)
+    owner, name = split_entry_point(entry_point)
+    if owner is None:
+        owner = "Solution" if "Solution" in classes.names else classes.owners.get(name, classes.start)
+    lines = "".join(f'        JudgedCalls.call({owner}.class, "{name}"'
+                    f'{"".join(f", {literal(language, value)}" for value in arguments)});\n' for arguments in calls)
+    main = f"public class {JAVA_MAIN} {{\n    public static void main(String[] a) throws Throwable {{\n{lines}    }}\n}}\n"
+    return {classes.file: solution, f"{JAVA_MAIN}.java": main, **_files("JudgedCalls.java")}, b""
+
+
+def split_entry_point(entry_point: str) -> tuple[str | None, str]:
+    """(class or None, name) of `f`, `Class.f` or `Class().f`. ValueError for anything else."""
+    parts = ENTRY_POINT.fullmatch(entry_point)
+    if parts is None:
+        raise ValueError(f"entry_point {entry_point!r} is none of f, Class.f and Class().f")
+    return parts[1], parts[2]
 
 
 def read_values(stdout: bytes) -> list[dict[str, Any]]:
@@ -60,11 +75,15 @@ def _files(*names: str) -> dict[str, str]:
 
 def _cpp(solution: str, entry_point: str, calls: list[list[Any]]) -> str:
     """The function is a free one, or a member of a class Solution."""
-    member = "class Solution" in solution or "struct Solution" in solution
-    target = f"&Solution::{entry_point}" if member else entry_point
-    lines = "".join(f"    calls::call({target}{''.join(f', {_cpp_literal(value)}' for value in arguments)});\n"
+    owner, name = split_entry_point(entry_point)
+    if owner is None and re.search(r"^\s*(?:class|struct)\s+Solution\b", solution, re.MULTILINE):
+        owner = "Solution"
+    target = f"&{owner}::{name}" if owner else name
+    lines = "".join(f"    judged_calls::call({target}{''.join(f', {_cpp_literal(value)}' for value in arguments)});\n"
                     for arguments in calls)
-    return f"#include <bits/stdc++.h>\n{solution}\n{harness_source('calls.hpp')}\nint main() {{\n{lines}}}\n"
+    # a main of the solution's own is not called; `signed` lives through `#define int long long`
+    return (f"{harness_source('calls.hpp')}\n#define main main_of_the_solution\n{solution}\n#undef main\n"
+            f"signed main() {{\n{lines}    _exit(0);\n}}\n")
 
 
 def _cpp_literal(value: Any) -> str:
@@ -77,9 +96,14 @@ def _cpp_literal(value: Any) -> str:
     return _scalar(value)
 
 
+def literal(language: str, value: Any) -> str:
+    """ValueError for a value that C++ or Java has no literal for."""
+    return _cpp_literal(value) if language == "cpp" else _java_literal(value)
+
+
 def _java_literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return f"Calls.list({', '.join(map(_java_literal, value))})"
+        return f"JudgedCalls.list({', '.join(map(_java_literal, value))})"
     if isinstance(value, str):
         return json.dumps(value)  # its escapes are Java's too
     return f"{value}L" if isinstance(value, int) and not isinstance(value, bool) else _scalar(value)

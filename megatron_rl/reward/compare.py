@@ -13,7 +13,7 @@ _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)([eE][+-]?\
 
 
 def same_output(found: str, expected: str, tolerance: float) -> bool:
-    """Word by word, whatever the white space. Where the expected word is a decimal number (not an integer), one
+    """Word by word, whatever the white space. If the expected word is a decimal number (not an integer), one
     within the relative or absolute tolerance will do."""
     ours, theirs = found.split(), expected.split()
     return len(ours) == len(theirs) and all(
@@ -22,24 +22,31 @@ def same_output(found: str, expected: str, tolerance: float) -> bool:
 
 
 def same_value(found: Any, expected: Any, tolerance: float) -> bool:
-    """Equal as in Python, but floats within the tolerance, and lists like tuples (JSON has no tuples)."""
-    if isinstance(found, float) or isinstance(expected, float):
-        return _is_number(found) and _is_number(expected) and _near(found, expected, tolerance)
+    """Equal as in Python, with these differences:
+
+    True and False are no numbers.
+    A float that is expected is met within the tolerance; an int is met exactly (3.0 is 3, 3.0000001 is not).
+    Lists are like tuples, and keys that are numbers are like their text: JSON has neither tuples nor such keys.
+    """
+    if isinstance(expected, bool) or isinstance(found, bool):
+        return found is expected
+    if isinstance(expected, float):
+        return isinstance(found, (int, float)) and _near(found, expected, tolerance)
     if isinstance(expected, (list, tuple)):
         return isinstance(found, (list, tuple)) and len(found) == len(expected) and all(
             same_value(ours, theirs, tolerance) for ours, theirs in zip(found, expected, strict=True))
     if isinstance(expected, dict):
-        return isinstance(found, dict) and found.keys() == expected.keys() and all(
+        if not isinstance(found, dict) or len(found) != len(expected):
+            return False
+        if all(isinstance(key, str) for key in expected):
+            found = {str(key) if type(key) is int else key: value for key, value in found.items()}
+        return found.keys() == expected.keys() and all(
             same_value(found[key], expected[key], tolerance) for key in expected)
-    return found == expected
+    return bool(found == expected)
 
 
 def _close(word: str, wanted: str, tolerance: float) -> bool:
     return _NUMBER.fullmatch(word) is not None and _near(float(word), float(wanted), tolerance)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
 
 
 def _near(found: float, expected: float, tolerance: float) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rl.reward.sandbox import Limits, Outcome
 from megatron_rl.reward.sandbox.box import Bubblewrap
 from megatron_rl.reward.sandbox.unsafe import Unsafe
 
-__all__ = ["ALIASES", "LANGUAGES", "Box", "Language", "Program", "build", "java_class"]
+__all__ = ["ALIASES", "LANGUAGES", "Box", "Language", "Program", "build", "java_classes", "java_source"]
 
 Box = Bubblewrap | Unsafe
 PROGRAM_BYTES = 64 << 20
@@ -20,8 +20,19 @@ PYTHON = ("/usr/bin/python3", "-I")
 # a small machine with one collector thread and the quick compiler starts in a third of the time
 JAVA_FLAGS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Xshare:auto")
 JAVA_OVERHEAD_MB = 192  # of a Java machine beside its heap
+JAVA_STACK_MB = 256
 COMPILER_MB = 1024
-ALIASES = {"python": ("python", "python3", "py"), "cpp": ("cpp", "c++", "cc", "cxx"), "java": ("java",)}
+SMALL_STACKS = """#include <pthread.h>
+__attribute__((constructor)) static void small_stacks() {
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 8 << 20);
+    pthread_setattr_default_np(&attributes);
+}
+"""
+"""The first thread of a C++ program may recurse through all of its memory; the others would reserve as much each."""
+ALIASES = {"python": ("python", "python3", "py", "py3"), "cpp": ("cpp", "c++", "cc", "cxx", "c++17", "cpp17"),
+           "java": ("java",)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Language:
     """compile: source file names -> the shell line that writes the program to standard output; None: not compiled.
 
     run: the command line, given the limits; program: the name under which the compiled program is placed.
+    beside: further files for the compiler. deep: whether the first thread's stack may take all of the memory.
     """
 
     needs: str
@@ -36,6 +48,8 @@ class Language:
     run: Callable[[Limits], list[str]]
     program: str
     address_space: bool = True
+    beside: Mapping[str, str] = field(default_factory=dict)
+    deep: bool = False
 
 
 def _tool(name: str) -> str:
@@ -45,7 +59,8 @@ def _tool(name: str) -> str:
 
 
 def _compile_cpp(sources: list[str]) -> str:
-    return f"g++ -O1 -std=c++17 -pipe -fmax-errors=3 -o /tmp/program {' '.join(sources)} && cat /tmp/program"
+    return (f"g++ -O1 -std=c++17 -pipe -pthread -fmax-errors=3 -o /tmp/program {' '.join(sources)} /box/stacks.cpp "
+            "&& cat /tmp/program")
 
 
 def _compile_java(sources: list[str]) -> str:
@@ -56,13 +71,14 @@ def _compile_java(sources: list[str]) -> str:
 
 def _run_java(limits: Limits) -> list[str]:
     heap = max(32, limits.memory_mb - JAVA_OVERHEAD_MB)
-    line = f"tar -xC /tmp/ -f /box/program.tar && exec {_tool('java')} -ea -Xmx{heap}m -Xss32m {' '.join(JAVA_FLAGS)}"
+    line = f"tar -xC /tmp/ -f /box/program.tar && exec {_tool('java')} -ea -Xmx{heap}m -Xss{JAVA_STACK_MB}m {' '.join(JAVA_FLAGS)}"
     return ["/bin/sh", "-c", f'{line} -cp /tmp/ "$0"']
 
 
 LANGUAGES = {
     "python": Language("/usr/bin/python3", None, lambda _: [*PYTHON, "/box/main.py"], "main.py"),
-    "cpp": Language("g++", _compile_cpp, lambda _: ["/box/program"], "program"),
+    "cpp": Language("g++", _compile_cpp, lambda _: ["/box/program"], "program",
+                    beside={"stacks.cpp": SMALL_STACKS}, deep=True),
     "java": Language("javac", _compile_java, _run_java, "program.tar", address_space=False),
 }
 
@@ -92,10 +108,12 @@ def build(box: Box, language: str, sources: Mapping[str, str], limits: Limits, *
     """
     kind = LANGUAGES[language]
     files = {name: text.encode(errors="replace") for name, text in sources.items()}
-    limits = replace(limits, address_space=kind.address_space)
+    limits = replace(limits, address_space=kind.address_space,
+                     stack_mb=limits.memory_mb if kind.deep else limits.stack_mb)
     if kind.compile is not None:
         compiling = replace(limits, cpu_s=compile_s, wall_s=None, memory_mb=COMPILER_MB, output_bytes=PROGRAM_BYTES)
         line = kind.compile([f"/box/{name}" for name in files])
+        files |= {name: text.encode() for name, text in kind.beside.items()}
         outcome = box.run(["/bin/sh", "-c", line], files, limits=compiling)
         if outcome.status != "ok":
             return replace(outcome, status="compile_error") if outcome.status == "runtime_error" else outcome
@@ -103,15 +121,53 @@ def build(box: Box, language: str, sources: Mapping[str, str], limits: Limits, *
     return Program(box, (*kind.run(limits), *([main_class] if language == "java" else [])), files, limits)
 
 
-def java_class(source: str) -> str:
-    """The class that a Java program starts in, which is also the name its file must have: the public one, or the one
-    nearest above `main`."""
-    public = re.search(r"\bpublic\s+(?:final\s+|abstract\s+)*(?:class|record|enum|interface)\s+(\w+)", source)
-    if public:
-        return public[1]
-    before = source[:source.find(" main(")] if " main(" in source else source
-    classes = re.findall(r"\bclass\s+(\w+)", before)
-    return classes[-1] if classes else "Main"
+@dataclass(frozen=True)
+class JavaClasses:
+    """The classes of a Java source that are in no other: what its file must be called, which one it starts in."""
+
+    names: tuple[str, ...]
+    public: str | None
+    main: str | None
+    owners: Mapping[str, str]
+    """Method name -> the first class that has it."""
+
+    @property
+    def file(self) -> str:
+        return f"{self.public or self.start}.java"
+
+    @property
+    def start(self) -> str:
+        return self.main or self.public or (self.names[-1] if self.names else "Main")
+
+
+_JAVA_ASIDE = re.compile(r'//[^\n]*|/\*(?:.*?\*/|.*)|"""(?:.*?"""|.*)|"(?:\\.|[^"\\\n])*+"|\'(?:\\.|[^\'\\\n])*+\'', re.DOTALL)
+_JAVA_PART = re.compile(r"[{}]|\b(?:(public)\s+)?(?:(?:final|abstract|sealed|strictfp)\s+)*"
+                        r"(?:class|record|enum|interface)\s+(\w+)|\b(\w+)\s*\(")
+
+
+def java_classes(source: str) -> JavaClasses:
+    depth, names, public, owners = 0, [], None, {}
+    for part in _JAVA_PART.finditer(_JAVA_ASIDE.sub(" ", source)):
+        is_public, name, method = part.groups()
+        if name is None and method is None:
+            depth = max(0, depth + (1 if part[0] == "{" else -1))
+        elif name is not None and depth == 0:
+            names.append(name)
+            public = name if is_public else public
+        elif method is not None and depth == 1 and names:
+            owners.setdefault(method, names[-1])
+    return JavaClasses(tuple(names), public, owners.get("main"), owners)
+
+
+def java_source(context: str, code: str) -> str:
+    """One Java file of both: every import comes first, a package is none of ours."""
+    whole = f"{context}\n{code}" if context else code
+    imports = re.compile(r"^[ \t]*import\s+(?:static\s+)?[\w.]+(?:\.\*)?[ \t]*;", re.MULTILINE)
+    whole = re.sub(r"^[ \t]*package\s+[\w.]+[ \t]*;", "", whole, flags=re.MULTILINE)
+    if not context:
+        return whole
+    first = "".join(dict.fromkeys(f"{line.strip()} " for line in imports.findall(whole)))
+    return first + imports.sub("", whole)
 
 
 def _is_syntax_error(outcome: Outcome) -> bool:

@@ -1,11 +1,16 @@
 """Judges responses in worker processes that can be killed, and remembers what it has judged.
 
-pebble.ProcessPool (5.x) gives every job a hard time limit: an expression like 9^9^9^9 costs its own slot and
-nothing else. Workers come from a fork server, never from a fork of the trainer, whose gloo and NCCL threads a
-fork would copy in mid-air; the server imports the scorers once, so a killed worker is replaced in well
-under a second. A broken pool (pebble declares one when a worker dies idle) is replaced, its jobs sent once more; so
-are those of a worker that SIGTERM ended. A scheduler that asks the run to stop signals every process, and the run
-ends the step that it is in.
+pebble.ProcessPool (5.x) runs the jobs. Workers come from a fork server, never from a fork of the trainer, whose gloo
+and NCCL threads a fork would copy in mid-air; the server imports the scorers once, so a killed worker is replaced in
+well under a second.
+
+A job's limit is processor time: the kernel ends its worker (SIGPROF), whatever expression the interpreter is lost in,
+and a machine that does other things too costs nothing. By the clock a job has three times that and 2 s, for those that
+only wait. Whoever runs out of that, or loses the worker, may have been disturbed by others: such a job is tried once
+more, by itself, in a second pool of one worker. So are the jobs that a killed worker had before it (pebble counts their
+time from when it hears of them, which may be after the kill). A broken pool (pebble declares one when a worker dies
+idle) is replaced, and its jobs are sent once more; a scheduler that asks the run to stop signals every process, and the
+run ends the step that it is in.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 
 import pebble
 
@@ -35,6 +41,8 @@ from megatron_rl.types import Prompt, Score
 __all__ = ["RewardPool"]
 
 MEMO_ENTRIES = 65536
+BROKEN_POOLS = 3  # in a row, for one job
+CLOCK_FACTOR, CLOCK_SLACK_S = 3, 2.0
 WORKER_MEMORY_BYTES = 4 * 1024**3
 WORKERS_DIE = ("the reward workers die before they take work; the worker's own message is above. A script that makes a "
                "RewardPool needs `if __name__ == \"__main__\":` around its main part")
@@ -42,10 +50,25 @@ WORKERS_DIE = ("the reward workers die before they take work; the worker's own m
 _LOG = logging.getLogger(__name__)
 
 
-class RewardPool:
-    """Scores responses by reward.routes, on reward.workers processes, each job for reward.timeout_s, or its own limit.
+ALONE = 0  # workers beside others: none
 
-    A job over its time scores (0, timeout); a scorer that raises, or takes its worker down, (0, error, why).
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A job on its way. workers: of the pool that runs it, ALONE for the second attempt."""
+
+    job: Job
+    slot: Hashable
+    outcome: Future[Score]
+    workers: int
+    broken_pools: int = 0
+
+
+class RewardPool:
+    """Scores responses by reward.routes, on reward.workers processes, each job for reward.timeout_s processor seconds,
+    or its own limit.
+
+    A job over its time scores (0, timeout); a scorer that raises, or takes its worker down twice, (0, error, why).
     Neither is remembered; every other score of a job with a memo key is, and equal jobs in flight share one
     run. Workers start with the first job (or warm_up) and end with close. Safe from several threads.
     """
@@ -55,7 +78,8 @@ class RewardPool:
         self._config = config
         self._routes = Routes(config.routes, config)
         self._lock = threading.RLock()
-        self._pool: pebble.ProcessPool | None = None
+        self._pools: dict[int, pebble.ProcessPool] = {}
+        """By the workers that attempts ask for: reward.workers, or ALONE."""
         self._retiring: list[threading.Thread] = []
         self._started = False
         self._closed = False
@@ -82,7 +106,7 @@ class RewardPool:
         if self._started or all(scorer.warm_up is None for scorer in self._routes.scorers()):
             return
         with self._lock:
-            ready = self._running_pool().schedule(_ready)
+            ready = self._running_pool(self._config.workers).schedule(_ready)
         try:
             ready.result()
         except BrokenProcessPool as error:
@@ -96,39 +120,30 @@ class RewardPool:
             return prepared
         if not self._started:
             await asyncio.to_thread(self.warm_up)
-        try:
-            return await _outcome(self._submit(prepared))
-        except (BrokenProcessPool, pebble.ProcessExpired):
-            return await _outcome(self._submit(prepared, last_attempt=True))
+        return await _outcome(self._submit(prepared))
 
     def score_many(self, items: list[tuple[Prompt, str]]) -> list[Score]:
         """Judges all items, in order, and waits. Not for use inside an event loop: it blocks."""
         prepared = [self._routes.scorer(prompt.domain).prepare(prompt, text) for prompt, text in items]
-        waiting = [(part, self._submit(part)) if isinstance(part, Job) else part for part in prepared]
-        return [part if isinstance(part, Score) else self._wait(*part) for part in waiting]
+        waiting = [self._submit(part) if isinstance(part, Job) else part for part in prepared]
+        return [part if isinstance(part, Score) else part.result() for part in waiting]
 
     def close(self) -> None:
         """Ends the workers at once; scores still awaited are cancelled. The pool cannot be used again."""
         with self._lock:
             self._closed = True
-            pool, unfinished = self._pool, list(self._in_flight.values())
-            self._pool = None
+            pools, unfinished = list(self._pools.values()), list(self._in_flight.values())
+            self._pools.clear()
             self._in_flight.clear()
         for outcome in unfinished:
             outcome.cancel()
-        if pool is not None:
+        for pool in pools:
             pool.stop()
             pool.join()
         for thread in self._retiring:
             thread.join()
 
-    def _wait(self, job: Job, outcome: Future[Score]) -> Score:
-        try:
-            return outcome.result()
-        except (BrokenProcessPool, pebble.ProcessExpired):
-            return self._submit(job, last_attempt=True).result()
-
-    def _submit(self, job: Job, *, last_attempt: bool = False) -> Future[Score]:
+    def _submit(self, job: Job) -> Future[Score]:
         """The job's score to come: remembered, shared with an equal job in flight, or sent to a worker."""
         with self._lock:
             if self._closed:
@@ -141,37 +156,43 @@ class RewardPool:
             if job.memo_key in self._in_flight:
                 return self._in_flight[job.memo_key]
             slot = object() if job.memo_key is None else job.memo_key
-            outcome: Future[Score] = Future()
-            self._in_flight[slot] = outcome
-            running = self._running_pool().schedule(job.run, timeout=job.timeout_s or self._config.timeout_s)
+            attempt = _Attempt(job, slot, Future(), self._config.workers)
+            self._in_flight[slot] = attempt.outcome
             self.jobs_sent += 1
-        running.add_done_callback(lambda done: self._settle(job, slot, done, outcome, last_attempt))
-        return outcome
+            self._send(attempt)
+        return attempt.outcome
 
-    def _settle(self, job: Job, slot: Hashable, done: Future[Score], outcome: Future[Score],
-                last_attempt: bool) -> None:
-        """Turns a finished job into its outcome; runs on one of pebble's threads."""
+    def _send(self, attempt: _Attempt) -> None:
+        """Needs the lock."""
+        limit_s = attempt.job.timeout_s or self._config.timeout_s
+        running = self._running_pool(attempt.workers).schedule(
+            _run_limited, args=(attempt.job, limit_s), timeout=CLOCK_FACTOR * limit_s + CLOCK_SLACK_S)
+        running.add_done_callback(lambda done: self._settle(attempt, done))
+
+    def _settle(self, attempt: _Attempt, done: Future[Score]) -> None:
+        """Turns a finished job into its outcome, or tries it once more; runs on one of pebble's threads."""
         with self._lock:
-            if self._in_flight.pop(slot, None) is None or outcome.done():
+            if attempt.slot not in self._in_flight or attempt.outcome.done():
                 return  # closed in the meantime
             error = done.exception()
+            if isinstance(error, BrokenProcessPool) and attempt.broken_pools < BROKEN_POOLS:
+                return self._send(replace(attempt, broken_pools=attempt.broken_pools + 1))
+            if _may_be_chance(error) and attempt.workers != ALONE:
+                return self._send(replace(attempt, workers=ALONE))
+            del self._in_flight[attempt.slot]
             if isinstance(error, BrokenProcessPool):
-                outcome.set_exception(RuntimeError(WORKERS_DIE) if last_attempt else error)
-                return
-            if _ended_from_outside(error) and not last_attempt:
-                outcome.set_exception(error)
-                return
-            score = done.result() if error is None else self._failure(job, error)
+                return attempt.outcome.set_exception(RuntimeError(WORKERS_DIE))
+            score = done.result() if error is None else self._failure(attempt.job, error)
             if score.status == "error":
-                self._tell(job, score)
-            elif score.status != "timeout" and job.memo_key is not None:
-                self._memo[job.memo_key] = score
+                self._tell(attempt.job, score)
+            elif score.status != "timeout" and attempt.job.memo_key is not None:
+                self._memo[attempt.job.memo_key] = score
                 if len(self._memo) > MEMO_ENTRIES:
                     self._memo.popitem(last=False)
-            outcome.set_result(score)
+            attempt.outcome.set_result(score)
 
     def _failure(self, job: Job, error: BaseException) -> Score:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) or _out_of_time(error):
             limit = f"{job.timeout_s} s" if job.timeout_s else f"reward.timeout_s={self._config.timeout_s}"
             return Score(0.0, "timeout", f"not judged within {limit}")
         if isinstance(error, pebble.ProcessExpired):
@@ -186,19 +207,20 @@ class RewardPool:
             _LOG.warning("a response could not be judged by %s: %s (further ones of this kind are only counted)",
                          job.function.__qualname__, score.detail)
 
-    def _running_pool(self) -> pebble.ProcessPool:
-        """The pool, started; a broken one (an idle worker was killed) is replaced. Needs the lock."""
-        if self._pool is not None and not self._pool.active:
+    def _running_pool(self, workers: int) -> pebble.ProcessPool:
+        """The pool of so many workers, started; a broken one (an idle worker was killed) is replaced. Needs the lock."""
+        pool = self._pools.get(workers)
+        if pool is not None and not pool.active:
             # not joined here: the pool's threads may be waiting for the lock in _settle
-            retiring = threading.Thread(target=self._pool.join, daemon=True)
+            retiring = threading.Thread(target=pool.join, daemon=True)
             retiring.start()
             self._retiring.append(retiring)
-            self._pool = None
-        if self._pool is None:
-            self._pool = self._new_pool()
-        return self._pool
+            pool = None
+        if pool is None:
+            pool = self._pools[workers] = self._new_pool(workers)
+        return pool
 
-    def _new_pool(self) -> pebble.ProcessPool:
+    def _new_pool(self, workers: int) -> pebble.ProcessPool:
         scorers = self._routes.scorers()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_preload(module for scorer in scorers for module in scorer.preload))
@@ -207,7 +229,7 @@ class RewardPool:
                 with stop_unheard():  # for each anew: the tracker's start unblocks SIGTERM
                     process.ensure_running()
         warm_ups = tuple(dict.fromkeys(scorer.warm_up for scorer in scorers if scorer.warm_up is not None))
-        return pebble.ProcessPool(max_workers=self._config.workers, initializer=_initialise_worker,
+        return pebble.ProcessPool(max_workers=max(1, workers), initializer=_initialise_worker,
                                   initargs=(warm_ups,), context=context)
 
 
@@ -216,8 +238,22 @@ async def _outcome(future: Future[Score]) -> Score:
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
-def _ended_from_outside(error: BaseException | None) -> bool:
-    return isinstance(error, pebble.ProcessExpired) and error.exitcode == -signal.SIGTERM
+def _out_of_time(error: BaseException | None) -> bool:
+    return isinstance(error, pebble.ProcessExpired) and error.exitcode == -signal.SIGPROF
+
+
+def _may_be_chance(error: BaseException | None) -> bool:
+    """Whether a job ended in a way that others can bring about: no processor, no memory, a signal."""
+    return isinstance(error, (TimeoutError, pebble.ProcessExpired)) and not _out_of_time(error)
+
+
+def _run_limited(job: Job, limit_s: float) -> Score:
+    """In a worker: the kernel ends it once the job has had its processor time."""
+    signal.setitimer(signal.ITIMER_PROF, limit_s)
+    try:
+        return job.run()
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def _preload(modules: Iterable[str]) -> list[str]:
@@ -234,7 +270,8 @@ def _preload(modules: Iterable[str]) -> list[str]:
 def _initialise_worker(warm_ups: tuple[Callable[[], None], ...]) -> None:
     """SIGTERM kills at once (pebble's handler waits for the interpreter, which a huge integer power holds)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the fork server does not hear it, a worker has to
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGPROF])  # the fork server does not hear it, a worker has to
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

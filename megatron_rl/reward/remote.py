@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -40,7 +41,7 @@ class Remote:
         """`sources`: the first is the program, the rest lie beside it; Python's harness is started by its name."""
         (first, code), *rest = sources.items()
         return RemoteProgram(self.config, {
-            "code": code, "language": language, "compile_timeout": compile_s, "run_timeout": limits.deadline_s,
+            "code": code, "language": language, "compile_timeout": compile_s, "run_timeout": limits.idle_s,
             "memory_limit_MB": limits.memory_mb,
             "files": {name: base64.b64encode(text.encode()).decode() for name, text in rest}}, limits, compile_s)
 
@@ -66,11 +67,12 @@ class RemoteProgram:
     def _post(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """The server's answer; what may pass (busy, unreachable, its own errors) is tried again, ever later."""
         body, failure = json.dumps(content).encode(), ""
+        headers = {"Content-Type": "application/json"} | self._key()
         for attempt in range(self.config.retries + 1):
             if attempt:
                 time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
             request = urllib.request.Request(f"{self.config.url.rstrip('/')}/run_code", body,
-                                             {"Content-Type": "application/json"})
+                                             headers)
             try:
                 with urllib.request.urlopen(request, timeout=self._patience_s) as response:
                     answer = json.loads(response.read())
@@ -86,9 +88,18 @@ class RemoteProgram:
                 failure = f"{answer}"[:200]
         raise RuntimeError(f"reward.remote.url={self.config.url} did not judge a program: {failure}")
 
+    def _key(self) -> dict[str, str]:
+        """Read when it is used: a key in the configuration would be written to every run's folder."""
+        name = self.config.key_env
+        if name is None:
+            return {}
+        if not os.environ.get(name):
+            raise RuntimeError(f"reward.remote.key_env={name}: the environment variable {name} is not set")
+        return {"Authorization": f"Bearer {os.environ[name]}"}
+
     @property
     def _patience_s(self) -> float:
-        return self.config.timeout_s + self.limits.deadline_s + self.compile_s
+        return self.config.timeout_s + self.limits.idle_s + self.compile_s
 
 
 def _outcome(result: Mapping[str, Any], failed: str, output_bytes: int) -> Outcome:

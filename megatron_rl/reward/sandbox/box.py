@@ -33,7 +33,6 @@ SHM_BYTES = 8 << 20
 END_S = 10.0
 NEW_SESSION = "/usr/bin/setsid"
 """For the program alone: bwrap's --new-session takes its own first process along, out of the group that is killed."""
-OWN_COMMANDS = (b"bwrap: ", b"prlimit: ", b"setpriv: ", b"setsid: ")
 GET_IT = ("install bubblewrap 0.8 or later (apt-get install bubblewrap) and allow unprivileged user namespaces "
           "(in a container: --security-opt seccomp=unconfined, or run where they are allowed). To run generated code "
           "without any isolation, with your rights and your files, say so: reward.sandbox=unsafe")
@@ -41,21 +40,31 @@ GET_IT = ("install bubblewrap 0.8 or later (apt-get install bubblewrap) and allo
 
 @dataclass
 class Running:
-    """A started sandbox. outcome() waits for its end; kill() brings that about."""
+    """A started sandbox. outcome() waits for its end; kill() brings that about.
+
+    report: a descriptor with what bwrap itself says about the run (--json-status-fd); None without bwrap.
+    """
 
     process: subprocess.Popen[bytes]
     ended: int
     limits: Limits
+    report: int | None = None
+    killed: bool = False
 
-    def outcome(self) -> Outcome:
-        """RuntimeError if it is the sandbox that failed, not the program."""
-        outcome = watch(self.process, self.ended, self.limits)
-        if outcome.status == "runtime_error" and outcome.stderr.startswith(OWN_COMMANDS):
+    def outcome(self, beside: Running | None = None) -> Outcome:
+        """RuntimeError if it is the sandbox that failed, not the program. beside: a sandbox that this one works with."""
+        outcome = watch(self.process, self.ended, self.limits, None if beside is None else beside.process.pid)
+        if outcome.status == "runtime_error" and not self.killed and not self._program_ran():
             raise RuntimeError(f"the sandbox failed: {outcome.message}")
         return outcome
 
     def kill(self) -> None:
+        self.killed = True
         kill(self.process, self.ended)
+
+    def _program_ran(self) -> bool:
+        """bwrap reports an exit code only of a program that it started; the program cannot reach this pipe."""
+        return self.report is None or bool(select.select([self.report], [], [], 0.0)[0]) and b'"exit-code"' in os.read(self.report, 4096)
 
 
 @dataclass(frozen=True)
@@ -83,20 +92,23 @@ class Bubblewrap:
             uid = stack.enter_context(leased_uid())
             ended, sandbox_end = os.pipe()
             stack.callback(os.close, ended)
+            report, report_end = os.pipe()
+            stack.callback(os.close, report)
             with ExitStack() as handed_over:
                 handed_over.callback(os.close, sandbox_end)
+                handed_over.callback(os.close, report_end)
                 given = handed_over.enter_context(_sealed(stdin)) if isinstance(stdin, bytes) else stdin
                 seccomp = handed_over.enter_context(_sealed(deny_filter()))
                 data = {name: handed_over.enter_context(_sealed(content)) for name, content in files.items()}
                 line = [*_as_user(uid), self.command, *_walls(limits), *_placed(data), "--seccomp", str(seccomp),
-                        "--sync-fd", str(sandbox_end), "--chdir", "/tmp", "--", NEW_SESSION, *limits.commands(), *argv]
+                        "--sync-fd", str(sandbox_end), "--json-status-fd", str(report_end), "--chdir", "/tmp", "--", NEW_SESSION, *limits.commands(), *argv]
                 process = subprocess.Popen(
                     line, env=ENVIRONMENT, cwd="/", stdin=given, stdout=stdout, stderr=subprocess.PIPE, bufsize=0,
-                    pass_fds=(seccomp, sandbox_end, *data.values()), start_new_session=True)
+                    pass_fds=(seccomp, sandbox_end, report_end, *data.values()), start_new_session=True)
             stack.callback(_end, process, ended)
             with suppress(OSError):  # the first to go when the machine itself runs out of memory
                 Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-            yield Running(process, ended, limits)
+            yield Running(process, ended, limits, report)
 
 
 def _end(process: subprocess.Popen[bytes], ended: int) -> None:

@@ -10,8 +10,11 @@ import java.util.Arrays;
 import java.util.List;
 import java.util.Map;
 
-/** Calls a method with literals, converted to its own parameter types; prints {"ok": value} as a line of JSON. */
-public class Calls {
+/**
+ * Calls a method with literals, converted to its own parameter types; prints {"ok": value} as a line of JSON. A method
+ * that returns nothing is judged by its first argument: {"ok": null, "first": value}.
+ */
+public class JudgedCalls {
     private static final PrintStream OUT = System.out;
 
     static {
@@ -34,14 +37,18 @@ public class Calls {
                 constructor.setAccessible(true);
                 target = constructor.newInstance();
             }
-            StringBuilder text = new StringBuilder("{\"dict\": [[\"ok\", ");
             Object value;
             try {
                 value = method.invoke(target, converted);
             } catch (java.lang.reflect.InvocationTargetException error) {
                 throw error.getCause();
             }
+            StringBuilder text = new StringBuilder("{\"dict\": [[\"ok\", ");
             write(value, text);
+            if (method.getReturnType() == void.class && arguments.length > 0) {
+                text.append("], [\"first\", ");
+                write(converted[0], text);
+            }
             OUT.println(text.append("]]}"));
             OUT.flush();
             return;
@@ -67,6 +74,8 @@ public class Calls {
         if (kind == long.class || kind == Long.class) return ((Number) value).longValue();
         if (kind == double.class || kind == Double.class) return ((Number) value).doubleValue();
         if (kind == float.class || kind == Float.class) return ((Number) value).floatValue();
+        if (kind == short.class || kind == Short.class) return ((Number) value).shortValue();
+        if (kind == byte.class || kind == Byte.class) return ((Number) value).byteValue();
         if (kind == char.class || kind == Character.class) return ((String) value).charAt(0);
         return value;
     }
