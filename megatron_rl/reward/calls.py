@@ -33,17 +33,19 @@ def call_sources(language: str, context: str, code: str, entry_point: str,
     """
     if language == "python":
         requests = "".join(wire.encode([list(arguments), {}]) + "\n" for arguments in calls)
-        return {"solution.py": code, "context.py": context, **_files("serve.py", "load.py", "wire.py")}, requests.encode()
+        sources = {"solution.py": code, "context.py": context, **_files("serve.py", "load.py", "wire.py")}
+        return sources, requests.encode()
     if language == "cpp":
         return {"main.cpp": _cpp(f"{context}\n{code}", entry_point, calls)}, b""
     solution = java_source(context, code)
     classes = java_classes(solution)
     owner, name = split_entry_point(entry_point)
     if owner is None:
-        owner = "Solution" if "Solution" in classes.names else classes.owners.get(name, classes.start)
+        owner = classes.owner(name)
     lines = "".join(f'        JudgedCalls.call({owner}.class, "{name}"'
                     f'{"".join(f", {literal(language, value)}" for value in arguments)});\n' for arguments in calls)
-    main = f"public class {JAVA_MAIN} {{\n    public static void main(String[] a) throws Throwable {{\n{lines}    }}\n}}\n"
+    main = (f"public class {JAVA_MAIN} {{\n    public static void main(String[] a) throws Throwable {{\n"
+            f"{lines}    }}\n}}\n")
     return {classes.file: solution, f"{JAVA_MAIN}.java": main, **_files("JudgedCalls.java")}, b""
 
 

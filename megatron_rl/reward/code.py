@@ -109,7 +109,8 @@ class CodeScorer:
     def _task(self, prompt: Prompt) -> CodeTask:
         columns = {name: value for name, value in prompt.metadata.items() if value is not None}
         said = str(columns.get("language", "")).lower()
-        columns["language"] = next((name for name, others in ALIASES.items() if said in others), columns.get("language"))
+        columns["language"] = next((name for name, others in ALIASES.items() if said in others),
+                                   columns.get("language"))
         language = _one_of(prompt, columns, "language", LANGUAGES)
         mode = _one_of(prompt, columns, "mode", MODES)
         self._can_judge(prompt, language, mode)
@@ -122,13 +123,13 @@ class CodeScorer:
 
     def _can_judge(self, prompt: Prompt, language: str, mode: str) -> None:
         if mode == "unit" and language != "python":
-            raise ValueError(f"prompt {prompt.id}: mode=unit judges Python only: unit tests in {language} share a process "
-                             "with the solution, which can forge their verdict. Give the problem mode=function (arguments "
-                             "and expected values) or mode=stdin")
+            raise ValueError(f"prompt {prompt.id}: mode=unit judges Python only: unit tests in {language} share a "
+                             "process with the solution, which can forge their verdict. Give the problem "
+                             "mode=function (arguments and expected values) or mode=stdin")
         if self._remote and (mode == "unit" or (language == "java" and mode != "stdin")):
-            raise ValueError(f"prompt {prompt.id}: reward.sandbox=remote judges "
-                             f"{'Java in mode=stdin only' if language == 'java' else 'mode=stdin and mode=function only'}"
-                             f", not {mode}: it runs one program at a time, so the solution could forge the verdict. "
+            judges = "Java in mode=stdin only" if language == "java" else "mode=stdin and mode=function only"
+            raise ValueError(f"prompt {prompt.id}: reward.sandbox=remote judges {judges}, not {mode}: it "
+                             "runs one program at a time, so the solution could forge the verdict. "
                              "reward.sandbox=bubblewrap can")
         needs = LANGUAGES[language].needs
         if not self._remote and shutil.which(needs, path="/usr/bin:/bin:/usr/local/bin") is None:

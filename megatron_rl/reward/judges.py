@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,7 +62,8 @@ def solution_code(text: str, language: str, *, in_thinking: bool) -> str | None:
 
 def _language_of(info: str) -> str:
     """The first word of an info string: of `python title=x`, `{.python}` and `Python:main.py` it is python."""
-    return info.strip("{}. \t").split(" ")[0].split(",")[0].split(":")[0].split("{")[0].strip("}").lower() if info else ""
+    first = re.match(r"[{.\s]*([\w+#-]*)", info)
+    return first[1].lower() if first else ""
 
 
 def judge_code(box: Box | Remote, task: CodeTask, code: str) -> Score:
@@ -153,7 +155,7 @@ def _python_unit(box: Box, task: CodeTask, code: str, limits: Limits) -> Score:
                 try:
                     tested = test_run.outcome(beside=solution)
                 finally:
-                    if test_run.process.returncode != tester.GONE:  # else it has ended by itself, and why is of interest
+                    if test_run.process.returncode != tester.GONE:  # else it has ended by itself, and why matters
                         solution.kill()
             solved, code_of_tests = solution_outcome.result(), test_run.process.returncode
     finally:

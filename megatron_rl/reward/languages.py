@@ -71,7 +71,8 @@ def _compile_java(sources: list[str]) -> str:
 
 def _run_java(limits: Limits) -> list[str]:
     heap = max(32, limits.memory_mb - JAVA_OVERHEAD_MB)
-    line = f"tar -xC /tmp/ -f /box/program.tar && exec {_tool('java')} -ea -Xmx{heap}m -Xss{JAVA_STACK_MB}m {' '.join(JAVA_FLAGS)}"
+    flags = f"-ea -Xmx{heap}m -Xss{JAVA_STACK_MB}m {' '.join(JAVA_FLAGS)}"
+    line = f"tar -xC /tmp/ -f /box/program.tar && exec {_tool('java')} {flags}"
     return ["/bin/sh", "-c", f'{line} -cp /tmp/ "$0"']
 
 
@@ -128,8 +129,14 @@ class JavaClasses:
     names: tuple[str, ...]
     public: str | None
     main: str | None
-    owners: Mapping[str, str]
-    """Method name -> the first class that has it."""
+    owners: Mapping[str, list[str]]
+    """Method name -> the classes that have it."""
+
+    def owner(self, method: str) -> str:
+        """The class that a method by that name is meant of: Solution, the public one, or the first that has it."""
+        has_it = self.owners.get(method, ())
+        likely = [name for name in ("Solution", self.public) if name in (has_it or self.names)]
+        return [*likely, *has_it, self.start][0]
 
     @property
     def file(self) -> str:
@@ -140,7 +147,8 @@ class JavaClasses:
         return self.main or self.public or (self.names[-1] if self.names else "Main")
 
 
-_JAVA_ASIDE = re.compile(r'//[^\n]*|/\*(?:.*?\*/|.*)|"""(?:.*?"""|.*)|"(?:\\.|[^"\\\n])*+"|\'(?:\\.|[^\'\\\n])*+\'', re.DOTALL)
+_JAVA_ASIDE = re.compile(r'//[^\n]*|/\*(?:.*?\*/|.*)|"""(?:.*?"""|.*)|"(?:\\.|[^"\\\n])*+"|'
+                         r"'(?:\\.|[^'\\\n])*+'", re.DOTALL)
 _JAVA_PART = re.compile(r"[{}]|\b(?:(public)\s+)?(?:(?:final|abstract|sealed|strictfp)\s+)*"
                         r"(?:class|record|enum|interface)\s+(\w+)|\b(\w+)\s*\(")
 
@@ -155,8 +163,9 @@ def java_classes(source: str) -> JavaClasses:
             names.append(name)
             public = name if is_public else public
         elif method is not None and depth == 1 and names:
-            owners.setdefault(method, names[-1])
-    return JavaClasses(tuple(names), public, owners.get("main"), owners)
+            has_it = owners.setdefault(method, [])
+            has_it += [names[-1]] if has_it[-1:] != [names[-1]] else []
+    return JavaClasses(tuple(names), public, next(iter(owners.get("main", ())), None), owners)
 
 
 def java_source(context: str, code: str) -> str:

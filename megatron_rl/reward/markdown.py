@@ -13,7 +13,6 @@ __all__ = ["fenced_blocks"]
 
 _FENCE = re.compile(r"(`{3,})([^`]*)$|(~{3,})(.*)$")
 _MARKER = re.compile(r"([-+*]|(\d{1,9})[.)])(?=[ \t]|$)")
-_RULE = re.compile(r"(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$")
 _HEADING = re.compile(r"#{1,6}(?:[ \t]|$)")
 QUOTE = -1
 
@@ -34,6 +33,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """(info string, content) of each closed block, in order. One that the text or its container ends is left out."""
     blocks: list[tuple[str, str]] = []
     containers: list[int] = []  # QUOTE, or the columns of a list item
+    quotes: list[int] = []  # their places among the containers
     fence: _Open | None = None
     in_paragraph = False
     last = max(text.rfind("```"), text.rfind("~~~"))
@@ -46,7 +46,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
             continue
         rest, matched = _Line(line), 0
         if rest.blank:
-            matched = next((place for place, kind in enumerate(containers) if kind == QUOTE), len(containers))
+            matched = quotes[0] if quotes else len(containers)
         else:
             while matched < len(containers) and rest.enter(containers[matched]):
                 matched += 1
@@ -62,11 +62,13 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
             lazy = in_paragraph and not rest.blank and not rest.starts_block()
             if not lazy:
                 del containers[matched:]
+                quotes = [place for place in quotes if place < matched]
                 in_paragraph = False
         if rest.blank:
             in_paragraph = False
             continue
         while (kind := rest.open(in_paragraph)) is not None:
+            quotes += [len(containers)] if kind == QUOTE else []
             containers.append(kind)
             in_paragraph = False
         opening = _FENCE.match(rest.text, rest.at) if rest.indent < 4 else None
@@ -84,6 +86,7 @@ class _Line:
 
     def __init__(self, line: str):
         self.text, self.at, self.column, self.indent = line, 0, 0, 0
+        self._tail: int | None = None
         self._measure()
 
     def _measure(self) -> None:
@@ -112,7 +115,7 @@ class _Line:
         if self._quote():
             return QUOTE
         marker = _MARKER.match(self.text, self.at) if self.indent < 4 and not self.blank else None
-        if marker is None or _RULE.match(self.text, self.at):
+        if marker is None or self._is_rule():
             return None
         empty = not self.text[marker.end():].strip(" \t") if in_paragraph else False
         if in_paragraph and (empty or marker[2] not in (None, "1")):
@@ -136,7 +139,22 @@ class _Line:
                 or (marker is not None and marker[2] in (None, "1") and bool(text[marker.end():].strip(" \t"))))
 
     def is_heading_or_rule(self) -> bool:
-        return (_HEADING.match(self.text, self.at) or _RULE.match(self.text, self.at)) is not None
+        return _HEADING.match(self.text, self.at) is not None or self._is_rule()
+
+    def _is_rule(self) -> bool:
+        """Whether nothing but three or more of one of *-_ is left; asked at each of a line's marks."""
+        sign = self.text[self.at:self.at + 1]
+        if not sign or sign not in "*-_":
+            return False
+        if self._tail is None:
+            last = self.text.rstrip(" \t")[-1:]
+            self._tail = len(self.text.rstrip(last + " \t")) if last in "*-_" else len(self.text)
+        place = self.at - 1
+        for _ in range(3):
+            place = self.text.find(sign, place + 1)
+            if self.at < self._tail or place < 0:
+                return False
+        return True
 
     def closes(self, fence: _Open) -> bool:
         rest = self.text[self.at:].rstrip(" \t") if self.indent < 4 else ""

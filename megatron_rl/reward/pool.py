@@ -208,7 +208,7 @@ class RewardPool:
                          job.function.__qualname__, score.detail)
 
     def _running_pool(self, workers: int) -> pebble.ProcessPool:
-        """The pool of so many workers, started; a broken one (an idle worker was killed) is replaced. Needs the lock."""
+        """The pool of so many workers; a broken one (an idle worker was killed) is replaced. Needs the lock."""
         pool = self._pools.get(workers)
         if pool is not None and not pool.active:
             # not joined here: the pool's threads may be waiting for the lock in _settle
@@ -271,7 +271,8 @@ def _initialise_worker(warm_ups: tuple[Callable[[], None], ...]) -> None:
     """SIGTERM kills at once (pebble's handler waits for the interpreter, which a huge integer power holds)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGPROF])  # the fork server does not hear it, a worker has to
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGPROF])
+    # the fork server does not hear it, a worker has to
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

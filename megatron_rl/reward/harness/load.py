@@ -1,6 +1,7 @@
 """In the solution's sandbox: makes one module of context.py and solution.py, which lie beside this file."""
 
 import __future__
+
 import ast
 import os
 import re

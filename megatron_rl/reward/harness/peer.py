@@ -2,8 +2,8 @@
 
 What is no plain value crosses in one of three ways:
   an object whose class both sides define: by its attributes; the receiver makes an object of its own class
-  an object that only the solution's side knows: the tests get a Borrowed, which asks for its attributes, items and calls
-  a function or iterator of the tests, as an argument: the solution gets a Borrowed, which may only be called or advanced
+  an object that only the solution's side knows: the tests get a Borrowed, which asks for attributes, items and calls
+  a function or iterator of the tests, as an argument: the solution gets a Borrowed, to be called or advanced only
 Equality and arithmetic are never asked for: a solution that is handed the right answer could agree with it.
 """
 

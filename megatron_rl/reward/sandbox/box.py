@@ -52,7 +52,7 @@ class Running:
     killed: bool = False
 
     def outcome(self, beside: Running | None = None) -> Outcome:
-        """RuntimeError if it is the sandbox that failed, not the program. beside: a sandbox that this one works with."""
+        """RuntimeError if it is the sandbox that failed, not the program. beside: a sandbox that it works with."""
         outcome = watch(self.process, self.ended, self.limits, None if beside is None else beside.process.pid)
         if outcome.status == "runtime_error" and not self.killed and not self._program_ran():
             raise RuntimeError(f"the sandbox failed: {outcome.message}")
@@ -64,7 +64,9 @@ class Running:
 
     def _program_ran(self) -> bool:
         """bwrap reports an exit code only of a program that it started; the program cannot reach this pipe."""
-        return self.report is None or bool(select.select([self.report], [], [], 0.0)[0]) and b'"exit-code"' in os.read(self.report, 4096)
+        if self.report is None:
+            return True
+        return bool(select.select([self.report], [], [], 0.0)[0]) and b'"exit-code"' in os.read(self.report, 4096)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Bubblewrap:
                 seccomp = handed_over.enter_context(_sealed(deny_filter()))
                 data = {name: handed_over.enter_context(_sealed(content)) for name, content in files.items()}
                 line = [*_as_user(uid), self.command, *_walls(limits), *_placed(data), "--seccomp", str(seccomp),
-                        "--sync-fd", str(sandbox_end), "--json-status-fd", str(report_end), "--chdir", "/tmp", "--", NEW_SESSION, *limits.commands(), *argv]
+                        "--sync-fd", str(sandbox_end), "--json-status-fd", str(report_end), "--chdir", "/tmp",
+                        "--", NEW_SESSION, *limits.commands(), *argv]
                 process = subprocess.Popen(
                     line, env=ENVIRONMENT, cwd="/", stdin=given, stdout=stdout, stderr=subprocess.PIPE, bufsize=0,
                     pass_fds=(seccomp, sandbox_end, report_end, *data.values()), start_new_session=True)

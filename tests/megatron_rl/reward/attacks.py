@@ -132,7 +132,7 @@ held()"""),
     python("folders without end", "while True:\n    os.mkdir('x'); os.chdir('x')", "memory_limit", "runtime_error"),
     # output
     python("standard output without end", "while True: os.write(1, b'x' * 65536)", "output_limit"),
-    python("standard error without end", "while True: os.write(2, b'x' * 65536)", "output_limit"),
+    python("standard error without end", "while True: os.write(2, b'x' * 65536)", "output_limit", "timeout"),
     python("output of a child that stays", """
 if os.fork() == 0:
     os.setsid()

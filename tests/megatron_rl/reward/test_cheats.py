@@ -33,7 +33,7 @@ def honest(task: Task) -> Score:
 
 
 def test_there_are_cheats_in_every_language_and_mode():
-    assert len({(cheat.task.language, cheat.task.mode, cheat.source) for cheat in CHEATS}) == len(CHEATS) >= 60
+    assert len({(str(cheat.task), cheat.source) for cheat in CHEATS}) == len(CHEATS) >= 60
     counts = Counter((cheat.task.language, cheat.task.mode) for cheat in CHEATS)
     assert set(counts) == {("python", "unit"), *((language, mode) for language in ("python", "cpp", "java")
                                                  for mode in ("stdin", "function"))}

@@ -2,11 +2,13 @@
 
 import pytest
 
+from megatron_rl.config.reward import CodeConfig
 from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.benchmarks import PYTHON_IMPORTS
 from megatron_rl.reward import RewardPool, Routes
-from megatron_rl.reward.code import CodeScorer, last_code_block
-from megatron_rl.reward.languages import java_class
+from megatron_rl.reward.code import CodeScorer
+from megatron_rl.reward.judges import solution_code
+from megatron_rl.reward.languages import java_classes
 from megatron_rl.types import Prompt
 from tests.sandboxes import needs_language, needs_sandbox
 
@@ -16,9 +18,6 @@ CALLS = {"mode": "function", "entry_point": "f",
 SQUARES = {"mode": "unit", "entry_point": "f",
            "tests": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n"}
 ASSERTS = {"mode": "unit", "entry_point": "f", "tests": "assert f(2) == 4\nassert f(3) == 9"}
-CPP_SQUARES = {"mode": "unit", "tests": "#include <cassert>\nint main() { assert(f(2) == 4); return 0; }"}
-JAVA_SQUARES = {"mode": "unit", "tests": "public class Main { public static void main(String[] a) "
-                                         "{ assert new Solution().f(2) == 4; } }"}
 CPP_SUM = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }"
 JAVA_SUM = ("import java.util.*;\npublic class Sum { public static void main(String[] a) { Scanner s = new "
             "Scanner(System.in); System.out.println(s.nextInt() + s.nextInt()); } }")
@@ -57,23 +56,13 @@ SLOW = [
     ("correct", "python", SQUARES, "class Solution:\n    def f(self, x): return x * x"),
     ("correct", "python", SQUARES | {"context": "import math\ndef f(x):\n"}, "    return int(math.pow(x, 2))"),
     ("runtime_error", "python", CALLS, "def f(x, s): return x.y"),
+    ("correct", "python", CALLS, "async def f(x, s): return sum(x), s"),
     ("runtime_error", "python", CALLS, "def g(x, s): return 1"),
     ("compile_error", "python", CALLS, "def f(x, s) return 1"),
     ("runtime_error", "python", SQUARES, "def f(x): raise ValueError('no')"),
     ("compile_error", "python", SQUARES, "def f(x"),
     ("timeout", "python", SQUARES | {"time_s": 1}, "def f(x):\n    while True: pass"),
     ("memory_limit", "python", SQUARES, "def f(x): raise MemoryError(bytearray(2 << 30))"),
-    # to be told right without being right
-    ("runtime_error", "python", SQUARES, "import os\nos._exit(0)"),
-    ("runtime_error", "python", SQUARES, "import sys\ndef f(x): sys.exit(0)"),
-    ("runtime_error", "python", SQUARES,
-     "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
-    ("wrong", "python", SQUARES, "class Yes(int):\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
-    ("wrong", "python", SQUARES,
-     "import builtins\nbuiltins.AssertionError = KeyError\ndef check(f): pass\ndef f(x): return 0"),
-    ("runtime_error", "python", SQUARES, "import os\ndef f(x):\n    os.write(4, b'{\"dict\": [[\"ok\"\\n'); return 0"),
-    ("wrong", "cpp", CPP_SQUARES, "#include <cstdlib>\nstruct A { A() { exit(0); } } a; int f(int x) { return 0; }"),
-    ("wrong", "java", JAVA_SQUARES, "class Solution { int f(int x) { System.exit(0); return 0; } }"),
     # C++ and Java
     ("correct", "cpp", SUMS, CPP_SUM),
     ("wrong", "cpp", SUMS, CPP_SUM.replace("a + b", "a - b")),
@@ -82,16 +71,12 @@ SLOW = [
     ("runtime_error", "cpp", SUMS, "int main() { return *(volatile int*)8; }"),
     ("correct", "cpp", CALLS, "#include <vector>\n#include <string>\nusing namespace std;\n"
      "pair<int, string> f(vector<int>& x, const string& s) { return {x[0] + x[1] + x[2], s}; }"),
-    ("correct", "cpp", CPP_SQUARES, "int f(int x) { return x * x; }"),
-    ("wrong", "cpp", CPP_SQUARES, "int f(int x) { return x + x + 1; }"),
     ("correct", "java", SUMS, JAVA_SUM),
     ("wrong", "java", SUMS, JAVA_SUM.replace("() +", "() -")),
     ("compile_error", "java", SUMS, JAVA_SUM[:-1]),
     ("memory_limit", "java", SUMS, "class A { public static void main(String[] a) { long[] x = new long[1 << 28]; } }"),
     ("correct", "java", CALLS, "import java.util.*;\nclass Solution { public List<Object> f(int[] x, String s) { "
                                "System.out.println(s); return List.of(x[0] + x[1] + x[2], s); } }"),
-    ("correct", "java", JAVA_SQUARES, "class Solution { int f(int x) { return x * x; } }"),
-    ("wrong", "java", JAVA_SQUARES, "class Solution { int f(int x) { return x + x + 1; } }"),
 ]
 CASES = [pytest.param(*case, id=f"{case[1]}-{case[2]['mode']}-{case[0]}-{number}",
                       marks=[needs_sandbox, needs_language(case[1]), *([pytest.mark.slow] if case in SLOW else [])])
@@ -143,25 +128,110 @@ def test_a_sandbox_that_fails_is_refused_like_one_that_is_not_there():
     ({"mode": "stdin"}, "language=None"), ({"language": "rust", "mode": "stdin"}, "python | cpp | java"),
     ({"language": "cpp"}, "mode=None"), ({"language": "cpp", "mode": "stdin"}, "tests of mode=stdin"),
     ({"language": "cpp", "mode": "stdin", "tests": [{"input": "1"}]}, "input and output"),
-    ({"language": "python", "mode": "unit", "tests": "assert True"}, "needs entry_point")])
+    ({"language": "python", "mode": "unit", "tests": "assert True"}, "needs entry_point"),
+    ({"language": "python", "mode": "unit", "tests": "assert f(", "entry_point": "f"}, "its tests are no Python"),
+    ({"language": "python", "mode": "unit", "tests": "f()", "entry_point": "f(x)"}, "is none of f, Class.f"),
+    ({"language": "python", "mode": "unit", "tests": "f()", "entry_point": 3}, "entry_point must be text"),
+    ({"language": "python", **SUMS, "context": ["import math"]}, "context must be text"),
+    ({"language": "python", **SUMS, "time_s": "long"}, "time_s='long' must be a number"),
+    ({"language": "python", **SUMS, "time_s": 0}, "time_s=0"),
+    ({"language": "python", **SUMS, "memory_mb": True}, "memory_mb=True"),
+    ({"language": "python", **SUMS, "tolerance": -1}, "tolerance=-1"),
+    ({"language": "python", **SUMS, "time_s": float("inf")}, "inf"),
+    ({"language": "cpp", "mode": "stdin", "tests": [{"input": "1", "output": ["2"]}]}, "test 1: output must be text"),
+    ({"language": "cpp", "mode": "function", "entry_point": "f", "tests": [
+        {"args": [1], "expected": 1}, {"args": [None], "expected": 1}]}, "test 2: an argument of type NoneType"),
+    ({"language": "java", "mode": "function", "entry_point": "f", "tests": [{"args": 1, "expected": 1}]},
+     "test 1: args must be a list"),
+    ({"language": "python", "mode": "function", "entry_point": "f", "tests": [{"args": [object()], "expected": 1}]},
+     "test 1: a value of type")])
 def test_a_problem_without_what_judging_needs_names_it(metadata, message):
     scorer = CodeScorer(RewardConfig(sandbox="unsafe"))
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         scorer.prepare(Prompt("p", (1,), "q", "a", "code", metadata), response("x"))
+    with pytest.raises(ValueError, match=f"prompt p: .*{message}".replace("|", r"\|")):
+        scorer.check(Prompt("p", (1,), "q", "a", "code", metadata))
 
 
-@pytest.mark.parametrize(("text", "language", "code"), [
-    ("```python\na\n```\n```py\nb\n```", "python", "b\n"), ("```\na\n```", "cpp", "a\n"),
-    ("```java\na\n```", "cpp", None),
-    ("```c++\na\n```\n```text\nout\n```", "cpp", "a\n"), ("```python\nopen", "python", None),
-    ("print(1)", "python", None),
-    ("- so:\n  ```python title=x\n  a\n  ```", "python", "  a\n")])
+@pytest.mark.parametrize("columns", [{"language": "Python3"}, {"language": "PY"},
+{"language": "python", "time_s": None, "context": None},
+                                     {"language": "python", "time_s": 1.5, "memory_mb": 256.0, "tolerance": 0}])
+def test_rows_as_the_world_has_them_are_fine(columns):
+    scorer = CodeScorer(RewardConfig(sandbox="unsafe"))
+    scorer.check(prompt(**SUMS | columns))
+    job = scorer.prepare(prompt(**SUMS | columns), response("x"))
+    assert job.args[1].language == "python" and job.args[1].time_s == (columns.get("time_s") or 4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "code"),
+    [
+        ("```python\na\n```\n```py\nb\n```", "python", "b\n"),
+        ("```\na\n```", "cpp", "a\n"),
+        ("```java\na\n```", "cpp", None),
+        ("```c++\na\n```\n```text\nout\n```", "cpp", "a\n"),
+        ("```python\nopen", "python", None),
+        ("print(1)", "python", None),
+        ("- so:\n  ```python title=x\n  a\n  ```", "python", "a\n"),
+        ("```python\na\n```\nIt prints\n```\n4\n```", "python", "a\n"),
+        ("```\na\n```\n```\nb\n```", "python", "b\n"),
+        ("```Python\na\n```", "python", "a\n"),
+        ("``` {.python}\na\n```", "python", "a\n"),
+        ("```python:x.py\na\n```", "python", "a\n"),
+        ("~~~python\na\n```\n~~~", "python", "a\n```\n"),
+        ("````python\n```\n````", "python", "```\n"),
+        ("```python\na\n```python\nb\n```", "python", "a\n```python\nb\n"),
+        ("1. x\n\n   ```py\n   a\n     b\n   ```", "python", "a\n  b\n"),
+        ("> ```py\n> a\n> ```", "python", "a\n"),
+        ("    ```py\n    a\n    ```", "python", None),
+        ("```py\r\na\r\n```", "python", "a\n"),
+        ("```py\n\ta = '\x0c'\n```", "python", "\ta = '\x0c'\n"),
+        ("x ```py\na\n```", "python", None),
+        ("```py `x`\na\n```", "python", None),
+    ],
+)
 def test_the_last_closed_block_of_the_language_counts(text, language, code):
-    assert last_code_block(text, language) == code
+    assert solution_code(text, language, in_thinking=False) == code
 
 
-@pytest.mark.parametrize(("source", "name"), [
-    ("public class A { }", "A"), ("class B {} public final class C {}", "C"), ("record R() {}", "Main"),
-    ("class A {} class B { public static void main(String[] a) {} } class C {}", "B")])
-def test_the_class_that_java_starts_in(source, name):
-    assert java_class(source) == name
+@pytest.mark.parametrize(
+    ("text", "without", "within"),
+    [
+        ("<think>\n```py\na\n```\n</think>\n```py\nb\n```", "b\n", "b\n"),
+        ("<think>```\n```py\na\n```\n</think> done", None, "a\n"),
+        ("\n```py\na\n```\n</think>\nDone.", None, "a\n"),
+        ("<think>\n```py\na\n```", None, "a\n"),
+        ("```py\nprint('<think>')\n```", "print('<think>')\n", "print('<think>')\n"),
+    ],
+)
+def test_blocks_of_the_thinking_count_only_if_the_key_says_so(text, without, within):
+    assert solution_code(text, "python", in_thinking=False) == without
+    assert solution_code(text.replace("<think>```\n", "<think>\n"), "python", in_thinking=True) == within
+
+
+def test_the_key_for_blocks_of_the_thinking_reaches_the_judge():
+    text = "```py\nprint(sum(map(int, input().split())))\n```\n</think>"
+    for judge_thinking, status in ((False, "no_answer"), (True, "correct")):
+        config = RewardConfig(sandbox="unsafe", code=CodeConfig(judge_thinking=judge_thinking))
+        assert CodeScorer(config).score(prompt("python", **SUMS), text).status == status
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "start"),
+    [
+        ("public class A { }", "A.java", "A"),
+        ("class B {} public final class C {}", "C.java", "C"),
+        ("record R() {}", "R.java", "R"),
+        ("class A {} class B { public static void main(String[] a) {} } class C {}", "B.java", "B"),
+        (
+            'class A { static class In { } /* class X { */ static void main (String[] a) { String s = "class Y {"; } }',
+            "A.java",
+            "A",
+        ),
+        ("public class A { } class B { static void main(String[] a) { } }", "A.java", "B"),
+        ("", "Main.java", "Main"),
+    ],
+)
+def test_the_class_that_java_starts_in(source, file, start):
+    classes = java_classes(source)
+    assert (classes.file, classes.start) == (file, start)

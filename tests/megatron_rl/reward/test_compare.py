@@ -22,6 +22,10 @@ def test_outputs(found, expected, same):
     ([1], [1, 1], False),
     ({"a": (1,)}, {"a": [1]}, True), ({"a": 1}, {"b": 1}, False), (NAN, NAN, True), (NAN, 1.0, False),
     (1.0, NAN, False),
+    (True, 1, False), (1, True, False), (True, True, True), (1.0, True, False), (True, 1.0, False),
+    (3.0000001, 3, False),
+    (2 ** 53, 2 ** 53 + 1, False), (float(2 ** 53), 2 ** 53 + 1, False), ([True], [1], False), ({1: 2}, {"1": 2}, True),
+    ({1: 2, "1": 2}, {"1": 2}, False), ({1: 3}, {"1": 2}, False), ("3", 3, False), (3, "3", False), (3, 3.0, True),
     ("1", 1, False), (None, 0, False), (None, 0.0, False), (10 ** 400, 1.0, False), ({1}, {1}, True)])
 def test_values(found, expected, same):
     assert same_value(found, expected, 1e-6) is same

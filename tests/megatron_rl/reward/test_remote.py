@@ -22,7 +22,6 @@ from megatron_rl.types import Prompt
 SUMS = {"language": "python", "mode": "stdin",
         "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]}
 CALLS = {"language": "python", "mode": "function", "entry_point": "f", "tests": [{"args": [2], "expected": 4}]}
-UNIT = {"language": "python", "mode": "unit", "entry_point": "f", "tests": "assert f(2) == 4"}
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -31,6 +30,8 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(content)
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            return self._answer(401, {"detail": "no key"})
         fault = self.server.faults.pop(0) if self.server.faults else ""
         if fault == "busy":
             return self._answer(503, {"detail": "busy"})
@@ -82,7 +83,7 @@ class Judge(BaseHTTPRequestHandler):
 @pytest.fixture
 def judge():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    server.faults, server.requests, server.over = [], [], threading.Event()
+    server.faults, server.requests, server.over, server.key = [], [], threading.Event(), ""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -106,10 +107,16 @@ def score(scorer, code, metadata):
 @pytest.mark.parametrize(("status", "task", "code"), [
     ("correct", SUMS, "print(sum(map(int, input().split())))"), ("wrong", SUMS, "print(3)"),
     ("compile_error", SUMS, "print(3"), ("runtime_error", SUMS, "raise KeyError(3)"),
-    ("timeout", SUMS | {"time_s": 0}, "import time; time.sleep(99)"), ("output_limit", SUMS, "print('x' * 99999)"),
+    ("timeout", SUMS | {"time_s": 0.1}, "import time; time.sleep(99)"), ("output_limit", SUMS, "print('x' * 99999)"),
     ("memory_limit", SUMS, "raise MemoryError"), ("correct", CALLS, "def f(x): return x * x"),
-    ("wrong", CALLS, "def f(x): return x + 1"), ("correct", UNIT, "def f(x): return x * x"),
-    ("wrong", UNIT, "def f(x): return x + 1"), ("wrong", UNIT, "import os\nos._exit(0)"),
+    ("wrong", CALLS, "def f(x): return x + 1"), ("wrong", CALLS, "import os\nos._exit(0)"),
+    ("wrong", CALLS, "class Yes(int):\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
+    ("runtime_error", CALLS, "class Yes:\n    def __eq__(self, other): return True\ndef f(x): return Yes()"),
+    ("wrong", CALLS, "import os, sys\nif __debug__: os.execv(sys.executable, [sys.executable, '-O', *sys.argv])\n"
+                     "def f(x): return 0"),
+    ("correct", CALLS | {"context": "import math"}, "from __future__ import annotations\ndef f(x): return x * x"),
+    ("correct", SUMS | {"context": "import math"},
+     "from __future__ import annotations\nif __name__ == '__main__': print(sum(map(int, input().split())))"),
     ("compile_error", SUMS | {"language": "cpp"}, "int main() {")])
 def test_statuses_are_those_of_the_local_sandbox(judge, status, task, code):
     assert score(scorer(judge), code, task).status == status
@@ -134,6 +141,18 @@ def test_a_judge_that_stays_away_is_an_error_that_names_the_key(judge):
     before = len(judge.requests)
     assert "422" in score(ours, "def f(x): return x * x", CALLS).detail
     assert len(judge.requests) == before + 1  # what is refused for good is not sent again
+
+
+def test_a_judge_that_asks_for_a_key_gets_it_from_the_environment(judge, monkeypatch):
+    judge.key = "secret"
+    with pytest.raises(ValueError, match=r"reward.remote.url=.*401"):
+        scorer(judge)
+    with pytest.raises(ValueError, match="reward.remote.key_env=JUDGE_KEY.*not set"):
+        scorer(judge, key_env="JUDGE_KEY")
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    ours = scorer(judge, key_env="JUDGE_KEY")
+    assert score(ours, "def f(x): return x * x", CALLS).status == "correct"
+    assert "secret" not in repr(ours._box)
 
 
 @pytest.mark.slow

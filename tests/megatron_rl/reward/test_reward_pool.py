@@ -117,6 +117,50 @@ def test_equal_pairs_in_flight_share_one_run_and_a_timeout_is_not_remembered(poo
     assert pool.jobs_sent == sent + 2
 
 
+@pytest.fixture
+def attempts(tmp_path, monkeypatch):
+    """A pool whose scorer does what the response says, and a list of the attempts that it made."""
+    (tmp_path / "attempts_of_test.py").write_text(textwrap.dedent(f"""
+        import os, pathlib, signal, time
+        log = pathlib.Path({str(tmp_path / 'log')!r})
+        def score(prompt, response_text):
+            with log.open("a") as file: file.write(response_text + "\\n")
+            first = log.read_text().split("\\n").count(response_text) == 1
+            if response_text == "wait": time.sleep(1.2)
+            if response_text == "hang once" and first: time.sleep(60)
+            if response_text == "hang": time.sleep(60)
+            if response_text == "killed once" and first: os.kill(os.getpid(), signal.SIGKILL)
+            if response_text == "killed": os.kill(os.getpid(), signal.SIGKILL)
+            if response_text == "burn":
+                while True: pass
+            return 1
+    """))
+    monkeypatch.syspath_prepend(tmp_path)
+    with RewardPool(RewardConfig(routes={"user": "attempts_of_test.score"}, workers=1, timeout_s=0.4)) as pool:
+        pool.warm_up()
+        yield pool, lambda: sorted((tmp_path / "log").read_text().split("\n")[:-1])
+
+
+def test_the_limit_is_processor_time_and_chance_gets_a_second_attempt_by_itself(attempts):
+    pool, made = attempts
+    texts = ["wait", "hang once", "killed once", "burn", "hang", "killed", "fine"]
+    scores = dict(zip(texts, pool.score_many([(prompt("1", "user"), text) for text in texts]), strict=True))
+    assert {text: score.status for text, score in scores.items()} == {
+        "wait": "correct",  # 1.2 s by the clock, nearly nothing of the processor
+        "hang once": "correct", "killed once": "correct", "burn": "timeout", "hang": "timeout", "killed": "error",
+        "fine": "correct"}
+    assert made() == sorted(["wait", "hang once", "hang once", "killed once", "killed once", "burn", "hang", "hang",
+                             "killed", "killed", "fine"])
+    assert "exit code -9" in scores["killed"].detail and "reward.timeout_s=0.4" in scores["burn"].detail
+
+
+def test_what_waits_behind_a_killed_worker_is_judged(attempts):
+    pool, made = attempts
+    items = [(prompt("1", "user"), "killed once"), *[(prompt("1", "user"), f"fine {i}") for i in range(20)]]
+    assert [score.status for score in pool.score_many(items)] == ["correct"] * 21
+    assert len(made()) >= 22
+
+
 def test_user_rewards_are_run_each_time(pool):
     sent = pool.jobs_sent
     pool.score_many([(prompt("1", "user"), "fine")] * 3)
@@ -170,7 +214,7 @@ def test_a_pool_whose_idle_workers_are_killed_goes_on(pool):
     pool.warm_up()
     for pid in worker_pids():
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not pool._pool.active)  # pebble looks every 0.1 s and then declares the pool broken
+    wait_until(lambda: not pool._pools[2].active)  # pebble looks every 0.1 s and then declares the pool broken
     judged(pool, [(prompt("1", "user"), "fine")], ["correct"])
 
 
@@ -214,7 +258,7 @@ def test_close_ends_workers_and_cancels_what_is_awaited():
         waiting = asyncio.create_task(pool.score(prompt("5"), BOMB))
         while pool.jobs_sent == 0:
             await asyncio.sleep(0.01)
-        own = {*pool._pool._pool_manager.worker_manager.workers}
+        own = {*pool._pools[1]._pool_manager.worker_manager.workers}
         start = time.monotonic()
         await asyncio.to_thread(pool.close)
         took = time.monotonic() - start
