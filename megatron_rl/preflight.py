@@ -152,7 +152,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
     """
     with quick_imports():
         from megatron_rl.model.tokenizer import load_tokenizer
-        from megatron_rl.orchestrator.evaluation import evaluation_data, number_evaluated
+        from megatron_rl.orchestrator.evaluation import HELD_OUT, evaluation_data, number_evaluated
         from megatron_rl.prompts import prompt_source
         from megatron_rl.reward import RewardPool
         from megatron_rl.rollout.environment import load_environment
@@ -164,13 +164,20 @@ def check_data(config: Config, *, training: bool = True) -> None:
     tokenizer = load_tokenizer(config.model)
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
+            trained: frozenset[str] = frozenset()
             for name, data in (*[("", each.data)][:training], *evaluation_data(each).items()):
                 source = prompt_source(each, data, tokenizer, rewards)
                 rewards.check_domains(source.domains)
                 if objections := source.objections(GENERATED_LOOKED_AT):
                     raise ValueError(f"data.source={data.source}: {objections[0]}")
-                if name and (told := number_evaluated(each, name, len(source))[1]):
+                if not name:
+                    trained = source.questions()
+                elif told := number_evaluated(each, name, len(source))[1]:
                     Console(stderr=True).print(f"megatron-rl: {told}", soft_wrap=True)
+                own = name and (name != HELD_OUT or each.eval.data is not None)  # else warn_of_seen_problems
+                if own and (seen := len(trained & source.questions())):
+                    Console(stderr=True).print(f"megatron-rl: {seen} of the {len(source)} problems of the {name} set "
+                                               "are among those that are trained on", soft_wrap=True)
 
 
 def check_memory(config: Config) -> None:

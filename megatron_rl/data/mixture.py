@@ -46,6 +46,9 @@ class MixedSource:
         first = np.bincount(self._owner[:number], minlength=len(self._sources))
         return [why for part, count in zip(self._sources, first, strict=True) for why in part.objections(int(count))]
 
+    def questions(self) -> frozenset[str]:
+        return frozenset().union(*(part.questions() for part in self._sources))
+
     def _place(self, index: int) -> tuple[PromptSource, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"prompt {index} of a source of {len(self)}")

@@ -12,7 +12,7 @@ from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
 from megatron_rl.data.chains import Chains
 from megatron_rl.data.files import FileProblems, missing, read_problems, report_bad
 from megatron_rl.data.human_eval import HumanEval
-from megatron_rl.data.problems import Problem, Problems, in_split
+from megatron_rl.data.problems import Problem, Problems, asked, in_split
 from megatron_rl.data.rows import FILE_SOURCES
 from megatron_rl.data.templates import Template, build_template
 from megatron_rl.types import Prompt
@@ -26,6 +26,7 @@ class PromptSource(Protocol):
     domains: every domain a prompt may carry (for RewardPool.check_domains before the first step).
     sft_example: (prompt, response token ids, end-of-sequence id included); ValueError without responses.
     objections: of the first `number` problems those that cannot be used and have not been looked at yet, with why.
+    questions: what the problems of files ask (problems.asked); nothing of generators.
     """
 
     @property
@@ -38,6 +39,8 @@ class PromptSource(Protocol):
     def sft_example(self, index: int) -> tuple[Prompt, list[int]]: ...
 
     def objections(self, number: int) -> list[str]: ...
+
+    def questions(self) -> frozenset[str]: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class ProblemSource:
     def objections(self, number: int) -> list[str]:
         places = range(0 if self._checked else min(number, len(self)))
         return [f"{self._problems[place].id}: {why}" for place in places if (why := self.objection(place)) is not None]
+
+    def questions(self) -> frozenset[str]:
+        return frozenset(asked(each.text) for each in self._problems) if self._checked else frozenset()
 
     def objection(self, index: int) -> str | None:
         """Why problem `index` cannot be used, None if it can."""

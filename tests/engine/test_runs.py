@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import os
@@ -97,6 +98,19 @@ def whole_run(model, engine_url, tmp_path_factory) -> Path:
     done = run(f"model.path={model}", f"run.dir={run_dir}", f"rollout.engine.urls=[{engine_url}]")
     assert done.returncode == 0, done.stderr
     return run_dir
+
+
+def test_a_small_file_as_the_world_has_it_trains_and_nothing_is_evaluated(model, engine_url, tmp_path):
+    lines = [{"q": {"text": f"Q:{i}+1\nA:"}, "reward_model": {"ground_truth": i + 1}, "level": None}
+             for i in range(1, 6)]
+    path = tmp_path / "own.data"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(lines).encode()))
+    done = run(f"model.path={model}", f"run.dir={tmp_path / 'run'}", f"rollout.engine.urls=[{engine_url}]",
+               "data.source=jsonl", f"data.path={path}", "data.prompt_key=q.text", "data.split=all", "run.steps=1",
+               "data.answer_key=reward_model.ground_truth", "eval.problems=0")
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "run")) == 1 and not rows(tmp_path / "run", "eval.jsonl")
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_every_step_trains_on_exactly_phi_tokens(whole_run):

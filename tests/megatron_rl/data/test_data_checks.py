@@ -196,6 +196,18 @@ def test_a_benchmark_with_fewer_problems_than_asked_for_is_evaluated_whole(tmp_p
     assert "eval.benchmarks.b.problems=5, but the b set has 1: all of them are evaluated" in capsys.readouterr().err
 
 
+def test_evaluated_problems_that_are_trained_on_are_counted_whatever_surrounds_them(tmp_path, capsys):
+    given = [{"prompt": row["prompt"].replace("What is", "Q"), "answer": "1"} for row in rows(7)]
+    own = write_jsonl(tmp_path / "b.jsonl", [*given, {"prompt": "Q 99", "answer": "1"}])
+    overrides = ["data.split=all", f"eval.benchmarks.b.data.path={own}", "eval.benchmarks.b.data.prompt_suffix='!'"]
+    check_data(rl(tmp_path, 20, "eval.problems=0", *overrides))
+    assert "7 of the 8 problems of the b set are among those that are trained on" in capsys.readouterr().err
+    check_data(rl(tmp_path, 20, f"eval.data.path={own}", "eval.problems=2", "data.split=all"))
+    assert "7 of the 8 problems of the held-out set are among" in capsys.readouterr().err
+    check_data(rl(tmp_path, 200, "eval.problems=2"))
+    assert "among those" not in capsys.readouterr().err
+
+
 def test_a_bad_row_of_a_benchmark_is_found_before_the_start(tmp_path):
     lines = [json.dumps({"prompt": "1+1", "answer": "2"}), json.dumps({"prompt": "1+1"})]
     path = Path(tmp_path / "b.jsonl")
