@@ -13,9 +13,10 @@ from megatron_rl.config.load import load
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.data import Limits, build_prompts, build_source, chains_tokenizer
 from megatron_rl.model.architectures import read_config
-from megatron_rl.model.tokenizer import load_tokenizer, sft_source
+from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.orchestrator.evaluation import HELD_OUT, number_evaluated
 from megatron_rl.preflight import check_data, check_sft_data
+from megatron_rl.prompts import sft_source
 from megatron_rl.reward import RewardPool
 from tests.megatron_rl.data.shipped import rows, write_jsonl
 from tests.tiny_models import write_tiny_bailing
