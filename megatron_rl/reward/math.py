@@ -9,7 +9,7 @@ import logging
 import re
 
 from megatron_rl.reward.answer.compare import same
-from megatron_rl.reward.answer.copies import is_copy, same_shape
+from megatron_rl.reward.answer.copies import is_copy
 from megatron_rl.reward.answer.latex import Unreadable, undress
 from megatron_rl.reward.answer.read import Rules, is_undone, read, read_reference
 from megatron_rl.reward.answer.words import final_letter, is_choice, same_words
@@ -63,17 +63,16 @@ def prepared(prompt: Prompt, response_text: str, rules: Rules) -> Score | Job:
         return Score(0.0, "no_answer")
     if box == answer and not is_undone(answer):
         return verdict(True)
-    copied = is_copy(box, prompt.text)
-    return Job(judge, (box, answer, rules, copied), ("answer", box, answer, rules, copied))
+    return Job(judge, (box, answer, rules, prompt.text), ("answer", box, answer, rules, prompt.text))
 
 
 def judge_math(box: str, answer: str) -> Score:
     """Whether two LaTeX answers are the same, numbers exactly. No time limit."""
-    return judge(box, answer, _EXACT, copied=False)
+    return judge(box, answer, _EXACT, "")
 
 
-def judge(box: str, answer: str, rules: Rules, copied: bool) -> Score:
-    """Whether a box holds the answer. copied: it stands in the question, and is an answer only as the reference has it.
+def judge(box: str, answer: str, rules: Rules, question: str) -> Score:
+    """Whether a box holds the answer, and does not only repeat the question.
 
     `wrong` with a detail if no answer could be right. No time limit.
     """
@@ -87,6 +86,4 @@ def judge(box: str, answer: str, rules: Rules, copied: bool) -> Score:
         found = read(box, rules)
     except Unreadable:
         return verdict(False)
-    if copied and not same_shape(found, wanted):
-        return verdict(False)
-    return verdict(same(found, wanted, rules))
+    return verdict(same(found, wanted, rules) and not is_copy(box, found, wanted, question))

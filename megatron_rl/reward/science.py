@@ -43,4 +43,4 @@ class ScienceScorer:
 
 def judge_science(box: str, answer: str, tolerance: float) -> Score:
     """Whether two LaTeX answers are the same quantity, formula or words. No time limit."""
-    return judge(box, answer, Rules(tolerance), copied=False)
+    return judge(box, answer, Rules(tolerance), "")

@@ -177,8 +177,8 @@ def _argument(text: str, start: int, *, plain: bool) -> tuple[str, int]:
 
 
 def plain(text: str) -> str:
-    """What is left of words and formulas: no commands for type, no braces, single spaces."""
-    text = re.sub(_TEXT, "{", undress(text))
+    """What is left of an undressed text of words or symbols: no commands for type, no braces, single spaces."""
+    text = re.sub(_TEXT, "{", text)
     text = re.sub(r"(?<!\\)[{}]", "", text)
     return " ".join(text.split()).strip(" .,;")
 

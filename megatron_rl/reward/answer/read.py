@@ -11,7 +11,7 @@ from megatron_rl.reward.answer.formula import Node, names, read_formula
 from megatron_rl.reward.answer.latex import OPEN, Unreadable, closing, plain, undress
 from megatron_rl.reward.answer.value import value
 
-__all__ = ["Answer", "Rules", "TURNED", "is_name", "is_undone", "read", "read_one", "read_reference"]
+__all__ = ["Answer", "Rules", "TURNED", "is_name", "is_undone", "read", "read_number", "read_one", "read_reference"]
 
 INFINITY = Node("const", ("inf",))
 TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
@@ -239,7 +239,7 @@ def _quantity(text: str, rules: Rules) -> list[Answer]:
     readings = []
     parted = units.split_unit(text, letters=rules.tolerance is not None)
     if parted is not None:
-        number = _number(parted[0])
+        number = read_number(parted[0])
         if number is not None and (rules.tolerance is None or "\\text" in parted[1] or units.is_unit(parted[1])):
             readings.append(Answer("number", (number, parted[1])))
             if re.search(r"[A-Za-z]{2}|%", parted[1]) or text[text.index(parted[1]) - 1] == " ":
@@ -256,7 +256,8 @@ def _quantity(text: str, rules: Rules) -> list[Answer]:
     return [Answer("number", (node, ""))]
 
 
-def _number(text: str) -> Node | None:
+def read_number(text: str) -> Node | None:
+    """The tree of a closed form without variables; None for anything else."""
     try:
         node = read_formula(_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text))
     except Unreadable:

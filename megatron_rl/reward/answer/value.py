@@ -41,6 +41,8 @@ def rational(number: Number) -> Fraction | None:
         return number
     import mpmath
 
+    if isinstance(number, mpmath.mpc) and agree(number, number.real):
+        number = number.real
     if not isinstance(number, mpmath.mpf) or not mpmath.isfinite(number) or abs(number) > BIG:
         return None
     near = Fraction(int(mpmath.nint(number * 10**DIGITS)), 10**DIGITS).limit_denominator(10**6)
@@ -249,17 +251,23 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
 
 
 def _final_sum(node: Node) -> bool:
-    """Unlike terms: at most one is rational, and none is a rational multiple of another."""
-    if not all(is_final(term) for term in node.args):
+    """Unlike terms, those of sums in brackets too: at most one is rational, none a rational multiple of another."""
+    terms = _terms(node)
+    if not all(is_final(term) for term in terms):
         return False
-    values = [value(term) for term in node.args]
-    if any(abs(number) > BIG and term.op != "num" and _strip(term).op != "num"
-           for number, term in zip(values, node.args, strict=True)):
+    values = [value(term) for term in terms]
+    if any(abs(number) > BIG and _strip(term).op != "num" for number, term in zip(values, terms, strict=True)):
         return True
     plain = [number for number in values if rational(number) is not None]
     rest = [number for number in values if rational(number) is None]
     return len(plain) <= 1 and not any(
         rational(_div(one, other)) is not None for i, one in enumerate(rest) for other in rest[:i])
+
+
+def _terms(node: Node) -> list[Node]:
+    if node.op == "add":
+        return [term for part in node.args for term in _terms(part)]
+    return _terms(node.args[0]) if node.op == "neg" and _strip(node).op in ("add", "neg") else [node]
 
 
 def _final_product(node: Node) -> bool:
