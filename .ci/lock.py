@@ -24,7 +24,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 HERE = Path(__file__).resolve().parent
 PLATFORM = "x86_64-manylinux_2_34"  # SGLang's kernels need this glibc
 DRIVER = "cuda-"  # bindings of the CUDA driver: SGLang asks for older ones than torch alone takes
-EXTRAS = {"cpu": ("cpu", "slurm", "dev"), "gpu": ("gpu", "slurm", "dev"), "te": ("gpu", "te", "slurm", "dev")}
+PROGRAM = ("trainer", "rewards", "report", "slurm", "dev")
+EXTRAS = {"cpu": ("engine-cpu", *PROGRAM), "gpu": ("engine", *PROGRAM), "te": ("engine", "te", *PROGRAM)}
 
 
 def compile_lock(variant: str, output: Path, *options: str) -> None:

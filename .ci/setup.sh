@@ -11,6 +11,7 @@ VENV=.venv
 STAMP=$VENV/setup.stamp
 LOG=$VENV/setup.log
 STARTED=$SECONDS
+EXTRAS=trainer,rewards,report,slurm,dev  # and the variant's engine
 
 fail() { printf 'setup: error: %s\n' "$1" >&2; exit 1; }
 say() { printf 'setup: [%3d s] %s\n' $((SECONDS - STARTED)) "$1"; }
@@ -73,9 +74,9 @@ make_venv() {
     fi
 }
 
-brings_te() {  # an image (NVIDIA's, say) whose Python has Transformer Engine built for the torch that setup.py pins
+brings_te() {  # an image (NVIDIA's, say) whose Python has Transformer Engine built for the torch of the lock
     local pin
-    pin=$(sed -n 's/^ *"torch==\(.*\)",$/\1/p' setup.py)
+    pin=$(sed -n 's/^torch==//p' .ci/constraints-gpu.txt)
     "$1" -c 'import sys, torch, transformer_engine.pytorch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' \
         "$pin" >/dev/null 2>&1
 }
@@ -93,7 +94,7 @@ install_te() {  # last, because it compiles against the torch that is there, wit
     command -v c++ >/dev/null || fail "Transformer Engine needs a C++ compiler (c++): apt-get install g++"
     export CUDA_HOME="$site/nvidia/cu13" CPATH="${headers// /:}" NVTE_FRAMEWORK=pytorch
     install "Transformer Engine (compiles, some 15 minutes)" --no-build-isolation \
-        -c .ci/constraints-gpu.txt -c .ci/constraints-te.txt -e ".[gpu,te,slurm,dev]"
+        -c .ci/constraints-gpu.txt -c .ci/constraints-te.txt -e ".[engine,te,$EXTRAS]"
 }
 
 install() {  # install MESSAGE PIP_ARGUMENTS...
@@ -122,11 +123,11 @@ rm -f $STAMP
 say "installing the $VARIANT variant; details in $LOG"
 if [ "$VARIANT" = cpu ]; then
     install "torch, Megatron-Core, the engine's libraries, test tools (some 6 GB, minutes the first time)" \
-        -c .ci/constraints-cpu.txt -e ".[cpu,slurm,dev]"
+        -c .ci/constraints-cpu.txt -e ".[engine-cpu,$EXTRAS]"
     install "SGLang without its CUDA dependencies" --no-deps -r .ci/requirements-cpu-nodeps.txt
 else
     install "torch, Megatron-Core, SGLang, test tools (4 GB to download, minutes the first time)" \
-        -c .ci/constraints-gpu.txt -e ".[gpu,slurm,dev]"
+        -c .ci/constraints-gpu.txt -e ".[engine,$EXTRAS]"
     if [ -n "${TE:-}" ]; then install_te; fi
 fi
 say "checking that it imports"

@@ -6,16 +6,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_rl import __version__, usage
+from megatron_rl import usage
 
 SHELLS = ("bash", "zsh")
 LAUNCHERS = ("basic", "submitit_slurm")
 
 
+class PrintVersion(argparse.Action):
+    """Reads the version when it is asked for, because its home imports torch."""
+
+    def __init__(self, **options):
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, top, *_):
+        from megatron_rl import __version__
+
+        print(f"megatron-rl {__version__}")
+        top.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="megatron-rl", description=__doc__, epilog=usage.TOP_EXAMPLES,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--version", action="version", version=f"megatron-rl {__version__}")
+    top.add_argument("--version", action=PrintVersion, help="print the version and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: _add(commands, name, text) for name, text in usage.COMMANDS.items()}
     for name in ("quickstart", "rl", "sft", "pipeline", "plan", "evaluate", "select-checkpoint", "slurm"):
@@ -138,8 +151,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
     options = parse(arguments)
-    from megatron_rl import commands
-
+    try:
+        from megatron_rl import commands
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("megatron_rl"):
+            raise
+        print(f"megatron-rl: {error}: a base install brings torch alone, and this command needs more. In the source "
+              "tree: pip install '.[trainer,rewards,report]'", file=sys.stderr)
+        return 2
     try:
         return commands.COMMANDS[options.command](options)
     except (ValueError, OSError) as error:

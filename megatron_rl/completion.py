@@ -9,7 +9,8 @@ import argparse
 import typing
 from collections.abc import Iterator
 
-from megatron_rl.config.load import CONF_DIR, known_keys
+from megatron_rl.config.load import known_keys
+from megatron_rl.config.resources import CONF_DIR
 
 SCRIPT = """\
 # completion of megatron-rl, written by `megatron-rl completion {shell}`

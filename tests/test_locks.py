@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from packaging.tags import parse_tag
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"cpu": ("cpu", "slurm", "dev"), "gpu": ("gpu", "slurm", "dev")}
+SOURCES = ("c3po", "kernels/rl_kernels", "megatron_rl")
+ELSEWHERE = {"cpu": {"engine", "te"}, "gpu": {"engine-cpu", "te"}}
+"""The extras that a variant does not install; it installs all others."""
+BROUGHT = {"jinja2": "sglang", "tokenizers": "transformers", "yaml": "hydra-core", "omegaconf": "hydra-core",
+           "triton": "torch"}
+"""Modules that we import and that come with a package that we declare."""
+NAMED = {"megatron": "megatron-core", "hydra": "hydra-core"}
+WHERE_FOUND = {"liger_kernel"}
 
 
 def locked(variant: str) -> dict[str, str]:
@@ -21,7 +29,7 @@ def locked(variant: str) -> dict[str, str]:
 
 
 def declared() -> tuple[list[str], dict[str, list[str]]]:
-    """install_requires and extras_require, as setup.py writes them down; the extra `cpu` is a file."""
+    """install_requires and extras_require, as setup.py writes them down; the extra `engine-cpu` is a file."""
     (call,) = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"]
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -30,20 +38,58 @@ def declared() -> tuple[list[str], dict[str, list[str]]]:
     lines = (ROOT / ".ci" / "requirements-cpu-engine.txt").read_text(encoding="utf-8").splitlines()
     of_file = [line for line in lines if line and not line.startswith("#")]
     return ast.literal_eval(keywords["install_requires"]), {
-        name: of_file if name == "cpu" else ast.literal_eval(value) for name, value in extras.items()}
+        name: of_file if name == "engine-cpu" else ast.literal_eval(value) for name, value in extras.items()}
 
 
-@pytest.mark.parametrize("variant", EXTRAS)
+@pytest.mark.parametrize("variant", ELSEWHERE)
 def test_the_lock_is_that_of_setup_py(variant):
     required, extras = declared()
     lock = locked(variant)
     assert len(lock) > 150
-    for line in [*required, *(each for name in EXTRAS[variant] for each in extras[name])]:
+    for line in [*required, *(each for name in extras.keys() - ELSEWHERE[variant] for each in extras[name])]:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
         assert name in lock, f"{line}: not in constraints-{variant}.txt; run `python .ci/lock.py`"
         assert requirement.specifier.contains(lock[name], prereleases=True), \
             f"{line}: constraints-{variant}.txt has {lock[name]}; run `python .ci/lock.py`"
+
+
+def test_the_set_up_installs_every_extra_of_its_variant():
+    script = (ROOT / ".ci" / "setup.sh").read_text(encoding="utf-8")
+    shared = re.search(r"^EXTRAS=(\S+)", script, flags=re.MULTILINE)[1]
+    asked = [set(text.replace("$EXTRAS", shared).split(",")) for text in re.findall(r'-e "\.\[(.*?)\]"', script)]
+    _, extras = declared()
+    assert sorted(map(sorted, asked)) == sorted(map(sorted, (
+        extras.keys() - ELSEWHERE["cpu"], extras.keys() - ELSEWHERE["gpu"], extras.keys() - {"engine-cpu"})))
+
+
+def imports(*folders: str) -> set[str]:
+    """Top-level modules that the sources import and that are neither Python's nor ours."""
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py") if "hf_files" not in path.parts):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            found |= {name.split(".")[0] for name in names}
+    return found - sys.stdlib_module_names - {"c3po", "rl_kernels", "megatron_rl", "wire"} - WHERE_FOUND
+
+
+def distributions(lines: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def test_a_base_install_asks_for_what_c3po_and_rl_kernels_import_and_leaves_versions_to_others():
+    required, _ = declared()
+    assert distributions(required) == {BROUGHT.get(name, name) for name in imports(*SOURCES[:2])}
+    for line in required:
+        assert {spec.operator for spec in Requirement(line).specifier} == {">="}, line
+
+
+def test_everything_that_is_imported_is_declared():
+    required, extras = declared()
+    known = distributions([*required, *(line for lines in extras.values() for line in lines)])
+    used = {BROUGHT.get(name, canonicalize_name(NAMED.get(name, name))) for name in imports(*SOURCES)}
+    assert len(used) > 15 and used <= known, used - known
 
 
 def test_both_variants_have_the_same_versions_of_what_both_have():

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = "trainer,rewards,report,slurm,dev"
+ENGINE = {"cpu": "engine-cpu", "gpu": "engine"}
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def installed(copy: Path, **environment: str) -> tuple[subprocess.CompletedProce
 def test_everything_is_installed_by_the_lock_and_nothing_is_compiled(copy, variant):
     done, commands = installed(copy, VARIANT=variant)
     assert done.returncode == 0, done.stderr
-    assert f"-c .ci/constraints-{variant}.txt -e .[{variant},slurm,dev]" in commands[0]
+    assert f"-c .ci/constraints-{variant}.txt -e .[{ENGINE[variant]},{PROGRAM}]" in commands[0]
     assert not any("--no-build-isolation" in line or ",te" in line for line in commands)
     assert len(commands) == (2 if variant == "cpu" else 1)
 
@@ -114,5 +116,6 @@ def test_transformer_engine_comes_last_and_its_missing_headers_are_named(copy):
     done = run_setup(copy, VARIANT="gpu", TE="1", PATH=command(copy, "c++", "exit 0"))
     assert done.returncode == 0, done.stderr
     first, last = [line for line in (copy / "pip.log").read_text().splitlines() if " install " in line]
-    assert "-c .ci/constraints-gpu.txt -e .[gpu,slurm,dev]" in first
-    assert "--no-build-isolation -c .ci/constraints-gpu.txt -c .ci/constraints-te.txt -e .[gpu,te,slurm,dev]" in last
+    assert f"-c .ci/constraints-gpu.txt -e .[engine,{PROGRAM}]" in first
+    assert ("--no-build-isolation -c .ci/constraints-gpu.txt -c .ci/constraints-te.txt "
+            f"-e .[engine,te,{PROGRAM}]") in last

@@ -13,6 +13,8 @@ from megatron_rl.ablations.driver import Plan, Run, continued, plan, run_all, ru
 from megatron_rl.ablations.report import publish, write_result
 from megatron_rl.ablations.spec import Ablation, load_ablation
 from megatron_rl.config.check import check_rl
+from megatron_rl.config.resources import SOURCE_TREE
+from megatron_rl.config.rules import require
 from megatron_rl.launch.local import RunInterrupted
 from megatron_rl.launch.slurm import submit
 from megatron_rl.preflight import validate
@@ -48,6 +50,8 @@ def planned(name: str, settings: Sequence[str]) -> Planned:
 def run(options) -> int:
     """Run what is not finished, write the result, and with --readme put it into the example's README."""
     asked = planned(options.name, options.settings)
+    require(not options.readme or SOURCE_TREE is not None,
+            "--readme writes into the source tree's examples, and this program is an installed package: leave it out")
     if options.check:
         check(asked.ablation, asked.plan)
         return 0

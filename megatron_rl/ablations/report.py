@@ -13,7 +13,8 @@ from typing import Any
 from megatron_rl.ablations.draw import draw
 from megatron_rl.ablations.driver import Plan
 from megatron_rl.ablations.results import RULE, Table, Verdict, judge, mean_and_spread, tabulate, whole_seeds
-from megatron_rl.ablations.spec import EXAMPLES, Ablation, PaperTable
+from megatron_rl.ablations.spec import Ablation, PaperTable
+from megatron_rl.config.resources import EXAMPLES
 from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.sinks import VERSIONS
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import yaml
 
 from megatron_rl.config.load import build
+from megatron_rl.config.resources import EXAMPLES
 from megatron_rl.config.rules import require
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FILE = "ablation.yaml"
 
 Take = Literal["first", "last", "gain", "mean", "end", "sum", "cv", "jitter"]

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.resources import CONF_DIR, example_file
 from megatron_rl.config.schema import Config
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 SHORTHANDS = {"resume": "run.resume", "seed": "run.seed", "steps": "run.steps"}
 """Overrides that may be given without their section."""
 UNREADABLE = ("text with commas, colons, equals signs, brackets or quotes needs quotes of its own inside the shell's, "
@@ -41,7 +41,8 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     if not CONF_DIR.is_dir():
-        raise ValueError(f"no configuration folder at {CONF_DIR}; install the project with `pip install -e .`")
+        raise ValueError(f"no configuration folder at {CONF_DIR}: the installation is not whole; install it again")
+    OmegaConf.register_new_resolver("examples", example_file, replace=True)
     translated = [_as_hydra(text) for text in overrides]
     for given, text in zip(overrides, translated, strict=True):
         try:

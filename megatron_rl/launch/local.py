@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from megatron_rl.config.load import to_dict
+from megatron_rl.config.resources import SOURCE_TREE
 from megatron_rl.config.rollout import is_loopback
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.keys import check_keys
@@ -180,9 +181,9 @@ def rank_environment() -> dict[str, str]:
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment |= {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
                     "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, str(Path(root) / "kernels"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if SOURCE_TREE is not None:  # an installed package is found without help
+        paths = [str(SOURCE_TREE), str(SOURCE_TREE / "kernels"), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return environment
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_rl.config.resources import SOURCE_TREE
+
 PACKAGES = (
     "torch", "megatron-core", "sglang", "transformers", "transformer-engine", "numpy", "hydra-core", "wandb",
     "math-verify", "reasoning-gym",
@@ -23,7 +25,7 @@ def collect_versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "git": git_state(Path(__file__).resolve().parents[2]),
+        "git": git_state(SOURCE_TREE) if SOURCE_TREE else None,
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": cpu_model(),

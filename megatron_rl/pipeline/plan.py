@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config.load import CONF_DIR, SHORTHANDS, load
+from megatron_rl.config.load import SHORTHANDS, load
 from megatron_rl.config.pipeline import BASE, PipelineStage
+from megatron_rl.config.resources import CONF_DIR
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.orchestrator import stages as rl_stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_every_scale_of_every_example_is_valid(name):
 
 def test_arms_differ_in_what_they_compare_and_in_nothing_else():
     tiny = spec.load_ablation("fig7_8_c3po_vs_grpo").scales["tiny"]
-    todo = plan("x", "tiny", tiny, out=spec.Path("runs"), seeds=[1], arms=["c3po", "grpo"])
+    todo = plan("x", "tiny", tiny, out=Path("runs"), seeds=[1], arms=["c3po", "grpo"])
     ours, theirs = (run.config for run in todo.runs)
     assert (ours.c3po.objective, theirs.c3po.objective) == ("c3po", "grpo")
     assert ours.c3po.loss == theirs.c3po.loss and ours.optimizer == theirs.optimizer
@@ -44,7 +45,7 @@ def test_the_search_for_a_collapse_compares_objectives_in_every_setting():
     assert len(settings) == 8
     compared = {(statement.arm, statement.than) for statement in ablation.statements}
     for setting in settings:
-        todo = plan("x", "tiny", tiny, out=spec.Path("runs"), seeds=[0], arms=[f"{setting}_grpo", f"{setting}_c3po"])
+        todo = plan("x", "tiny", tiny, out=Path("runs"), seeds=[0], arms=[f"{setting}_grpo", f"{setting}_c3po"])
         grpo, c3po = (run.config for run in todo.runs)
         same = {"run.name", "run.dir", "c3po.objective", "c3po.phi"}
         assert {key for key, *_ in differences(grpo, c3po)} <= same
@@ -80,7 +81,7 @@ def test_a_wrong_setting_is_refused_before_anything_starts(settings, message, ca
 
 def test_arms_share_engines_where_one_can_serve_them_and_seeds_stay_together():
     scale = spec.Scale(arms={"a": spec.Arm(), "b": spec.Arm(), "c": spec.Arm(overrides=("model.dtype=bfloat16",))})
-    todo = plan("x", "tiny", scale, out=spec.Path("runs"), seeds=[0, 1], arms=["a", "b", "c"])
+    todo = plan("x", "tiny", scale, out=Path("runs"), seeds=[0, 1], arms=["a", "b", "c"])
     assert [[f"{run.arm}{run.seed}" for run in runs] for runs in sharing_engines(todo.runs)] == [
         ["a0", "b0"], ["c0"], ["a1", "b1"], ["c1"]]
 
