@@ -78,7 +78,7 @@ def with_process(argument: str, run_dir: Path, act: Callable[[psutil.Process], N
             time.sleep(0.05)
         act(next(process for process in psutil.process_iter(["cmdline"])
                  if {argument, str(run_dir / "launch.json")} <= set(process.info["cmdline"] or ())
-                 and "torch.distributed.run" not in process.info["cmdline"]))
+                 and "--nnodes=1" not in process.info["cmdline"]))  # torchrun's own
 
     threading.Thread(target=work, daemon=True).start()
 
