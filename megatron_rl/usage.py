@@ -79,8 +79,9 @@ COMMANDS = {
     "rl": Help(
         "reinforcement learning: starts engines, orchestrator and ranks, stops them all",
         "Reads a Hugging Face folder (model.path) and problems (data.*). Writes to run.dir: metrics.jsonl,\n"
-        "eval.jsonl, checkpoints/, hf/ (the trained model), report.html, orchestrator.log, trainer.log, engine.log. What\n"
-        "can be checked is checked before anything starts. Stopped or failed, the same command with resume=true goes on.",
+        "eval.jsonl, checkpoints/, hf/ (the trained model), report.html, logs of orchestrator, trainer and engine.\n"
+        "What can be checked is checked before anything starts. Stopped or failed, the same command with resume=true\n"
+        "goes on.",
         """\
   megatron-rl rl experiment=quickstart run.dir=runs/mine c3po.phi=2048
   megatron-rl rl experiment=quickstart run.dir=runs/mine resume=true        # after a stop, or for more run.steps
