@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint, write_hf_folder
+from megatron_rl.model.slots import expected_shapes
 from tests.reference_bailing import bailing_logits
 from tests.tiny_models import write_tiny_known
 
@@ -54,7 +55,10 @@ def logits(folders, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 @in_models
 def test_tensor_names_and_shapes_are_those_that_transformers_saves(folders, name):
-    check_checkpoint(read_config(folders[name]), HFReader(folders[name]))
+    reader = HFReader(folders[name])
+    check_checkpoint(read_config(folders[name]), reader)
+    assert reader.names == load_file(folders[name] / "model.safetensors").keys() == set(
+        expected_shapes(read_config(folders[name])))
 
 
 @pytest.mark.slow
