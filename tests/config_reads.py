@@ -7,20 +7,17 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_rl.model.families import FAMILIES
+
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CONFIGS = {"config", "hf_config", "hf_text_config", "text_config"}
-SGLANG = {
-    "bailing_moe": ("bailing_moe",), "llama": ("llama",), "qwen2": ("qwen2",), "qwen3": ("qwen3", "qwen2"),
-    "qwen3_moe": ("qwen3_moe", "qwen2_moe"),
-}
-"""The modules that hold a family's class in sglang/srt/models, with those whose classes it builds on."""
 FOR_ALL = ("sglang/srt/configs/model_config.py", "sglang/srt/layers/logits_processor.py",
            "transformers/masking_utils.py", "transformers/configuration_utils.py")
 """Read the configuration of every family."""
 
 
 def sources(model_type: str) -> list[Path]:
-    found = [f"sglang/srt/models/{name}.py" for name in SGLANG[model_type]]
+    found = [f"sglang/srt/models/{name}.py" for name in FAMILIES[model_type].engine_modules]
     folder = f"transformers/models/{model_type}"
     if (PACKAGES / folder).is_dir():  # transformers has no bailing_moe
         found += [f"{folder}/modeling_{model_type}.py", f"{folder}/configuration_{model_type}.py"]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 
 END_OF_TEXT = "<|end|>"
@@ -24,15 +25,8 @@ CONFIGURATION_FILE = REPOSITORY / "megatron_rl" / "model" / "hf_files" / "config
 TINY_CONFIG = {
     "architectures": ["BailingMoeForCausalLM"],
     "auto_map": {"AutoConfig": "configuration_bailing_moe.BailingMoeConfig"},
-    **bailing_config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16, initializer_range=0.1,
-                     moe_intermediate_size=32),
+    **bailing_config(**FAMILIES["bailing_moe"].tiny),
 }
-SHARED_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "rms_norm_eps", "tie_word_embeddings", "initializer_range", "max_position_embeddings", "bos_token_id",
-    "eos_token_id", "pad_token_id",
-)
-MOE_KEYS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
 def tiny_bailing_weights(config: dict, *, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -114,8 +108,7 @@ def write_tiny_known(path: str | Path, model_type: str, *, seed: int = 0, **over
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shared = {key: TINY_CONFIG[key] for key in SHARED_KEYS}
-    keys = {**shared, **(MOE_KEYS if model_type == "qwen3_moe" else {}), **overrides}
+    keys = {**FAMILIES[model_type].tiny, **overrides}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys), dtype=torch.float32)
     with torch.no_grad():

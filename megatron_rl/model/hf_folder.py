@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rl.config.load import read_json
-from megatron_rl.model.architectures import HF_FILES, architecture_of, parse_config
+from megatron_rl.model.architectures import HF_FILES, family_of, parse_config
 from megatron_rl.model.network import Network
 from megatron_rl.model.slots import expected_shapes, network_slots
 
@@ -78,15 +78,15 @@ def check_export(path: str | Path, config: dict[str, Any], tokenizer_from: str |
     tokenizer, a full disk, another thing in the place of the folder.
     """
     where = f"{path}/config.json"
-    architecture = architecture_of(config, where)
+    family = family_of(config, where)
     shapes = expected_shapes(parse_config(config, where))
-    files = {name: HF_FILES / name for name in architecture.files}
+    files = {name: HF_FILES / name for name in family.files}
     files |= {} if tokenizer_from is None else kept_files(tokenizer_from)
-    auto_map = {**architecture.auto_map, **{
+    auto_map = {**family.auto_map, **{
         auto: classes for auto, classes in (config.get("auto_map") or {}).items()
         if all(file in files for file in code_files({auto: classes}))}}
     config = {key: value for key, value in config.items() if key != "auto_map"}
-    config |= {"architectures": [architecture.class_name]} | ({"auto_map": auto_map} if auto_map else {})
+    config |= {"architectures": [family.class_name]} | ({"auto_map": auto_map} if auto_map else {})
     num_bytes = sum(prod(shape) for shape in shapes.values()) * storage_dtype(config, where).itemsize
     num_bytes += sum(file.stat().st_size for file in files.values())
     _check_place(Path(path).resolve(), num_bytes, str(path))

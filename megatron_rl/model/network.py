@@ -15,7 +15,7 @@ from megatron_rl.config.schema import ParallelConfig
 class Network:
     """A pre-norm decoder with RMSNorm, rotary grouped-query attention and SiLU-gated dense or expert MLPs.
 
-    model_type: the architectures.py table that names its keys and tensors. num_experts 0: every layer is dense.
+    model_type: the family (families/) that names its keys and tensors. num_experts 0: every layer is dense.
     intermediate_size: width of a dense layer's MLP; moe_intermediate_size: of one expert. first_k_dense_replace:
     that many leading layers are dense. rope_factor: positions are divided by it (linear rope_scaling).
     qk_norm: RMSNorm of each query and key head before the rotation. norm_head: the head's columns are divided

@@ -1,6 +1,6 @@
 """Every Megatron parameter of a network as a Slot: its Hugging Face tensors, their shapes, and how ranks cut it.
 
-The parameters and cuts are Megatron's and the same for all networks; the names come from architectures.py. Shapes of
+The parameters and cuts are Megatron's and the same for all networks; the names come from families/. Shapes of
 checkpoints, parameter counts and both directions of convert.py follow from these slots. No megatron here.
 Letters in comments: V vocabulary, H hidden size, D head dimension, E experts.
 """
@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from megatron_rl.model.architectures import ARCHITECTURES
+from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.network import Network
 
 Shape = tuple[int, ...]
@@ -69,10 +69,10 @@ class Slot:
 
 def network_slots(network: Network) -> dict[str, Slot]:
     """Megatron parameter -> Slot, layers and experts by their global numbers. A tied head has no slot of its own."""
-    architecture = ARCHITECTURES[network.model_type]
+    family = FAMILIES[network.model_type]
 
     def slot(name: str, cut: str, *parts: Shape, prefix: str = "", expert: int = 0, **how) -> Slot:
-        names = tuple(prefix + known.format(expert=expert) for known in architecture.names[name])
+        names = tuple(prefix + known.format(expert=expert) for known in family.names[name])
         return Slot(names, parts, cut, **how)
 
     table = (network.vocab_size, network.hidden_size)
@@ -81,7 +81,7 @@ def network_slots(network: Network) -> dict[str, Slot]:
     if not network.tie_word_embeddings:
         found["output_layer.weight"] = slot("output_layer.weight", "rows", table)
     for layer in range(network.num_hidden_layers):
-        prefix = architecture.layer_prefix.format(layer=layer)
+        prefix = family.layer_prefix.format(layer=layer)
         for name, cut, parts, how in (*_attention(network), *_feed_forward(network, layer)):
             shown = name.format(expert=how.get("expert", 0))
             found[f"decoder.layers.{layer}.{shown}"] = slot(name, cut, *parts, prefix=prefix, **how)

@@ -4,7 +4,8 @@ SGLang 0.5.23 hashes each parameter it holds: the first 8 bytes of SHA-256 over 
 (sglang/srt/utils/weight_checker.py, sglang/srt/managers/mm_utils.py: tensor_hash). Its parameters are not the
 checkpoint's: query, key and value, gate and up projections are fused, experts stacked, vocabularies and MLP
 widths padded with zeros, a NormHead normalised (sglang/srt/models/bailing_moe.py: load_weights).
-ENGINE_LAYOUT says how; the digests follow while the tensors stream past, without keeping them.
+A family's engine_layout says how (model/families/); the digests follow while the tensors stream past, without
+keeping them.
 
 Not reproduced: tensor-parallel engines (each rank hashes its shard) and CUDA engines (another hash function);
 both raise UnpredictableChecksumsError.
@@ -21,28 +22,13 @@ from typing import Any
 
 import torch
 
+from megatron_rl.model.families import FAMILIES
 from megatron_rl.rollout.client import EngineClient
 
 VOCABULARY_MULTIPLE = 64  # sglang/srt/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 WIDTH_MULTIPLE = 32  # sglang/srt/configs/update_config.py: adjust_config_with_unaligned_cpu_tp
 NORM_HEAD_EPS = 1e-7  # sglang/srt/models/bailing_moe.py: load_weights
 NAMES_SHOWN = 8
-
-# Checkpoint name -> engine parameter, (parts per expert, MLP or attention, which of them this is), the dimension that
-# holds the MLP's width. Whatever matches no row keeps its name and is whole.
-_ANY_MLP = r"(?P<mlp>.*\.mlp(\.shared_experts)?)"
-_ATTENTION = r"(?P<attention>.*\.self_attn)"
-_EXPERT = r"(?P<mlp>.*\.mlp\.experts)\.(?P<expert>\d+)"
-ENGINE_LAYOUT = (
-    (_EXPERT + r"\.gate_proj\.weight", "{mlp}.w13_weight", (2, 0), 0),
-    (_EXPERT + r"\.up_proj\.weight", "{mlp}.w13_weight", (2, 1), 0),
-    (_EXPERT + r"\.down_proj\.weight", "{mlp}.w2_weight", (1, 0), 1),
-    (_ANY_MLP + r"\.gate_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 0), 0),
-    (_ANY_MLP + r"\.up_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 1), 0),
-    (_ANY_MLP + r"\.down_proj\.weight", "{mlp}.down_proj.weight", (1, 0), 1),
-    *((_ATTENTION + rf"\.{part}_proj\.(?P<kind>weight|bias)", "{attention}.qkv_proj.{kind}", (3, place), None)
-      for place, part in enumerate("qkv")),
-)
 
 
 class WeightMismatchError(RuntimeError):
@@ -78,6 +64,9 @@ class ExpectedChecksums:
 
     def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype):
         self._config = config
+        self._family = FAMILIES[config["model_type"]]
+        (self._head,) = self._family.names["output_layer.weight"]
+        self._vocabulary = {self._head, *self._family.names["embedding.word_embeddings.weight"]}
         self._dtype = engine_dtype
         self._parameters: dict[str, _Parameter] = {}
 
@@ -97,25 +86,24 @@ class ExpectedChecksums:
         return {name: parameter.sha.digest()[:8].hex() for name, parameter in self._parameters.items()}
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
-        if name == "lm_head.weight" and self._config.get("tie_word_embeddings"):
+        if name == self._head and self._config.get("tie_word_embeddings"):
             return
-        if name == "lm_head.weight" and self._config.get("norm_head"):
+        if name == self._head and self._config.get("norm_head"):
             tensor = torch.nn.functional.normalize(tensor, dim=0, p=2, eps=NORM_HEAD_EPS)
-        if name in ("lm_head.weight", "model.word_embeddings.weight", "model.embed_tokens.weight"):
+        if name in self._vocabulary:
             tensor = _zero_padded(tensor, 0, _round_up(tensor.shape[0], VOCABULARY_MULTIPLE))
         parameter, place, places, width_dim = self._locate(name)
         if width_dim is not None:
             tensor = _zero_padded(tensor, width_dim, self._engine_width(name))
         entry = self._parameters.setdefault(parameter, _Parameter(places))
         entry.add(place, tensor.to(self._dtype))
-        if parameter.endswith(".mlp.gate.weight") and self._config["model_type"] == "bailing_moe" \
-                and not self._config["num_shared_experts"]:  # SGLang makes the shared expert all the same, of width 0
-            for part in ("gate_up_proj", "down_proj"):
-                self._parameters[parameter.replace(".gate.", f".shared_experts.{part}.")] = _Parameter(places=0)
+        if parameter.endswith(".mlp.gate.weight") and not self._config["num_shared_experts"]:
+            for empty in self._family.zero_width:
+                self._parameters[parameter.removesuffix("gate.weight") + empty] = _Parameter(places=0)
 
     def _locate(self, name: str) -> tuple[str, int, int, int | None]:
         """(engine parameter, place of this tensor in it, number of places, dimension of the MLP's width)."""
-        for pattern, parameter, (parts, part), width_dim in ENGINE_LAYOUT:
+        for pattern, parameter, (parts, part), width_dim in self._family.engine_layout:
             if match := re.fullmatch(pattern, name):
                 found = match.groupdict()
                 if "expert" not in found:

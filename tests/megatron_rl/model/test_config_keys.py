@@ -6,36 +6,35 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.model.architectures import ARCHITECTURES, COMMON, OTHER_NETWORKS, parse_config
+from megatron_rl.model.architectures import parse_config
+from megatron_rl.model.families import FAMILIES
+from megatron_rl.model.families.base import COMMON, OTHER_NETWORKS
 from megatron_rl.model.network import Network
-from tests.config_reads import SGLANG, keys_read
-from tests.tiny_models import MOE_KEYS, SHARED_KEYS, TINY_CONFIG
+from tests.config_reads import keys_read
+from tests.tiny_models import TINY_CONFIG
 
 PYTHONS_OWN = {"__class__", "_attn_implementation", "get_text_config"}
 ROTATION = {"rope_parameters", "rope_scaling", "rope_theta", "layer_types"}  # checked by what is inside
-in_families = pytest.mark.parametrize("model_type", ARCHITECTURES)
+in_families = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 def tiny(model_type: str, **changes: Any) -> dict[str, Any]:
-    if model_type == "bailing_moe":
-        return {**TINY_CONFIG, **changes}
-    return {"model_type": model_type, "rope_theta": 1e4, **{key: TINY_CONFIG[key] for key in SHARED_KEYS},
-            **(MOE_KEYS if model_type == "qwen3_moe" else {}), **changes}
+    return {"model_type": model_type, **FAMILIES[model_type].tiny, **changes}
 
 
 def network_keys(model_type: str) -> dict[str, tuple[str, ...]]:
     """Field of Network -> the keys that hold it in a config.json of the family."""
-    architecture = ARCHITECTURES[model_type]
-    return {name: architecture.keys.get(name, (name,)) for name in Network.__dataclass_fields__
-            if name not in architecture.fixed and name not in ("model_type", "rope_factor")}
+    family = FAMILIES[model_type]
+    return {name: family.keys.get(name, (name,)) for name in Network.__dataclass_fields__
+            if name not in family.fixed and name not in ("model_type", "rope_factor")}
 
 
 @in_families
 def test_every_key_that_the_engine_or_transformers_reads_is_known(model_type):
-    architecture, read = ARCHITECTURES[model_type], keys_read(model_type)
+    family, read = FAMILIES[model_type], keys_read(model_type)
     assert len(read) > 100
     meant = {key for keys in network_keys(model_type).values() for key in keys}
-    known = meant | architecture.only.keys() | architecture.same.keys() | architecture.ignored
+    known = meant | family.only.keys() | family.same.keys() | family.ignored
     unknown = read.keys() - known - COMMON - OTHER_NETWORKS - ROTATION - PYTHONS_OWN
     assert not unknown, {key: read[key] for key in unknown}
 
@@ -49,10 +48,6 @@ def test_every_key_that_the_trainer_reads_is_read_by_the_engine_too(model_type):
         assert field in ("initializer_range", "rope_theta") or read.keys() & {*keys}, field
 
 
-def test_the_families_are_those_whose_sources_are_looked_at():
-    assert ARCHITECTURES.keys() == SGLANG.keys()
-
-
 def other_than(value: Any) -> Any:
     """A value that the table does not accept."""
     if value is None:
@@ -62,14 +57,14 @@ def other_than(value: Any) -> Any:
     return [1] if isinstance(value, list) else "gelu" if isinstance(value, str) else value + 0.5
 
 
-ONLY = [(model_type, key) for model_type, architecture in ARCHITECTURES.items() for key in architecture.only]
-OTHERS = [(model_type, key) for model_type, architecture in ARCHITECTURES.items()
-          for key in sorted(OTHER_NETWORKS - architecture.only.keys() - architecture.ignored)]
+ONLY = [(model_type, key) for model_type, family in FAMILIES.items() for key in family.only]
+OTHERS = [(model_type, key) for model_type, family in FAMILIES.items()
+          for key in sorted(OTHER_NETWORKS - family.only.keys() - family.ignored)]
 
 
 @pytest.mark.parametrize(("model_type", "key"), ONLY)
 def test_a_key_with_one_supported_value_is_refused_with_another(model_type, key):
-    accepted = ARCHITECTURES[model_type].only[key]
+    accepted = FAMILIES[model_type].only[key]
     parse_config(tiny(model_type), "here")
     if accepted is not None:
         assert parse_config(tiny(model_type, **{key: accepted}), "here") == parse_config(tiny(model_type), "here")
@@ -86,13 +81,13 @@ def test_a_key_of_another_network_is_refused_unless_it_is_empty(model_type, key)
             parse_config(tiny(model_type, **{key: full}), "here")
 
 
-@pytest.mark.parametrize("key", sorted(ARCHITECTURES["bailing_moe"].not_null))
+@pytest.mark.parametrize("key", sorted(FAMILIES["bailing_moe"].not_null))
 def test_null_is_refused_where_it_would_break_the_engine(key):
     with pytest.raises(ValueError, match=f"^here: {key}=null breaks the engine"):
         parse_config(tiny("bailing_moe", **{key: None}), "here")
 
 
-@pytest.mark.parametrize(("key", "other"), ARCHITECTURES["bailing_moe"].same.items())
+@pytest.mark.parametrize(("key", "other"), FAMILIES["bailing_moe"].same.items())
 def test_a_size_that_the_engine_reads_under_another_name_must_be_the_same(key, other):
     same = parse_config(tiny("bailing_moe", **{key: TINY_CONFIG[other]}), "here")
     assert same == parse_config(tiny("bailing_moe"), "here")
@@ -136,16 +131,16 @@ WITH_EXPERTS = ("bailing_moe", "qwen3_moe")
 
 
 @pytest.mark.parametrize(("families", "changes", "message"), [
-    (ARCHITECTURES, {"head_dim": 15}, "head_dim=15 must be even"),
-    (ARCHITECTURES, {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
-    (ARCHITECTURES, {"num_key_value_heads": 8}, "num_key_value_heads=8 does not divide num_attention_heads=4"),
-    (ARCHITECTURES, {"num_attention_heads": 0}, "num_attention_heads=0 must be int above 0"),
-    (ARCHITECTURES, {"hidden_size": "64"}, 'hidden_size="64" must be int above 0'),
-    (ARCHITECTURES, {"hidden_size": 64.5}, "hidden_size=64.5 must be int above 0"),
-    (ARCHITECTURES, {"num_hidden_layers": -2}, "num_hidden_layers=-2 must be int above 0"),
-    (ARCHITECTURES, {"num_hidden_layers": True}, "num_hidden_layers=true must be int above 0"),
-    (ARCHITECTURES, {"rms_norm_eps": float("inf")}, "rms_norm_eps=Infinity must be float above 0"),
-    (ARCHITECTURES, {"rope_theta": float("nan")}, "rope_theta=NaN must be float above 0"),
+    (FAMILIES, {"head_dim": 15}, "head_dim=15 must be even"),
+    (FAMILIES, {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+    (FAMILIES, {"num_key_value_heads": 8}, "num_key_value_heads=8 does not divide num_attention_heads=4"),
+    (FAMILIES, {"num_attention_heads": 0}, "num_attention_heads=0 must be int above 0"),
+    (FAMILIES, {"hidden_size": "64"}, 'hidden_size="64" must be int above 0'),
+    (FAMILIES, {"hidden_size": 64.5}, "hidden_size=64.5 must be int above 0"),
+    (FAMILIES, {"num_hidden_layers": -2}, "num_hidden_layers=-2 must be int above 0"),
+    (FAMILIES, {"num_hidden_layers": True}, "num_hidden_layers=true must be int above 0"),
+    (FAMILIES, {"rms_norm_eps": float("inf")}, "rms_norm_eps=Infinity must be float above 0"),
+    (FAMILIES, {"rope_theta": float("nan")}, "rope_theta=NaN must be float above 0"),
     (WITH_EXPERTS, {"num_experts": 0}, "num_experts=0: a (bailing_moe|qwen3_moe) has experts"),
     (WITH_EXPERTS, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be in 1..num_experts=8"),
     (WITH_EXPERTS, {"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be in 1..num_experts=8"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.model.architectures import ARCHITECTURES, read_config
+from megatron_rl.model.architectures import read_config
+from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config, random_weights
 from megatron_rl.model.hf_folder import INDEX, HFReader, check_checkpoint, write_hf_folder
 from tests.tiny_models import write_tiny_bailing, write_tiny_known
@@ -108,7 +109,7 @@ def add(folder: Path, **tensors: torch.Tensor) -> None:
     save_file({**load_file(file), **tensors}, file)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"qwen3_moe"}))  # which is never tied
 def test_frequencies_and_an_equal_tied_head_are_read_over(tmp_path, model_type):
     folder = tied(tmp_path / "model", model_type)
     weights = load_file(folder / "model.safetensors")
