@@ -15,7 +15,7 @@ from megatron_rl.config.data import DataConfig
 from megatron_rl.data.files import is_absent, problem_of, report_bad
 from megatron_rl.data.problems import Problem, asked
 from megatron_rl.data.rows import FILE_SOURCES, BadRow, Row, read_rows
-from megatron_rl.observe.files import write_whole
+from megatron_rl.observe.files import write_together
 
 __all__ = ["Item", "Removal", "Split", "problem_text", "read_items", "words", "write_split"]
 
@@ -100,8 +100,7 @@ def write_split(folder: Path, split: Split, bad: Sequence[tuple[Row, Removal]] =
     texts = {KEPT: "".join(map(_line, kept)), REMOVED: "".join(map(_line, removed)),
              REPORT: json.dumps(counts, indent=2) + "\n"}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_whole(folder / name, text)
+    write_together({folder / name: text.encode("utf-8") for name, text in texts.items()})
     return counts
 
 

@@ -94,6 +94,17 @@ def test_a_step_that_fails_while_writing_leaves_what_was_there(fails_at, tmp_pat
     assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["kept.jsonl", "removed.jsonl", "report.json"])
+def test_a_file_that_cannot_be_written_leaves_the_others_as_they_were(name, tmp_path):
+    write_split(tmp_path, Split(items(["a", "b"]), {}))
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert len(before) == 3
+    (tmp_path / f"{name}.partial").mkdir()
+    with pytest.raises(OSError):
+        write_split(tmp_path, Split(items(["c"]), {}))
+    assert {file: (tmp_path / file).read_text() for file in before} == before
+
+
 PIECES = ["(", "[", "{", "![", "\\text{", " (a) ", "A. ", "1. \n", "1.", "http://", "figure ", "figure   ", "<", "$",
           "as shown", " ", "\n", "of the figure ", "true", "which of ", "part A ", "\\\\", "*", "9", "\u4e2d",
           "show that ", "choose the ", " \t", "(i) ", "in the following "]
