@@ -16,7 +16,7 @@ import yaml
 from megatron_rl.config.data import DataConfig
 from megatron_rl.config.load import load
 from megatron_rl.config.reward import RewardConfig
-from megatron_rl.data.sources import build_source
+from megatron_rl.data.sources import Limits, build_source
 from megatron_rl.reward.route import Routes
 from megatron_rl.types import Prompt
 
@@ -109,7 +109,7 @@ def test_who_follows_the_prompt_to_the_letter_is_right(name, tmp_path):
     judged = 0
     for config, reward in sections(name):
         section = brought(config, tmp_path)
-        source = build_source(section, NoTokenizer(), max_prompt_tokens=100_000)
+        source = build_source(section, NoTokenizer(), Limits())
         routes = Routes(reward.routes, dataclasses.replace(reward, sandbox="unsafe"))
         for index in range(min(len(source), 40)):
             prompt = source.prompt(index)
