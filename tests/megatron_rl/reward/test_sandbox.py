@@ -186,6 +186,52 @@ def test_an_exception_while_a_program_runs_leaves_nothing(walls_up):
             time.sleep(0.01)
 
 
+@needs_sandbox
+def test_a_program_that_gets_no_processor_is_not_charged_for_it():
+    cpu = min(os.sched_getaffinity(0))
+    hog = subprocess.Popen([sys.executable, "-c", f"import os, time\nos.sched_setaffinity(0, {{{cpu}}})\n"
+                            "end = time.monotonic() + 4\nwhile time.monotonic() < end: pass"])
+    starved = (f"import os, time\nos.sched_setaffinity(0, {{{cpu}}})\n"
+               "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+               "while time.process_time() < 0.2: pass\nprint('done')")
+    waiting = "import time\ntime.sleep(3)\nprint('done')"
+    limits = Limits(cpu_s=2, wall_s=1.5)
+    try:
+        outcome = run_program("python", starved, limits)
+    finally:
+        hog.kill()
+        hog.wait()
+    assert (outcome.status, outcome.stdout) == ("ok", b"done\n") and outcome.seconds > 1.5
+    assert run_program("python", waiting, limits).status == "timeout"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(("cpu_s", "status"), [(0.5, "timeout"), (1.5, "ok")])
+def test_processor_time_counts_in_fractions_and_over_all_processes(cpu_s, status):
+    source = ("import os, time\nchildren = [os.fork() for _ in range(2)]\n"
+              "while time.process_time() < 0.25: pass\nif 0 not in children:\n    os.wait(); os.wait()\n")
+    assert run_program("python", source, Limits(cpu_s=cpu_s)).status == status
+
+
+@needs_sandbox
+@pytest.mark.parametrize("word", ["bwrap", "prlimit", "setpriv", "setsid"])
+def test_what_a_program_says_is_not_taken_for_the_sandbox(word):
+    outcome = run_program("python", f"import sys\nprint('{word}: no', file=sys.stderr)\nsys.exit(1)", ROOMY)
+    assert (outcome.status, outcome.message) == ("runtime_error", f"{word}: no")
+
+
+@needs_sandbox
+def test_a_sandbox_that_fails_is_told_from_a_program_that_does():
+    with pytest.raises(RuntimeError, match="the sandbox failed: bwrap: "):
+        Bubblewrap().run(["/usr/bin/true"], {"..": b""}, limits=ROOMY)
+
+
+@needs_sandbox
+def test_standard_error_costs_nothing_and_its_end_is_kept():
+    outcome = run_program("python", "import sys\nsys.stderr.write('x' * 3_000_000 + 'end')\nprint('fine')", ROOMY)
+    assert (outcome.status, outcome.stdout) == ("ok", b"fine\n") and outcome.stderr.endswith(b"xend")
+
+
 def _without(wall: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes one wall down."""
     walls, placed = box._walls, box._placed
@@ -206,7 +252,8 @@ def _without(wall: str, monkeypatch: pytest.MonkeyPatch) -> None:
         commands = Limits.commands
         monkeypatch.setattr(Limits, "commands", lambda limits: [w for w in commands(limits) if "nproc" not in w])
     elif wall == "watch over memory":
-        monkeypatch.setattr(watch, "_beyond", lambda pid, limits, seconds: "timeout" if seconds > 1.0 else "")
+        monkeypatch.setattr(watch._Meter, "sample",
+                            lambda meter: "timeout" if time.monotonic() - meter._started > 1.0 else "")
     else:
         monkeypatch.setattr(box, "_memory", lambda path, size: ("--tmpfs", path))
 
