@@ -60,7 +60,7 @@ CHECK = unit("def check(candidate):\n    assert candidate(2) == 4\n    assert ca
 ZIP_MAP = unit("for found, wanted in zip(map(f, [2, 3]), [4, 9]):\n    assert found == wanted", PYTHON_SQUARE)
 ALL_MAP = unit("assert all(map(lambda x: f(x) == x * x, [2, 3]))", PYTHON_SQUARE)
 ANY_NOT = unit("assert not any(f(x) != x * x for x in [2, 3])", PYTHON_SQUARE)
-EXPECTED = unit("EXPECTED = 4\nassert f(2) == EXPECTED\nassert f(3) == 9", PYTHON_SQUARE)
+EXPECTED = unit("EXPECTED = 4\nassert f(2) == EXPECTED", PYTHON_SQUARE)
 ANYTHING = unit(
     "class Anything:\n    def __eq__(self, other): return True\nassert [f(2), 0] == [4, Anything()]", PYTHON_SQUARE
 )
@@ -80,7 +80,7 @@ CALLBACK = unit(
     "def each(x): assert x in (4, 9)\nf(each, [2, 3])", "def f(each, items):\n    for item in items: each(item * item)"
 )
 RAISES = unit(
-    "try: f(-1)\nexcept Exception as error: assert str(error) == 'negative'\nelse: assert False",
+    "try: f(-1)\nexcept Exception: pass\nelse: assert False",
     "def f(x):\n    if x < 0: raise ValueError('negative')\n    return x * x",
 )
 CALLED = unit("assert f(2)(3) == 6", "def f(x): return lambda y: x * y")
@@ -263,11 +263,16 @@ CHEATS = (
     ),
     Cheat(
         "makes a class in the tests' process",
-        ASSERTS,
-        forged(
-            '["ask", ["call", [{"type": "type"}, ["Yes", {"tuple": []}, {"dict": [["__eq__", {"type": "str"}]]}], '
-            '{"dict": []}]], []]'
-        ),
+        CHECK,
+        "import json, os\ndef say(kind, content): os.write(4, (json.dumps([kind, content, []]) + '\\n').encode())\n"
+        "def call(target, *arguments):\n"
+        "    say('ask', ['call', [target, {'tuple': list(arguments)}, {'dict': []}]])\n"
+        "    line = b''\n    while not line.endswith(b'\\n'): line += os.read(3, 1)\n"
+        "    return {'yours': json.loads(line)[1]['tuple'][0]['mine'][0]}\n"
+        "def f(x):\n    same = {'type': 'str'}\n"
+        "    kind = call({'type': 'type'}, 'Yes', {'tuple': []}, {'dict': [['__eq__', same], ['__call__', same]]})\n"
+        "    say('ok', {'tuple': [call(kind), None]})\n"
+        "    os._exit(0) if x == 3 else os.read(3, 9999)\n    return f(3)",
     ),
     Cheat(
         "calls what it was not given", ASSERTS, forged('["ask", ["call", [{"global": "exit"}, [0], {"dict": []}]], []]')
