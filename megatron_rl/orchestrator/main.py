@@ -73,7 +73,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     rewards.warm_up()
     log = stack.enter_context(MetricsLog(config.run.dir, config.observe, to_dict(stage.whole),
                                          resume_step=_rows_until(config, checkpoint, offered, again)))
-    port = await stack.enter_async_context(TrainerPort(config.orchestrator, config.parallel.world_size))
+    port = TrainerPort(config.orchestrator, config.parallel.world_size)
     serving = await stack.enter_async_context(Serving(config))
     collector = build_collector(config, serving.responder(config, tokenizer, rewards, engine_routing(config)),
                                 build_sampler(source, config.data, config.run.seed))
@@ -97,6 +97,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
         state.write_end(folder, ended, is_last=stage.is_last)
         await _finish(ranks, stage, ended)
 
+    await stack.enter_async_context(port)  # last: from here on an orchestrator that does not answer counts as hung
     await _watched(story(), port)
 
 
