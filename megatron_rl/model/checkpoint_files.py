@@ -131,11 +131,19 @@ def check_sums(checkpoint: Path, manifest: Mapping[str, Any], names: Iterable[st
 
 def read_loop_state(checkpoint: Path) -> dict[str, Any]:
     """loop.json, whole. ValueError with how to go on if it is damaged."""
+    return json.loads(read_whole(checkpoint, LOOP))
+
+
+def read_whole(checkpoint: Path, name: str) -> bytes:
+    """One small file. ValueError with how to go on if it is damaged."""
     try:
-        check_sums(checkpoint, read_manifest(checkpoint), [LOOP])
+        manifest = read_manifest(checkpoint)
+        if name not in manifest["files"]:
+            raise ValueError(f"{checkpoint} holds no {name}: a run of another kind has saved it")
+        check_sums(checkpoint, manifest, [name])
     except ValueError as error:
         raise explained(error, checkpoint) from None
-    return json.loads((checkpoint / LOOP).read_text())
+    return (checkpoint / name).read_bytes()
 
 
 def _sum_of(manifest: bytes) -> bytes:

@@ -80,7 +80,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     if offered is not None:
         collector.load_state_dict(offered.collector)
     elif checkpoint is not None and stage.keeps_order:
-        collector.load_state_dict(load((checkpoint / files.ORCHESTRATOR_STATE).read_bytes())["collector"])
+        collector.load_state_dict(load(files.read_whole(checkpoint, files.ORCHESTRATOR_STATE))["collector"])
     weights = PublishedWeights(config, port, serving.fleet)
     rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered)
     if offered is None:

@@ -18,10 +18,11 @@ import torch
 
 from megatron_rl import topology
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_rl.handoff import dump, load
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
-from megatron_rl.model.checkpoint import Checkpoints
-from megatron_rl.model.checkpoint_files import DamagedCheckpoint, choose
+from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
+from megatron_rl.model.checkpoint_files import DamagedCheckpoint, choose, read_whole
 from megatron_rl.model.convert import load_hf
 from megatron_rl.train_step.optimizer import build_optimizer
 from tests.tiny_models import write_tiny_bailing
@@ -206,11 +207,11 @@ def test_a_flipped_bit_anywhere_is_refused_before_anything_is_loaded(started, tm
     run = started(tmp_path)
     run.train()
     run.saves.save(1, {"updates_done": 1})
-    run.saves.save(2, {"updates_done": 2})
+    run.saves.save(2, {"updates_done": 2}, {ORCHESTRATOR_STATE: dump({"collector": [1, 2]})})
     newest = tmp_path / "checkpoints/step_00000002"
     names = sorted(path.name for path in newest.iterdir())
-    assert names == ["loop.json", "manifest.json", "manifest.sha256", "random.pt", "rank_00000.safetensors",
-                     "rollouts.pt"]
+    assert names == ["loop.json", "manifest.json", "manifest.sha256", "orchestrator.safetensors", "random.pt",
+                     "rank_00000.safetensors"]
     again = started(tmp_path, resume=True)
     before, chance = again.weights(), random.Random(0)
     for name in names:
@@ -223,4 +224,10 @@ def test_a_flipped_bit_anywhere_is_refused_before_anything_is_loaded(started, tm
                 again.restore()
         (newest / name).write_bytes(whole)
     assert same(again.weights(), before)
-    assert again.saves.restore()["updates_done"] == 2
+    assert again.restore()["updates_done"] == 2
+    assert load(read_whole(newest, ORCHESTRATOR_STATE)) == {"collector": [1, 2]}
+    with pytest.raises(ValueError, match="holds no orchestrator.safetensors"):
+        read_whole(newest.with_name("step_00000001"), ORCHESTRATOR_STATE)
+    (newest / ORCHESTRATOR_STATE).write_bytes(flipped)
+    with pytest.raises(DamagedCheckpoint, match="orchestrator.safetensors has .* run.resume_from=step_00000001"):
+        read_whole(newest, ORCHESTRATOR_STATE)
