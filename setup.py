@@ -51,7 +51,7 @@ setup(
         "megatron_rl.examples": ["*/*.yaml", "*/*.jsonl"],
         "megatron_rl.model": ["hf_files/*"],
         "megatron_rl.observe": ["page.css", "page.js"],
-        "megatron_rl.reward.harness": ["Calls.java", "calls.hpp"],
+        "megatron_rl.reward.harness": ["*.java", "*.hpp"],
     },
     install_requires=["torch>=2.6"],
     extras_require={
