@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+    """Exit code: 0 done, 1 the run failed, 2 the input is wrong and nothing was started, 130 interrupted."""
     options = parse(arguments)
     try:
         from megatron_rl import commands
@@ -162,14 +162,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands.COMMANDS[options.command](options)
     except (ValueError, OSError) as error:
-        print(f"megatron-rl: {error}", file=sys.stderr)
+        print(f"megatron-rl: {told(error)}", file=sys.stderr)
         return 2
     except commands.RunFailed as error:
-        print(f"megatron-rl: {error}", file=sys.stderr)
+        print(f"megatron-rl: {told(error)}", file=sys.stderr)
         return 1
     except (commands.RunInterrupted, KeyboardInterrupt) as error:
-        print(f"megatron-rl: {error or 'stopped'}", file=sys.stderr)
+        print(f"megatron-rl: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def told(error: BaseException) -> str:
+    """Never empty."""
+    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_rl.config.check import Sizes, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import EXIT_CODES
 from megatron_rl.model.network import check_layout
@@ -110,8 +111,8 @@ def evaluate(options) -> int:
     validate(config, start=True, exports=False)
     run_dir = Path(config.run.dir)
     check_data(config, training=False)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with terminable(), engine_errors(), engines_for(config, config.model.path, run_dir / "engine.log") as served:
+    with claimed(run_dir), terminable(), engine_errors(), \
+            engines_for(config, config.model.path, run_dir / "engine.log") as served:
         measured = recipe.measure(served)
     Console().print(recipe.table(measured, config.model.path))
     Console().print(f"all numbers: {run_dir / recipe.RESULTS}; every response: {run_dir / recipe.SAMPLES}")

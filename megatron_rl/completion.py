@@ -9,7 +9,7 @@ import argparse
 import typing
 from collections.abc import Iterator
 
-from megatron_rl.config.load import known_keys
+from megatron_rl.config.load import known_keys, shown
 from megatron_rl.config.resources import CONF_DIR
 
 SCRIPT = """\
@@ -77,7 +77,7 @@ def choices() -> Iterator[tuple[str, list[str]]]:
     for folder in sorted(path for path in CONF_DIR.iterdir() if path.is_dir()):
         yield folder.name, sorted(path.stem for path in folder.glob("*.yaml"))
     yield from ((key, _values(hint)) for key, hint in known_keys())
-    yield "resume", ["true", "false"]
+    yield "resume", ["true", "false", "auto"]
 
 
 def _values(hint) -> list[str]:
@@ -86,7 +86,7 @@ def _values(hint) -> list[str]:
     if hint is type(None):
         return ["null"]
     if typing.get_origin(hint) is typing.Literal:
-        return [str(value) for value in typing.get_args(hint)]
+        return [shown(value) for value in typing.get_args(hint)]
     return [value for inner in typing.get_args(hint) for value in _values(inner)] if _is_union(hint) else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.check import Sizes, check_gloo, check_rl
-from megatron_rl.config.load import read_json
+from megatron_rl.config.load import build, read_json
+from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
@@ -21,7 +23,9 @@ from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
+from megatron_rl.observe.sinks import CONFIG
 from megatron_rl.orchestrator import stages
+from megatron_rl.rollout.scratch import check_tmpdir
 
 __all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory", "check_sft_data",
            "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
@@ -113,7 +117,8 @@ def check_backends(config: Config) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """ValueError when this machine has too few GPUs for the ranks, or none for what needs one."""
+    """ValueError when TMPDIR is too long, or this machine has too few GPUs for the ranks or none for what needs one."""
+    check_tmpdir()
     ranks = config.parallel.world_size
     if not torch.cuda.is_available():
         check_backends(config)
@@ -150,6 +155,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
 
     training=False: those of the evaluation alone.
     """
+    check_tmpdir()
     with quick_imports():
         from megatron_rl.model.tokenizer import load_tokenizer
         from megatron_rl.orchestrator.evaluation import HELD_OUT, evaluation_data, number_evaluated
@@ -212,10 +218,37 @@ def warn_of_seen_problems(config: Config) -> None:
 
 
 def refuse_earlier_run(config: Config) -> None:
-    """Before an engine is started: an existing run is only continued on request."""
-    metrics = Path(config.run.dir) / "metrics.jsonl"
-    if not config.run.resume and metrics.is_file() and metrics.stat().st_size:
-        raise ValueError(f"{metrics} holds an earlier run: continue it with resume=true, or choose another run.dir")
-    if config.run.resume and choose(config.run) is None:
-        Console(stderr=True).print(f"megatron-rl: run.resume=true, but run.dir={config.run.dir} holds no checkpoint: "
-                                   "the run begins at its start", soft_wrap=True)
+    """Before an engine is started or a file is written: an existing run is only continued on request, and as it was."""
+    run_dir = Path(config.run.dir)
+    metrics = run_dir / "metrics.jsonl"
+    if not config.run.resume:
+        if metrics.is_file() and metrics.stat().st_size:
+            raise ValueError(f"{metrics} holds an earlier run: continue it with resume=true, or choose another run.dir")
+        return
+    begun = (run_dir / CONFIG).is_file() or metrics.is_file() or choose(config.run) is not None
+    require(begun or config.run.resume == "auto", f"run.resume=true, but run.dir={run_dir} holds no run: correct "
+            "run.dir, or begin one with resume=auto")
+    if begun and choose(config.run) is None:
+        Console(stderr=True).print(f"megatron-rl: run.dir={run_dir} holds no checkpoint yet: the run begins at its "
+                                   "start", soft_wrap=True)
+    if (run_dir / CONFIG).is_file():
+        _compare_with(read_json(run_dir / CONFIG), config)
+
+
+def _compare_with(written: dict, config: Config) -> None:
+    """Says what a continuation changes. ValueError for what changes the experiment, unless that is accepted."""
+    try:
+        before = build(written)
+    except ValueError as error:
+        raise ValueError(f"run.dir={config.run.dir} was begun by another version, whose {CONFIG} this one cannot "
+                         f"read ({error}): choose another run.dir") from error
+    differing = changed(before, config)
+    for key, old, new in differing:
+        Console(stderr=True).print(f"megatron-rl: the run goes on with another {key}: {json.dumps(old)} -> "
+                                   f"{json.dumps(new)}", soft_wrap=True, markup=False, highlight=False)
+    refused = [f"{key} was {json.dumps(old)} and is {json.dumps(new)}"
+               for key, old, new in changes_experiment(before, config)]
+    if refused and not config.run.accept_changes:
+        raise ValueError(f"run.dir={config.run.dir} was begun with other settings, and these change what is learned: "
+                         f"{'; '.join(refused)}. Give the earlier values, choose another run.dir, or set "
+                         "run.accept_changes=true to go on all the same")

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.schema import Config
-from megatron_rl.launch.local import RunFailed, engines_for, run_ranks, terminable
+from megatron_rl.launch.claim import claimed
+from megatron_rl.launch.local import RunFailed, after_start, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import run_rl
 from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
@@ -30,7 +31,9 @@ from megatron_rl.preflight import (
     warn_of_seen_problems,
     warn_of_shared_gpus,
 )
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import EngineError
+from megatron_rl.rollout.fleet import FleetError
 
 __all__ = ["engine_errors", "prepare_model", "prepare_smollm2", "train_rl", "train_sft", "write_run_report"]
 
@@ -40,6 +43,11 @@ SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
 
 def train_rl(config: Config) -> Ended:
     """One RL run on this machine: engine, orchestrator, ranks, report. Everything started is stopped."""
+    with claimed(config.run.dir):
+        return _train_rl(config)
+
+
+def _train_rl(config: Config) -> Ended:
     run_dir = Path(config.run.dir)
     check_devices(config)
     warn_of_shared_gpus(config)
@@ -53,14 +61,20 @@ def train_rl(config: Config) -> Ended:
         engine = served.rollout.engine
         config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
         ended = run_rl(config)
-    if (run_dir / "eval.jsonl").is_file():  # eval.problems=0 without benchmarks evaluates nothing
-        print_evaluations(run_dir)
-    write_run_report([run_dir])
+    with after_start():
+        if (run_dir / "eval.jsonl").is_file():  # eval.problems=0 without benchmarks evaluates nothing
+            print_evaluations(run_dir)
+        write_run_report([run_dir])
     return ended
 
 
 def train_sft(config: Config) -> None:
     """One supervised run on this machine, to its exported checkpoint."""
+    with claimed(config.run.dir):
+        _train_sft(config)
+
+
+def _train_sft(config: Config) -> None:
     check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
     check_devices(config)
     refuse_earlier_run(config)
@@ -117,8 +131,8 @@ def _number(row: dict[str, Any], key: str, digits: int) -> str:
 
 @contextlib.contextmanager
 def engine_errors() -> Iterator[None]:
-    """An engine that cannot start fails the run with its own last words."""
+    """An engine that cannot start, or does not answer, fails the run with its own last words."""
     try:
         yield
-    except EngineError as error:
+    except (EngineError, EngineHTTPError, FleetError) as error:
         raise RunFailed(str(error)) from error

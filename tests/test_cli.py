@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_rl import commands
 from megatron_rl.cli import main
 
 
@@ -27,3 +28,18 @@ def test_a_wrong_input_ends_with_exit_code_2_and_one_line(words, said, capsys):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (KeyboardInterrupt(), 130, "stopped"), (commands.RunInterrupted(), 130, "stopped"),
+    (commands.RunInterrupted("stopped; step 4"), 130, "stopped; step 4"), (ValueError(), 2, "ValueError"),
+    (OSError(), 2, "OSError"), (FileNotFoundError(2, "No such file", "x"), 2, "No such file: 'x'"),
+    (commands.RunFailed(), 1, "RunFailed"), (commands.RunFailed("engine gone"), 1, "engine gone")])
+def test_every_end_has_its_exit_code_and_says_something(error, code, said, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setitem(commands.COMMANDS, "doctor", fail)
+    assert main(["doctor"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("megatron-rl: ") and said in err and err.strip() != "megatron-rl:"

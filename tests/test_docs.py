@@ -65,8 +65,9 @@ def test_the_readme_leads_to_every_page():
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
 
 
-def test_there_are_commands_to_check():
+def test_there_are_commands_and_links_to_check():
     assert len(commands()) > 10
+    assert sum(len(LINK.findall(page.read_text(encoding="utf-8"))) for page in PAGES) > 100
 
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value)
@@ -74,6 +75,7 @@ def test_commands_are_taken(page, line):
     if line.startswith("megatron-rl COMMAND"):
         return
     options = parse(words(line))
+    assert options.command == words(line)[0]
     overrides = getattr(options, "overrides", [])
     if overrides and not PLACEHOLDER.search(" ".join(overrides)):
         (plan if options.command == "pipeline" else load)(overrides)

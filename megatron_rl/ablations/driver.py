@@ -141,7 +141,7 @@ def sharing_engines(runs: Sequence[Run]) -> list[list[Run]]:
 
 def continued(run: Run) -> Config:
     """The run's configuration, told to go on if it was begun."""
-    return dataclasses.replace(run.config, run=dataclasses.replace(run.config.run, resume=run.begun()))
+    return dataclasses.replace(run.config, run=dataclasses.replace(run.config.run, resume="auto"))
 
 
 def engine_log(todo: Plan) -> Path:

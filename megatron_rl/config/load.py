@@ -140,8 +140,8 @@ def _value(hint, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path)
     if origin is typing.Literal:
-        if value not in arguments:
-            raise ValueError(f"{path}={value} must be one of {', '.join(map(str, arguments))}"
+        if not any(type(value) is type(option) and value == option for option in arguments):  # 1 is not true
+            raise ValueError(f"{path}={value} must be one of {', '.join(map(shown, arguments))}"
                              f"{_suggestion(str(value), [str(a) for a in arguments])}")
         return value
     if origin is tuple:
@@ -153,6 +153,11 @@ def _value(hint, value: Any, path: str) -> Any:
             raise ValueError(f"{path}={value!r} must be a mapping")
         return {key: _value(arguments[1], item, _join(path, key)) for key, item in value.items()}
     return _scalar(hint, value, path)
+
+
+def shown(option: Any) -> str:
+    """A choice as it is written on a command line."""
+    return str(option).lower() if isinstance(option, bool) else str(option)
 
 
 def _scalar(hint, value: Any, path: str) -> Any:

@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Iterator
 
+from megatron_rl.config.load import shown
 from megatron_rl.config.schema import Config
 
 HEADER = """\
@@ -53,7 +54,7 @@ def _section(cls, path: str, seen: set[type]) -> Iterator[str]:
 def _type(hint) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return " / ".join(f"`{argument}`" for argument in arguments)
+        return " / ".join(f"`{shown(argument)}`" for argument in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if argument is type(None) else _type(argument) for argument in arguments)
     if origin is tuple:

@@ -14,6 +14,8 @@ ENGINE_KEEPS = 6
 """Positions of its context that SGLang 0.5.23 never fills. A prompt must leave 7 of --context-length (tp_worker.py:
 get_worker_info, managers/utils.py: validate_input_length), a whole sequence 2 (scheduler.py: init_req_max_new_tokens).
 A request that goes on has up to rollout.max_context_tokens - 1 tokens, so the engine's context is 6 longer."""
+PROBE_TOLERANCES = {"float32": 0.01, "bfloat16": 2.0}
+"""Of rollout.probe_tolerance, in nats: far above rounding, far below what other weights do to a fixed prompt."""
 RESERVED_FLAGS = {"--api-key": "rollout.engine.api_key_env", "--tp": "rollout.engine.tp",
                   "--tp-size": "rollout.engine.tp", "--tensor-parallel-size": "rollout.engine.tp",
                   "--base-gpu-id": "rollout.engine.first_gpu", "--host": "rollout.engine.host",
@@ -123,7 +125,8 @@ class RolloutConfig:
     verify_checksums: each engine proves what it got; null: if it is of the kind that can, which is one with a single
     CPU rank (sync/engines_verified says how many did).
     probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
-    trainer's after a publish before the engine is left out; None only logs the difference (sync/probe_max_abs).
+    trainer's after a publish (sync/probe_max_abs). Beyond it the engine serves nothing and is sent the weights again.
+    If no engine passes in three attempts, the run ends. None: 0.01, or 2 if trainer or engine compute in bfloat16.
     """
 
     collector: Literal["sync", "budgeted", "partial", "async"] = "sync"
@@ -152,6 +155,12 @@ class RolloutConfig:
     probe_tolerance: float | None = None
     bucket_bytes: int = 512 * 1024 * 1024
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def probe_limit(self, model_dtype: str) -> float:
+        """probe_tolerance, or its default for the less exact of the two dtypes."""
+        if self.probe_tolerance is not None:
+            return self.probe_tolerance
+        return PROBE_TOLERANCES["bfloat16" if "bfloat16" in (model_dtype, self.engine.dtype) else "float32"]
 
     def __post_init__(self):
         for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "concurrency", "slice_tokens",

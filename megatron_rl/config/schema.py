@@ -26,9 +26,10 @@ class RunConfig:
 
     seed: of prompts, samples, the order of the cut and random weights. A checkpoint is written every
     save_every_steps steps and at the end, the newest keep_checkpoints stay; export_hf: at the end also a Hugging Face
-    folder, <dir>/hf. resume: go on from the newest checkpoint. resume_from: from the one of this name (step_00000020);
-    newer ones are set aside under other names. async_save: write checkpoints in the background, for a copy of the state
-    in memory.
+    folder, <dir>/hf. resume: go on from the newest checkpoint; `auto`: if there is a run in dir, else begin one.
+    resume_from: go on from the checkpoint of this name (step_00000020); newer ones are set aside under other names.
+    accept_changes: go on although settings differ that change what is learned, such as c3po.phi or the data.
+    async_save: write checkpoints in the background, for a copy of the state in memory.
     max_skipped_in_a_row: a step whose loss or gradient is NaN or infinite changes nothing; more of them than this in
     a row end the run. keep_dumps: so many of them are kept in <dir>/dumps for `megatron-rl replay-step`, with the
     weights; 0 writes none. dump_steps: optimiser steps (from 1) that are dumped in any case.
@@ -40,8 +41,9 @@ class RunConfig:
     steps: int = 60
     save_every_steps: int = 20
     keep_checkpoints: int = 2
-    resume: bool = False
+    resume: Literal[False, True, "auto"] = False
     resume_from: str | None = None
+    accept_changes: bool = False
     async_save: bool = False
     export_hf: bool = True
     max_skipped_in_a_row: int = 3
@@ -54,7 +56,8 @@ class RunConfig:
         require(self.keep_checkpoints >= 1, f"run.keep_checkpoints={self.keep_checkpoints} must be at least 1")
         for name in ("max_skipped_in_a_row", "keep_dumps"):
             require(getattr(self, name) >= 0, f"run.{name}={getattr(self, name)} must not be negative")
-        require(self.resume_from is None or self.resume, f"run.resume_from={self.resume_from} needs run.resume=true")
+        require(self.resume_from is None or self.resume is not False,
+                f"run.resume_from={self.resume_from} needs run.resume=true")
 
 
 @dataclass(frozen=True)

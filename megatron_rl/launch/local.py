@@ -30,6 +30,7 @@ from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.router import router_process
+from megatron_rl.rollout.scratch import check_tmpdir, make_scratch
 from megatron_rl.rollout.supervisor import NOTHING_PUBLISHED, Supervisor
 
 STOP_GRACE_S = 20.0
@@ -37,6 +38,9 @@ POLL_S = 0.3
 MIN_FREE_BYTES = 1 << 30
 LOG_LINES_SHOWN = 8
 RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")
+FAULT_OF_INPUT = re.compile(r"^(?:ValueError|TypeError|KeyError|IndexError|AttributeError|AssertionError|"
+                            r"NotImplementedError|ImportError|ModuleNotFoundError|ZeroDivisionError)\b", re.MULTILINE)
+"""Last line of a traceback that the same input would bring about again."""
 KILLED = re.compile(r"exitcode\s*: -9 ")
 
 
@@ -71,7 +75,7 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
         processes.append(router_process(engine, log_path.with_stem(f"{log_path.stem}-router"),
                                         [process.port for process in processes]))
         served = dataclasses.replace(served, router=processes[-1].base_url)
-    with Supervisor(processes, engine):
+    with after_start(), Supervisor(processes, engine):
         check_keys(served)
         yield dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=served))
 
@@ -83,24 +87,51 @@ def run_ranks(recipe: str, config: Config) -> None:
     Their output goes to <run.dir>/trainer.log; progress is shown from the metrics they write.
     """
     run_dir = Path(config.run.dir)
+    check_tmpdir()
     check_disk(run_dir)
     launch_config = run_dir / "launch.json"
     write_json(launch_config, to_dict(config))
     log_path = run_dir / "trainer.log"
     command = guarded([*ranks_command(config), "megatron_rl.train", recipe, str(launch_config)])
-    with log_path.open("ab") as log, terminable():
+    with after_start(), log_path.open("ab") as log, terminable(), scratch_environment() as temporary:
         begin = log.tell()
-        ranks = subprocess.Popen(command, env=rank_environment() | loopback_only(config), stdin=subprocess.DEVNULL,
-                                 stdout=log, stderr=log, start_new_session=True)
+        ranks = subprocess.Popen(command, env=rank_environment() | loopback_only(config) | temporary,
+                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
             follow(ranks, recipe, config)
         except KeyboardInterrupt:
             raise RunInterrupted(f"stopped; {how_to_resume(run_dir)}") from None
         finally:
             code = stop_group(ranks)
-    if code:
-        raise RunFailed(f"the {recipe} ranks ended with exit code {code}; from {log_path}:\n"
-                        f"{last_words(log_path, begin)}\n{how_to_resume(run_dir)}")
+        check_still_there(run_dir)
+        if code:
+            words = last_words(log_path, begin)
+            raise RunFailed(f"the {recipe} ranks ended with exit code {code}; from {log_path}:\n{words}\n"
+                            f"{how_to_go_on(run_dir, words)}")
+
+
+@contextlib.contextmanager
+def scratch_environment() -> Iterator[dict[str, str]]:
+    """TMPDIR of what is started inside, removed at the end."""
+    folder = make_scratch()
+    try:
+        yield {"TMPDIR": str(folder)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_still_there(run_dir: Path) -> None:
+    if not run_dir.is_dir():
+        raise RunFailed(f"run.dir={run_dir} was removed while the run went on, and its checkpoints with it")
+
+
+@contextlib.contextmanager
+def after_start() -> Iterator[None]:
+    """What goes wrong once something has been started is a failed run, not wrong input (exit codes: cli.main)."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RunFailed(str(error) or type(error).__name__) from error
 
 
 def ranks_command(config: Config) -> list[str]:
@@ -130,7 +161,7 @@ def follow(ranks: subprocess.Popen, recipe: str, config: Config, look: Callable[
     with RunProgress(total, recipe.upper(), config.observe.progress, first_step=resumed_at or 0) as progress:
         running = True
         while running:
-            running = ranks.poll() is None
+            running = ranks.poll() is None and run_dir.is_dir()
             if running:
                 look()
             metrics, evaluations, samples = (file.new_rows() for file in files)
@@ -228,10 +259,20 @@ def check_disk(run_dir: Path) -> None:
                       "needed; free some space or choose another run.dir")
 
 
+def how_to_go_on(run_dir: Path, words: str) -> str:
+    """After ranks have failed with these last words: advice that can help."""
+    if "damaged checkpoint" in words or "run.resume_from=" in words:
+        return "nothing was changed"  # the words say how to go on
+    if FAULT_OF_INPUT.search(words):
+        return f"the same command would end the same way: mend the cause first. Then {how_to_resume(run_dir)}"
+    return how_to_resume(run_dir)
+
+
 def how_to_resume(run_dir: Path) -> str:
     steps = saved_steps(run_dir / "checkpoints")
     if not steps:
-        return "no checkpoint had been written yet: start again with the same command"
+        begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "config.json"))
+        return "no checkpoint had been written yet: the same command begins again" + " with resume=true" * begun
     return (f"the last checkpoint is step {steps[-1]} in {run_dir}/checkpoints: "
             "the same command with resume=true goes on")
 

@@ -23,14 +23,18 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import (
     RunFailed,
     RunInterrupted,
+    after_start,
     check_disk,
+    check_still_there,
     follow,
     guarded,
+    how_to_go_on,
     how_to_resume,
     last_words,
     loopback_only,
     rank_environment,
     ranks_command,
+    scratch_environment,
     stop_group,
     terminable,
 )
@@ -77,7 +81,8 @@ def _run_stage(config: Config, programs: Programs) -> tuple[Ended, bool]:
     environment = rank_environment() | loopback_only(config) | programs.environment
     log_path = run_dir / "trainer.log"
     begin = log_path.stat().st_size if log_path.exists() else 0
-    with terminable():
+    with after_start(), terminable(), scratch_environment() as temporary:
+        environment = environment | temporary
         keeper = OrchestratorKeeper(config.orchestrator, run_dir / "orchestrator.log", lambda: started(
             [sys.executable, "-m", *programs.orchestrator, str(launch)], run_dir / "orchestrator.log",
             environment | {"CUDA_VISIBLE_DEVICES": ""}))
@@ -90,14 +95,17 @@ def _run_stage(config: Config, programs: Programs) -> tuple[Ended, bool]:
         except KeyboardInterrupt:
             raise RunInterrupted(f"stopped; {how_to_resume(run_dir)}") from None
         except OrchestratorFailed as failed:
-            raise RunFailed(f"{failed}\n{how_to_resume(run_dir)}") from failed
+            check_still_there(run_dir)
+            raise RunFailed(f"{failed}\n{how_to_go_on(run_dir, str(failed))}") from failed
         finally:
             code = stop_group(ranks)
             keeper.stop()
+    check_still_there(run_dir)
     ended = state.read_end(run_dir / state.FOLDER)
     if code or ended is None:
-        raise RunFailed(f"the rl ranks ended with exit code {code}; from {log_path}:\n{last_words(log_path, begin)}\n"
-                        f"{how_to_resume(run_dir)}")
+        words = last_words(log_path, begin)
+        raise RunFailed(f"the rl ranks ended with exit code {code}; from {log_path}:\n{words}\n"
+                        f"{how_to_go_on(run_dir, words)}")
     return ended
 
 

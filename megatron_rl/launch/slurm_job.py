@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.keys import check_keys
 from megatron_rl.launch.programs import EXIT_CODES, OrchestratorFailed, OrchestratorKeeper, prepared
 from megatron_rl.loop import End
@@ -65,12 +66,13 @@ class Job:
         signal.signal(signal.SIGUSR1, lambda *_: self.ask_to_stop())
         say(f"job {self.id}, start {self.restarts + 1}, trainers on {','.join(self.trainer_hosts)}, "
             f"engines on {','.join(self.engine_hosts)}")
-        try:
-            urls = self.start_engines()
-            code = self.run_programs(urls)
-        finally:
-            for engine in self.engines:
-                engine.terminate()
+        with claimed(self.config.run.dir):
+            try:
+                urls = self.start_engines()
+                code = self.run_programs(urls)
+            finally:
+                for engine in self.engines:
+                    engine.terminate()
         return self.after(code)
 
     def start_engines(self) -> tuple[str, ...]:
@@ -218,7 +220,7 @@ def master_port(job: str) -> int:
 def with_engines(config: Config, urls: tuple[str, ...], *, resume: bool) -> Config:
     engine = dataclasses.replace(config.rollout.engine, urls=urls)
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine),
-                               run=dataclasses.replace(config.run, resume=config.run.resume or resume))
+                               run=dataclasses.replace(config.run, resume="auto" if resume else config.run.resume))
 
 
 def contained(config: Config, command: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ layouts differ; nothing is gathered. The weights are the fp32 master weights: th
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -102,6 +103,8 @@ class Checkpoints:
         return self.folder / f"{files.step_name(step)}.partial"
 
     def _make_folder(self, partial: Path) -> None:
+        if not self.folder.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "run.dir was removed", str(self.folder.parent))
         files.clean(self.folder)
         partial.mkdir(parents=True)
 

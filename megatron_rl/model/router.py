@@ -7,11 +7,11 @@ Here both are sums over the tokens of the whole optimiser step divided by one co
     balance = balance_coef * E * sum_e F_e * sum_t p_{t,e} / step_tokens
 
 step_tokens counts every real token the router sees in the step on all ranks (prompt and response, padding
-excluded). F_e, the fraction of the step's top-k choices that went to expert e, has no gradient; it comes from
-the counting pass that precedes the update (the old-log-probability pass), or, without one, from this
-micro-batch over all ranks. Both enter as Megatron's MoEAuxLossAutoScaler attaches them, whose scale
-(schedules.forward_step_calc_loss: cp_size / num_microbatches) and DDP's division by dp*cp are undone by
-`RouterLosses.scale`.
+excluded). F_e, the fraction of the step's top-k choices that went to expert e, has no gradient. It comes from the
+counting pass that precedes the update (in RL the old-log-probability pass). If one micro-batch on each rank is the
+whole step, no such pass is needed: F_e comes from that micro-batch, over all ranks. Both losses enter as Megatron's
+MoEAuxLossAutoScaler attaches them, whose scale (schedules.forward_step_calc_loss: cp_size / num_microbatches) and
+DDP's division by dp*cp are undone by `RouterLosses.scale`.
 
 Under routing replay (routing_replay.py) F counts the replayed choices, which is the load that the experts carry, and
 p is the live router's: the loss moves probability away from the experts that were busy when the tokens were sampled.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import logging
+import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_rl.config.resume import settings
 from megatron_rl.config.schema import ObserveConfig
 from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import keep_rows
@@ -18,6 +22,9 @@ from megatron_rl.observe.versions import collect_versions
 
 METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
 CONFIG, VERSIONS = "config.json", "versions.json"
+WANDB_CLOSE_S = 15.0
+
+_LOG = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -41,30 +48,36 @@ class MetricsLog:
         elif metrics_path.exists() and metrics_path.stat().st_size > 0:
             raise ValueError(f"{metrics_path} holds the metrics of an earlier run: "
                              "continue it with run.resume=true, or choose another run.dir")
+        if resume_step is not None:
+            self._keep_config(config_dict, resume_step)
         write_json(self.directory / CONFIG, config_dict)
         write_json(self.directory / VERSIONS, collect_versions())
-        self._wandb = None if config.wandb == "off" else _start_wandb(self.directory, config, config_dict)
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._evaluations = eval_path.open("a", encoding="utf-8")
+        self._wandb = None if config.wandb == "off" else WandbFeed(self.directory, config, config_dict)
         self._samples = samples_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line {"step", "time" (seconds since the epoch), metrics...}. Names: docs/metrics.md."""
         self._append(self._metrics, {"step": step, "time": time.time(), **metrics})
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics})
 
     def log_eval(self, step: int, label: str, values: Mapping[str, Any]) -> None:
         """Appends one held-out evaluation to eval.jsonl. Labels and names: docs/metrics.md."""
         self._append(self._evaluations, {"step": step, "label": label, "time": time.time(), **values})
-        if self._wandb is not None:
-            numbers = {f"eval/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-            self._wandb.log({"step": step, **numbers})
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Appends judged responses of a step to samples.jsonl (observe/samples.py)."""
         for sample in samples:
             self._append(self._samples, {"step": step, **sample})
+
+    def _keep_config(self, now: Mapping[str, Any], step: int) -> None:
+        """The settings of the steps up to `step`, beside the new ones if those differ; a start that left no step
+        replaces none."""
+        path, kept = self.directory / CONFIG, self.directory / f"config_until_step_{max(step, 0):08d}.json"
+        if path.is_file() and not kept.exists():
+            before = path.read_text(encoding="utf-8")
+            if settings(json.loads(before)) != settings(dict(now)):
+                write_whole(kept, before)
 
     def _append(self, file: Any, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
@@ -75,7 +88,7 @@ class MetricsLog:
         self._evaluations.close()
         self._samples.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            self._wandb.close(exit_code)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -86,25 +99,37 @@ class MetricsLog:
         self.close(exit_code=0 if kind is None else 1)
 
 
-def _start_wandb(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> Any:
-    """A wandb run under directory/wandb whose x axis is `step`; a resumed run keeps its id.
+class WandbFeed:
+    """Hands metrics.jsonl and eval.jsonl on to wandb through a process of its own (wandb_feed.py): whatever becomes of
+    that, the run goes on. Its log, and wandb's temporary folders, lie under directory/wandb.
 
-    wandb's temporary folders lie there too: it makes them when it is imported, and a run that is killed leaves them.
+    wandb's x axis is `step`; a resumed run keeps its id.
     """
-    before, tempfile.tempdir = tempfile.tempdir, str(directory / "wandb")
-    try:
-        (directory / "wandb").mkdir(exist_ok=True)
-        import wandb  # only here: it takes a second and starts a process
-    finally:
-        tempfile.tempdir = before
-    id_path = directory / "wandb_id.txt"
-    if not id_path.exists():
-        write_whole(id_path, uuid.uuid4().hex[:8] + "\n")
-    run = wandb.init(
-        mode=config.wandb, project=config.project, name=directory.resolve().name, dir=str(directory),
-        id=id_path.read_text(encoding="utf-8").strip(), resume="allow" if config.wandb == "online" else None,
-        config=dict(config_dict), settings=wandb.Settings(console="off", silent=True),
-    )
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
+
+    def __init__(self, directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]):
+        folder = directory / "wandb"
+        folder.mkdir(exist_ok=True)
+        id_path = directory / "wandb_id.txt"
+        if not id_path.exists():
+            write_whole(id_path, uuid.uuid4().hex[:8] + "\n")
+        positions = {name: (directory / name).stat().st_size for name in (METRICS, EVALUATIONS)}
+        write_json(folder / "feed.json", {"directory": str(directory), "positions": positions, "init": {
+            "mode": config.wandb, "project": config.project, "name": directory.resolve().name, "dir": str(directory),
+            "id": id_path.read_text(encoding="utf-8").strip(),
+            "resume": "allow" if config.wandb == "online" else None, "config": dict(config_dict)}})
+        self._log = folder / "feed.log"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("wandb_feed.py")), str(folder / "feed.json")],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)})
+
+    def close(self, exit_code: int) -> None:
+        """Waits until wandb has everything, for WANDB_CLOSE_S at most."""
+        try:
+            self._process.communicate(b"" if exit_code else b"0", timeout=WANDB_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        if self._process.returncode:
+            _LOG.warning("wandb did not get everything (exit code %d); metrics.jsonl has it. See %s",
+                         self._process.returncode, self._log)

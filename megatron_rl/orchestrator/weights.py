@@ -32,7 +32,7 @@ class PublishedWeights:
         rollout = config.rollout
         self._port, self._fleet = port, fleet
         self._checksums, self._must_verify = rollout.verify_checksums is not False, rollout.verify_checksums is True
-        self._tolerance, self._wait_s = rollout.probe_tolerance, rollout.engine.wait_timeout_s
+        self._tolerance, self._wait_s = rollout.probe_limit(config.model.dtype), rollout.engine.wait_timeout_s
         self._version: int | None = None
         self._verified: set[str] = set()
         self.probe_tokens: list[int] = []
@@ -106,7 +106,7 @@ class PublishedWeights:
         except (EngineHTTPError, WeightMismatchError) as error:
             return f"check: {error}"
         gap = float(np.abs(found - reference).max())
-        if self._tolerance is not None and not gap <= self._tolerance:
+        if not gap <= self._tolerance:
             return (f"{url}: log-probabilities of the fixed prompt differ by {gap:.3g} from the trainer's, more than "
                     f"rollout.probe_tolerance={self._tolerance:g}")
         return gap

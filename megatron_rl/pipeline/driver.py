@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, terminable
 from megatron_rl.pipeline.check import check_start
 from megatron_rl.pipeline.plan import Plan, Stage
@@ -47,7 +48,7 @@ def run(plan: Plan, console: Console) -> Path:
     check_start(plan, first)
     current = plan.stages[first]
     try:
-        with terminable(), engine_errors(), \
+        with claimed(plan.folder), terminable(), engine_errors(), \
                 engines_for(plan.engine_config, str(base.model), plan.folder / "engine.log") as served:
             for place, current in enumerate(plan.stages[first:], first):
                 console.rule(f"[bold]{place + 1} of {len(plan.stages)}: {current.title}[/bold]")
@@ -84,7 +85,7 @@ def make_model(stage: Stage, served: Config, console: Console) -> None:
         return
     config = stage.config
     engine = dataclasses.replace(config.rollout, engine=served.rollout.engine)
-    config = dataclasses.replace(config, rollout=engine, run=dataclasses.replace(config.run, resume=True))
+    config = dataclasses.replace(config, rollout=engine, run=dataclasses.replace(config.run, resume="auto"))
     if stage.recipe == "sft":
         train_sft(config)
     elif stage.recipe == "rl":

@@ -17,12 +17,14 @@ from megatron_rl.data import PromptSource
 from megatron_rl.model import checkpoint_files
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
+from megatron_rl.model.router import RoutingCounts
 from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe import MetricsLog, reduce_metrics
 from megatron_rl.observe.dump import StepInputs
 from megatron_rl.observe.files import write_json
 from megatron_rl.prompts import sft_source
 from megatron_rl.train_step.optimizer import learning_rate
+from megatron_rl.train_step.step import TrainStep
 from megatron_rl.trainer.export import export
 from megatron_rl.trainer.guarded import GuardedStep
 from megatron_rl.trainer.learner import build_trainable, packed_microbatches
@@ -57,10 +59,11 @@ def run(config: Config) -> None:
                 chosen = order[index * options.batch_size:(index + 1) * options.batch_size]
                 samples = [sft_sample(source, int(i), room) for i in chosen]
                 microbatches = packed_microbatches(samples, config, here, policy.config)
+                counts = load_of_step(step, microbatches, options.balance_coef)
                 objective = TokenMeanLoss(sum(int(s.loss_mask.sum()) for s in samples))
                 lr = learning_rate(done, options.schedule_steps, config.optimizer)
                 done += 1
-                result = guarded.update(done, StepInputs(microbatches, objective, None, options.balance_coef,
+                result = guarded.update(done, StepInputs(microbatches, objective, counts, options.balance_coef,
                                                          options.z_loss_coef), lr=lr)
                 checkpoints.poll()
                 in_step = sum(len(sample.token_ids) for sample in samples)
@@ -78,6 +81,14 @@ def run(config: Config) -> None:
         if config.run.export_hf:
             export(config, exporter, here, Path(config.run.dir) / "hf")
     topology.stop()
+
+
+def load_of_step(step: TrainStep, microbatches: list[PackedMicrobatch], balance_coef: float) -> RoutingCounts | None:
+    """How the whole step loads each expert, which the balance loss needs before the first gradient: from a pass without
+    one. None if no such pass is needed: one micro-batch on each rank is the whole step."""
+    if len(microbatches) == 1 or balance_coef == 0 or step.policy.config.num_moe_layers == 0:
+        return None
+    return step.count_routing(microbatches)[1]
 
 
 def epoch_folder(config: Config, epoch: int) -> Path:

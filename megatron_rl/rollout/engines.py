@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import psutil
 from megatron_rl.config.rollout import ENGINE_KEY, RolloutConfig
 from megatron_rl.rollout.engine_command import check_gpus, engine_command
 from megatron_rl.rollout.ports import choose_port
+from megatron_rl.rollout.scratch import check_tmpdir, make_scratch, shared_memory
 
 LOG_LINES_SHOWN = 25
 POLL_S = 0.25
@@ -48,6 +50,8 @@ class EngineProcess:
         self.stop_timeout_s = stop_timeout_s
         self.hang_timeout_s = hang_timeout_s
         self._process: subprocess.Popen | None = None
+        self._scratch: Path | None = None
+        self._shared: set[Path] = set()
 
     @classmethod
     def from_config(
@@ -62,6 +66,7 @@ class EngineProcess:
         """
         engine = rollout.engine
         check_gpus(engine, number)
+        check_tmpdir()
         port = choose_port(engine.port, taken_ports, engine.host)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
                                    weight_version=weight_version, return_routed_experts=return_routed_experts,
@@ -100,11 +105,11 @@ class EngineProcess:
         assert self._process is None, "the engine has been started already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
+        self._scratch = make_scratch()
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [*guard, *self.argv], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )
+                [*guard, *self.argv], env={**self.env, "TMPDIR": str(self._scratch)}, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True)
 
     def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
         """Blocks until its health is answered with 200.
@@ -135,6 +140,7 @@ class EngineProcess:
     def stop(self) -> None:
         """SIGTERM; after stop_timeout_s SIGKILL. Returns when no process of the group is left."""
         if self.alive:
+            self._shared |= shared_memory(group_members(self._process.pid))
             os.kill(self._process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self.stop_timeout_s)
@@ -145,6 +151,7 @@ class EngineProcess:
         if self._process is None:
             return
         group = self._process.pid
+        self._shared |= shared_memory(group_members(group))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
         self._process.wait(KILL_GRACE_S)
@@ -154,6 +161,9 @@ class EngineProcess:
                 raise EngineError(f"processes {members} of the engine survived SIGKILL")
             time.sleep(0.05)
         self._process = None
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        while self._shared:
+            self._shared.pop().unlink(missing_ok=True)
 
     def log_tail(self, lines: int = LOG_LINES_SHOWN) -> str:
         if not self.log_path.exists():

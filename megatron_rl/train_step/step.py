@@ -92,7 +92,8 @@ class TrainStep:
                z_loss_coef: float, counts: RoutingCounts | None) -> StepResult:
         """Forward, backward and optimiser step. The loss of the step is the sum of `loss` over all micro-batches.
 
-        counts: of the pass before (None: counted now, and router losses take each micro-batch's own load).
+        counts: of the pass before. None: counted now, in this pass; the balance loss needs the step's load before the
+        first gradient, so with balance_coef None is for a step of one micro-batch on each rank.
         When the loss or a gradient is not finite, no rank touches a weight or a moment: the result is `skipped`.
         """
         self.backward(microbatches, loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef, counts=counts)
@@ -122,6 +123,9 @@ class TrainStep:
                  z_loss_coef: float, counts: RoutingCounts | None) -> None:
         """Accumulate and reduce the step's gradients into main_grad, without touching a weight."""
         here, losses = self.topology, self.policy.router_losses
+        is_whole_step = len(microbatches) == 1 or counts is not None
+        assert is_whole_step or not balance_coef or not self.policy.config.num_moe_layers, \
+            "the balance loss of several micro-batches needs the whole step's load"
         scaling = LossScaling(len(microbatches), here.dp_size * here.cp_size, here.cp_size)
         losses.balance_coef, losses.z_coef = balance_coef, z_loss_coef
         losses.begin_update(step_tokens=self._step_tokens(microbatches), scale=scaling.router_scale,

@@ -5,6 +5,7 @@ test_family.py holds what is true of every member; test_golden.py its numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -213,7 +214,8 @@ def test_bad_config_names_its_key(key, value):
 
 
 def test_zero_is_a_coefficient_and_a_width():
-    C3POLossConfig(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0, entropy_coef=0.0)
+    zeros = {"clip_eps_low": 0.0, "clip_eps_high": 0.0, "kl_coef": 0.0, "entropy_coef": 0.0}
+    assert zeros.items() <= dataclasses.asdict(C3POLossConfig(**zeros)).items()
 
 
 @pytest.mark.parametrize("objective", ["c3po", "grpo"])

@@ -14,11 +14,10 @@ from megatron.core import tensor_parallel
 
 import tests.distributed.cases as cases
 from megatron_rl.model import attention
-from megatron_rl.model.router import BudgetRouter
+from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.topology import Topology
 from megatron_rl.train_step import logprobs
 from megatron_rl.train_step.loss_scaling import LossScaling
-from megatron_rl.train_step.step import TrainStep
 
 BREAK: dict[str, Callable] = {}
 """Name -> function of the worker's Runner that returns the context in which the factor is broken."""
@@ -117,8 +116,9 @@ def padding_is_real(runner):
 
 @breaks
 def load_of_each_microbatch(runner):
-    original = TrainStep.count_routing
-    return patch.object(TrainStep, "count_routing", lambda *args, **kwargs: (original(*args, **kwargs)[0], None))
+    original = RouterLosses.begin_update
+    return patch.object(RouterLosses, "begin_update",
+                        lambda self, **options: original(self, **{**options, "load_fractions": {}}))
 
 
 @breaks

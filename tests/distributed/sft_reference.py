@@ -32,8 +32,11 @@ def batches(config: Config) -> list[list[int]]:
     return [order[i:i + size].tolist() for order in orders for i in range(0, options.examples - size + 1, size)]
 
 
-def losses(config: Config, weights: dict[str, torch.Tensor], hf_config: dict, steps: int) -> list[float]:
-    """The mean loss of each of the first `steps` steps; the model learns from each, as AdamW with clipping has it.
+def train(config: Config, weights: dict[str, torch.Tensor], hf_config: dict,
+          steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The mean loss of each of the first `steps` steps, and the weights after them.
+
+    The model learns from each, as AdamW with clipping has it.
 
     Cosine decay after a linear warm-up; vectors are not decayed.
     """
@@ -67,7 +70,7 @@ def losses(config: Config, weights: dict[str, torch.Tensor], hf_config: dict, st
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
         optimizer.step()
-    return found
+    return found, {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def rl_logprob(config: Config, indices: Sequence[int]) -> float:

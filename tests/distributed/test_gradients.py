@@ -35,6 +35,7 @@ def test_every_parameter_of_the_reference_has_a_gradient(layouts):
 
 @in_layouts()
 def test_gradient_does_not_depend_on_layout(layouts, layout):
+    assert len(layouts[layout]["gradients"]) == len(cases.MICROBATCHES)
     for count, gradients in layouts[layout]["gradients"].items():
         assert too_different(gradients, layouts.reference.gradients) == {}, f"{count} micro-batches per rank"
 
@@ -43,6 +44,7 @@ def test_gradient_does_not_depend_on_layout(layouts, layout):
 def test_gradient_does_not_depend_on_the_number_of_microbatches(layouts, layout):
     """Tighter than against the reference: both sides are float32 sums of the same terms."""
     first, *others = layouts[layout]["gradients"].values()
+    assert len(others) == len(cases.MICROBATCHES) - 1 >= 2
     for gradients in others:
         errors = {name: cases.relative_error(gradients[name], first[name]) for name in first}
         assert max(errors.values()) < 3e-6, max(errors, key=errors.get)
@@ -72,6 +74,7 @@ def test_copies_of_a_parameter_stay_equal_bit_for_bit(layouts, layout, variant):
 
 @in_layouts()
 def test_step_report_does_not_depend_on_layout(layouts, layout):
+    assert layouts[layout]["updated"].keys() == {"plain", *cases.VARIANTS} and len(layouts.reference.report) >= 6
     for result in layouts[layout]["updated"].values():
         reported = {**{key: total / count for key, (total, count) in result["sums"].items()}, **result["gauges"]}
         for key, expected in layouts.reference.report.items():

@@ -33,6 +33,7 @@ def test_logprobs_equal_the_reference(layouts, layout, name):
     network = layouts.network(name)
     weights = {key: tensor.double() for key, tensor in network.weights.items()}
     found = layouts.networks(layout)[name]["logprobs"]
+    assert len(found) == len(layouts.step.token_ids) == 9
     for index, tokens in enumerate(layouts.step.token_ids):
         with torch.no_grad():
             expected = token_outputs(weights, network.config, tokens)[0]

@@ -42,6 +42,7 @@ def by_stage(model, measured, case):
     config = worker.case_config(case)
     for stage in range(config.parallel.pp):
         ranks = [rank[case] for rank in measured if rank[case]["stage"] == stage]
+        assert ranks
         yield plan_stage(read_config(model), config, stage, worker.MICROBATCHES), ranks
 
 

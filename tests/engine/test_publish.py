@@ -45,7 +45,16 @@ def publisher(request: pytest.FixtureRequest, live_engine: LiveEngine, tmp_path:
 
 
 def test_a_model_smaller_than_a_bucket_takes_memory_of_its_own_size(live_engine: LiveEngine):
-    live_engine.publish(live_engine.new_weights(), TensorPublisher([live_engine.client], bucket_bytes=1 << 44))
+    class Measured(TensorPublisher):
+        made: list[int] = []
+
+        def _new_buffer(self, num_bytes: int) -> torch.Tensor:
+            self.made.append(num_bytes)
+            return super()._new_buffer(num_bytes)
+
+    publisher = Measured([live_engine.client], bucket_bytes=1 << 44)
+    live_engine.publish(live_engine.new_weights(), publisher)
+    assert publisher.made == [sum(tensor.nbytes for tensor in live_engine.weights.values())]
 
 
 def test_engine_serves_the_published_weights(live_engine: LiveEngine, publisher: Publisher):

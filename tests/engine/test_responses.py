@@ -95,6 +95,7 @@ def test_samples_of_a_prompt_differ(live_engine: LiveEngine, tokenizer):
 def test_evaluation_plan_replaces_count_length_and_temperature(live_engine: LiveEngine, tokenizer):
     plan = replace(SamplingPlan.from_config(ROLLOUT), samples_per_prompt=2, temperature=0.0, max_response_tokens=5)
     groups = collect([live_engine.client], tokenizer, make_prompts(), step=0, tag="eval", plan=plan)
+    assert len(groups) == len(make_prompts()) > 1
     for group in groups:
         first, second = group.rollouts
         assert first.response_tokens <= 5

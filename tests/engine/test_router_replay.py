@@ -128,7 +128,8 @@ def test_mismatch_with_the_engine_falls_with_replay(result):
 @pytest.mark.slow
 def test_router_gradients_of_a_replayed_step_are_as_large_as_of_a_live_one(result):
     pairs = zip(result["live"]["router_gradients"], result["replayed"]["router_gradients"], strict=True)
-    assert all(0.5 < replayed / live < 2.0 for live, replayed in pairs)
+    ratios = [replayed / live for live, replayed in pairs]
+    assert len(ratios) == len(LAYERS.moe_layers) and 0.5 < min(ratios) <= max(ratios) < 2.0
 
 
 @pytest.mark.slow

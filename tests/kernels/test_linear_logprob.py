@@ -164,12 +164,17 @@ def test_bfloat16_weight_gradient_accumulates_in_float32():
 
 
 def test_only_the_wanted_gradient_is_made():
+    """Of the log-probabilities and of the entropy, for either operand: that operand's gradient, and no other."""
     hidden_TH, weight_VH, labels_T = problem(6, 4, 8)
-    linear_logprob(hidden_TH, weight_VH.detach(), labels_T)[0].sum().backward()
-    expected_hidden = values_of_logprob_gradient(hidden_TH, weight_VH, labels_T)[0]
-    torch.testing.assert_close(hidden_TH.grad, expected_hidden)
-    linear_logprob(hidden_TH.detach(), weight_VH, labels_T)[1].sum().backward()
-    assert weight_VH.grad is not None
+    for output in (0, 1):
+        reference = linear_logprob_reference(hidden_TH, weight_VH, labels_T)[output].sum()
+        wanted = torch.autograd.grad(reference, (hidden_TH, weight_VH))
+        for operand, expected in enumerate(wanted):
+            given = [tensor.detach().clone().requires_grad_(place == operand)
+                     for place, tensor in enumerate((hidden_TH, weight_VH))]
+            linear_logprob(*given, labels_T)[output].sum().backward()
+            torch.testing.assert_close(given[operand].grad, expected)
+            assert given[1 - operand].grad is None and float(expected.abs().max()) > 0.01
 
 
 def values_of_logprob_gradient(hidden_TH, weight_VH, labels_T):

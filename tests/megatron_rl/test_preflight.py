@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from megatron_rl.cli import main
-from megatron_rl.config.load import load
+from megatron_rl.config.load import load, to_dict
 from megatron_rl.model.architectures import read_config
 from megatron_rl.plan import plan_memory
 from megatron_rl.preflight import (
@@ -123,10 +125,53 @@ def test_a_generated_prompt_that_has_no_room_is_named_before_an_engine_starts(tm
     assert "data.source=chains: chains-all-7-0: 16 tokens, longer than 1" in capsys.readouterr().err
 
 
+def begun(run_dir: Path, *overrides: str) -> None:
+    """What a run leaves that was killed before its first checkpoint."""
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps(to_dict(load([f"run.dir={run_dir}", *overrides]))))
+
+
 def test_a_resumed_run_without_a_checkpoint_says_so(tmp_path, capsys):
     model = write_tiny_bailing(tmp_path / "model")
-    assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "resume=true", "data.path=none"]) == 2
-    assert "holds no checkpoint: the run begins at its start" in capsys.readouterr().err
+    same = [f"model.path={model}", "data.path=none"]
+    begun(tmp_path / "run", *same)
+    assert main(["rl", *same, f"run.dir={tmp_path / 'run'}", "resume=true"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds no checkpoint yet: the run begins at its start" in said and "data.path=none" in said
+
+
+def test_a_mistyped_folder_is_not_resumed(tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    words = ["rl", f"model.path={model}", f"run.dir={tmp_path / 'rnu'}", "data.path=none"]
+    assert main([*words, "resume=true"]) == 2
+    assert "rnu holds no run: correct run.dir, or begin one with resume=auto" in capsys.readouterr().err
+    assert main([*words, "resume=auto"]) == 2  # on to the next thing that is wrong
+    assert "holds no run" not in (err := capsys.readouterr().err) and "data.path=none" in err
+    assert not (tmp_path / "rnu").exists()
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["c3po.phi=2048"], "c3po.phi was 4096 and is 2048"),
+    (["c3po.objective=grpo"], 'c3po.objective was "c3po" and is "grpo"'),
+    (["data.shuffle=false", "reward.routes.math=exact"],
+     'data.shuffle was true and is false; reward.routes.math was "math_verify"'),
+    (["optimizer.lr=1e-4"], "optimizer.lr was 3e-06 and is 0.0001"),
+    (["run.steps=90", "optimizer.schedule=cosine"], 'optimizer.schedule was "constant" and is "cosine"'),
+    (["rollout.engine.dtype=bfloat16"], 'rollout.engine.dtype was null and is "bfloat16"')])
+def test_a_resume_that_changes_what_is_learned_is_refused_before_anything_is_written(overrides, said, tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    run_dir = tmp_path / "run"
+    same = [f"model.path={model}", f"run.dir={run_dir}", "data.path=none"]
+    begun(run_dir, *same)
+    before = (run_dir / "config.json").read_bytes()
+    assert main(["rl", *same, "resume=true", *overrides]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "or set run.accept_changes=true" in err, err
+    assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+    assert (run_dir / "config.json").read_bytes() == before
+    assert main(["rl", *same, "resume=true", *overrides, "run.accept_changes=true"]) == 2
+    err = capsys.readouterr().err  # said all the same, and then goes on to what else is wrong
+    assert "the run goes on with another" in err and "data.path=none" in err and "accept_changes" not in err
 
 
 def test_a_folder_that_is_a_file_is_named_by_its_key(tmp_path, capsys):

@@ -24,7 +24,9 @@ def test_every_example_has_a_readme_with_room_for_each_scale_that_runs_here(name
 @pytest.mark.slow
 @pytest.mark.parametrize("name", spec.names())
 def test_every_scale_of_every_example_is_valid(name):
-    for scale in spec.load_ablation(name).scales:
+    scales = spec.load_ablation(name).scales
+    assert "tiny" in scales
+    for scale in scales:
         assert main(["ablate", name, f"scale={scale}", "seeds=0", "--check"]) == 0
 
 

@@ -49,7 +49,7 @@ def test_a_config_survives_json():
     (["c3po.loss.kl_coeff=0.1"], r"unknown key c3po\.loss\.kl_coeff \(did you mean c3po\.loss\.kl_coef\?\)"),
     (["c3po.phi=many"], r"c3po\.phi='many' must be int, not str"),
     (["c3po.phi=1.5"], r"c3po\.phi=1\.5 must be int, not float"),
-    (["run.resume=1"], r"run\.resume=1 must be bool, not int"),
+    (["run.resume=1"], r"run\.resume=1 must be one of false, true, auto"),
     (["c3po.cutoff=tokens"], r"c3po\.cutoff=tokens must be one of token, response \(did you mean token\?\)"),
     (["c3po.loss.surrogate=gpso"], r"c3po\.loss\.surrogate=gpso must be one of ppo, gspo, cispo \(did you mean gspo"),
     (["c3po.sequence_ratio_low=0.5"], r"c3po\.sequence_ratio_low=0\.5 and c3po\.sequence_ratio_high=None: set both"),

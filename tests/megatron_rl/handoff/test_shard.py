@@ -87,7 +87,9 @@ def test_under_allgather_every_rank_is_told_the_longest_of_each_micro_batch():
 def test_a_shard_is_hardly_more_than_what_its_rank_trains_on(experts):
     """At most 1.1 times the bytes of token ids, mask, log-probabilities and experts (the goal of the handoff)."""
     options = config(c3po={"phi": 20_000}, batch={"tokens_per_microbatch": 1024})
-    for shard in cut_into_shards(batches_of(options, groups(40, longest=900, experts=experts)), options, NETWORK):
+    shards = cut_into_shards(batches_of(options, groups(40, longest=900, experts=experts)), options, NETWORK)
+    assert len(shards) == options.parallel.dp
+    for shard in shards:
         tokens = sum(len(sample.token_ids) for update in shard for sample in update.samples)
         assert len(write_shard(shard)) <= 1.1 * tokens * (4 + 1 + 4 + experts * LAYERS * TOP_K)
 

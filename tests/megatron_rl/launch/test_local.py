@@ -67,6 +67,43 @@ def test_no_disk_space_is_said_before_anything_starts(tmp_path, monkeypatch):
         local.check_disk(tmp_path)
 
 
+WORDS = {  # last words of the ranks -> what may be advised when step 40 was saved, and when nothing was
+    "ValueError: sft.examples=9: problems.jsonl:2: no column 'answer'": "mend the cause first. Then ",
+    "megatron_rl.data.rows.BadRow: x\nValueError: the answer is no number": "mend the cause first. Then ",
+    "AssertionError: tokens": "mend the cause first. Then ",
+    "RuntimeError: Connection closed by peer": "",
+    "OSError: [Errno 28] No space left on device": "",
+    "a rank was killed (SIGKILL), most likely because memory ran out: lower batch.tokens_per_microbatch": "",
+    "megatron_rl.sync.publish.PublishError: no engine answered": "",
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_only_what_the_failure_allows_is_advised(words, tmp_path):
+    said = local.how_to_go_on(tmp_path, words)
+    assert said.startswith("the same command would end the same way: mend the cause first. Then ") == bool(WORDS[words])
+    assert said.endswith("no checkpoint had been written yet: the same command begins again")
+    (tmp_path / "metrics.jsonl").touch()  # which the same command alone would refuse
+    assert local.how_to_go_on(tmp_path, words).endswith("the same command begins again with resume=true")
+    (tmp_path / "checkpoints" / "step_00000040").mkdir(parents=True)
+    said = local.how_to_go_on(tmp_path, words)
+    assert said.endswith("the same command with resume=true goes on") and "last checkpoint is step 40" in said
+    assert ("mend the cause first" in said) == bool(WORDS[words])
+
+
+def test_a_damaged_checkpoint_has_its_own_advice_and_no_other(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000040").mkdir(parents=True)
+    words = "DamagedCheckpoint: damaged checkpoint: loop.json is missing; go on with resume=true run.resume_from=step_1"
+    assert "resume=true" not in local.how_to_go_on(tmp_path, words)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such key"), OSError(28, "full", "/x"), OSError(), ValueError()])
+def test_what_goes_wrong_after_the_start_is_a_failed_run(error):
+    with pytest.raises(local.RunFailed) as raised, local.after_start():
+        raise error
+    assert str(raised.value) == (str(error) or type(error).__name__) != ""
+
+
 def test_resume_advice_names_the_newest_checkpoint(tmp_path):
     assert "no checkpoint had been written yet" in local.how_to_resume(tmp_path)
     for name in ("step_00000020", "step_00000040", "step_00000060.partial"):

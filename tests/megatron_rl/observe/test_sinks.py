@@ -67,6 +67,22 @@ def test_config_and_versions_are_written(tmp_path):
     assert versions["packages"]["torch"].startswith("2.") and versions["machine"]["cores"] >= 1
 
 
+def test_other_settings_of_a_resumed_run_stand_beside_the_old_ones(tmp_path):
+    """Whatever was true of the steps that stay; a start that left no step replaces none."""
+    def start(settings, **options):
+        with MetricsLog(tmp_path, OFF, settings, **options):
+            pass
+
+    first, second = {"c3po": {"phi": 64}, "run": {"resume": False}}, {"c3po": {"phi": 32}, "run": {"resume": True}}
+    start(first)
+    start({**first, "run": {"resume": True}}, resume_step=20)  # the same settings
+    assert not list(tmp_path.glob("config_until*"))
+    start(second, resume_step=40)
+    start({"c3po": {"phi": 16}}, resume_step=40)
+    assert {path.name: json.loads(path.read_text())["c3po"]["phi"] for path in tmp_path.glob("config*.json")} == {
+        "config.json": 16, "config_until_step_00000040.json": 64}
+
+
 def run_script(body, directory, mode, **environment):
     """Logs in a process of its own; returns what it printed. wandb's finish() may return before its service has
     written the offline file (wandb 0.31); the process does not exit before that."""
@@ -121,5 +137,40 @@ def test_a_killed_run_with_wandb_leaves_nothing_outside_its_directory(tmp_path):
     temporary.mkdir()
     run_script("    log.log(1, {'a': 1.0})\n    import os\n    os._exit(0)\n", tmp_path / "run", "offline",
                TMPDIR=str(temporary))
-    assert list((tmp_path / "run" / "wandb").glob("tmp*wandb-media"))
-    assert not list(temporary.glob("tmp*wandb*"))
+    assert (tmp_path / "run" / "wandb" / "feed.json").is_file()
+    assert not list(temporary.iterdir())
+
+
+WANDB_STRUCK = """
+    import os, psutil, signal, time
+    from pathlib import Path
+    while not list(Path(sys.argv[1]).glob("wandb/*run-*/*.wandb")):
+        time.sleep(0.1)
+    log.log(1, {{'a': 1.0}})
+    family = psutil.Process().children(recursive=True)
+    struck = [one for one in family if {which}]
+    assert struck, [one.name() for one in family]
+    for one in struck:
+        one.send_signal(signal.{blow})
+    for step in range(2, 200):
+        began = time.perf_counter()
+        log.log(step, {{'a': 1.0, 'long': 'x' * 2000}})
+        assert time.perf_counter() - began < 5
+print('the end')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("which", ["'core' in one.name()", "True"], ids=["service", "everything"])
+def test_whatever_becomes_of_wandb_the_run_goes_on_and_ends(which, blow, tmp_path):
+    folder = tmp_path / ("a run of a long name, " * 5) / "l\u00e4uft"  # longer than the path of a socket may be
+    body = WANDB_STRUCK.format(which=which, blow=blow)
+    script = ("import sys\nfrom megatron_rl.config.schema import ObserveConfig\nfrom megatron_rl.observe import sinks\n"
+              "sinks.WANDB_CLOSE_S = 5.0\n"
+              "with sinks.MetricsLog(sys.argv[1], ObserveConfig(wandb='offline'), {}) as log:" + body)
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300,
+                          cwd=REPOSITORY)
+    assert done.returncode == 0 and done.stdout == "the end\n", done.stderr
+    assert "wandb did not get everything" in done.stderr
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(1, 200))

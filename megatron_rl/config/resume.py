@@ -1,0 +1,55 @@
+"""What may differ between a run and its continuation, and what would make another experiment of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.schema import Config
+from megatron_rl.config.show import differences, flat
+
+PASSING = ("run.resume", "run.resume_from", "run.accept_changes", "run.dir", "orchestrator.port", "rollout.engine.urls",
+           "rollout.engine.router")
+"""Keys of one start: nothing of the run depends on them."""
+FREE = (
+    "run.name", "run.save_every_steps", "run.keep_checkpoints", "run.async_save", "run.export_hf",
+    "run.max_skipped_in_a_row", "run.keep_dumps", "run.dump_steps", "parallel.", "batch.", "model.recompute",
+    "model.kernels.", "model.architecture", "rollout.concurrency", "rollout.request_timeout_s", "rollout.retries",
+    "rollout.max_failed_fraction", "rollout.environment_threads", "rollout.publish", "rollout.verify_checksums",
+    "rollout.probe_tolerance", "rollout.bucket_bytes", "rollout.engine.", "orchestrator.", "reward.workers", "eval.",
+    "select.", "observe.", "slurm.", "pipeline.", "sft.export_epochs",
+)
+"""Keys, or beginnings of keys, that say how a run is done, watched and kept, and not what it learns."""
+NOT_FREE = ("rollout.engine.dtype", "rollout.engine.deterministic", "rollout.engine.extra_args")
+
+
+def changed(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of all that differs, but for PASSING."""
+    return [row for row in differences(before, now) if not row[0].startswith(PASSING) and not _same_file(*row)]
+
+
+def changes_experiment(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """Those of `changed` that change what the run learns."""
+    found = [row for row in changed(before, now) if _matters(row[0], before)]
+    phi = [config.c3po.phi_global(config.parallel.dp) for config in (before, now)]
+    if phi[0] != phi[1] and before.c3po.phi == now.c3po.phi:  # c3po.scope=per_dp_rank in another layout
+        found.append(("c3po.phi over the cluster", *phi))
+    return found
+
+
+def settings(raw: dict[str, Any]) -> dict[str, Any]:
+    """A written configuration as {dotted key: value}, without PASSING."""
+    return {key: value for key, value in flat(raw).items() if not key.startswith(PASSING)}
+
+
+def _matters(key: str, before: Config) -> bool:
+    if key in ("run.steps", "sft.epochs"):  # more of the same, unless the learning rate looks at the end
+        optimizer, stretched = before.optimizer, key == "run.steps" or before.sft.schedule_epochs is None
+        return stretched and (optimizer.schedule != "constant" or optimizer.warmup_fraction is not None)
+    return key in NOT_FREE or not key.startswith(FREE)
+
+
+def _same_file(key: str, before: Any, now: Any) -> bool:
+    """Two ways to write one place."""
+    return (key.endswith(("path", "folder")) and isinstance(before, str) and isinstance(now, str)
+            and Path(before).resolve() == Path(now).resolve())
