@@ -2,7 +2,7 @@
 # PROCESSES=... of `make test`: three keep two cores busy, since each waits a good deal, for engines and for Slurm.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart ablations test test-fast test-layouts test-kills test-faults bench lint clean
+.PHONY: help setup quickstart ablations test test-fast test-gpu test-layouts test-kills test-faults bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -30,6 +30,9 @@ test-fast: setup  ## the tests that start neither an engine nor several ranks
 
 test-layouts: setup  ## one step in every parallel layout against a float64 reference, as a table
 	@$(VENV)/python -m pytest tests/distributed/test_gradients.py tests/distributed/test_convert.py $(ARGS)
+
+test-gpu: setup  ## the kernels' tests on this machine's GPU (`make test` hides GPUs)
+	@MEGATRON_RL_TEST_GPU=1 $(VENV)/python -m pytest tests/kernels $(ARGS)
 
 test-kills: setup  ## kill -9 in every phase, 21 times, each time resumed: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills

@@ -28,6 +28,7 @@ from megatron_rl.preflight import (
     validate,
     warn_of_shared_gpus,
 )
+from megatron_rl.preflight_gpu import check_broadcast
 from megatron_rl.runs import engine_errors, prepare_model, prepare_smollm2, train_rl, train_sft, write_run_report
 
 __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
@@ -80,6 +81,9 @@ def slurm(options) -> int:
     config = load(options.overrides)
     sizes = validate(config, start=not options.dry_run)
     warn_of_shared_gpus(config, slurm=True)
+    job = config.slurm
+    if job.gpus_per_node and not job.engine_nodes and not config.rollout.engine.urls:
+        check_broadcast(config, config.parallel.world_size // job.nodes)
     if options.dry_run:
         print(submit(config, dry_run=True))
         return 0

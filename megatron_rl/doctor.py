@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
 import socket
@@ -18,6 +19,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_rl.compat.cuda import (
+    cuda_home,
+    driver_fault,
+    driver_version,
+    shared_memory_bytes,
+    transformer_engine,
+)
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.observe.versions import gpu_names, package_version, usable_cores
 from megatron_rl.reward.languages import LANGUAGES
 from megatron_rl.reward.sandbox import Bubblewrap
@@ -75,6 +84,11 @@ def all_checks() -> list[Check]:
         check_package("transformers", pins, "tokenizers and configurations"),
         check_package("math-verify", pins, "judges mathematical answers"),
         check_gpu(gpu_names()),
+        check_driver(driver_version(), torch.version.cuda),
+        check_nvcc(),
+        check_shared_memory(shared_memory_bytes()),
+        check_transformer_engine(),
+        check_glibc(os.confstr("CS_GNU_LIBC_VERSION")),
         check_nccl(),
         check_sandbox("bwrap"),
         check_compilers(),
@@ -120,6 +134,54 @@ def check_gpu(names: list[str]) -> Check:
         return Check("GPU", "optional", f"none visible (torch built for CUDA {build})", purpose,
                      "an NVIDIA GPU and its driver, then make setup")
     return Check("GPU", "ok", f"{len(names)} x {names[0]}", purpose)
+
+
+def check_driver(driver: str | None, cuda: str | None) -> Check:
+    purpose = "lets torch see the GPUs; with one that is too old everything runs on the CPU"
+    if driver is None:
+        return Check("GPU driver", "optional", "no nvidia-smi that answers", purpose,
+                     "NVIDIA's driver, on a GPU machine")
+    fault = driver_fault(driver, cuda)
+    return Check("GPU driver", "missing" if fault else "ok", fault or driver, purpose, "update the driver")
+
+
+def check_nvcc() -> Check:
+    """Required if there is a GPU."""
+    home, purpose = cuda_home(), "compiles the engine's kernels on a GPU when it starts"
+    if home is not None:
+        return Check("nvcc", "ok", str(home / "bin" / "nvcc"), purpose)
+    return Check("nvcc", "missing" if torch.cuda.is_available() else "optional",
+                 "not in CUDA_HOME, PATH, this environment or /usr/local/cuda", purpose, "make setup VARIANT=gpu")
+
+
+def check_shared_memory(free_bytes: int) -> Check:
+    """A write beyond it ends the writer with SIGBUS."""
+    needed = RolloutConfig().bucket_bytes
+    return Check("/dev/shm", "ok" if free_bytes >= needed else "optional", f"{free_bytes / 2**20:.0f} MiB free",
+                 "rollout.publish=tensor and NCCL; small models need little",
+                 f"{needed / 2**20:.0f} MiB for a bucket of weights: docker run --shm-size=16g, or a smaller "
+                 "rollout.bucket_bytes")
+
+
+def check_transformer_engine() -> Check:
+    installed, fault = transformer_engine()
+    purpose = "fused layers on a GPU; nothing needs it"
+    if fault is not None:
+        return Check("Transformer Engine", "missing", f"installed in part: {fault}",
+                     "Megatron cannot be imported beside half of it", "make setup VARIANT=gpu TE=1, or pip uninstall "
+                     "transformer-engine transformer-engine-cu13 transformer-engine-torch")
+    if not installed:
+        return Check("Transformer Engine", "optional", "not installed", purpose,
+                     "make setup VARIANT=gpu TE=1 (compiles)")
+    return Check("Transformer Engine", "ok", package_version("transformer-engine") or "found", purpose)
+
+
+def check_glibc(found: str | None) -> Check:
+    """found: as confstr names it, glibc 2.36."""
+    version = re.fullmatch(r"glibc (\d+)\.(\d+)", found or "")
+    status: Status = "ok" if version and (int(version[1]), int(version[2])) >= (2, 34) else "missing"
+    return Check("glibc", status, found or "another C library", "the engine's wheels need 2.34",
+                 "Ubuntu 22.04, Debian 12, RHEL 9 or later, or a container of one")
 
 
 def check_nccl() -> Check:

@@ -31,6 +31,7 @@ from megatron_rl.preflight import (
     warn_of_seen_problems,
     warn_of_shared_gpus,
 )
+from megatron_rl.preflight_gpu import check_driver, check_gpus_of_run, check_transformer_engine
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import EngineError
 from megatron_rl.rollout.fleet import FleetError
@@ -49,7 +50,9 @@ def train_rl(config: Config) -> Ended:
 
 def _train_rl(config: Config) -> Ended:
     run_dir = Path(config.run.dir)
+    check_driver()
     check_devices(config)
+    check_gpus_of_run(config, read_config(config.model.path))
     warn_of_shared_gpus(config)
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)))
@@ -76,6 +79,8 @@ def train_sft(config: Config) -> None:
 
 def _train_sft(config: Config) -> None:
     check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
+    check_driver()
+    check_transformer_engine()
     check_devices(config)
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)))

@@ -1,5 +1,7 @@
 """Environment of every test process and of the processes it starts; set before torch is imported.
 
+GPUs are hidden: the tests' models are float32, which engines on CUDA do not take, and their heads are small. `make
+test-gpu` (MEGATRON_RL_TEST_GPU=1) shows them to the kernels' tests.
 One thread per process (several ranks share few cores), no torch.compile (Megatron's jit_fuser), and no
 network: wandb writes files, Hugging Face reads local folders.
 """
@@ -15,6 +17,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     MEGATRON_RL_ENGINE_KEY="the key of every engine of the tests",
 )
+
+if os.environ.get("MEGATRON_RL_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 

@@ -66,7 +66,7 @@ class EngineConfig:
     max_running_requests: int = 256
     max_total_tokens: int | None = 65536
     mem_fraction_static: float = 0.5
-    start_timeout_s: float = 240.0
+    start_timeout_s: float = 1800.0
     stop_timeout_s: float = 30.0
     health_interval_s: float = 2.0
     hang_timeout_s: float = 30.0

@@ -16,16 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_rl.compat.cuda import SAME_IN_RANKS_AND_ENGINES
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.resources import SOURCE_TREE
 from megatron_rl.config.rollout import is_loopback
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.keys import check_keys
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.model.hf_folder import refuse_code
 from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
 from megatron_rl.observe.timing import PhaseFile
+from megatron_rl.preflight_gpu import check_engines, on_gpus_here
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
@@ -62,6 +65,8 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
         yield config
         return
     refuse_code(model_path, trusted=config.model.trust_remote_code)
+    if on_gpus_here(config):
+        check_engines(config, read_config(model_path))
     draw_key(engine)
     processes: list[EngineProcess] = []
     for number in range(engine.count):
@@ -207,7 +212,7 @@ class JsonlTail:
 
 def rank_environment() -> dict[str, str]:
     """One thread per rank (two ranks share two cores), no compiler, no hub."""
-    environment = dict(os.environ)
+    environment = SAME_IN_RANKS_AND_ENGINES | os.environ
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment |= {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",

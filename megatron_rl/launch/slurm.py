@@ -12,13 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_rl.compat.cuda import SAME_IN_RANKS_AND_ENGINES
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config, require
 from megatron_rl.launch.local import check_disk, rank_environment
 from megatron_rl.observe.files import write_json, write_whole
 
 CARRIED = ("PYTHONPATH", "TORCHDYNAMO_DISABLE", "HF_HUB_OFFLINE", "PYTHONWARNINGS", "TORCH_CPP_LOG_LEVEL",
-           "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
+           "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", *SAME_IN_RANKS_AND_ENGINES)
 """Of rank_environment(): what the job needs besides what Slurm gives it."""
 
 

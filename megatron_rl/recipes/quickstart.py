@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,8 @@ from megatron_rl.observe.report import LABELS, write_report
 from megatron_rl.recipes import evaluate
 
 ROOT = Path("runs/quickstart")
+FLASH_HEAD_DIM = 64
+"""The smallest that the engine's attention kernels on a GPU take; on a CPU heads have 24."""
 COLUMNS = ("stage", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning", "tokens")
 
 
@@ -35,16 +38,19 @@ def run(overrides: Sequence[str], console: Console) -> Path:
     """Run all stages; `overrides` apply to the RL stage (and run.seed to all). Returns the report's path."""
     started = time.perf_counter()
     folder = free_folder(ROOT)
-    rl = load(["experiment=quickstart", f"run.dir={folder / 'rl'}", f"model.path={folder / 'sft' / 'hf'}", *overrides])
+    here = overrides_on(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    rl = load(["experiment=quickstart", *here, f"run.dir={folder / 'rl'}", f"model.path={folder / 'sft' / 'hf'}",
+               *overrides])
     check_evaluates(rl, "the quick start")
     seed = rl.run.seed
-    sft = load(["experiment=quickstart_sft", f"run.dir={folder / 'sft'}", f"model.path={folder / 'init'}",
+    sft = load(["experiment=quickstart_sft", *here, f"run.dir={folder / 'sft'}", f"model.path={folder / 'init'}",
                 f"run.seed={seed}"])
     console.print(f"[bold]1/4[/bold] a random Mixture-of-Experts model in {folder / 'init'}")
-    make_random_model(folder / "init", seed)
+    make_random_model(folder / "init", seed, **({"head_dim": FLASH_HEAD_DIM} if here else {}))
     with engines_for(rl, str(folder / "init"), folder / "engine.log") as served:
         before_sft = evaluate.run(at(served, folder / "init"))
-        console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, 2 ranks, EP 2)")
+        console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, "
+                      f"{sft.parallel.world_size} rank(s), EP {sft.parallel.ep})")
         run_ranks("sft", sft)
         console.print(f"[bold]3/4[/bold] C3PO: {rl.c3po.phi} training tokens in each of {rl.run.steps} steps "
                       "(Megatron trains, SGLang samples, Math-Verify judges)")
@@ -57,6 +63,15 @@ def run(overrides: Sequence[str], console: Console) -> Path:
     console.print(f"C3PO added {gain:+.1f} points. Report: [bold]{report}[/bold]  "
                   f"(took {time.perf_counter() - started:.0f} s)")
     return report
+
+
+def overrides_on(gpus: int) -> list[str]:
+    """Nothing on a CPU. On GPUs bfloat16, since engines there have no float32; one rank for each of at most two GPUs,
+    since two cannot share one; and engines on a GPU of their own if there is a third."""
+    if gpus == 0:
+        return []
+    return ["model.dtype=bfloat16", "parallel=single" if gpus == 1 else "parallel=ep2",
+            *(["rollout.engine.first_gpu=2"] if gpus > 2 else [])]
 
 
 def free_folder(root: Path) -> Path:

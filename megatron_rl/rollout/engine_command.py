@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 import megatron_rl
+from megatron_rl.compat.cuda import SAME_IN_RANKS_AND_ENGINES, cuda_home
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig, is_loopback
 
@@ -132,4 +133,9 @@ def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
     if device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch uses huge pages: a bucket's memory is there sooner
+        return environment
+    environment = SAME_IN_RANKS_AND_ENGINES | environment
+    if (home := cuda_home()) is not None:  # what it compiles its kernels with
+        environment["CUDA_HOME"] = str(home)
+        environment["PATH"] = f"{home / 'bin'}{os.pathsep}{environment.get('PATH', '')}"
     return environment

@@ -17,7 +17,8 @@ def run() -> tuple[int, str]:
 def test_every_row_says_what_it_is_for_and_every_gap_how_to_fill_it():
     checks = doctor.all_checks()
     assert {"Python 3.12", "torch", "GPU", "NCCL", "megatron-core", "sglang", "transformers", "math-verify", "sandbox",
-            "compilers", "Slurm", "free disk", "loopback port", "memory", "cores"} == {check.name for check in checks}
+            "compilers", "Slurm", "free disk", "loopback port", "memory", "cores", "GPU driver", "nvcc", "/dev/shm",
+            "Transformer Engine", "glibc"} == {check.name for check in checks}
     assert all(check.purpose and check.found for check in checks)
     assert all(check.remedy for check in checks if check.status != "ok")
 
