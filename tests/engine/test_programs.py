@@ -46,7 +46,8 @@ def engine() -> Iterator[StubEngine]:
 @pytest.fixture(scope="module")
 def configured(model, engine) -> Callable[..., Config]:
     def build(run_dir: Path, *overrides: str) -> Config:
-        return load([*SETTINGS, "parallel=single", "rollout.publish=disk", f"model.path={model}", f"run.dir={run_dir}",
+        return load([*SETTINGS, "parallel=single", "rollout.publish=disk", "rollout.probe_tolerance=1000",
+                     f"model.path={model}", f"run.dir={run_dir}",
                      f"rollout.engine.urls=[{engine.url}]", *overrides])
 
     return build
