@@ -34,7 +34,7 @@ test-layouts: setup  ## one step in every parallel layout against a float64 refe
 test-gpu: setup  ## the kernels' tests on this machine's GPU (`make test` hides GPUs)
 	@MEGATRON_RL_TEST_GPU=1 $(VENV)/python -m pytest tests/kernels $(ARGS)
 
-test-kills: setup  ## kill -9 in every phase, 21 times, each time resumed: a table (minutes)
+test-kills: setup  ## kill -9 of ranks and of the orchestrator in every phase, three times each: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills
 
 test-faults: setup  ## two engines, six kinds of faults at ten moments each: a table of recovery times (minutes)
