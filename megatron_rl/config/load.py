@@ -43,20 +43,35 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     if not CONF_DIR.is_dir():
         raise ValueError(f"no configuration folder at {CONF_DIR}: the installation is not whole; install it again")
     OmegaConf.register_new_resolver("examples", example_file, replace=True)
-    translated = [_as_hydra(text) for text in overrides]
-    for given, text in zip(overrides, translated, strict=True):
+
+    def readable(text: str) -> bool:
         try:
-            readable = not OverridesParser.create().parse_override(text).is_sweep_override()
+            return not OverridesParser.create().parse_override(text).is_sweep_override()
         except HydraException:
-            readable = False
-        if not readable:
+            return False
+
+    translated = []
+    for given in overrides:
+        text = _with_quoted_path(_as_hydra(given))
+        if not readable(text):
             raise ValueError(f"cannot read {given!r}: {UNREADABLE}")
+        translated.append(text)
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
             composed = hydra_compose("config", overrides=translated)
         return OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"cannot read the configuration: {error}") from error
+
+
+def _with_quoted_path(override: str) -> str:
+    """`override` with quotes around its value, if it names a file or a folder: one may have any name."""
+    key, _, value = override.partition("=")
+    quote = next((quote for quote in ("'", '"') if quote not in value), None)
+    if not key.endswith(("path", "dir", "folder")) or value in ("", "null") or "${" in value or quote is None \
+            or value[:1] in ("'", '"'):
+        return override
+    return f"{key}={quote}{value}{quote}"
 
 
 def _groups() -> set[str]:

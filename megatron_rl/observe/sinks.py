@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from megatron_rl.config.resume import settings
 from megatron_rl.config.schema import ObserveConfig
 from megatron_rl.observe.files import write_json, write_whole
@@ -22,7 +25,7 @@ from megatron_rl.observe.versions import collect_versions
 
 METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
 CONFIG, VERSIONS = "config.json", "versions.json"
-WANDB_CLOSE_S = 15.0
+WANDB_CLOSE_S = 60.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -128,7 +131,11 @@ class WandbFeed:
         try:
             self._process.communicate(b"" if exit_code else b"0", timeout=WANDB_CLOSE_S)
         except subprocess.TimeoutExpired:
+            family = psutil.Process(self._process.pid).children(recursive=True)  # wandb's service, which may hang
             self._process.kill()
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             self._process.communicate()
         if self._process.returncode:
             _LOG.warning("wandb did not get everything (exit code %d); metrics.jsonl has it. See %s",

@@ -20,27 +20,35 @@ from tests.engine.test_runs import ROOT, command, rows, start
 pytestmark = pytest.mark.slow
 
 
+OWN_SHARED_MEMORY = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /dev/shm && left=$0 && "$@"; code=$?; '
+                     'ls -A /dev/shm > "$left"; exit $code')
+"""Runs a command whose shared memory no other process of the machine sees; what is left there is listed in the file that
+the first argument names."""
+
+
 def listening(family: list[psutil.Process]) -> set[str]:
     """Addresses other than loopback on which these processes wait for connections."""
     return {connection.laddr.ip for one in family for connection in one.net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in ("127.0.0.1", "::1")}
 
 
+@pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+                    reason="this machine does not let a user mount a file system (unshare -rm)")
 def test_a_run_in_a_folder_of_any_name_leaves_nothing_outside_it(model, tmp_path):
     """With an engine of its own, reward processes and wandb; after it, TMPDIR and shared memory are as before."""
     run_dir, temporary = tmp_path / "l\u00e4ufe, 2. \u6570" / "a=b", Path(tempfile.mkdtemp(dir="/tmp"))
-    before = set(os.listdir("/dev/shm"))
     here = shutil.copytree(model, tmp_path / "mod\u00e8le")
+    words = command(f"model.path={here}", f"run.dir={run_dir}", "run.steps=2", "eval.problems=2",
+                    "observe.wandb=offline", "rollout.engine.deterministic=false")
     done = subprocess.run(
-        command(f"model.path='{here}'", 'run.dir="' + str(run_dir) + '"', "run.steps=2", "eval.problems=2",
-                "observe.wandb=offline", "rollout.engine.deterministic=false"),
-        cwd=ROOT, env=rank_environment() | {"TMPDIR": str(temporary)}, capture_output=True, text=True, timeout=600)
+        [*OWN_SHARED_MEMORY, str(tmp_path / "left"), *words], cwd=ROOT, capture_output=True, text=True, timeout=1200,
+        env=rank_environment() | {"TMPDIR": str(temporary)})
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows(run_dir)] == [1, 2] and (run_dir / "hf" / "model.safetensors").is_file()
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert os.listdir(temporary) == []
     temporary.rmdir()
-    assert set(os.listdir("/dev/shm")) - before == set()
+    assert (tmp_path / "left").read_text() == ""
     assert not (run_dir / "run.lock").exists()
 
 

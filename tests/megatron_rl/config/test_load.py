@@ -33,6 +33,18 @@ def test_groups_are_chosen_by_name():
     assert config.c3po.objective == "grpo"
 
 
+@pytest.mark.parametrize(("written", "name"), [
+    *((name, name) for name in (
+        "/tmp/l\u00e4ufe", "runs/\u6570 1", "a=b", "a,b", "(a)", "{a}", "[a]", "it's", 'say "so"', "a: b", "~/x", "C#",
+        "x y ", "plain", "1", "true")),
+    ("'quoted \u00e4'", "quoted \u00e4"), ('"quoted, too"', "quoted, too")])
+def test_a_folder_may_have_any_name(written, name):
+    assert load([f"run.dir={written}"]).run.dir == name
+    assert load([f"model.path={written}"]).model.path == name
+    assert load([f"select.folder={written}"]).select.folder == name
+    assert load([f"data.path={written}"]).data.path == name and load(["data.path=null"]).data.path is None
+
+
 def test_resume_needs_no_section():
     assert load(["resume=true"]).run.resume is True
 

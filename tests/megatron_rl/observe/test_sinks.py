@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_rl.config.schema import ObserveConfig
@@ -173,4 +174,6 @@ def test_whatever_becomes_of_wandb_the_run_goes_on_and_ends(which, blow, tmp_pat
                           cwd=REPOSITORY)
     assert done.returncode == 0 and done.stdout == "the end\n", done.stderr
     assert "wandb did not get everything" in done.stderr
+    left = [one for one in psutil.process_iter() if one.name() == "wandb-core" and str(tmp_path) in str(one.cmdline())]
+    assert left == []
     assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(1, 200))
