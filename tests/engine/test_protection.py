@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 OWN_SHARED_MEMORY = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /dev/shm && left=$0 && "$@"; code=$?; '
                      'ls -A /dev/shm > "$left"; exit $code')
-"""Runs a command whose shared memory no other process of the machine sees; what is left there is listed in the file that
-the first argument names."""
+"""Runs a command whose shared memory no other process of the machine sees; what is left there is listed in the file
+that the first argument names."""
 
 
 def listening(family: list[psutil.Process]) -> set[str]:
