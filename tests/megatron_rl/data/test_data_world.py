@@ -53,7 +53,8 @@ def test_text_is_read_however_it_is_packed(packed, text, mark, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [gzip.compress(LINES * 900)[:-40], zstd(LINES * 900)[:-10], gzip.compress(LINES)[:5],
-                                    b"\x1f\x8b nonsense", b"\x28\xb5\x2f\xfd nonsense"])
+                                    b"\x1f\x8b nonsense", b"\x28\xb5\x2f\xfd nonsense"],
+                         ids=["gzip", "zstd", "gzip's head", "gzip's sign", "zstd's sign"])
 def test_a_packed_file_that_is_cut_short_is_named(packed, tmp_path):
     (tmp_path / "cut.jsonl").write_bytes(packed)
     with pytest.raises(ValueError, match=r"cut.jsonl cannot be (unpacked|read to its end)"):
