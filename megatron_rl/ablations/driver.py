@@ -17,17 +17,14 @@ from rich.console import Console
 from megatron_rl.ablations.spec import Ablation, Scale
 from megatron_rl.config.check import check_evaluates
 from megatron_rl.config.load import from_json, load
+from megatron_rl.config.resume import changed
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
-from megatron_rl.config.show import differences
 from megatron_rl.launch.local import engines_for, terminable
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.runs import engine_errors, prepare_model, train_rl, train_sft
-
-MAY_DIFFER = {"run.resume", "run.resume_from", "run.dir", "rollout.engine.urls"}
-"""Keys in which a run that goes on may differ from its first start."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Run:
     def _check_same_run(self) -> None:
         path = self.folder / CONFIG
         if path.is_file():
-            other = [row for row in differences(from_json(path), self.config) if row[0] not in MAY_DIFFER]
+            other = changed(from_json(path), self.config)
             require(not other, f"{self.folder} holds a run of another configuration, different in "
                     f"{', '.join(key for key, *_ in other)}: remove that folder, or choose another with out=FOLDER")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.client import EngineClient
-from megatron_rl.rollout.fleet import Fleet, FleetError
+from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.responses import Responder, SamplingPlan, sampling_seed
 from megatron_rl.rollout.sampling import GenerateResult
-from megatron_rl.types import Finish, Prompt, Score
+from megatron_rl.types import Finish, Prompt, RolloutGroup, Score
 from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine, in_time
 from tests.reference_bailing import response_logprobs
 
@@ -118,15 +119,24 @@ def impatient(**changes):
     return replace(ROLLOUT, engine=replace(ROLLOUT.engine, wait_timeout_s=0.5), **changes)
 
 
+def failures(group: RolloutGroup) -> list[str]:
+    """What is said of the responses of a group that failed whole."""
+    assert [score.status for score in group.scores] == ["engine_error"] * len(group.scores)
+    assert all(rollout.finish is Finish.ERROR and not rollout.response_tokens for rollout in group.rollouts)
+    return [score.detail for score in group.scores]
+
+
 def test_no_engine_left_names_request_and_engine(tokenizer, dead_client):
-    with pytest.raises(FleetError, match=rf"request train-1-0-p0-\d-0: no engine served .*{dead_client.base_url}"):
-        collect([dead_client], tokenizer, make_prompts(1), impatient())
+    [group] = collect([dead_client], tokenizer, make_prompts(1), impatient())
+    assert all(re.match(rf"request train-1-0-p0-\d-0: no engine served .*{dead_client.base_url}", said)
+               for said in failures(group))
 
 
 def test_a_request_that_can_never_succeed_is_asked_once_and_says_why(live_engine, tokenizer):
-    with pytest.raises(FleetError, match=r"request train-1-0-p0-\d-0-0\. can never succeed: .*HTTP 400"):
-        collect([live_engine.client], tokenizer, [too_long(make_prompts(1)[0])],
-                replace(ROLLOUT, max_context_tokens=2048))
+    [group] = collect([live_engine.client], tokenizer, [too_long(make_prompts(1)[0])],
+                      replace(ROLLOUT, max_context_tokens=2048))
+    assert all(re.match(r"request train-1-0-p0-\d-0-0\. can never succeed: .*HTTP 400", said)
+               for said in failures(group))
 
 
 class Keeping(EngineClient):
@@ -142,19 +152,38 @@ class Keeping(EngineClient):
         return result
 
 
-def test_failure_cancels_what_still_runs(live_engine: LiveEngine, tokenizer):
-    config = replace(ROLLOUT, max_context_tokens=2048, max_response_tokens=500, retries=0)
+def test_a_prompt_that_fails_leaves_the_others_alone(live_engine: LiveEngine, tokenizer):
+    first, second = make_prompts(2)
+    whole, failed = collect([live_engine.client], tokenizer, [first, too_long(second)],
+                            replace(ROLLOUT, max_context_tokens=2048))
+    assert failures(failed) and not any(score.failed for score in whole.scores)
+    assert all(rollout.response_tokens for rollout in whole.rollouts)
+
+
+def test_who_is_cancelled_aborts_what_still_runs(live_engine: LiveEngine, tokenizer):
+    config = replace(ROLLOUT, max_context_tokens=2048, max_response_tokens=500)
     attempts = itertools.count()
 
     def ends() -> list[Finish]:
         number = next(attempts)  # the engine may still be ending the requests of the one before, and knows their ids
-        first, second = (replace(prompt, id=f"{prompt.id}-{number}") for prompt in make_prompts(2))
         client = Keeping(live_engine.process.base_url)
-        with pytest.raises(FleetError, match="p1"):
-            collect([client], tokenizer, [first, too_long(second)], config)
+        prompts = [replace(prompt, id=f"{prompt.id}-{number}") for prompt in make_prompts(2)]
+
+        async def cancelled() -> None:
+            fleet = Fleet([client], config)
+            await fleet.start()
+            try:
+                responder = Responder(fleet, config, tokenizer, LengthScorer(), seed=3, eos_token_id=0)
+                await asyncio.wait_for(responder.groups(prompts, step=1), timeout=0.3)
+            except TimeoutError:
+                pass
+            finally:
+                await fleet.close()
+
+        asyncio.run(cancelled())
         return client.ends
 
-    in_time(ends, lambda ends: len(ends) == 3 and Finish.ABORT in ends)
+    in_time(ends, lambda ends: Finish.ABORT in ends)
 
 
 def test_prompt_too_long_for_the_engine_is_named(live_engine: LiveEngine, tokenizer):

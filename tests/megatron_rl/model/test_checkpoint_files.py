@@ -147,5 +147,5 @@ def test_another_format_is_refused(tmp_path):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     (checkpoint / "manifest.sha256").write_text(
         subprocess.run(["sha256sum", "manifest.json"], cwd=checkpoint, capture_output=True, text=True).stdout)
-    with pytest.raises(ValueError, match="manifest.json: format 99, this version reads format 2"):
+    with pytest.raises(ValueError, match="manifest.json: format 99, this version reads format 3"):
         files.read_manifest(checkpoint)

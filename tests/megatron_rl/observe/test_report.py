@@ -29,7 +29,7 @@ def test_every_plot_of_a_full_run_is_there(full):
 
 
 def test_needs_no_other_file_and_no_network(full):
-    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", full)
+    without_namespaces = full.replace('"http://www.w3.org/2000/svg"', "")  # the name of a namespace, no address
     assert "http" not in without_namespaces
     assert not re.search(r"<(script \w|link|img|iframe)|@import|fetch\(|url\((?!#)", full)
 
