@@ -108,13 +108,21 @@ class Products(TorchDispatchMode):
         return result
 
 
+@pytest.fixture()
+def torch_as_released(monkeypatch):
+    """Without megatron_rl.compat's factories, which make CPU tensors once a test of this process imports Megatron."""
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like"):
+        factory = getattr(torch, name)
+        monkeypatch.setattr(torch, name, vars(factory)["__wrapped__"] if hasattr(factory, "__wrapped__") else factory)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
-def test_on_a_gpu_every_product_takes_bfloat16_and_returns_float32(scaled):
+def test_on_a_gpu_every_product_takes_bfloat16_and_returns_float32(scaled, torch_as_released):
     """On tensors that only claim to be on a GPU: matrix units are used, and nothing that they return is rounded."""
     with FakeTensorMode(), Products() as products_made:
-        hidden_TH, weight_VH = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (6, 40))
-        labels_T, g_T = torch.zeros(6, dtype=torch.int64, device="cuda"), torch.empty(6, device="cuda")
-        scale_H = torch.ones(16, device="cuda") if scaled else None
+        hidden_TH, weight_VH = (torch.empty(rows, 16, device="cuda:0", dtype=torch.bfloat16) for rows in (6, 40))
+        labels_T, g_T = torch.zeros(6, dtype=torch.int64, device="cuda:0"), torch.empty(6, device="cuda:0")
+        scale_H = torch.ones(16, device="cuda:0") if scaled else None
         head = op._Head(op.chunked, 0.7, 4, 0, 40, None, True, False)
         _, entropy_T, lse_T = op._forward(hidden_TH, weight_VH, labels_T, scale_H, head)
         op._backward(hidden_TH, weight_VH, labels_T, scale_H, lse_T, entropy_T, head, g_T, g_T, (True, True))
