@@ -91,7 +91,9 @@ def run_of(out: Path, source: str, *, resume: bool) -> RunConfig:
 
 def save(data: Path, out: Path, case: Case) -> None:
     """Two steps, a checkpoint, one step more."""
-    trainer = Trainer(data, case, run_of(out, case.name, resume=False))
+    run = run_of(out, case.name, resume=False)
+    Path(run.dir).mkdir(exist_ok=True)
+    trainer = Trainer(data, case, run)
     trainer.update()
     trainer.update()
     random.seed(case.name + str(trainer.here.rank))

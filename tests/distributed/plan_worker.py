@@ -114,9 +114,10 @@ def measure(folder: Path, case: str) -> dict:
     step = TrainStep(policy, optimizer, here, temperature=1.0, chunk_tokens=64)
     named = [item for gpt in policy.gpt_models for item in gpt.named_parameters()]
     live = LiveSaved([parameter for _, parameter in named])
+    batches = microbatches(config.parallel, here)
+    _, counts = step.count_routing(batches)
     with live.hooks():
-        step.update(microbatches(config.parallel, here), mean_logprob, lr=1e-3, balance_coef=0.01, z_loss_coef=0.01,
-                    counts=None)
+        step.update(batches, mean_logprob, lr=1e-3, balance_coef=0.01, z_loss_coef=0.01, counts=counts)
     buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     found = {
         "stage": here.pp_rank,
