@@ -37,7 +37,7 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
         learner = PolicyLearner(config, here)
     groups = workload.rollout_groups(lengths, responses_per_prompt=8, vocab=model["vocab_size"],
                                      prompt_tokens=(16, 64), seed=0)
-    batches = assemble(groups, config.c3po, dp=1, seed=0, step=0, max_response_tokens=longest)
+    batches = assemble(groups, config.algo, dp=1, seed=0, step=0, max_response_tokens=longest)
     (batch,) = workload.shard_of(learner, batches)
     microbatches, counts = learner._prepare(batch)  # learn() is _prepare, then _update, which is what is timed
 

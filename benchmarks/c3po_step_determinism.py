@@ -48,7 +48,7 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
                                                        tokens_per_microbatch=4096, parallel=ParallelConfig())
             learners[objective] = PolicyLearner(configs[objective], here)
         for step in range(steps):
-            batches = {name: assemble(groups[step], configs[name].c3po, dp=1, seed=0, step=step,
+            batches = {name: assemble(groups[step], configs[name].algo, dp=1, seed=0, step=step,
                                       max_response_tokens=longest) for name in learners}
             shards = {name: workload.shard_of(learners[name], batches[name]) for name in learners}
             timed = interleaved({name: lambda name=name, shards=shards: learners[name].learn(shards[name], Timers())

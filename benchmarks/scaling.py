@@ -54,7 +54,7 @@ def run_rank(rank: int, layout: str, folder: str, port: int, quick: bool, repeat
     learner = PolicyLearner(config, here)
     vocab = json.loads((path / "config.json").read_text())["vocab_size"]
     groups = workload.rollout_groups(lengths, responses_per_prompt=8, vocab=vocab, prompt_tokens=(16, 64), seed=0)
-    batches = assemble(groups, config.c3po, dp=here.dp_size, seed=0, step=0, max_response_tokens=longest)
+    batches = assemble(groups, config.algo, dp=here.dp_size, seed=0, step=0, max_response_tokens=longest)
     seconds = []
     for turn in range(repeats + 1):
         here.barrier()

@@ -119,7 +119,7 @@ def run_ours(path: Path, steps: list, longest: int) -> tuple[list[float], list[f
         if learner is None:
             learner = PolicyLearner(config, here)
         learner.config = config
-        batches = assemble(groups, config.c3po, dp=1, seed=0, step=number, max_response_tokens=longest)
+        batches = assemble(groups, config.algo, dp=1, seed=0, step=number, max_response_tokens=longest)
         started = time.perf_counter()
         (result,) = learner.learn(workload.shard_of(learner, batches), Timers())
         seconds.append(time.perf_counter() - started)

@@ -92,7 +92,7 @@ def train_config(folder: Path, *, objective: str, phi: int, tokens_per_microbatc
     """A run without KL, entropy bonus or engine, as the benchmarks train it."""
     return Config(
         model=ModelConfig(path=str(folder)), parallel=parallel,
-        c3po=AlgoConfig(objective=objective, phi=phi, advantage_scale="none", balance_coef=balance_coef,
+        algo=AlgoConfig(objective=objective, phi=phi, advantage_scale="none", balance_coef=balance_coef,
                         z_loss_coef=0.0, underfull="error", loss=C3POLossConfig(kl_coef=0.0, entropy_coef=0.0)),
         batch=BatchConfig(tokens_per_microbatch=tokens_per_microbatch),
         optimizer=OptimizerConfig(lr=lr, clip_grad=1.0),

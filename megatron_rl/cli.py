@@ -61,7 +61,7 @@ def _add(commands, name: str, text: usage.Help) -> argparse.ArgumentParser:
 
 def _overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value",
-                         help="keys of the configuration, e.g. c3po.phi=4096")
+                         help="keys of the configuration, e.g. algo.phi=4096")
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:

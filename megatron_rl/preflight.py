@@ -89,7 +89,7 @@ def check_folders(config: Config, *, exports: bool) -> None:
     refuse_code(config.model.path, trusted=config.model.trust_remote_code)
     check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
     reference = config.model.reference_path
-    if reference is not None and config.c3po.loss.kl_coef > 0:
+    if reference is not None and config.algo.loss.kl_coef > 0:
         check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
     run_dir = Path(config.run.dir)
     require(run_dir.is_dir() or not run_dir.exists(), f"run.dir={run_dir} is a file: name a folder")

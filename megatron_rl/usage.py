@@ -32,7 +32,7 @@ TOP_EXAMPLES = f"""\
 first steps:
   megatron-rl doctor                                         # what this machine has and lacks
   megatron-rl quickstart                                     # a small MoE from nothing to C3PO, with a report
-  megatron-rl rl experiment=quickstart run.dir=runs/mine c3po.phi=2048     # its RL again, with a key changed
+  megatron-rl rl experiment=quickstart run.dir=runs/mine algo.phi=2048     # its RL again, with a key changed
   megatron-rl config diff runs/quickstart/rl runs/mine       # in which keys two runs differ
   megatron-rl report runs/quickstart/rl runs/mine            # both in one page
   megatron-rl COMMAND --help                                 # what it reads and writes, and examples
@@ -83,7 +83,7 @@ COMMANDS = {
         "What can be checked is checked before anything starts. Stopped or failed, the same command with resume=true\n"
         "goes on.",
         """\
-  megatron-rl rl experiment=quickstart run.dir=runs/mine c3po.phi=2048
+  megatron-rl rl experiment=quickstart run.dir=runs/mine algo.phi=2048
   megatron-rl rl experiment=quickstart run.dir=runs/mine resume=true        # after a stop, or for more run.steps
   megatron-rl rl --check experiment=ring_lite_rl_stage1                     # 256 GPUs, checked on any machine
   megatron-rl rl model.path=HF_FOLDER data.path=problems.jsonl data.answer_key=solution parallel=ep2 run.dir=runs/own
@@ -176,5 +176,5 @@ CONFIG = {
                  "  megatron-rl config show experiment=quickstart parallel=tp2_ep2\n"),
     "diff": Help("the keys in which two configurations differ",
                  "LEFT and RIGHT: a run's folder, a config.json, overrides in quotes, or `defaults`.",
-                 "  megatron-rl config diff runs/quickstart/rl 'experiment=quickstart c3po.phi=2048'\n"),
+                 "  megatron-rl config diff runs/quickstart/rl 'experiment=quickstart algo.phi=2048'\n"),
 }

@@ -106,7 +106,7 @@ def check(ablation: Ablation, todo: Plan) -> None:
             validate(each.config, start=False)
         else:
             check_rl(each.config, None)
-        algo = each.config.c3po
+        algo = each.config.algo
         phi = f"{algo.phi_global(each.config.parallel.dp):,}" if algo.has_budget else "no budget"
         table.add_row(ablation.arms[each.arm], str(each.seed), phi, str(each.steps))
     Console().print(table)

@@ -131,7 +131,7 @@ def sharing_engines(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs in their order, neighbours together that the same engines can serve."""
     def needs(run: Run) -> tuple:
         rollout = run.config.rollout
-        return rollout.engine, rollout.max_context_tokens, run.config.model.dtype, run.config.c3po.router_replay
+        return rollout.engine, rollout.max_context_tokens, run.config.model.dtype, run.config.algo.router_replay
 
     return [list(group) for _, group in itertools.groupby(runs, key=needs)]
 

@@ -1,7 +1,7 @@
 """Whole groups in, the training samples of one optimiser step out: advantages first, then the budget cut.
 
 Order (spec Sec. 1, Fig. 3): scores -> advantages over all K responses of a group -> the step's responses in the
-order of c3po.order -> cut at Phi tokens. The cut ends a response's loss mask and its sequence: under causal attention
+order of algo.order -> cut at Phi tokens. The cut ends a response's loss mask and its sequence: under causal attention
 what follows the last kept token changes nothing that carries loss.
 """
 
@@ -64,8 +64,8 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
         share = order_N[update::algo.updates_per_rollout]
         selection = _select(usable_N[share], algo, phi)
         if algo.has_budget and algo.underfull == "error" and selection.selected_tokens < phi:
-            raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for c3po.phi={phi}; raise "
-                             "rollout.prompts_per_step or set c3po.underfull=collect_more")
+            raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for algo.phi={phi}; raise "
+                             "rollout.prompts_per_step or set algo.underfull=collect_more")
         kept = selection.kept_tokens_N.tolist()
         samples = tuple(_sample(int(index), rollouts[index], count, float(advantages_N[index]))
                         for index, count in zip(share.tolist(), kept, strict=True) if count)

@@ -1,4 +1,4 @@
-"""Section `c3po` of the configuration: the objective, the token budget, the losses and the corrections."""
+"""Section `algo` of the configuration: the objective, the token budget, the losses and the corrections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_rl.config.rules import require
 
 @dataclass(frozen=True)
 class AlgoConfig:
-    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `c3po`.
+    """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `algo`.
 
     phi: tokens of one optimiser step, of the cluster or of each data-parallel rank (scope). cutoff: the response that
     reaches it is cut there (`token`), or taken whole (`response`). underfull: what a step does that has fewer.
@@ -31,7 +31,7 @@ class AlgoConfig:
     mismatch: weight old / rollout of each token, capped at tis_cap, or 0 outside icepop_low..icepop_high, or 0 where
     the binary KL exceeds kpop_max_kl (nats). sequence_ratio_low, sequence_ratio_high (both or none): reject a sequence
     whose geometric mean of old / rollout lies outside; sequence_min_token_ratio: or whose smallest lies below (e.g.
-    1e-4). All of them act on the policy gradient only; each is independent of the objective and of c3po.loss.surrogate.
+    1e-4). All of them act on the policy gradient only; each is independent of the objective and of algo.loss.surrogate.
     router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
     own of the pass before the first update, `none` each forward's own. It goes with every objective and mismatch.
     """
@@ -62,23 +62,23 @@ class AlgoConfig:
     router_replay: Literal["none", "rollout", "trainer"] = "none"
 
     def __post_init__(self):
-        require(self.phi >= 1, f"c3po.phi={self.phi} must be at least 1 token")
+        require(self.phi >= 1, f"algo.phi={self.phi} must be at least 1 token")
         for name in ("updates_per_rollout", "max_collect_rounds"):
-            require(getattr(self, name) >= 1, f"c3po.{name}={getattr(self, name)} must be at least 1")
-        require(self.balance_coef >= 0, f"c3po.balance_coef={self.balance_coef} must not be negative")
-        require(self.z_loss_coef >= 0, f"c3po.z_loss_coef={self.z_loss_coef} must not be negative")
+            require(getattr(self, name) >= 1, f"algo.{name}={getattr(self, name)} must be at least 1")
+        require(self.balance_coef >= 0, f"algo.balance_coef={self.balance_coef} must not be negative")
+        require(self.z_loss_coef >= 0, f"algo.z_loss_coef={self.z_loss_coef} must not be negative")
         require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
-                "c3po.truncated=overlong_penalty needs c3po.overlong_buffer_tokens > 0")
+                "algo.truncated=overlong_penalty needs algo.overlong_buffer_tokens > 0")
         require(0 < self.icepop_low < self.icepop_high,
-                f"c3po.icepop_low={self.icepop_low} must be positive and below c3po.icepop_high={self.icepop_high}")
+                f"algo.icepop_low={self.icepop_low} must be positive and below algo.icepop_high={self.icepop_high}")
         for name in ("tis_cap", "kpop_max_kl"):
-            require(getattr(self, name) > 0, f"c3po.{name}={getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, f"algo.{name}={getattr(self, name)} must be positive")
         low, high, least = self.sequence_ratio_low, self.sequence_ratio_high, self.sequence_min_token_ratio
         require((low is None) == (high is None),
-                f"c3po.sequence_ratio_low={low} and c3po.sequence_ratio_high={high}: set both or none")
+                f"algo.sequence_ratio_low={low} and algo.sequence_ratio_high={high}: set both or none")
         require(low is None or 0 < low < high,
-                f"c3po.sequence_ratio_low={low} must be positive and below c3po.sequence_ratio_high={high}")
-        require(least is None or 0 < least < 1, f"c3po.sequence_min_token_ratio={least} must lie in (0, 1)")
+                f"algo.sequence_ratio_low={low} must be positive and below algo.sequence_ratio_high={high}")
+        require(least is None or 0 < least < 1, f"algo.sequence_min_token_ratio={least} must lie in (0, 1)")
 
     @property
     def has_budget(self) -> bool:

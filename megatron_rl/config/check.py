@@ -20,10 +20,10 @@ class Sizes:
 
 def check_rl(config: Config, sizes: Sizes | None) -> None:
     """Raise ValueError naming the keys of the first rule that does not hold. sizes None: no checkpoint at hand."""
-    algo, rollout, batch, parallel = config.c3po, config.rollout, config.batch, config.parallel
+    algo, rollout, batch, parallel = config.algo, config.rollout, config.batch, config.parallel
     require(not (algo.needs_whole_sequences and parallel.cp > 1),
-            f"parallel.cp={parallel.cp} spreads a sequence over ranks, but c3po.loss.surrogate=gspo and "
-            "c3po.sequence_* need all its tokens on one; use parallel.cp=1, or a surrogate and a correction per token")
+            f"parallel.cp={parallel.cp} spreads a sequence over ranks, but algo.loss.surrogate=gspo and "
+            "algo.sequence_* need all its tokens on one; use parallel.cp=1, or a surrogate and a correction per token")
     require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
             f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
@@ -39,17 +39,17 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
     require(rollout.responses_per_prompt > 1,
             "rollout.responses_per_prompt=1: a group-relative advantage needs at least 2 responses per prompt")
     require(algo.truncated != "overlong_penalty" or algo.overlong_buffer_tokens <= rollout.max_response_tokens,
-            f"c3po.overlong_buffer_tokens={algo.overlong_buffer_tokens} is more than a response may have "
+            f"algo.overlong_buffer_tokens={algo.overlong_buffer_tokens} is more than a response may have "
             f"(rollout.max_response_tokens={rollout.max_response_tokens})")
     if algo.has_budget:
         _check_budget(config)
     _check_collector(config)
     require(not (rollout.engine.router and algo.router_replay == "rollout"),
-            "rollout.engine.router drops the wish for routed experts from requests, which c3po.router_replay=rollout "
-            "needs; leave the router unset or use c3po.router_replay=trainer")
+            "rollout.engine.router drops the wish for routed experts from requests, which algo.router_replay=rollout "
+            "needs; leave the router unset or use algo.router_replay=trainer")
     require(not (algo.corrects_mismatch and rollout.top_p < 1.0),
             "rollout.top_p < 1 changes the sampled distribution but not the reported log-probabilities, so "
-            "c3po.mismatch and c3po.sequence_* cannot correct for it; use rollout.top_p=1.0")
+            "algo.mismatch and algo.sequence_* cannot correct for it; use rollout.top_p=1.0")
 
 
 def check_sft(config: Config, sizes: Sizes) -> None:
@@ -95,26 +95,26 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_collector(config: Config) -> None:
-    algo, rollout = config.c3po, config.rollout
+    algo, rollout = config.algo, config.rollout
     if rollout.collector == "budgeted":
-        require(algo.has_budget, f"rollout.collector=budgeted generates what c3po.phi needs, which "
-                f"c3po.objective={algo.objective} does not have; use rollout.collector=sync")
-        require(algo.order == "groups", "rollout.collector=budgeted needs c3po.order=groups: the reward of every "
+        require(algo.has_budget, f"rollout.collector=budgeted generates what algo.phi needs, which "
+                f"algo.objective={algo.objective} does not have; use rollout.collector=sync")
+        require(algo.order == "groups", "rollout.collector=budgeted needs algo.order=groups: the reward of every "
                 "response of a group is needed for its advantages, so whole groups must come first in the order")
     stale = (rollout.collector == "async" and rollout.max_staleness > 0) or rollout.collector == "partial"
     require(not stale or algo.corrects_mismatch,
             f"rollout.collector={rollout.collector} trains on tokens of older weights (rollout.max_staleness, "
-            "rollout.retention_steps), which must be corrected for: set c3po.mismatch=tis, icepop or kpop, or one "
-            "of c3po.sequence_*")
+            "rollout.retention_steps), which must be corrected for: set algo.mismatch=tis, icepop or kpop, or one "
+            "of algo.sequence_*")
 
 
 def _check_budget(config: Config) -> None:
-    algo, rollout, dp = config.c3po, config.rollout, config.parallel.dp
+    algo, rollout, dp = config.algo, config.rollout, config.parallel.dp
     phi = algo.phi_global(dp)
     require(algo.cutoff == "token" or phi >= rollout.max_response_tokens,
-            f"c3po.phi={algo.phi} ({phi} over the cluster) is smaller than one response may be "
-            f"(rollout.max_response_tokens={rollout.max_response_tokens}); with c3po.cutoff=response it cannot be "
-            "met: raise c3po.phi or use c3po.cutoff=token")
+            f"algo.phi={algo.phi} ({phi} over the cluster) is smaller than one response may be "
+            f"(rollout.max_response_tokens={rollout.max_response_tokens}); with algo.cutoff=response it cannot be "
+            "met: raise algo.phi or use algo.cutoff=token")
     if algo.underfull == "train_short":
         return
     rounds = algo.max_collect_rounds if algo.underfull == "collect_more" else 1
@@ -122,14 +122,14 @@ def _check_budget(config: Config) -> None:
     if rollout.collector == "partial":  # prompts_per_step is how many groups are open at a time
         sampled = rollout.budget_tokens or needed
         require(sampled * rounds >= needed,
-                f"rollout.budget_tokens={sampled} in {rounds} round(s) of a step can never meet c3po.phi: {needed} "
-                "response tokens per rollout; raise rollout.budget_tokens or lower c3po.phi")
+                f"rollout.budget_tokens={sampled} in {rounds} round(s) of a step can never meet algo.phi: {needed} "
+                "response tokens per rollout; raise rollout.budget_tokens or lower algo.phi")
         return
     responses = rollout.prompts_per_step * rollout.responses_per_prompt
     require(responses * rollout.max_response_tokens * rounds >= needed,
-            f"c3po.phi: {needed} response tokens per rollout can never be met by {responses} responses of at most "
+            f"algo.phi: {needed} response tokens per rollout can never be met by {responses} responses of at most "
             f"{rollout.max_response_tokens} tokens in {rounds} round(s); raise rollout.prompts_per_step or lower "
-            "c3po.phi")
+            "algo.phi")
 
 
 def sft_summary(config: Config, sizes: Sizes) -> list[tuple[str, str]]:
@@ -145,7 +145,7 @@ def sft_summary(config: Config, sizes: Sizes) -> list[tuple[str, str]]:
 
 def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
     """(name, value) rows: the layout that this configuration resolves to."""
-    parallel, algo, rollout = config.parallel, config.c3po, config.rollout
+    parallel, algo, rollout = config.parallel, config.algo, config.rollout
     dp, phi = parallel.dp, algo.phi_global(parallel.dp)
     responses = rollout.prompts_per_step * rollout.responses_per_prompt
     prompt_room = rollout.max_context_tokens - rollout.max_response_tokens
@@ -158,8 +158,8 @@ def summary(config: Config, sizes: Sizes | None) -> list[tuple[str, str]]:
                     f" up to {rollout.max_response_tokens} tokens after prompts of up to {prompt_room}"),
         ("objective", f"{algo.objective}, surrogate {algo.loss.surrogate}, mismatch {algo.mismatch}"),
         ("Phi", f"{phi:,} response tokens per optimiser step over the cluster, {phi / dp:,.0f} per data-parallel rank"
-                f" (c3po.scope={algo.scope}, cutoff={algo.cutoff})" if algo.has_budget else
-                f"none: every response token trains (c3po.objective={algo.objective})"),
+                f" (algo.scope={algo.scope}, cutoff={algo.cutoff})" if algo.has_budget else
+                f"none: every response token trains (algo.objective={algo.objective})"),
         ("optimiser steps per rollout", str(algo.updates_per_rollout)),
         ("micro-batches", f"at least {least} per rank and step, of at most "
                           f"{config.batch.tokens_per_microbatch:,} tokens on a rank"),

@@ -22,12 +22,14 @@ from megatron_rl.config.schema import Config
 
 SHORTHANDS = {"resume": "run.resume", "seed": "run.seed", "steps": "run.steps"}
 """Overrides that may be given without their section."""
+RENAMED = {"c3po": "algo"}
+"""Keys of older versions, and what they are called now."""
 UNREADABLE = ("text with commas, colons, equals signs, brackets or quotes needs quotes of its own inside the shell's, "
               """such as 'data.prompt_suffix="Answer: x, y"' or 'rollout.stop=["a","b"]'""")
 
 
 def load(overrides: Sequence[str]) -> Config:
-    """Compose conf/config.yaml with Hydra overrides (`c3po.phi=4096 parallel=ep2`) and build the Config."""
+    """Compose conf/config.yaml with Hydra overrides (`algo.phi=4096 parallel=ep2`) and build the Config."""
     return build(compose(overrides))
 
 
@@ -134,6 +136,9 @@ def _dataclass(cls, raw: Any, path: str):
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in raw:
+        if (old := _join(path, key)) in RENAMED:
+            raise ValueError(f"{old} is called {RENAMED[old]} now: write {RENAMED[old]} for {old} in every key, file and "
+                             "command")
         if key not in names:
             raise ValueError(f"unknown key {_join(path, key)}{_nearest(key, names, path)}")
     try:

@@ -18,7 +18,7 @@ HEADER = """\
 Every key with its type and default, written by `python -m megatron_rl.config.reference` from
 `megatron_rl/config/schema.py`, which is where defaults live. YAML files under `conf/` hold differences only.
 
-Set keys on any command line by their path (`c3po.phi=4096`), choose groups by name (`experiment=quickstart`,
+Set keys on any command line by their path (`algo.phi=4096`), choose groups by name (`experiment=quickstart`,
 `parallel=ep2`, `algo=grpo`). `resume`, `seed` and `steps` may be given without their section `run`.
 """
 

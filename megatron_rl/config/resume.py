@@ -31,9 +31,9 @@ def changed(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
 def changes_experiment(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """Those of `changed` that change what the run learns."""
     found = [row for row in changed(before, now) if _matters(row[0], before)]
-    phi = [config.c3po.phi_global(config.parallel.dp) for config in (before, now)]
-    if phi[0] != phi[1] and before.c3po.phi == now.c3po.phi:  # c3po.scope=per_dp_rank in another layout
-        found.append(("c3po.phi over the cluster", *phi))
+    phi = [config.algo.phi_global(config.parallel.dp) for config in (before, now)]
+    if phi[0] != phi[1] and before.algo.phi == now.algo.phi:  # algo.scope=per_dp_rank in another layout
+        found.append(("algo.phi over the cluster", *phi))
     return found
 
 

@@ -111,7 +111,7 @@ class RolloutConfig:
     A step takes prompts_per_step prompts, responses_per_prompt responses to each, of at most max_response_tokens, with
     their prompt max_context_tokens; sampled at temperature and top_p until the end token or one of `stop`.
     collector: `sync` samples every response of the step's prompts; `budgeted` stops as soon as the groups first in
-    order fill c3po.phi (needs c3po.order=groups); `partial` samples budget_tokens per step (None: Phi of the step)
+    order fill algo.phi (needs algo.order=groups); `partial` samples budget_tokens per step (None: Phi of the step)
     in slices of slice_tokens and carries unfinished responses on, for retention_steps at most; `async` samples up
     to max_staleness steps ahead while the trainer trains.
     environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most

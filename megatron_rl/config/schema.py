@@ -28,7 +28,7 @@ class RunConfig:
     save_every_steps steps and at the end, the newest keep_checkpoints stay; export_hf: at the end also a Hugging Face
     folder, <dir>/hf. resume: go on from the newest checkpoint; `auto`: if there is a run in dir, else begin one.
     resume_from: go on from the checkpoint of this name (step_00000020); newer ones are set aside under other names.
-    accept_changes: go on although settings differ that change what is learned, such as c3po.phi or the data.
+    accept_changes: go on although settings differ that change what is learned, such as algo.phi or the data.
     async_save: write checkpoints in the background, for a copy of the state in memory.
     max_skipped_in_a_row: a step whose loss or gradient is NaN or infinite changes nothing; more of them than this in
     a row end the run. keep_dumps: so many of them are kept in <dir>/dumps for `megatron-rl replay-step`, with the
@@ -331,7 +331,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    c3po: AlgoConfig = field(default_factory=AlgoConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

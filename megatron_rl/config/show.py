@@ -28,7 +28,7 @@ def named(what: str) -> Config:
     if "=" in what:
         return load(what.split())
     raise ValueError(f"{what}: neither a run's folder with config.json, nor such a file, nor overrides like "
-                     "'experiment=quickstart c3po.phi=2048', nor 'defaults'")
+                     "'experiment=quickstart algo.phi=2048', nor 'defaults'")
 
 
 def differences(left: Config, right: Config) -> list[tuple[str, Any, Any]]:

@@ -7,12 +7,12 @@ from typing import Literal
 
 from megatron_rl.config.rules import require
 
-STAGED = ("batch", "c3po", "data", "eval", "optimizer", "reward", "rollout")
+STAGED = ("algo", "batch", "data", "eval", "optimizer", "reward", "rollout")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage, called `name`: `steps` steps with the keys of `set` changed, e.g. {c3po.phi: 8192}.
+    """One stage, called `name`: `steps` steps with the keys of `set` changed, e.g. {algo.phi: 8192}.
 
     The stages' steps add up to run.steps. plateau_steps, if not 0: the stage ends sooner, when the mean reward of its
     last so many steps is less than plateau_gain above that of as many before. optimizer: AdamW's moments and the place

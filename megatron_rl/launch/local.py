@@ -73,7 +73,7 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
         log = log_path if engine.count == 1 else log_path.with_stem(f"{log_path.stem}-{number}")
         processes.append(EngineProcess.from_config(
             config.rollout, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
-            weight_version=NOTHING_PUBLISHED, return_routed_experts=config.c3po.router_replay == "rollout",
+            weight_version=NOTHING_PUBLISHED, return_routed_experts=config.algo.router_replay == "rollout",
             fp32_lm_head=config.model.fp32_lm_head, taken_ports=[process.port for process in processes], number=number))
     served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
     if engine.router == "local":

@@ -262,7 +262,7 @@ def _evaluation_cell(row: Mapping[str, Any], key: str, title: str, pattern: str)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys with JSON values: {"c3po.phi": "4096", ...}."""
+    """Nested mappings as dotted keys with JSON values: {"algo.phi": "4096", ...}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

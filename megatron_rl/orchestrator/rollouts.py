@@ -61,7 +61,7 @@ class Rollouts:
         shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
-        fill = BudgetFill(config.c3po, config.parallel.dp, config.rollout.max_response_tokens)
+        fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
                    **budget_metrics(groups, batches)}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
@@ -79,12 +79,12 @@ class Collect(Protocol):
 
 async def collect_budget(config: Config, collect: Collect | Callable,
                          step: int) -> tuple[list[RolloutGroup], list[StepBatch], Ledger, int]:
-    """Whole groups until this step has what its optimiser steps need (c3po.underfull decides), and their account.
+    """Whole groups until this step has what its optimiser steps need (algo.underfull decides), and their account.
 
     With a budget that is Phi tokens for each optimiser step; without one, prompts_per_step groups that dynamic sampling
-    keeps. UnfillableStep after c3po.max_collect_rounds.
+    keeps. UnfillableStep after algo.max_collect_rounds.
     """
-    algo, dp = config.c3po, config.parallel.dp
+    algo, dp = config.algo, config.parallel.dp
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     groups: list[RolloutGroup] = []
     ledger: Ledger | None = None
@@ -106,10 +106,10 @@ async def collect_budget(config: Config, collect: Collect | Callable,
     if groups and not algo.has_budget:
         raise UnfillableStep(
             f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses in mixed "
-            f"groups after c3po.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, or set "
-            "c3po.dynamic_sampling=false or c3po.underfull=train_short")
+            f"groups after algo.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, or set "
+            "algo.dynamic_sampling=false or algo.underfull=train_short")
     available = sum(batch.available_tokens for batch in batches) if groups else 0
     raise UnfillableStep(
-        f"step {step}: {available} response tokens after c3po.max_collect_rounds={algo.max_collect_rounds} rounds, "
-        f"{step_budget(algo, dp)} needed for c3po.phi={algo.phi}; raise rollout.prompts_per_step or "
-        "c3po.max_collect_rounds, or lower c3po.phi")
+        f"step {step}: {available} response tokens after algo.max_collect_rounds={algo.max_collect_rounds} rounds, "
+        f"{step_budget(algo, dp)} needed for algo.phi={algo.phi}; raise rollout.prompts_per_step or "
+        "algo.max_collect_rounds, or lower algo.phi")

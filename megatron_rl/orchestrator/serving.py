@@ -59,8 +59,8 @@ class Serving:
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:
-    """What to ask the engine about experts: nothing unless c3po.router_replay=rollout."""
-    if config.c3po.router_replay != "rollout":
+    """What to ask the engine about experts: nothing unless algo.router_replay=rollout."""
+    if config.algo.router_replay != "rollout":
         return None
     network = read_config(config.model.path)
     layers = range(network.num_hidden_layers)
@@ -71,7 +71,7 @@ def engine_routing(config: Config) -> RoutedLayers | None:
 def build_collector(config: Config, responder: Responder, prompts: Prompts) -> Collector:
     """The collector that rollout.collector names."""
     rollout = config.rollout
-    fill = BudgetFill(config.c3po, config.parallel.dp, rollout.max_response_tokens)
+    fill = BudgetFill(config.algo, config.parallel.dp, rollout.max_response_tokens)
     shared = {"prompts_per_step": rollout.prompts_per_step}
     if rollout.collector == "budgeted":
         return BudgetedCollector(responder, prompts, fill, **shared, overprovision=rollout.overprovision,

@@ -53,11 +53,11 @@ class Stage:
         """Optimiser steps that the learning-rate schedule spans: of all stages that share it, if none ends early."""
         stages = self.whole.stages
         if not stages:
-            return self.config.run.steps * self.config.c3po.updates_per_rollout
+            return self.config.run.steps * self.config.algo.updates_per_rollout
         anew = [index for index, stage in enumerate(stages) if stage.optimizer == "reset"]
         first = max((index for index in anew if index <= self.index), default=0)
         end = min((index for index in anew if index > self.index), default=len(stages))
-        return sum(stage.steps * config.c3po.updates_per_rollout
+        return sum(stage.steps * config.algo.updates_per_rollout
                    for stage, config in list(zip(stages, stage_configs(self.whole), strict=True))[first:end])
 
     @property

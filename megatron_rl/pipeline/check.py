@@ -86,9 +86,9 @@ def table(plan: Plan) -> Table:
         cells = ["-"] * 5
         if stage.recipe in ("sft", "rl"):
             rl = stage.recipe == "rl"
-            budget = rl and config.c3po.has_budget
+            budget = rl and config.algo.has_budget
             cells = [str(config.parallel.world_size), f"{config.run.steps if rl else config.sft.total_steps:,}",
-                     f"{config.c3po.phi_global(config.parallel.dp):,}" if budget else "-",
+                     f"{config.algo.phi_global(config.parallel.dp):,}" if budget else "-",
                      f"{rl_stages.widest(config).rollout.max_context_tokens:,}", f"{config.optimizer.lr:g}"]
         elif stage.recipe == "select":
             cells[3] = f"{config.rollout.max_context_tokens:,}"

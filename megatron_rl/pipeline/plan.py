@@ -149,6 +149,6 @@ def _check(result: Plan) -> None:
         if stage.recipe in ("select", "rl"):
             for key, given, needed in (
                     ("model.dtype", stage.config.model.dtype, whole.model.dtype),
-                    ("c3po.router_replay", stage.config.c3po.router_replay, whole.c3po.router_replay)):
+                    ("algo.router_replay", stage.config.algo.router_replay, whole.algo.router_replay)):
                 require(given == needed, f"stage {stage.name}: {key}={given}, but {key}={needed} of the pipeline: one "
                         "engine serves every stage, so they must be the same")

@@ -100,7 +100,7 @@ def _work(stage: Stage) -> str:
     if stage.recipe == "sft":
         return f"{config.sft.total_steps:,} steps, {config.sft.epochs} epochs of {config.sft.examples:,} examples"
     if stage.recipe == "rl":
-        budget = f", Phi {config.c3po.phi_global(config.parallel.dp):,}" if config.c3po.has_budget else ""
+        budget = f", Phi {config.algo.phi_global(config.parallel.dp):,}" if config.algo.has_budget else ""
         return f"{config.run.steps:,} steps{budget}"
     if stage.recipe == "select":
         return f"{config.select.problems} RL prompts x {config.select.samples} samples from every epoch"

@@ -68,7 +68,7 @@ def propose(model: Network, config: Config, hardware: Hardware, *, engine_bytes:
 def variants(model: Network, config: Config) -> Iterator[Config]:
     """`config` under every layout that the rules allow, with and without recompute; Phi of the cluster stays."""
     world = config.parallel.world_size
-    algo = dataclasses.replace(config.c3po, scope="global", phi=config.c3po.phi_global(config.parallel.dp))
+    algo = dataclasses.replace(config.algo, scope="global", phi=config.algo.phi_global(config.parallel.dp))
     powers = [size for size in (1, 2, 4, 8) if world % size == 0]
     pipelines = [size for size in range(1, min(world, model.num_hidden_layers) + 1)
                  if world % size == 0 and model.num_hidden_layers % size == 0]
@@ -79,7 +79,7 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
             try:
                 parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
                 check_layout(model, parallel)
-                variant = dataclasses.replace(config, parallel=parallel, c3po=algo)
+                variant = dataclasses.replace(config, parallel=parallel, algo=algo)
                 check_rl(variant, None)
             except ValueError:
                 continue

@@ -62,7 +62,7 @@ def expected_microbatches(config: Config) -> int:
     Prompts are taken at half their room. One data-parallel rank's responses (with a budget about phi / dp / mean
     length, without one its share of the rollout) go through the run's own planner (batch/schedule.py).
     """
-    algo, rollout, parallel = config.c3po, config.rollout, config.parallel
+    algo, rollout, parallel = config.algo, config.rollout, config.parallel
     if algo.has_budget:
         responses = algo.phi_global(parallel.dp) / ((1 + rollout.max_response_tokens) / 2)
     else:
@@ -100,7 +100,7 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
         stage=stage, dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
         expert_parameters=sum(sum(chunk.experts) for chunk in chunks), num_microbatches=num_microbatches,
         weights=weights, gradients=gradients, optimizer=optimizer,
-        reference=parameters * element if config.c3po.loss.kl_coef > 0 else 0,
+        reference=parameters * element if config.algo.loss.kl_coef > 0 else 0,
         activations=activation_bytes(model, config, stage, num_microbatches), logits=logits,
         publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes)
 

@@ -32,10 +32,10 @@ def plan_text(model: Network, config: Config, given: Proposal, proposals: Sequen
 
 def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
     total, active = count_parameters(model)
-    parallel, algo, rollout = config.parallel, config.c3po, config.rollout
+    parallel, algo, rollout = config.parallel, config.algo, config.rollout
     trained = f"Phi {algo.phi_global(parallel.dp):,} response tokens" if algo.has_budget else (
         f"{rollout.prompts_per_step * rollout.responses_per_prompt // algo.updates_per_rollout:,} whole responses "
-        f"(c3po.objective={algo.objective})")
+        f"(algo.objective={algo.objective})")
     return [
         f"model      {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active per token, {config.model.dtype}",
         f"layout     {parallel.world_size} GPUs of {hardware.gpu_memory / GB:g} GB: {layout(parallel)}",

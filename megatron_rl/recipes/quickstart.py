@@ -52,7 +52,7 @@ def run(overrides: Sequence[str], console: Console) -> Path:
         console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, "
                       f"{sft.parallel.world_size} rank(s), EP {sft.parallel.ep})")
         run_ranks("sft", sft)
-        console.print(f"[bold]3/4[/bold] C3PO: {rl.c3po.phi} training tokens in each of {rl.run.steps} steps "
+        console.print(f"[bold]3/4[/bold] C3PO: {rl.algo.phi} training tokens in each of {rl.run.steps} steps "
                       "(Megatron trains, SGLang samples, Math-Verify judges)")
         run_rl(served)
     results = label_stages(folder / "rl", before_sft)

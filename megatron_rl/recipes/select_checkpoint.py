@@ -136,7 +136,7 @@ def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candi
     sft = json.loads(record.read_text()) if record.is_file() else {}
     return Candidate(
         path=str(path), epoch=sft.get("epoch", int(path.name.rpartition("_")[2])), sft_tokens=sft.get("tokens"),
-        token_efficiency=rl_tokens(config) / sft["tokens"] if config.c3po.has_budget and "tokens" in sft else None,
+        token_efficiency=rl_tokens(config) / sft["tokens"] if config.algo.has_budget and "tokens" in sft else None,
         entropy=entropy, entropy_low=low, entropy_high=high, mean_length=float(lengths.mean()),
         length_variance=float(lengths.var()), samples=k,
         truncated_fraction=float(np.mean([rollout.finish is Finish.LENGTH for rollout in rollouts])),
@@ -146,7 +146,7 @@ def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candi
 
 def rl_tokens(config: Config) -> int:
     """Tokens that the RL run will train on: known beforehand, since every step has exactly Phi."""
-    algo = config.c3po
+    algo = config.algo
     return config.run.steps * algo.updates_per_rollout * algo.phi_global(config.parallel.dp)
 
 

@@ -74,7 +74,7 @@ class EngineClient:
         encoded = answer["meta_info"].get("routed_experts")
         if encoded is None:
             raise EngineHTTPError(f"POST {self.base_url}/generate: no routed_experts in the answer; "
-                                  "c3po.router_replay=rollout needs an SGLang server that was started with "
+                                  "algo.router_replay=rollout needs an SGLang server that was started with "
                                   "--enable-return-routed-experts")
         try:
             return layers.decode(encoded, num_tokens=prompt_tokens + len(answer["output_ids"]))

@@ -19,10 +19,10 @@ class RoutedLayers:
 
     def __post_init__(self):
         if not self.moe_layers:
-            raise ValueError("c3po.router_replay=rollout: the model has no MoE layer; use c3po.router_replay=none")
+            raise ValueError("algo.router_replay=rollout: the model has no MoE layer; use algo.router_replay=none")
         if self.num_experts > 256:
-            raise ValueError(f"c3po.router_replay=rollout sends experts as bytes, and the model has {self.num_experts} "
-                             "> 256 experts; use c3po.router_replay=trainer or none")
+            raise ValueError(f"algo.router_replay=rollout sends experts as bytes, and the model has {self.num_experts} "
+                             "> 256 experts; use algo.router_replay=trainer or none")
 
     def decode(self, encoded: str, *, num_tokens: int) -> np.ndarray:
         """uint8 [num_tokens - 1, M, topk] from SGLang's base64 int32 [num_tokens - 1, num_layers, topk].

@@ -60,14 +60,14 @@ class PolicyLearner:
     def __init__(self, config: Config, topology: Topology, schedule_updates: int | None = None,
                  stage: int | None = None):
         self.config, self.topology = config, topology
-        self._schedule_updates = schedule_updates or config.run.steps * config.c3po.updates_per_rollout
+        self._schedule_updates = schedule_updates or config.run.steps * config.algo.updates_per_rollout
         self.policy, self.optimizer, self.step = build_trainable(
             config, topology, temperature=config.rollout.temperature)
         self.exporter = Exporter(self.policy, topology)
         self._guarded = GuardedStep(config, topology, self.step, self.exporter, temperature=config.rollout.temperature,
                                     stage=stage)
         self._reference: Policy | None = None
-        if config.c3po.loss.kl_coef > 0:
+        if config.algo.loss.kl_coef > 0:
             self._reference = build_policy(self.policy.config, config.model, config.parallel, with_gradients=False)
             load_hf(self._reference, topology, config.model.reference_path or config.model.path)
         self.updates_done = 0
@@ -86,7 +86,7 @@ class PolicyLearner:
             return [self._update(update, *parts) for update, parts in zip(updates, prepared, strict=True)]
 
     def _prepare(self, update: UpdateShard) -> tuple[list[PackedMicrobatch], RoutingCounts | None]:
-        network, replay = self.policy.config, self.config.c3po.router_replay
+        network, replay = self.policy.config, self.config.algo.router_replay
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
         microbatches = pack_all(update.microbatches(), update.least_tokens, self.config, self.topology, shape)
         old, counts = None, None
@@ -104,12 +104,12 @@ class PolicyLearner:
         """Whether the update's own forward pass cannot tell what the pass before it would: with one update to a
         rollout it starts from the old log-probabilities, so only the balance loss (the whole step's load, before any
         gradient) and routes recorded for replay need one."""
-        algo, network = self.config.c3po, self.policy.config
+        algo, network = self.config.algo, self.policy.config
         return (algo.updates_per_rollout > 1 or algo.router_replay == "trainer"
                 or (network.num_moe_layers > 0 and algo.balance_coef > 0))
 
     def _update(self, update: UpdateShard, microbatches: list[PackedMicrobatch], counts) -> StepResult:
-        algo = self.config.c3po
+        algo = self.config.algo
         totals = StepTotals(phi=update.phi, selected_tokens=update.selected_tokens,
                             num_responses=update.num_responses,
                             max_response_tokens=self.config.rollout.max_response_tokens)

@@ -26,7 +26,7 @@ from megatron_rl.types import PackedMicrobatch
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """TokenLoss of one optimiser step: c3po.objective, c3po.loss and the weights against engine-trainer mismatch."""
+    """TokenLoss of one optimiser step: algo.objective, algo.loss and the weights against engine-trainer mismatch."""
 
     algo: AlgoConfig
     totals: StepTotals

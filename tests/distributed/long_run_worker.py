@@ -41,7 +41,7 @@ def step_batch(config, step: int) -> StepBatch:
         scores = tuple(Score(float(value), "correct" if value else "wrong") for value in rng.integers(0, 2, RESPONSES))
         groups.append(RolloutGroup(Prompt(str(index), (1, 2, 3, 4), "q", "a", "math"), tuple(rollouts),
                                    ("",) * RESPONSES, scores))
-    batch, = assemble(groups, config.c3po, dp=config.parallel.dp, seed=0, step=step,
+    batch, = assemble(groups, config.algo, dp=config.parallel.dp, seed=0, step=step,
                       max_response_tokens=config.rollout.max_response_tokens)
     if step == SPOILT_STEP:
         samples = list(batch.samples)

@@ -27,7 +27,7 @@ HEALTHY_STEP = 2
 
 
 def start(run_dir: Path, model: Path, *overrides: str) -> subprocess.CompletedProcess:
-    config = load([f"run.dir={run_dir}", f"model.path={model}", "c3po.phi=90", "c3po.loss.kl_coef=0.01",
+    config = load([f"run.dir={run_dir}", f"model.path={model}", "algo.phi=90", "algo.loss.kl_coef=0.01",
                    "batch.tokens_per_microbatch=40", "rollout.max_response_tokens=20", "rollout.max_context_tokens=32",
                    "optimizer.lr=1e-3", *overrides])
     run_dir.mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_an_update_on_policy_needs_no_pass_before_it(model, tmp_path):
     """Without a balance loss the old log-probabilities are the update's own; recorded routes force the pass."""
     reports = []
     for name, replay in (("without", "none"), ("with", "trainer")):
-        done = start(tmp_path / name, model, "c3po.balance_coef=0", "c3po.mismatch=tis", f"c3po.router_replay={replay}")
+        done = start(tmp_path / name, model, "algo.balance_coef=0", "algo.mismatch=tis", f"algo.router_replay={replay}")
         assert done.returncode == 0, done.stderr[-3000:]
         reports.append(torch.load(tmp_path / name / "steps.pt")["weights"][-1])
     without, with_ = reports
@@ -102,7 +102,7 @@ def test_a_healthy_step_replays_to_the_same_bits(runs, layout):
 def test_an_infinite_advantage_is_found_in_its_sample(runs):
     run_dir, _ = runs("tp2_plain")
     _, first, *others = replayed(run_dir, worker.SPOILT_STEP)
-    config = load(["c3po.phi=90", "parallel=tp2"])
+    config = load(["algo.phi=90", "parallel=tp2"])
     sample = worker.step_batch(config, worker.SPOILT_STEP).samples[worker.SPOILT_PLACE].index
     assert first.startswith("input: advantages, micro-batch ") and first.endswith(f", sample {sample}")
     assert others[-1].startswith("gradient: ")

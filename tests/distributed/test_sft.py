@@ -86,7 +86,7 @@ def test_rl_starts_from_an_epochs_folder_with_equal_logprobs(folder, rows):
     """The fourth step's loss is what the weights after epoch 1 say of its examples, before they change."""
     config = configuration(folder, "single")
     exported = folder / "ep2" / "epochs" / "epoch_01"
-    rl = load(["experiment=quickstart", "parallel=single", f"model.path={exported}", "c3po.loss.kl_coef=0",
+    rl = load(["experiment=quickstart", "parallel=single", f"model.path={exported}", "algo.loss.kl_coef=0",
                "rollout.max_context_tokens=128", "data.split=train"])
     path, out = folder / "rl.json", folder / "logprob.json"
     path.write_text(json.dumps(to_dict(rl)))

@@ -36,7 +36,7 @@ SETTINGS = [
     "experiment=quickstart", f"run.steps={STEPS}", f"run.save_every_steps={SAVE_EVERY}", "run.keep_checkpoints=99",
     f"eval.every_steps={EVALUATE_EVERY}", "eval.problems=2",
     "rollout.prompts_per_step=2", "rollout.responses_per_prompt=4",
-    "rollout.max_response_tokens=12", "rollout.max_context_tokens=64", "c3po.phi=40", "c3po.updates_per_rollout=2",
+    "rollout.max_response_tokens=12", "rollout.max_context_tokens=64", "algo.phi=40", "algo.updates_per_rollout=2",
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
     "rollout.engine.start_timeout_s=900", "observe.progress=false", "orchestrator.max_restarts=99",
 ]

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 SHORT = [
     "parallel=single", "run.steps=2", "run.save_every_steps=1", "run.keep_checkpoints=2", "eval.every_steps=0",
     "eval.bootstrap_resamples=50", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=2",
-    "rollout.max_response_tokens=16", "rollout.max_context_tokens=96", "rollout.stop=[]", "c3po.phi=64",
-    "c3po.dynamic_sampling=false", "c3po.underfull=train_short", "reward.routes.math=tests.rewards.brevity",
+    "rollout.max_response_tokens=16", "rollout.max_context_tokens=96", "rollout.stop=[]", "algo.phi=64",
+    "algo.dynamic_sampling=false", "algo.underfull=train_short", "reward.routes.math=tests.rewards.brevity",
     "reward.routes.arithmetic=tests.rewards.brevity", "observe.progress=false", "observe.wandb=off",
 ]
 

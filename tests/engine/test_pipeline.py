@@ -23,8 +23,8 @@ STAGES = ["base", "long_cot_sft", "choice", "math_rl", "code_science_rl", "gener
 TRAINED = {"long_cot_sft": 8, "math_rl": 3, "code_science_rl": 2, "general_sft": 2}  # steps
 SMALL_SFT = ["parallel=single", "sft.examples=64", "sft.schedule_epochs=null"]
 SMALL_RL = ["parallel=single", "run.save_every_steps=1", "eval.every_steps=0", "rollout.prompts_per_step=4",
-            "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12", "c3po.phi=32",
-            "c3po.underfull=train_short", "reward.routes.math=tests.rewards.brevity"]
+            "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12", "algo.phi=32",
+            "algo.underfull=train_short", "reward.routes.math=tests.rewards.brevity"]
 SMALL = [
     "experiment=ring_lite_tiny", "rollout.engine.deterministic=true", "rollout.max_response_tokens=12",
     "eval.bootstrap_resamples=50", *(f"eval.benchmarks.{name}.{key}" for name in ("math", "code", "science", "general")

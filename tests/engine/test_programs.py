@@ -122,7 +122,7 @@ def test_a_request_to_stop_saves_and_the_same_run_goes_on(alone, configured, tmp
 def test_a_step_that_cannot_be_filled_saves_and_ends_the_run_with_its_reason(configured, tmp_path, monkeypatch):
     """As where everything has been learnt: after two steps no group is mixed any more."""
     monkeypatch.setenv("LEARNT_RUN", str(tmp_path))
-    ended = run_rl(configured(tmp_path, "c3po.dynamic_sampling=true", "c3po.max_collect_rounds=4", "c3po.phi=10",
+    ended = run_rl(configured(tmp_path, "algo.dynamic_sampling=true", "algo.max_collect_rounds=4", "algo.phi=10",
                               "reward.routes.math=tests.rewards.learnt_after_two_steps"))
     assert ended.how is End.UNFILLABLE and ended.why.startswith("step 2: ")
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2 and saved_steps(tmp_path / "checkpoints")[-1] == 2

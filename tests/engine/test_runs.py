@@ -34,7 +34,7 @@ PHI = 100
 SMALL = [
     "experiment=quickstart", "run.steps=4", "run.save_every_steps=2", "eval.every_steps=2", "eval.problems=4",
     "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4", "rollout.max_response_tokens=16",
-    "rollout.max_context_tokens=64", f"c3po.phi={PHI}", "c3po.updates_per_rollout=1",
+    "rollout.max_context_tokens=64", f"algo.phi={PHI}", "algo.updates_per_rollout=1",
     "reward.routes.math=tests.rewards.brevity", "observe.wandb=off", "rollout.engine.deterministic=true",
 ]
 
@@ -131,7 +131,7 @@ def test_logged_and_documented_metrics_are_the_same(whole_run):
     families = ("time/", "reward/status/", "router/load_max_over_mean/layer_", "extra/")  # one line for each family
     logged = {key for row in rows(whole_run) for key in row if "/" in key and not key.startswith(families)}
     assert logged - always - sometimes == set()
-    assert always - logged == {"router/replay_differing"}  # only with c3po.router_replay
+    assert always - logged == {"router/replay_differing"}  # only with algo.router_replay
 
 
 def test_trainer_and_engine_agree_after_every_publish(whole_run):
@@ -333,10 +333,10 @@ def test_a_missing_answer_column_is_named_with_file_and_line(model, tmp_path, en
 
 
 COLLECTORS = {
-    "budgeted": ("c3po.order=groups",),
-    "partial": ("c3po.mismatch=tis", "rollout.slice_tokens=10", "rollout.prompts_per_step=3",
-                "c3po.max_collect_rounds=20"),
-    "async": ("c3po.mismatch=tis",),
+    "budgeted": ("algo.order=groups",),
+    "partial": ("algo.mismatch=tis", "rollout.slice_tokens=10", "rollout.prompts_per_step=3",
+                "algo.max_collect_rounds=20"),
+    "async": ("algo.mismatch=tis",),
 }
 
 
@@ -365,8 +365,8 @@ def test_every_collector_fills_phi_and_accounts_for_every_token(collector, model
 
 def test_experts_of_continued_responses_are_replayed_in_a_run(model, engine_url, tmp_path):
     """In fp32 engine and trainer choose alike, until a response goes on under newer weights."""
-    done = run("parallel=pp2", "c3po.router_replay=rollout", "rollout.collector=partial", *COLLECTORS["partial"][1:],
-               "c3po.mismatch=icepop", "eval.every_steps=0", f"model.path={model}", f"run.dir={tmp_path}",
+    done = run("parallel=pp2", "algo.router_replay=rollout", "rollout.collector=partial", *COLLECTORS["partial"][1:],
+               "algo.mismatch=icepop", "eval.every_steps=0", f"model.path={model}", f"run.dir={tmp_path}",
                f"rollout.engine.urls=[{engine_url}]")
     assert done.returncode == 0, done.stderr
     first, *later = rows(tmp_path)
@@ -376,7 +376,7 @@ def test_experts_of_continued_responses_are_replayed_in_a_run(model, engine_url,
 
 
 def test_the_second_update_of_a_rollout_replays_the_experts_of_the_pass_before_the_first(model, engine_url, tmp_path):
-    done = run("parallel=ep2", "c3po.router_replay=trainer", "c3po.updates_per_rollout=2", "c3po.phi=50",
+    done = run("parallel=ep2", "algo.router_replay=trainer", "algo.updates_per_rollout=2", "algo.phi=50",
                "optimizer.lr=0.01", "run.steps=1", "eval.every_steps=0", f"model.path={model}", f"run.dir={tmp_path}",
                f"rollout.engine.urls=[{engine_url}]")
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # The first stage may take 4 steps, and reaches its plateau after 2, since no reward rises by 100.
 STAGES = ["parallel=single", "run.steps=7", "run.dump_steps=[1]",
-          "stages=[{name:short,steps:4,plateau_steps:1,plateau_gain:100,set:{c3po.phi:70,optimizer.lr:1e-4}},"
+          "stages=[{name:short,steps:4,plateau_steps:1,plateau_gain:100,set:{algo.phi:70,optimizer.lr:1e-4}},"
           "{name:long,steps:3,optimizer:reset,set:{rollout.max_response_tokens:20,data.seed:8}}]"]
 
 

@@ -76,7 +76,7 @@ def outcome(overrides: list[str], gpus: int) -> dict:
             argv, _ = engine_command(engine, config.rollout, config.model.path or "MODEL", 30000 + number,
                                      number=number, model_dtype=config.model.dtype,
                                      fp32_lm_head=config.model.fp32_lm_head,
-                                     return_routed_experts=config.c3po.router_replay == "rollout")
+                                     return_routed_experts=config.algo.router_replay == "rollout")
             lines.append(" ".join(argv[1:]))
     except ValueError as error:
         return {"refused": str(error)}

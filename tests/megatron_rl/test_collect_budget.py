@@ -37,7 +37,7 @@ def collected(config, source):
 
 def rounds(**algo) -> tuple[int, int]:
     """(rounds collected, tokens selected) with 2 prompts a step."""
-    config = build({"c3po": algo, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
+    config = build({"algo": algo, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
     groups, [batch] = collected(config, TwoGroupsARound())
     return len(groups) // 2, batch.selection.selected_tokens
 
@@ -56,7 +56,7 @@ def test_rounds(algo, expected):
 
 def test_too_few_mixed_groups_are_named():
     with pytest.raises(UnfillableStep, match=r"only 2 of 4 responses in mixed groups after "
-                                         r"c3po\.max_collect_rounds=1 rounds"):
+                                         r"algo\.max_collect_rounds=1 rounds"):
         rounds(objective="grpo", dynamic_sampling=True, max_collect_rounds=1)
 
 
@@ -68,7 +68,7 @@ class OneGroupARound(TwoGroupsARound):
 
 
 def test_without_budget_and_dynamic_sampling_one_round_is_enough():
-    config = build({"c3po": {"objective": "grpo"}, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
+    config = build({"algo": {"objective": "grpo"}, "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
     assert len(collected(config, OneGroupARound())[0]) == 1
 
 
@@ -81,15 +81,15 @@ class NothingAtFirst(TwoGroupsARound):
 
 @pytest.mark.parametrize("underfull", ["collect_more", "train_short"])
 def test_a_round_without_a_group_is_followed_by_another(underfull):
-    config = build({"c3po": {"phi": 20, "underfull": underfull},
+    config = build({"algo": {"phi": 20, "underfull": underfull},
                     "rollout": {"prompts_per_step": 2, "responses_per_prompt": 2}})
     groups, [batch] = collected(config, NothingAtFirst())
     assert (len(groups), batch.selection.selected_tokens) == (2, 20)
 
 
 def test_rounds_that_give_nothing_at_all_are_an_error():
-    config = build({"c3po": {"phi": 20, "max_collect_rounds": 1}})
-    with pytest.raises(UnfillableStep, match=r"step 0: 0 response tokens after c3po\.max_collect_rounds=1 rounds, 20"):
+    config = build({"algo": {"phi": 20, "max_collect_rounds": 1}})
+    with pytest.raises(UnfillableStep, match=r"step 0: 0 response tokens after algo\.max_collect_rounds=1 rounds, 20"):
         collected(config, NothingAtFirst())
 
 
@@ -103,6 +103,6 @@ class ThreeResponsesARound:
 
 
 def test_every_optimiser_step_of_a_rollout_must_be_full():
-    config = build({"c3po": {"phi": 6, "updates_per_rollout": 2}})
+    config = build({"algo": {"phi": 6, "updates_per_rollout": 2}})
     groups, batches = collected(config, ThreeResponsesARound())
     assert len(groups) == 2 and [batch.selection.selected_tokens for batch in batches] == [6, 6]

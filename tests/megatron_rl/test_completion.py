@@ -25,10 +25,10 @@ _megatron_rl; printf '%s\\n' "${{COMPREPLY[@]}}" """], capture_output=True, text
 @pytest.mark.parametrize(("line", "offered"), [
     ("megatron-rl sl", ["slurm"]),
     ("megatron-rl data de", ["dedup", "decontaminate"]),
-    ("megatron-rl rl c3po.ph", ["c3po.phi="]),
+    ("megatron-rl rl algo.ph", ["algo.phi="]),
     ("megatron-rl rl --che", ["--check"]),
     ("megatron-rl rl parallel=tp2 algo=gr", ["grpo"]),
-    ("megatron-rl rl --check c3po.cutoff=", ["token", "response"]),
+    ("megatron-rl rl --check algo.cutoff=", ["token", "response"]),
     ("megatron-rl slurm run.async_save=t", ["true"]),
     ("megatron-rl completion z", ["zsh"])])
 def test_the_tab_key_offers(bash, line, offered):

@@ -151,8 +151,8 @@ def test_a_mistyped_folder_is_not_resumed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
-    (["c3po.phi=2048"], "c3po.phi was 4096 and is 2048"),
-    (["c3po.objective=grpo"], 'c3po.objective was "c3po" and is "grpo"'),
+    (["algo.phi=2048"], "algo.phi was 4096 and is 2048"),
+    (["algo.objective=grpo"], 'algo.objective was "c3po" and is "grpo"'),
     (["data.shuffle=false", "reward.routes.math=exact"],
      'data.shuffle was true and is false; reward.routes.math was "math_verify"'),
     (["optimizer.lr=1e-4"], "optimizer.lr was 3e-06 and is 0.0001"),

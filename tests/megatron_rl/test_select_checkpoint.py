@@ -43,7 +43,7 @@ def group(logprobs_of_each, values):
 def test_measures_by_hand(tmp_path):
     (tmp_path / "epoch_02").mkdir()
     (tmp_path / "epoch_02" / "epoch.json").write_text('{"epoch": 2, "step": 10, "tokens": 49152}')
-    config = load(["experiment=quickstart", "run.steps=6", "c3po.phi=4096", "c3po.updates_per_rollout=1"])
+    config = load(["experiment=quickstart", "run.steps=6", "algo.phi=4096", "algo.updates_per_rollout=1"])
     groups = [group([[-1.0, -2.0], [-3.0] * 4], [1, 0]), group([[-4.0] * 2, [-0.5] * 4], [0, 0])]
     found = measure(config, groups, tmp_path / "epoch_02")
     assert found.entropy == pytest.approx((1 + 2 + 12 + 8 + 2) / 12)  # over tokens; the prompt's 9.0 do not count

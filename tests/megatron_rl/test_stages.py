@@ -8,7 +8,7 @@ from megatron_rl.config.load import load
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.orchestrator.stages import current, plateaued, resumed, stage_configs, widest
 
-STAGES = ("stages=[{name:math,steps:4,set:{c3po.phi:100,rollout.max_context_tokens:120}},"
+STAGES = ("stages=[{name:math,steps:4,set:{algo.phi:100,rollout.max_context_tokens:120}},"
           "{name:mixed,steps:3,optimizer:reset,set:{optimizer.lr:1e-4,data.seed:8}}]")
 
 
@@ -38,8 +38,8 @@ def test_a_damaged_stage_is_named_before_it_is_believed(config, tmp_path):
 
 def test_a_stage_changes_its_keys_and_nothing_else(config):
     first, second = stage_configs(config)
-    assert (first.c3po.phi, first.rollout.max_context_tokens, first.run.steps) == (100, 120, 4)
-    assert (second.c3po.phi, second.optimizer.lr, second.data.seed, second.run.steps) == (4096, 1e-4, 8, 7)
+    assert (first.algo.phi, first.rollout.max_context_tokens, first.run.steps) == (100, 120, 4)
+    assert (second.algo.phi, second.optimizer.lr, second.data.seed, second.run.steps) == (4096, 1e-4, 8, 7)
     assert (second.rollout, second.model, first.optimizer) == (config.rollout, config.model, config.optimizer)
     assert widest(config).rollout.max_context_tokens == 128
 
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_other_stages_is_refused(config, tmp_path):
 def test_the_learning_rate_schedule_spans_the_stages_that_share_it(tmp_path):
     """5 steps of 2 updates each and 3 of 1, then begun anew 2 of 1: 13 optimiser steps and 2."""
     config = load(["experiment=quickstart", "run.steps=10", f"run.dir={tmp_path}",
-                   "stages=[{name:a,steps:5,set:{c3po.updates_per_rollout:2}},{name:b,steps:3},"
+                   "stages=[{name:a,steps:5,set:{algo.updates_per_rollout:2}},{name:b,steps:3},"
                    "{name:c,steps:2,optimizer:reset}]"])
     spans = []
     for step in (5, 8, 10):
@@ -85,7 +85,7 @@ def test_the_learning_rate_schedule_spans_the_stages_that_share_it(tmp_path):
 def test_without_stages_a_run_is_one(tmp_path):
     config = load(["experiment=quickstart", f"run.dir={tmp_path}"])
     stage = current(config)
-    assert stage.schedule_updates == config.run.steps * config.c3po.updates_per_rollout
+    assert stage.schedule_updates == config.run.steps * config.algo.updates_per_rollout
     assert stage.config == config and stage.is_last and not stage.fresh and stage.state(over=True) == {}
     assert stage_configs(config) == [config]
 
@@ -96,9 +96,9 @@ def test_without_stages_a_run_is_one(tmp_path):
     ("[{name:a,steps:4},{name:a,steps:3}]", "two have the same name"),
     ("[{name:a,steps:7,set:{parallel.ep:2}}]", r"a: set.parallel.ep cannot change between stages"),
     ("[{name:a,steps:7,set:{rollout.engine.count:2}}]", r"set.rollout.engine.count cannot change"),
-    ("[{name:a,steps:7,set:{c3po.phy:2}}]", r"stages: a: unknown key c3po.phy \(did you mean c3po.phi"),
-    ("[{name:a,steps:7,set:{c3po.phi:0}}]", r"stages: a: c3po.phi=0 must be at least 1"),
-    ("[{name:a,steps:7,set:{c3po.phi.x:1}}]", r"stages: a: c3po.phi.x: phi is no section"),
+    ("[{name:a,steps:7,set:{algo.phy:2}}]", r"stages: a: unknown key algo.phy \(did you mean algo.phi"),
+    ("[{name:a,steps:7,set:{algo.phi:0}}]", r"stages: a: algo.phi=0 must be at least 1"),
+    ("[{name:a,steps:7,set:{algo.phi.x:1}}]", r"stages: a: algo.phi.x: phi is no section"),
 ])
 def test_a_wrong_stage_names_itself_and_its_key(stages, message):
     with pytest.raises(ValueError, match=message):

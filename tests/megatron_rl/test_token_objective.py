@@ -195,7 +195,7 @@ def test_what_the_corrections_report_is_documented():
 
 
 def test_presets_are_the_papers():
-    presets = {path.stem: load([f"algo={path.stem}"]).c3po for path in (CONF_DIR / "algo").glob("*.yaml")}
+    presets = {path.stem: load([f"algo={path.stem}"]).algo for path in (CONF_DIR / "algo").glob("*.yaml")}
     chosen = {name: (algo.objective, algo.loss.surrogate, algo.advantage_scale, algo.loss.clip_eps_low,
                      algo.loss.clip_eps_high, algo.loss.kl_coef, algo.dynamic_sampling)
               for name, algo in presets.items()}

@@ -186,7 +186,7 @@ def test_a_multirun_of_two_arms_and_two_seeds_goes_through_submitit(cluster, mod
     for arm in ("c3po", "grpo"):
         for seed in (0, 1):
             config = json.loads((folder / arm / f"seed_{seed}" / "config.json").read_text())
-            assert (config["c3po"]["objective"], config["run"]["seed"]) == (arm, seed)
+            assert (config["algo"]["objective"], config["run"]["seed"]) == (arm, seed)
     trained = [path.read_bytes() for path in sorted(folder.rglob("metrics.jsonl"))]
     slurm(cluster, *[word.replace("submitit_slurm", "basic") for word in command])
     assert [path.read_bytes() for path in sorted(folder.rglob("metrics.jsonl"))] == trained, "all were finished"

@@ -19,7 +19,7 @@ class BudgetedCollector:
     """The groups first in order that fill Phi.
 
     Order. Fixed before generation: the round's prompts in a permutation drawn from (seed, step, round), each with
-    its K responses in sample order. The budget takes whole groups in this order (c3po.order=groups; batch.assemble
+    its K responses in sample order. The budget takes whole groups in this order (algo.order=groups; batch.assemble
     takes them as they come), because the advantages of a group need all K rewards: were single responses permuted,
     nearly every group would hold one that the budget selects, and nothing could be left out. Lengths play no part in
     the order, so the groups returned are exactly those that sampling everything would select.

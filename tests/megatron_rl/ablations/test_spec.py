@@ -34,8 +34,8 @@ def test_arms_differ_in_what_they_compare_and_in_nothing_else():
     tiny = spec.load_ablation("fig7_8_c3po_vs_grpo").scales["tiny"]
     todo = plan("x", "tiny", tiny, out=Path("runs"), seeds=[1], arms=["c3po", "grpo"])
     ours, theirs = (run.config for run in todo.runs)
-    assert (ours.c3po.objective, theirs.c3po.objective) == ("c3po", "grpo")
-    assert ours.c3po.loss == theirs.c3po.loss and ours.optimizer == theirs.optimizer
+    assert (ours.algo.objective, theirs.algo.objective) == ("c3po", "grpo")
+    assert ours.algo.loss == theirs.algo.loss and ours.optimizer == theirs.optimizer
     assert ours.rollout == theirs.rollout and ours.run.seed == theirs.run.seed == 1
     assert ours.model.path == theirs.model.path == str(todo.starts[0].folder / "hf")
 
@@ -49,9 +49,9 @@ def test_the_search_for_a_collapse_compares_objectives_in_every_setting():
     for setting in settings:
         todo = plan("x", "tiny", tiny, out=Path("runs"), seeds=[0], arms=[f"{setting}_grpo", f"{setting}_c3po"])
         grpo, c3po = (run.config for run in todo.runs)
-        same = {"run.name", "run.dir", "c3po.objective", "c3po.phi"}
+        same = {"run.name", "run.dir", "algo.objective", "algo.phi"}
         assert {key for key, *_ in differences(grpo, c3po)} <= same
-        assert c3po.c3po.phi * c3po.c3po.updates_per_rollout == 4096
+        assert c3po.algo.phi * c3po.algo.updates_per_rollout == 4096
         assert compared >= {(f"{setting}_grpo", None), (f"{setting}_c3po", f"{setting}_grpo")}
 
 

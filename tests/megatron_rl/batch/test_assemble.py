@@ -176,8 +176,8 @@ def test_overlong_penalty_lowers_the_reward_before_the_advantage():
 
 def test_underfull_step_is_an_error_that_names_the_keys_only_when_asked():
     groups = [group([rollout(1, 5), rollout(1, 5)], [1.0, 0.0])]
-    with pytest.raises(ValueError, match=r"step 3: 10 response tokens for c3po.phi=11; raise "
-                                         r"rollout.prompts_per_step or set c3po.underfull=collect_more"):
+    with pytest.raises(ValueError, match=r"step 3: 10 response tokens for algo.phi=11; raise "
+                                         r"rollout.prompts_per_step or set algo.underfull=collect_more"):
         run(groups, AlgoConfig(phi=11, underfull="error"), step=3)
     [batch] = run(groups, AlgoConfig(phi=11, underfull="train_short"))
     assert (batch.selection.selected_tokens, batch.selection.phi) == (10, 11)

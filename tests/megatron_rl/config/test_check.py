@@ -15,28 +15,28 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
 
 
 @pytest.mark.parametrize("overrides, message", [
-    (["c3po.cutoff=response", "c3po.phi=79"], r"c3po\.phi=79 .* smaller than one response.*max_response_tokens=80"),
+    (["algo.cutoff=response", "algo.phi=79"], r"algo\.phi=79 .* smaller than one response.*max_response_tokens=80"),
     (["batch.tokens_per_microbatch=100"], r"batch\.tokens_per_microbatch=100 .*rollout\.max_context_tokens=128"),
     (["parallel=tp2", "batch.tokens_per_microbatch=8191"], r"tokens_per_microbatch=8191 must be a multiple of 2.*tp=2"),
     (["parallel.world_size=2", "parallel.cp=2", "batch.tokens_per_microbatch=62"],
      r"tokens_per_microbatch=62 x parallel\.cp=2 .*rollout\.max_context_tokens=128"),
     (["rollout.max_context_tokens=4096"], r"rollout\.max_context_tokens=4096 exceeds .*max_position_embeddings=512"),
     (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt=1"),
-    (["c3po.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
-    (["c3po.truncated=overlong_penalty", "c3po.overlong_buffer_tokens=81"],
-     r"c3po\.overlong_buffer_tokens=81 is more than .*rollout\.max_response_tokens=80"),
-    (["c3po.mismatch=icepop", "rollout.top_p=0.9"], r"rollout\.top_p"),
-    (["c3po.objective=grpo", "c3po.sequence_min_token_ratio=1e-4", "rollout.top_p=0.9"], r"rollout\.top_p"),
-    (["rollout.collector=budgeted"], r"rollout\.collector=budgeted needs c3po\.order=groups"),
-    (["rollout.collector=budgeted", "c3po.order=groups", "c3po.objective=grpo"], r"budgeted .*c3po\.objective=grpo"),
-    (["rollout.collector=async"], r"rollout\.collector=async .*set c3po\.mismatch"),
-    (["rollout.collector=partial"], r"rollout\.collector=partial .*set c3po\.mismatch"),
-    (["rollout.collector=partial", "c3po.mismatch=kpop", "rollout.budget_tokens=100", "c3po.phi=1000",
-      "c3po.max_collect_rounds=9"], r"rollout\.budget_tokens=100 in 9 round\(s\) .* 1000 response tokens"),
-    (["rollout.engine.router=local", "c3po.router_replay=rollout"], r"rollout\.engine\.router drops .*router_replay"),
+    (["algo.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
+    (["algo.truncated=overlong_penalty", "algo.overlong_buffer_tokens=81"],
+     r"algo\.overlong_buffer_tokens=81 is more than .*rollout\.max_response_tokens=80"),
+    (["algo.mismatch=icepop", "rollout.top_p=0.9"], r"rollout\.top_p"),
+    (["algo.objective=grpo", "algo.sequence_min_token_ratio=1e-4", "rollout.top_p=0.9"], r"rollout\.top_p"),
+    (["rollout.collector=budgeted"], r"rollout\.collector=budgeted needs algo\.order=groups"),
+    (["rollout.collector=budgeted", "algo.order=groups", "algo.objective=grpo"], r"budgeted .*algo\.objective=grpo"),
+    (["rollout.collector=async"], r"rollout\.collector=async .*set algo\.mismatch"),
+    (["rollout.collector=partial"], r"rollout\.collector=partial .*set algo\.mismatch"),
+    (["rollout.collector=partial", "algo.mismatch=kpop", "rollout.budget_tokens=100", "algo.phi=1000",
+      "algo.max_collect_rounds=9"], r"rollout\.budget_tokens=100 in 9 round\(s\) .* 1000 response tokens"),
+    (["rollout.engine.router=local", "algo.router_replay=rollout"], r"rollout\.engine\.router drops .*router_replay"),
     (["parallel=tp2", "model.kernels.logprob=liger"], r"model\.kernels\.logprob=liger .*parallel\.tp=2 cuts"),
-    (["c3po.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
-    (["c3po.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
+    (["algo.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
+    (["algo.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
 ])
 def test_a_rule_names_its_keys(overrides, message):
     with pytest.raises(ValueError, match=message):
@@ -49,12 +49,12 @@ QUICK = ["experiment=quickstart", "batch.tokens_per_microbatch=8192"]
 @pytest.mark.parametrize("passes, fails, message", [
     (["parallel.world_size=2", "parallel.cp=2", "parallel.ep=1", "batch.tokens_per_microbatch=64"],
      ["batch.tokens_per_microbatch=62"], r"tokens_per_microbatch=62 x parallel\.cp=2"),
-    (["rollout.collector=async", "rollout.max_staleness=0"], ["rollout.max_staleness=1"], r"set c3po\.mismatch"),
-    (["rollout.collector=partial", "c3po.mismatch=tis", "c3po.phi=100000", "rollout.prompts_per_step=1",
-      "rollout.budget_tokens=100000", "c3po.max_collect_rounds=1"], ["rollout.budget_tokens=99999"],
+    (["rollout.collector=async", "rollout.max_staleness=0"], ["rollout.max_staleness=1"], r"set algo\.mismatch"),
+    (["rollout.collector=partial", "algo.mismatch=tis", "algo.phi=100000", "rollout.prompts_per_step=1",
+      "rollout.budget_tokens=100000", "algo.max_collect_rounds=1"], ["rollout.budget_tokens=99999"],
      r"rollout\.budget_tokens=99999 in 1 round\(s\) .* 100000 response tokens"),
-    (["c3po.phi=1"], ["c3po.cutoff=response"], r"c3po\.phi=1 .* smaller than one response"),
-    (["c3po.phi=1000000", "c3po.objective=token_mean"], ["c3po.objective=c3po"], r"can never be met by 256 responses"),
+    (["algo.phi=1"], ["algo.cutoff=response"], r"algo\.phi=1 .* smaller than one response"),
+    (["algo.phi=1000000", "algo.objective=token_mean"], ["algo.objective=c3po"], r"can never be met by 256 responses"),
     (["parallel.world_size=2", "parallel.ep=1", "parallel.etp=2", "parallel.token_dispatcher=allgather"],
      ["parallel.token_dispatcher=alltoall"], r"parallel\.etp=2 with parallel\.tp=1, cp=1, ep=1: ranks"),
 ])
@@ -71,13 +71,13 @@ def test_a_rule_ends_where_it_says(passes, fails, message):
 
 
 def test_without_a_budget_phi_is_none():
-    config = load(["experiment=quickstart", "c3po.phi=1000000", "c3po.objective=token_mean"])
+    config = load(["experiment=quickstart", "algo.phi=1000000", "algo.objective=token_mean"])
     assert dict(summary(config, SIZES))["Phi"].startswith("none")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_phi_per_rank_is_multiplied_by_the_data_parallel_size(ranks):
-    overrides = ["experiment=quickstart", "c3po.scope=per_dp_rank", "c3po.phi=4096", "parallel=single"]
+    overrides = ["experiment=quickstart", "algo.scope=per_dp_rank", "algo.phi=4096", "parallel=single"]
     rows = dict(summary(load([*overrides, f"parallel.world_size={ranks}"]), SIZES))
     assert rows["Phi"].startswith(f"{4096 * ranks:,} response tokens per optimiser step over the cluster, 4,096 per")
 
@@ -93,13 +93,13 @@ def test_the_report_layout_checks_without_a_gpu(capsys):
 
 def test_ring_lite_values_are_the_reports():
     config = load(["experiment=ring_lite_rl_stage1"])
-    assert config.c3po.phi * config.c3po.updates_per_rollout == 409_600
+    assert config.algo.phi * config.algo.updates_per_rollout == 409_600
     assert (config.rollout.prompts_per_step, config.rollout.responses_per_prompt) == (512, 16)
     assert config.rollout.max_context_tokens == 24_576
     assert config.optimizer.lr == 3e-6
-    loss = config.c3po.loss
+    loss = config.algo.loss
     assert (loss.clip_eps_low, loss.clip_eps_high, loss.kl_coef, loss.entropy_coef) == (0.2, 0.2, 1e-3, 5e-4)
-    assert (config.c3po.balance_coef, config.c3po.z_loss_coef) == (1e-5, 1e-7)
+    assert (config.algo.balance_coef, config.algo.z_loss_coef) == (1e-5, 1e-7)
 
 
 def test_ring_lite_stages_and_sft_are_the_reports(capsys):
@@ -109,7 +109,7 @@ def test_ring_lite_stages_and_sft_are_the_reports(capsys):
         assert "256 = tp 1 x pp 1 x cp 1 x dp 256" in " ".join(capsys.readouterr().out.split())
     first, second, both = (load([f"experiment=ring_lite_{name}"]) for name in ("rl_stage1", "rl_stage2", "rl"))
     assert second.rollout.max_context_tokens == 32_768 and set(second.data.mix) == {"math", "code", "science"}
-    assert (second.c3po, second.optimizer) == (first.c3po, first.optimizer)
+    assert (second.algo, second.optimizer) == (first.algo, first.optimizer)
     early, late = stage_configs(both)
     assert (early.rollout, early.batch, early.run.steps) == (first.rollout, first.batch, first.run.steps)
     assert early.data.weights == {"math": 1} and late.data == second.data and late.rollout == second.rollout

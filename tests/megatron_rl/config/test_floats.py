@@ -47,7 +47,7 @@ KEYS = dict(float_keys(Config))
 
 def test_the_list_of_keys_is_whole():
     assert len(KEYS) > 50
-    assert {"optimizer.weight_decay", "rollout.temperature", "c3po.balance_coef", "c3po.loss.kl_coef", "data.weights.x",
+    assert {"optimizer.weight_decay", "rollout.temperature", "algo.balance_coef", "algo.loss.kl_coef", "data.weights.x",
             "stages[0].plateau_gain", "eval.benchmarks.x.data.weights.x"} <= KEYS.keys()
 
 

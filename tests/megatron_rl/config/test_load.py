@@ -11,15 +11,15 @@ from megatron_rl.config.schema import Config
 
 def test_defaults_live_in_the_schema():
     config = load([])
-    assert config == build({"c3po": {"objective": "c3po"}, "parallel": {"world_size": 1}})
+    assert config == build({"algo": {"objective": "c3po"}, "parallel": {"world_size": 1}})
 
 
 def test_an_override_reaches_a_key_that_no_yaml_mentions():
-    config = load(["experiment=quickstart", "rollout.engine.port=4321", "c3po.loss.clip_eps_high=0.28"])
+    config = load(["experiment=quickstart", "rollout.engine.port=4321", "algo.loss.clip_eps_high=0.28"])
     assert config.rollout.engine.port == 4321
-    assert config.c3po.loss.clip_eps_high == 0.28
-    assert config.c3po.loss.clip_eps_low == 0.2  # the default beside it stays
-    assert config.c3po.phi == 4096  # from the experiment
+    assert config.algo.loss.clip_eps_high == 0.28
+    assert config.algo.loss.clip_eps_low == 0.2  # the default beside it stays
+    assert config.algo.phi == 4096  # from the experiment
 
 
 def test_a_line_break_in_the_shells_quotes_arrives_and_latex_is_left_alone():
@@ -30,7 +30,7 @@ def test_a_line_break_in_the_shells_quotes_arrives_and_latex_is_left_alone():
 def test_groups_are_chosen_by_name():
     config = load(["parallel=tp2_ep2", "algo=grpo"])
     assert (config.parallel.world_size, config.parallel.tp, config.parallel.ep) == (4, 2, 2)
-    assert config.c3po.objective == "grpo"
+    assert config.algo.objective == "grpo"
 
 
 @pytest.mark.parametrize(("written", "name"), [
@@ -56,23 +56,24 @@ def test_a_config_survives_json():
 
 
 @pytest.mark.parametrize("overrides, message", [
-    (["c3po.phii=3"], r"unknown key c3po\.phii \(did you mean c3po\.phi\?\)"),
+    (["algo.phii=3"], r"unknown key algo\.phii \(did you mean algo\.phi\?\)"),
     (["rolout.temperature=1.0"], r"unknown key rolout \(did you mean rollout\?\)"),
-    (["c3po.loss.kl_coeff=0.1"], r"unknown key c3po\.loss\.kl_coeff \(did you mean c3po\.loss\.kl_coef\?\)"),
-    (["c3po.phi=many"], r"c3po\.phi='many' must be int, not str"),
-    (["c3po.phi=1.5"], r"c3po\.phi=1\.5 must be int, not float"),
+    (["algo.loss.kl_coeff=0.1"], r"unknown key algo\.loss\.kl_coeff \(did you mean algo\.loss\.kl_coef\?\)"),
+    (["algo.phi=many"], r"algo\.phi='many' must be int, not str"),
+    (["algo.phi=1.5"], r"algo\.phi=1\.5 must be int, not float"),
     (["run.resume=1"], r"run\.resume=1 must be one of false, true, auto"),
-    (["c3po.cutoff=tokens"], r"c3po\.cutoff=tokens must be one of token, response \(did you mean token\?\)"),
-    (["c3po.loss.surrogate=gpso"], r"c3po\.loss\.surrogate=gpso must be one of ppo, gspo, cispo \(did you mean gspo"),
-    (["c3po.sequence_ratio_low=0.5"], r"c3po\.sequence_ratio_low=0\.5 and c3po\.sequence_ratio_high=None: set both"),
-    (["c3po.sequence_ratio_low=2.0", "c3po.sequence_ratio_high=1.0"], r"c3po\.sequence_ratio_low=2\.0 must be"),
-    (["c3po.sequence_min_token_ratio=1.5"], r"c3po\.sequence_min_token_ratio=1\.5 must lie in \(0, 1\)"),
-    (["c3po.kpop_max_kl=0.0"], r"c3po\.kpop_max_kl=0\.0 must be positive"),
-    (["c3po.tis_cap=-1.0"], r"c3po\.tis_cap=-1\.0 must be positive"),
-    (["c3po.phi=0"], r"c3po\.phi=0 must be at least 1 token"),
-    (["c3po.loss.clip_eps_low=-1.0"], r"c3po\.loss\.clip_eps_low=-1\.0"),
-    (["phi=4096"], r"unknown key phi \(did you mean c3po\.phi\?\)"),
-    (["kl_coef=0.1"], r"unknown key kl_coef \(did you mean c3po\.loss\.kl_coef\?\)"),
+    (["algo.cutoff=tokens"], r"algo\.cutoff=tokens must be one of token, response \(did you mean token\?\)"),
+    (["algo.loss.surrogate=gpso"], r"algo\.loss\.surrogate=gpso must be one of ppo, gspo, cispo \(did you mean gspo"),
+    (["algo.sequence_ratio_low=0.5"], r"algo\.sequence_ratio_low=0\.5 and algo\.sequence_ratio_high=None: set both"),
+    (["algo.sequence_ratio_low=2.0", "algo.sequence_ratio_high=1.0"], r"algo\.sequence_ratio_low=2\.0 must be"),
+    (["algo.sequence_min_token_ratio=1.5"], r"algo\.sequence_min_token_ratio=1\.5 must lie in \(0, 1\)"),
+    (["algo.kpop_max_kl=0.0"], r"algo\.kpop_max_kl=0\.0 must be positive"),
+    (["algo.tis_cap=-1.0"], r"algo\.tis_cap=-1\.0 must be positive"),
+    (["algo.phi=0"], r"algo\.phi=0 must be at least 1 token"),
+    (["algo.loss.clip_eps_low=-1.0"], r"algo\.loss\.clip_eps_low=-1\.0"),
+    (["c3po.phi=4096"], r"c3po is called algo now: write algo for c3po in every key, file and command"),
+    (["phi=4096"], r"unknown key phi \(did you mean algo\.phi\?\)"),
+    (["kl_coef=0.1"], r"unknown key kl_coef \(did you mean algo\.loss\.kl_coef\?\)"),
     (["batch.sequence_length=1"], r"section batch has tokens_per_microbatch, logprob_chunk_tokens"),
     (["data=problems.jsonl"], r"data must be a section, not 'problems\.jsonl'; set its keys, such as data\.source="),
     (["rollout.stop=[a"], r"cannot read 'rollout\.stop=\[a': text with commas"),
@@ -100,7 +101,7 @@ def test_a_config_survives_json():
     (["optimizer.min_lr_ratio=1.5"], r"optimizer\.min_lr_ratio=1\.5 must lie in \[0, 1\]"),
     (["optimizer.warmup_fraction=1.5"], r"optimizer\.warmup_fraction=1\.5 must lie in \[0, 1\]"),
     (["sft.balance_coef=-1.0"], r"sft\.balance_coef=-1\.0 must not be negative"),
-    (["c3po.phi"], r"must look like section\.key=value"),
+    (["algo.phi"], r"must look like section\.key=value"),
 ])
 def test_a_mistake_is_named_with_its_path(overrides, message):
     with pytest.raises(ValueError, match=message):
@@ -117,7 +118,7 @@ def test_every_yaml_file_builds_and_but_for_none_changes_something(group):
 
 def test_schema_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        load([]).c3po.phi = 3
+        load([]).algo.phi = 3
 
 
 def test_the_configuration_page_is_written_from_the_schema():

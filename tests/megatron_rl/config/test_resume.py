@@ -21,13 +21,13 @@ def test_how_a_run_is_done_may_change_and_is_said(override):
 
 
 @pytest.mark.parametrize("override", [
-    "data.shuffle=false", "c3po.phi=1", "c3po.loss.kl_coef=0.5", "algo=grpo", "data.path=other.jsonl",
+    "data.shuffle=false", "algo.phi=1", "algo.loss.kl_coef=0.5", "algo=grpo", "data.path=other.jsonl",
     "optimizer.lr=1e-4",
     "rollout.temperature=0.5", "rollout.prompts_per_step=3", "rollout.collector=budgeted", "run.seed=3",
     "model.dtype=bfloat16", "model.path=elsewhere", "reward.routes.other=exact", "reward.code.time_s=9",
     "rollout.engine.deterministic=true", "sft.batch_size=3"])
 def test_what_a_run_learns_may_not(override):
-    extra = ["c3po.order=groups"] if "budgeted" in override else []
+    extra = ["algo.order=groups"] if "budgeted" in override else []
     before, now = load(extra), load([*extra, override])
     assert len(changes_experiment(before, now)) >= 1
 
@@ -41,8 +41,8 @@ def test_a_longer_run_is_another_one_if_the_learning_rate_looks_at_its_end():
 
 
 def test_a_budget_of_each_rank_is_another_one_in_another_layout():
-    before, now = (load(["c3po.scope=per_dp_rank", f"parallel={layout}"]) for layout in ("single", "dp2"))
-    assert changes_experiment(before, now) == [("c3po.phi over the cluster", 4096, 8192)]
+    before, now = (load(["algo.scope=per_dp_rank", f"parallel={layout}"]) for layout in ("single", "dp2"))
+    assert changes_experiment(before, now) == [("algo.phi over the cluster", 4096, 8192)]
     assert changes_experiment(load(["parallel=single"]), load(["parallel=dp2"])) == []
 
 

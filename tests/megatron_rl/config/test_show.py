@@ -12,16 +12,16 @@ from megatron_rl.config.show import as_yaml, differences, named
 
 
 def test_what_is_shown_can_be_read_back():
-    config = load(["experiment=quickstart", "c3po.phi=77"])
+    config = load(["experiment=quickstart", "algo.phi=77"])
     assert build(yaml.safe_load(as_yaml(config))) == config
 
 
 def test_differences_are_the_keys_that_were_set():
-    changed = load(["c3po.phi=77", "parallel=ep2"])
+    changed = load(["algo.phi=77", "parallel=ep2"])
     found = {key: (left, right) for key, left, right in differences(Config(), changed)}
-    assert found["c3po.phi"] == (4096, 77)
+    assert found["algo.phi"] == (4096, 77)
     assert found["parallel.ep"] == (1, 2)
-    assert all(key.startswith(("c3po.", "parallel.")) for key in found)
+    assert all(key.startswith(("algo.", "parallel.")) for key in found)
     assert differences(changed, changed) == []
 
 

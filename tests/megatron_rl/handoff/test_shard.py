@@ -33,7 +33,7 @@ def groups(count: int, *, longest: int, experts: bool, seed: int = 0) -> list[Ro
 
 
 def config(**changes):
-    raw = {"c3po": {"phi": 200, "updates_per_rollout": 2}, "batch": {"tokens_per_microbatch": 128},
+    raw = {"algo": {"phi": 200, "updates_per_rollout": 2}, "batch": {"tokens_per_microbatch": 128},
            "parallel": {"world_size": 4}}
     for section, values in changes.items():
         raw[section] = raw.get(section, {}) | values
@@ -41,7 +41,7 @@ def config(**changes):
 
 
 def batches_of(options, made, step=0):
-    return assemble(made, options.c3po, dp=options.parallel.dp, seed=0, step=step,
+    return assemble(made, options.algo, dp=options.parallel.dp, seed=0, step=step,
                     max_response_tokens=options.rollout.max_response_tokens)
 
 
@@ -86,7 +86,7 @@ def test_under_allgather_every_rank_is_told_the_longest_of_each_micro_batch():
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_shard_is_hardly_more_than_what_its_rank_trains_on(experts):
     """At most 1.1 times the bytes of token ids, mask, log-probabilities and experts (the goal of the handoff)."""
-    options = config(c3po={"phi": 20_000}, batch={"tokens_per_microbatch": 1024})
+    options = config(algo={"phi": 20_000}, batch={"tokens_per_microbatch": 1024})
     shards = cut_into_shards(batches_of(options, groups(40, longest=900, experts=experts)), options, NETWORK)
     assert len(shards) == options.parallel.dp
     for shard in shards:
@@ -95,7 +95,7 @@ def test_a_shard_is_hardly_more_than_what_its_rank_trains_on(experts):
 
 
 def test_ranks_may_be_left_with_padding_alone():
-    options = config(c3po={"phi": 3, "updates_per_rollout": 1})
+    options = config(algo={"phi": 3, "updates_per_rollout": 1})
     shards = cut_into_shards(batches_of(options, groups(1, longest=9, experts=True)), options, NETWORK)
     found = [read_shard(write_shard(shard)) for shard in shards]
     assert sorted(len(update.samples) for [update] in found)[0] == 0

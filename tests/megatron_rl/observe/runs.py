@@ -30,7 +30,7 @@ def make_run(directory: Path, steps: int = 12, objective: str = "c3po", **change
          "reward": reward, "correct": status == "correct", "status": status, "detail": "", "response_tokens": 9,
          "finish": "stop"} for step in range(1, steps + 1) for place, (prompt, response, status, reward)
         in enumerate(SAMPLES)])
-    (directory / "config.json").write_text(json.dumps({"c3po": {"objective": objective, "phi": 4096}}))
+    (directory / "config.json").write_text(json.dumps({"algo": {"objective": objective, "phi": 4096}}))
     (directory / "versions.json").write_text(json.dumps({"python": "3.12.1", "git": None}))
     return directory
 

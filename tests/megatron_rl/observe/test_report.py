@@ -69,7 +69,7 @@ def test_result_table_shows_stages_with_their_intervals(full):
 def test_comparison_lists_the_keys_that_differ_and_no_others(tmp_path):
     text = report(tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b", objective="grpo"))
     differences = text[text.index("<h2>Configuration differences</h2>"):text.index("<h2>Step by step</h2>")]
-    assert re.findall(r"<td>([^<]*)</td>", differences) == ["c3po.objective", "&quot;c3po&quot;", "&quot;grpo&quot;"]
+    assert re.findall(r"<td>([^<]*)</td>", differences) == ["algo.objective", "&quot;c3po&quot;", "&quot;grpo&quot;"]
 
 
 def test_runs_of_the_same_name_stay_apart(tmp_path):

@@ -74,13 +74,13 @@ def test_other_settings_of_a_resumed_run_stand_beside_the_old_ones(tmp_path):
         with MetricsLog(tmp_path, OFF, settings, **options):
             pass
 
-    first, second = {"c3po": {"phi": 64}, "run": {"resume": False}}, {"c3po": {"phi": 32}, "run": {"resume": True}}
+    first, second = {"algo": {"phi": 64}, "run": {"resume": False}}, {"algo": {"phi": 32}, "run": {"resume": True}}
     start(first)
     start({**first, "run": {"resume": True}}, resume_step=20)  # the same settings
     assert not list(tmp_path.glob("config_until*"))
     start(second, resume_step=40)
-    start({"c3po": {"phi": 16}}, resume_step=40)
-    assert {path.name: json.loads(path.read_text())["c3po"]["phi"] for path in tmp_path.glob("config*.json")} == {
+    start({"algo": {"phi": 16}}, resume_step=40)
+    assert {path.name: json.loads(path.read_text())["algo"]["phi"] for path in tmp_path.glob("config*.json")} == {
         "config.json": 16, "config_until_step_00000040.json": 64}
 
 
@@ -89,7 +89,7 @@ def run_script(body, directory, mode, **environment):
     written the offline file (wandb 0.31); the process does not exit before that."""
     script = ("import sys\nfrom megatron_rl.config.schema import ObserveConfig\n"
               "from megatron_rl.observe import MetricsLog\n"
-              f"with MetricsLog(sys.argv[1], ObserveConfig(wandb={mode!r}), {{'c3po': {{'phi': 64}}}}) as log:\n{body}")
+              f"with MetricsLog(sys.argv[1], ObserveConfig(wandb={mode!r}), {{'algo': {{'phi': 64}}}}) as log:\n{body}")
     done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=True,
                           timeout=600, cwd=REPOSITORY, env=os.environ | environment)
     return done.stdout.strip()

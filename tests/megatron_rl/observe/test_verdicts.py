@@ -81,7 +81,7 @@ def test_checkpoints_are_measured_by_verdicts(score, tmp_path):
 @pytest.mark.parametrize("score", SCALES.values(), ids=SCALES)
 def test_dapo_drops_groups_that_are_all_right_or_all_wrong_however_long(score):
     """Under algo=dapo the fine for length makes the rewards of every group differ; groups 1 and 4 are drawn from."""
-    algo = load(["algo=dapo", "c3po.overlong_buffer_tokens=8"]).c3po
+    algo = load(["algo=dapo", "algo.overlong_buffer_tokens=8"]).algo
     [batch] = assemble(groups_of(score), algo, dp=1, seed=0, step=0, max_response_tokens=20)
     assert batch.num_responses == 8
     assert {sample.index // 4 for sample in batch.samples} == {0, 3}

@@ -71,7 +71,7 @@ def test_the_engine_serves_the_longest_context_of_any_stage():
 @pytest.mark.parametrize(("overrides", "message"), [
     (["foo.run.steps=3"], r"foo\.run\.steps=3: neither a section .* nor a stage; the stages are long_cot_sft, choice"),
     (["math_rl.run.dir=x"], r"math_rl\.run\.dir follows from the pipeline: set run\.dir"),
-    (["math_rl.c3po.fi=3"], r"stage math_rl: unknown key c3po\.fi"),
+    (["math_rl.algo.fi=3"], r"stage math_rl: unknown key algo\.fi"),
     (["long_cot_sft.sft.export_epochs=false"], "stage long_cot_sft: choice .* needs sft.export_epochs=true"),
     (["code_science_rl.model.dtype=bfloat16"], "stage code_science_rl: model.dtype=bfloat16.* one engine"),
     (["pipeline.random_base=false"], "model.path is not set"),
@@ -85,8 +85,8 @@ def test_a_mistake_is_named_before_anything_starts(overrides, message):
 
 
 def test_a_stage_that_cannot_work_is_named():
-    with pytest.raises(ValueError, match=r"stage math_rl: c3po\.phi: 1000000 response tokens"):
-        check(plan(["experiment=ring_lite_tiny", "math_rl.c3po.phi=1000000"]))
+    with pytest.raises(ValueError, match=r"stage math_rl: algo\.phi: 1000000 response tokens"):
+        check(plan(["experiment=ring_lite_tiny", "math_rl.algo.phi=1000000"]))
 
 
 def test_a_base_checkpoint_of_ones_own_is_where_the_first_stage_begins(tmp_path):

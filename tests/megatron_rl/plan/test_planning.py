@@ -93,8 +93,8 @@ def test_proposals_keep_to_the_rules_of_the_objective(ling_lite, ring_lite):
     def layouts_with_cp(config):
         return any(variant.parallel.cp > 1 for variant in variants(ling_lite, config))
 
-    loss = dataclasses.replace(ring_lite.c3po.loss, surrogate="gspo")
-    whole = dataclasses.replace(ring_lite, c3po=dataclasses.replace(ring_lite.c3po, loss=loss))
+    loss = dataclasses.replace(ring_lite.algo.loss, surrogate="gspo")
+    whole = dataclasses.replace(ring_lite, algo=dataclasses.replace(ring_lite.algo, loss=loss))
     assert layouts_with_cp(ring_lite) and not layouts_with_cp(whole)
 
 
@@ -102,7 +102,7 @@ def test_without_a_budget_every_response_is_counted(ring_lite):
     """Twice the prompts are twice the micro-batches; with a budget Phi alone decides."""
     def batches(objective, prompts):
         return expected_microbatches(dataclasses.replace(
-            ring_lite, c3po=dataclasses.replace(ring_lite.c3po, objective=objective),
+            ring_lite, algo=dataclasses.replace(ring_lite.algo, objective=objective),
             rollout=dataclasses.replace(ring_lite.rollout, prompts_per_step=prompts)))
 
     assert batches("c3po", 512) == batches("c3po", 1024)

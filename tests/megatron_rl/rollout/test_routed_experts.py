@@ -39,7 +39,7 @@ def test_an_array_of_another_length_is_refused():
 
 
 def test_models_that_do_not_fit_are_refused_with_the_way_around():
-    with pytest.raises(ValueError, match="c3po.router_replay=trainer"):
+    with pytest.raises(ValueError, match="algo.router_replay=trainer"):
         RoutedLayers(num_layers=1, moe_layers=(0,), top_k=8, num_experts=257)
-    with pytest.raises(ValueError, match="c3po.router_replay=none"):
+    with pytest.raises(ValueError, match="algo.router_replay=none"):
         RoutedLayers(num_layers=1, moe_layers=(), top_k=0, num_experts=0)
