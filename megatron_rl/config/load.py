@@ -137,8 +137,8 @@ def _dataclass(cls, raw: Any, path: str):
     names = [field.name for field in dataclasses.fields(cls)]
     for key in raw:
         if (old := _join(path, key)) in RENAMED:
-            raise ValueError(f"{old} is called {RENAMED[old]} now: write {RENAMED[old]} for {old} in every key, file and "
-                             "command")
+            raise ValueError(f"{old} is called {RENAMED[old]} now: write {RENAMED[old]} for {old} in every key, file "
+                             "and command")
         if key not in names:
             raise ValueError(f"unknown key {_join(path, key)}{_nearest(key, names, path)}")
     try:

@@ -13,7 +13,13 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    Backend,
+    PrefixStore,
+    _abort_process_group,
+    _new_process_group_helper,
+    _world,
+)
 
 from megatron_rl.compat.loopback_store import LoopbackStore
 from megatron_rl.config.rollout import is_loopback
@@ -58,10 +64,10 @@ class BroadcastPublisher(EnginePublisher):
         try:
             report = super().publish(named_tensors, version, only=only, resume=resume)
         except BaseException:
-            self._drop_group()  # some rank may still wait in it
+            self._abort_group()  # some rank may still wait in it
             raise
         if report.failures:
-            self._drop_group()
+            self._abort_group()
         return report
 
     async def _prepare(self, what: str) -> None:
@@ -120,20 +126,24 @@ class BroadcastPublisher(EnginePublisher):
                 version=version if bucket.last else None)
 
         self._loading.append(asyncio.create_task(self._on_all_or_none(where, receive)))
-        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        while not work.is_completed():
-            for loading in self._loading:
-                if loading.done():
-                    loading.result()  # an engine that refuses never joins the broadcast
-            await asyncio.sleep(POLL_S)
-        # All bytes are there: the engines load them while the next bucket is made and asked for.
-        *before, loading = self._loading
-        self._loading = [loading]
-        await asyncio.gather(*before)
+        # NCCL makes its communicator in a group's first collective, and blocks the caller until every engine is in it:
+        # in a thread, the requests that bring the engines there still leave.
+        started = in_thread(dist.broadcast, flat, 0, self._group, True, daemon=True)
         try:
-            work.wait()
+            while not (started.done() and started.result().is_completed()):
+                for loading in self._loading:
+                    if loading.done():
+                        loading.result()  # an engine that refuses never joins the broadcast
+                await asyncio.sleep(POLL_S)
+            # All bytes are there: the engines load them while the next bucket is made and asked for.
+            *before, loading = self._loading
+            self._loading = [loading]
+            await asyncio.gather(*before)
+            started.result().wait()
+        except PublishError:  # names the engine
+            raise
         except RuntimeError as error:  # an engine's end of the connection is gone
-            await loading  # names the engine
+            await self._loading[-1]  # names the engine
             raise PublishError(f"{where}: {error}; the engines stay paused") from error
 
     async def _finish(self, version: int, what: str) -> None:
@@ -158,15 +168,29 @@ class BroadcastPublisher(EnginePublisher):
                 raise PublishError(f"{where}: {error}; the engines stay paused") from error
 
     async def _leave(self) -> None:
-        """Ends the group here and in the engines that still answer."""
-        await asyncio.gather(*(client.destroy_weights_update_group(self._group_name) for client in self._members),
-                             return_exceptions=True)
-        self._drop_group()
+        """Ends the group, here and in the engines that still answer, at the same time: each end may wait for the other.
 
-    def _drop_group(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-        self._group, self._members = None, []
+        An engine that does not answer ends the waiting after its control time-out, and the group is aborted.
+        """
+        engines = asyncio.gather(*(client.destroy_weights_update_group(self._group_name) for client in self._members),
+                                 return_exceptions=True)
+        ours = in_thread(dist.destroy_process_group, self._group, daemon=True)
+        await engines
+        if (await asyncio.wait({ours}, timeout=JOIN_SLACK_S))[0]:
+            self._group, self._members = None, []
+            ours.result()
+        else:
+            self._abort_group()
+
+    def _abort_group(self) -> None:
+        """Ends the group here without waiting for anyone. Gloo has no abort; its end waits for nobody."""
+        group, self._group, self._members = self._group, None, []
+        if group is None:
+            return
+        if self._backend == "nccl":
+            _abort_process_group(group)
+        else:
+            dist.destroy_process_group(group)
 
     def close(self) -> None:
         """Ends the group, so that its memory is free."""
