@@ -1,11 +1,11 @@
 """From judged responses to packed micro-batches: assemble (which tokens), schedule (where), pack (the one shift)."""
 
 from megatron_rl.batch.assemble import StepBatch, UnfillableStep, assemble
-from megatron_rl.batch.fill import BudgetFill, FillCount, step_budget
+from megatron_rl.batch.fill import BudgetFill, FillCount
 from megatron_rl.batch.pack import by_sample, lay_out, pack, packed_tokens
 from megatron_rl.batch.schedule import common_tokens, plan_microbatches
 
 __all__ = [
     "BudgetFill", "FillCount", "StepBatch", "UnfillableStep", "assemble", "by_sample", "common_tokens", "lay_out",
-    "pack", "packed_tokens", "plan_microbatches", "step_budget",
+    "pack", "packed_tokens", "plan_microbatches",
 ]

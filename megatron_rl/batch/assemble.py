@@ -36,6 +36,11 @@ class StepBatch:
     num_responses: int
     available_tokens: int
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it trains on at least Phi tokens."""
+        return self.selection.selected_tokens >= self.selection.phi
+
 
 def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed: int, step: int,
              max_response_tokens: int) -> list[StepBatch]:
@@ -58,18 +63,17 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
 
     in_order = algo.order == "groups"
     order_N = torch.arange(len(rollouts)) if in_order else selection_order(len(rollouts), seed=seed, step=step)
-    phi = algo.phi_global(dp)
     batches = []
     for update in range(algo.updates_per_rollout):
         share = order_N[update::algo.updates_per_rollout]
-        selection = _select(usable_N[share], algo, phi)
-        if algo.has_budget and algo.underfull == "error" and selection.selected_tokens < phi:
-            raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for algo.phi={phi}; raise "
-                             "rollout.prompts_per_step or set algo.underfull=collect_more")
+        selection = _select(usable_N[share], algo, fill.phi)
         kept = selection.kept_tokens_N.tolist()
         samples = tuple(_sample(int(index), rollouts[index], count, float(advantages_N[index]))
                         for index, count in zip(share.tolist(), kept, strict=True) if count)
         batches.append(StepBatch(samples, selection, int(drawn_N[share].sum()), int(usable_N[share].sum())))
+        if algo.has_budget and algo.underfull == "error" and not batches[-1].is_full:
+            raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for algo.phi={fill.phi}; "
+                                 "raise rollout.prompts_per_step or set algo.underfull=collect_more")
     return batches
 
 

@@ -14,22 +14,26 @@ from megatron_rl.observe.verdicts import is_mixed
 from megatron_rl.types import Finish, Rollout, Score
 
 
-def step_budget(algo: AlgoConfig, dp: int) -> int:
-    """Response tokens that one rollout must supply: Phi for each of its optimiser steps."""
-    return algo.phi_global(dp) * algo.updates_per_rollout
-
-
 @dataclass(frozen=True)
 class BudgetFill:
-    """The rules of the budget for one response, for a whole group, and for groups that come in one by one."""
+    """The budget of a step and its rules: for one response, for a whole group, and for groups that come in one by one.
+
+    Within a step this is the only reader of algo.phi.
+    """
 
     algo: AlgoConfig
     dp: int
     max_response_tokens: int
 
     @property
+    def phi(self) -> int:
+        """Response tokens that one optimiser step trains on, over all ranks."""
+        return self.algo.phi_global(self.dp)
+
+    @property
     def tokens(self) -> int:
-        return step_budget(self.algo, self.dp)
+        """Response tokens that one rollout must supply: Phi for each of its optimiser steps."""
+        return self.phi * self.algo.updates_per_rollout
 
     def rewards(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
         """What a group's responses are worth after shaping, float32 [K]: their scores and the over-long penalty."""
@@ -78,7 +82,7 @@ class FillCount:
 
     def __init__(self, fill: BudgetFill, responses_per_prompt: int):
         self._fill, self._k = fill, responses_per_prompt
-        self._phi = fill.algo.phi_global(fill.dp)
+        self._phi = fill.phi
         self._updates = fill.algo.updates_per_rollout
         self._judged: list[dict[int, tuple[Rollout, Score]]] = []
         self._offered_N = np.zeros(0, dtype=np.int64)

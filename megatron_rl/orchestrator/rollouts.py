@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble, step_budget
+from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble
 from megatron_rl.config.schema import Config
 from megatron_rl.handoff import cut_into_shards, dump, write_shard
 from megatron_rl.model.network import Network
@@ -98,7 +98,7 @@ async def collect_budget(config: Config, collect: Collect | Callable,
             assemble, groups, algo, dp=dp, seed=config.run.seed, step=step,
             max_response_tokens=config.rollout.max_response_tokens)
         if algo.has_budget:
-            full = all(batch.selection.selected_tokens >= algo.phi_global(dp) for batch in batches)
+            full = all(batch.is_full for batch in batches)
         else:
             full = not algo.dynamic_sampling or sum(batch.num_responses for batch in batches) >= responses
         if full or algo.underfull != "collect_more":
@@ -109,7 +109,8 @@ async def collect_budget(config: Config, collect: Collect | Callable,
             f"groups after algo.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, or set "
             "algo.dynamic_sampling=false or algo.underfull=train_short")
     available = sum(batch.available_tokens for batch in batches) if groups else 0
+    needed = BudgetFill(algo, dp, config.rollout.max_response_tokens).tokens
     raise UnfillableStep(
         f"step {step}: {available} response tokens after algo.max_collect_rounds={algo.max_collect_rounds} rounds, "
-        f"{step_budget(algo, dp)} needed for algo.phi={algo.phi}; raise rollout.prompts_per_step or "
+        f"{needed} needed for algo.phi={algo.phi}; raise rollout.prompts_per_step or "
         "algo.max_collect_rounds, or lower algo.phi")

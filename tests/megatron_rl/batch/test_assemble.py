@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_rl.batch import BudgetFill, FillCount, assemble, step_budget
+from megatron_rl.batch import BudgetFill, FillCount, assemble
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import FAILURES, Finish, Prompt, Rollout, RolloutGroup, Score
 
@@ -96,8 +96,8 @@ def test_each_update_of_a_rollout_gets_phi_of_its_own_responses(seed, updates):
 
 def test_budget_of_a_rollout():
     """phi * updates, times the data-parallel ranks only under scope per_dp_rank."""
-    assert step_budget(AlgoConfig(phi=10, updates_per_rollout=3), dp=4) == 30
-    assert step_budget(AlgoConfig(phi=10, updates_per_rollout=3, scope="per_dp_rank"), dp=4) == 120
+    assert BudgetFill(AlgoConfig(phi=10, updates_per_rollout=3), 4, 80).tokens == 30
+    assert BudgetFill(AlgoConfig(phi=10, updates_per_rollout=3, scope="per_dp_rank"), 4, 80).tokens == 120
 
 
 def test_scope_per_dp_rank_multiplies_phi():
