@@ -1,6 +1,7 @@
 """The directions of imports, read from the source: who may know whom (docs/architecture.md)."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,46 @@ def test_files_stay_readable(path):
 def test_the_loop_fits_on_a_screen_or_two():
     assert len((ROOT / "megatron_rl" / "loop.py").read_text().splitlines()) <= 150
     assert len((ROOT / "megatron_rl" / "train.py").read_text().splitlines()) <= 100
+
+
+WALKS = {"The step's budget": 10, "A rollout's log-probability": 12, "A published tensor": 8}
+"""Headings of docs/architecture.md, and how many files each walk may have."""
+STEP_OF_WALK = re.compile(r"^\| (\d+) \| `([^`]+)` \| `([^`]+)` \| .* \| `([^`]+)` \|$", re.MULTILINE)
+
+
+def walk(heading: str) -> list[tuple[str, str, str, str]]:
+    """(number, file, function, name) of each row."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.split(f"\n### {heading}\n")[1].split("\n#")[0]
+    rows = STEP_OF_WALK.findall(section)
+    assert len(rows) == len(re.findall(r"^\| \d", section, re.MULTILINE)), "a row is not of the table's form"
+    return rows
+
+
+def source_of(path: Path, qualified: str) -> str | None:
+    """The text of a function `f` or a method `Class.f`; None if the file has no such function."""
+    text = path.read_text()
+    body = ast.parse(text).body
+    *classes, last = qualified.split(".")
+    for name in classes:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == name), [])
+    found = next((node for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                  and node.name == last), None)
+    return None if found is None else ast.get_source_segment(text, found)
+
+
+@pytest.mark.parametrize("heading", WALKS)
+def test_the_walk_of_a_value_leads_through_functions_that_exist_and_never_back(heading):
+    rows = walk(heading)
+    files = [file for _, file, _, _ in rows]
+    assert 5 <= len(files) <= WALKS[heading]
+    assert [number for number, *_ in rows] == [str(place + 1) for place in range(len(rows))]
+    assert len(set(files)) == len(files), "the walk returns to a file that it has left"
+    for _, file, function, name in rows:
+        assert (ROOT / file).is_file(), f"no such file: {file}"
+        source = source_of(ROOT / file, function)
+        assert source is not None, f"{file} has no function {function}"
+        assert re.search(rf"\b{re.escape(name)}\b", source), f"{file}: {function} says nothing of {name}"
 
 
 def _standard_library() -> frozenset[str]:
