@@ -60,9 +60,31 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(file), f"{page}: {file.name} has no heading #{anchor}"
 
 
-def test_the_readme_leads_to_every_page():
-    linked = {target for target, _ in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
-    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+def test_the_index_leads_to_every_page_and_the_readme_to_the_index():
+    index = {target for target, _ in LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8"))}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - index == {"README.md"}
+    readme = {target for target, _ in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert "docs/README.md" in readme
+
+
+NAMED_KEY = re.compile(r"`([a-z_]+(?:[./][a-z_]+)*(?:\.\*)?)`")
+
+
+def test_the_glossary_names_keys_and_metrics_that_exist():
+    """The last column of each row."""
+    rows = [line.split(" | ")[-1] for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()
+            if line.startswith("| ") and "---" not in line]
+    named = {name for row in rows for name in NAMED_KEY.findall(row)}
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    metrics = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+    (phase_row,) = re.findall(r"^\| `time/<phase>`.*$", page, re.MULTILINE)
+    phases = {f"time/{name}" for name in re.findall(r"`(\w+)`", phase_row)}
+    assert len(named) > 50 and {name for name in named if "/" in name} - metrics - phases == set()
+    for key in {name for name in named if "/" not in name}:
+        value = load([])
+        for part in key.removesuffix(".*").split("."):
+            assert hasattr(value, part), f"docs/glossary.md: no such key: {key}"
+            value = getattr(value, part)
 
 
 def test_there_are_commands_and_links_to_check():
