@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,10 @@ from megatron_rl.preflight import (
     check_backends,
     check_data,
     check_folders,
+    check_from_afar,
+    check_sft_start,
+    check_start,
+    model_is_here,
     network_of,
     refuse_earlier_run,
     sizes_of,
@@ -52,8 +57,11 @@ def rl(options) -> int:
     if not options.check:
         prepare_model(config)
     sizes = validate(config, start=not options.check)
+    if options.check:
+        looked_at = _look_at(config, check_start)
     print_summary(config, sizes)
     if options.check:
+        _print_valid(config, looked_at)
         return 0
     ended = train_rl(config)
     if ended.why:
@@ -102,10 +110,28 @@ def sft(options) -> int:
     check_backends(config)
     sizes = sizes_of(network)
     check_sft(config, sizes)
+    if options.check:
+        looked_at = _look_at(config, check_sft_start)
     print_rows(config.run.name, sft_summary(config, sizes))
-    if not options.check:
+    if options.check:
+        _print_valid(config, looked_at)
+    else:
         train_sft(config)
     return 0
+
+
+def _look_at(config: Config, check: Callable[[Config], None]) -> str:
+    """--check: what a start would be refused for, as far as this machine holds it. Says what was looked at."""
+    if not model_is_here(config):
+        check_from_afar(config)
+        return f"configuration, layout and names; model.path={config.model.path or '(not set)'} is not here, so no data"
+    check(config)
+    return "configuration, layout, model, data and rewards; not: memory, GPUs, engines"
+
+
+def _print_valid(config: Config, looked_at: str) -> None:
+    Console().print(f"valid: {config.run.name} on {config.parallel.world_size} ranks (looked at: {looked_at})",
+                    soft_wrap=True, markup=False, highlight=False)
 
 
 def evaluate(options) -> int:

@@ -18,13 +18,15 @@ from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
-from megatron_rl.model.checkpoint_files import choose
+from megatron_rl.model.checkpoint_files import check_resume, choose
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export, refuse_code
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.sinks import CONFIG
 from megatron_rl.orchestrator import stages
+from megatron_rl.reward.route import Routes
+from megatron_rl.rollout.environment import load_environment
 from megatron_rl.rollout.scratch import check_tmpdir
 
 __all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory", "check_sft_data",
@@ -141,6 +143,34 @@ def warn_of_shared_gpus(config: Config, *, slurm: bool = False) -> None:
             "rollout.engine.colocate=true to take turns", soft_wrap=True)
 
 
+def check_start(config: Config) -> None:
+    """What a start of RL is refused for that asks neither for a GPU nor for an engine, beside `validate`."""
+    refuse_earlier_run(config)
+    check_resume(config.run, asdict(read_config(config.model.path)))
+    check_data(config)
+    warn_of_seen_problems(config)
+
+
+def check_sft_start(config: Config) -> None:
+    """check_start of supervised fine-tuning."""
+    check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
+    refuse_earlier_run(config)
+    check_resume(config.run, asdict(read_config(config.model.path)))
+    check_sft_data(config)
+
+
+def check_from_afar(config: Config) -> None:
+    """What of check_start can be looked at where the model is not: the run's folder and names, no row of data."""
+    refuse_earlier_run(config)
+    for each in stages.stage_configs(config):
+        load_environment(each.rollout.environment)
+        Routes({domain: name for domain, name in each.reward.routes.items() if name != "code"})  # needs a sandbox here
+
+
+def model_is_here(config: Config) -> bool:
+    return bool(config.model.path) and (Path(config.model.path) / "config.json").is_file()
+
+
 def check_sft_data(config: Config) -> None:
     """Read the examples before ranks are started. ValueError as the parts raise it."""
     with quick_imports():
@@ -161,7 +191,6 @@ def check_data(config: Config, *, training: bool = True) -> None:
         from megatron_rl.orchestrator.evaluation import HELD_OUT, evaluation_data, number_evaluated
         from megatron_rl.prompts import prompt_source
         from megatron_rl.reward import RewardPool
-        from megatron_rl.rollout.environment import load_environment
 
     for each in stages.stage_configs(config):
         load_environment(each.rollout.environment)
@@ -176,6 +205,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
                 rewards.check_domains(source.domains)
                 if objections := source.objections(GENERATED_LOOKED_AT):
                     raise ValueError(f"data.source={data.source}: {objections[0]}")
+                _try_rewards(rewards, source)
                 if not name:
                     trained = source.questions()
                 elif told := number_evaluated(each, name, len(source))[1]:
@@ -184,6 +214,16 @@ def check_data(config: Config, *, training: bool = True) -> None:
                 if own and (seen := len(trained & source.questions())):
                     Console(stderr=True).print(f"megatron-rl: {seen} of the {len(source)} problems of the {name} set "
                                                "are among those that are trained on", soft_wrap=True)
+
+
+def _try_rewards(rewards, source) -> None:
+    """One judgement by each function of the user's own that judges one of the first problems."""
+    firsts = {}
+    for place in range(min(GENERATED_LOOKED_AT, len(source))):
+        prompt = source.prompt(place)
+        firsts.setdefault(prompt.domain, prompt)
+    for prompt in firsts.values():
+        rewards.try_out(prompt)
 
 
 def check_memory(config: Config) -> None:

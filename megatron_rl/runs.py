@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,8 @@ from megatron_rl.launch.local import RunFailed, after_start, engines_for, run_ra
 from megatron_rl.launch.programs import run_rl
 from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
-from megatron_rl.model.checkpoint_files import check_resume
 from megatron_rl.orchestrator import stages
-from megatron_rl.preflight import (
-    check_data,
-    check_devices,
-    check_folders,
-    check_memory,
-    check_sft_data,
-    refuse_earlier_run,
-    warn_of_seen_problems,
-    warn_of_shared_gpus,
-)
+from megatron_rl.preflight import check_devices, check_memory, check_sft_start, check_start, warn_of_shared_gpus
 from megatron_rl.preflight_gpu import check_driver, check_gpus_of_run, check_transformer_engine
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import EngineError
@@ -54,10 +43,7 @@ def _train_rl(config: Config) -> Ended:
     check_devices(config)
     check_gpus_of_run(config, read_config(config.model.path))
     warn_of_shared_gpus(config)
-    refuse_earlier_run(config)
-    check_resume(config.run, asdict(read_config(config.model.path)))
-    check_data(config)
-    warn_of_seen_problems(config)
+    check_start(config)
     check_memory(config)
     with terminable(), engine_errors(), \
             engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:
@@ -78,13 +64,10 @@ def train_sft(config: Config) -> None:
 
 
 def _train_sft(config: Config) -> None:
-    check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
     check_driver()
     check_transformer_engine()
     check_devices(config)
-    refuse_earlier_run(config)
-    check_resume(config.run, asdict(read_config(config.model.path)))
-    check_sft_data(config)
+    check_sft_start(config)
     run_ranks("sft", config)
     Console().print(f"checkpoint: {config.run.dir}/hf")
 

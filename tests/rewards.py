@@ -34,3 +34,11 @@ def learnt_after_two_steps(prompt: Prompt, response_text: str) -> Score:
     learnt = metrics.exists() and metrics.read_text().count("\n") >= 2
     right = learnt or zlib.crc32(response_text.encode()) % 2 == 1
     return Score(float(right), "correct" if right else "wrong")
+
+
+def raises(prompt: Prompt, response_text: str) -> float:
+    raise LookupError("no such column")
+
+
+def in_words(prompt: Prompt, response_text: str) -> str:
+    return "right"

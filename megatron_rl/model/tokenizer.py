@@ -15,7 +15,9 @@ def load_tokenizer(model: ModelConfig):
     refuse_code(folder, trusted=model.trust_remote_code)
     with quick_imports():
         from transformers import AutoTokenizer  # here, because ranks other than 0 have no use for it, and it is slow
+        from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it has no class for a bailing_moe, and says so in every process
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (ValueError, OSError) as error:

@@ -40,11 +40,12 @@ def check_start(plan: Plan, place: int) -> None:
     check_folders(at(plan.whole, base), exports=True)
     check_data(at(plan.whole, base))
     for stage in plan.stages[max(place, 1):]:
+        config = at(stage.config, base)
         try:
             if stage.recipe == "sft":
-                sft_source(stage.config, load_tokenizer(at(stage.config, base).model))
+                sft_source(config, load_tokenizer(config.model))
             else:
-                check_data(at(stage.config, base))
+                check_data(config)
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
 

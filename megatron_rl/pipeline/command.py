@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 
 from megatron_rl.observe.progress import duration
-from megatron_rl.pipeline.check import check, table
+from megatron_rl.pipeline.check import check, check_start, table
 from megatron_rl.pipeline.driver import run as run_plan
 from megatron_rl.pipeline.plan import plan
 
@@ -16,10 +16,16 @@ def run(options) -> int:
     """Run what is not finished; with --check validate every stage, start nothing."""
     console, started = Console(), time.perf_counter()
     todo = plan(options.overrides)
-    check(todo)
+    base_is_here = (todo.stages[0].model / "config.json").is_file()
+    if options.check and base_is_here:
+        check_start(todo, 0)
+    else:
+        check(todo)
     console.print(table(todo))
     if options.check:
-        console.print("every stage is valid")
+        unseen = "" if base_is_here else f" (no data was looked at: {todo.stages[0].model} is not here)"
+        console.print(f"valid: all {len(todo.stages)} stages of {todo.whole.run.name}{unseen}", soft_wrap=True,
+                      markup=False, highlight=False)
         return 0
     report = run_plan(todo, console)
     console.print(f"report: [bold]{report}[/bold]  (this start took {duration(time.perf_counter() - started)})")

@@ -35,12 +35,14 @@ import pebble
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.route import Routes
+from megatron_rl.reward.user import UserScorer
 from megatron_rl.signals import stop_unheard
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["RewardPool"]
 
 MEMO_ENTRIES = 65536
+TRIAL_RESPONSE = "The answer is 0."
 BROKEN_POOLS = 3  # in a row, for one job
 CLOCK_FACTOR, CLOCK_SLACK_S = 3, 2.0
 WORKER_MEMORY_BYTES = 4 * 1024**3
@@ -100,6 +102,19 @@ class RewardPool:
     def check(self, prompt: Prompt) -> None:
         """ValueError if the scorer of the prompt's domain lacks something that it needs of the prompt."""
         self._routes.scorer(prompt.domain).check(prompt)
+
+    def try_out(self, prompt: Prompt) -> None:
+        """ValueError if a function of the user's own judges the prompt's domain and fails for two plain responses.
+
+        A function that fails for every response would only show after the engines have started.
+        """
+        if not isinstance(self._routes.scorer(prompt.domain), UserScorer):
+            return
+        scores = self.score_many([(prompt, prompt.answer), (prompt, TRIAL_RESPONSE)])
+        if all(score.failed for score in scores):
+            raise ValueError(f"reward.routes.{prompt.domain}={self._config.routes[prompt.domain]} cannot judge a "
+                             f"response to problem {prompt.id}, neither its reference answer nor {TRIAL_RESPONSE!r}: "
+                             f"{scores[-1].detail}")
 
     def warm_up(self) -> None:
         """Starts the workers and waits until one is ready (seconds: imports). No-op if no route needs one."""

@@ -87,6 +87,50 @@ def test_a_run_in_place_of_its_model_is_answered_with_the_folder_of_the_model(tm
         network_of(load([f"model.path={tmp_path}"]))
 
 
+REFUSED = {
+    "a misspelt scorer": (["reward.routes.math=math_verfy"], "math=math_verfy is no scorer; did you mean"),
+    "a scorer that is not there": (["reward.routes.math=tests.rewards.brief"], "has no attribute 'brief'"),
+    "a data file that is not there": (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl is not a file"),
+    "a resume of nothing": (["resume=true"], "holds no run: correct run.dir"),
+    "a reward that raises for every response": (
+        ["data.source=chains", "reward.routes.math=tests.rewards.raises"],
+        "reward.routes.math=tests.rewards.raises cannot judge a response to problem chains-"),
+    "a reward that is text": (["data.source=chains", "reward.routes.math=tests.rewards.in_words"],
+                              "returned 'right': not a finite number"),
+}
+
+
+@pytest.mark.parametrize("options", [["--check"], []])
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_a_run_is_refused_for_a_check_finds_too(mistake, options, tmp_path, capsys):
+    model, (overrides, said) = write_tiny_bailing(tmp_path / "model"), REFUSED[mistake]
+    assert main(["rl", *options, f"model.path={model}", f"run.dir={tmp_path / 'run'}", *overrides]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "engine.log").exists()
+
+
+def test_a_check_finds_an_earlier_run_wherever_the_model_is(tmp_path, capsys):
+    begun(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    model = write_tiny_bailing(tmp_path / "model")
+    for more in ([f"model.path={model}"], ["experiment=ring_lite_rl_stage1"]):
+        assert main(["rl", "--check", *more, f"run.dir={tmp_path / 'run'}"]) == 2
+        assert "holds an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["rl", "sft"])
+def test_a_valid_configuration_is_called_so_in_the_last_line_with_what_was_looked_at(command, tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    here = [f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=chains"]
+    assert main([command, "--check", *here]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("valid: ") and "model, data and rewards" in last
+    far = [f"model.path={tmp_path / 'far'}", "model.architecture=ling_lite", "data.path=far.jsonl"]
+    assert main([command, "--check", *far, f"run.dir={tmp_path / 'run'}"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("valid: ") and f"model.path={tmp_path / 'far'} is not here, so no data" in last
+
+
 @pytest.mark.parametrize(("overrides", "said"), [
     (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl is not a file"),
     (["data.source=chains", "data.size=20"], "sft.examples=4000, but data has 20 examples: set sft.examples=20"),

@@ -171,4 +171,5 @@ def test_a_full_disk_is_found_before_anything_starts(source, tmp_path, monkeypat
 
 def test_a_run_that_exports_nothing_asks_for_no_dtype(source, tmp_path, capsys):
     no_dtype(source, tmp_path / "run")
-    assert main(["rl", "--check", f"model.path={source}", f"run.dir={tmp_path / 'run'}", "run.export_hf=false"]) == 0
+    assert main(["rl", "--check", f"model.path={source}", f"run.dir={tmp_path / 'run'}", "run.export_hf=false",
+                 "data.source=chains"]) == 0
