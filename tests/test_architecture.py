@@ -13,7 +13,7 @@ SOURCES = [path for folder in ("c3po", "kernels/rl_kernels", "megatron_rl")
 # Inside megatron_rl: what each package may import besides itself. Two programs stand side by side, orchestrator and
 # trainer, and neither imports the other; what both need stands below both.
 LEAVES = {"types", "signals", "config", "observe", "compat"}
-ENGINES = {"rollout", "reward", "data", "prompts"}
+ENGINES = {"rollout", "environment", "reward", "data", "prompts"}
 LAUNCHED = {"orchestrator", "trainer", "loop", "recipes", "launch"}
 FLOORS = {
     "types": set(),
@@ -24,6 +24,7 @@ FLOORS = {
     "topology": {"config", "compat"},
     "data": {"types", "config", "observe"},
     "rollout": {"types", "config", "observe", "compat"},
+    "environment": {"types", "config", "observe", "rollout"},
     "reward": {"types", "signals", "config", "observe"},
     "batch": {"types", "config", "observe"},
     "handoff": {"types", "config", "observe", "batch"},
@@ -51,7 +52,7 @@ FLOORS = {
     "cli": {"commands", "usage"},
 }
 MAY_IMPORT_MEGATRON = {"topology", "model", "train_step", "sync", "compat"}
-MAY_IMPORT_SGLANG = {"rollout", "sync", "compat"}
+MAY_IMPORT_SGLANG = {"rollout", "environment", "sync", "compat"}
 
 
 def module_name(path: Path) -> str:
