@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from megatron_rl import usage
 
 SHELLS = ("bash", "zsh")
+RANK_KEYS = ("rank", "ranks")
+"""Of `rehearse`: written as keys of the configuration are, and none of them."""
 LAUNCHERS = ("basic", "submitit_slurm")
 
 
@@ -31,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=PrintVersion, help="print the version and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: _add(commands, name, text) for name, text in usage.COMMANDS.items()}
-    for name in ("quickstart", "rl", "sft", "pipeline", "plan", "evaluate", "select-checkpoint", "slurm"):
+    for name in ("quickstart", "rl", "sft", "pipeline", "plan", "rehearse", "evaluate", "select-checkpoint", "slurm"):
         _overrides(parts[name])
     parts["completion"].set_defaults(top=top)
     for name in ("rl", "sft", "pipeline"):
@@ -41,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
                                help="of one GPU (default 80)")
     parts["plan"].add_argument("--colocated", action="store_true",
                                help="the engine takes rollout.engine.mem_fraction_static of the same GPUs")
+    parts["rehearse"].add_argument("--json", default=None, metavar="FILE", help="also write everything to FILE")
+    parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
     parts["slurm"].add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
     _add_data(parts["data"])
     _add_convert(parts["convert"])
@@ -145,7 +149,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser().error(f"{options.command} does not take {' '.join(wrong)}: see megatron-rl {options.command} "
                            "--help" + (" (keys are written key=value, without dashes)" if pairs is not None else ""))
         pairs += more
+    if options.command == "rehearse":
+        _take_ranks(options)
     return options
+
+
+def _take_ranks(options: argparse.Namespace) -> None:
+    """options.ranks: those that were asked for, none for ranks=stages; out of the overrides with them."""
+    own = [text for text in options.overrides if text.split("=", 1)[0] in RANK_KEYS]
+    options.overrides = [text for text in options.overrides if text not in own]
+    if len(own) > 1:
+        parser().error(f"rehearse takes one of rank=N and ranks=stages, not {' '.join(own)}")
+    key, _, value = (own or ["rank=0"])[0].partition("=")
+    if key == "ranks" and value != "stages":
+        parser().error(f"ranks={value}: only ranks=stages, one rank of each distinct kind; for one rank write rank=N")
+    if key == "rank" and not value.isdecimal():
+        parser().error(f"rank={value} must be a rank's number, from 0")
+    options.ranks = [] if key == "ranks" else [int(value)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

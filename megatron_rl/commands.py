@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,6 +230,18 @@ def plan(options) -> int:
     return 0
 
 
+def rehearse(options) -> int:
+    config = load(options.overrides)
+    network = network_of(config)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # fake tensors live on the CPU, and Megatron asks for a GPU if there is one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's, about libraries that it can do without
+        from megatron_rl.rehearsal import command
+
+        command.run(config, network, options.ranks, json_file=options.json)
+    return 0
+
+
 def replay_step(options) -> int:
     """0 when the replayed loss and gradient norm are those of the run, bit for bit; 1 otherwise."""
     from megatron_rl.config.load import build
@@ -273,7 +287,8 @@ def completion(options) -> int:
     return 0
 
 
-COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan, "replay-step": replay_step,
+COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan,
+            "rehearse": rehearse, "replay-step": replay_step,
             "ablate": ablate, "pipeline": pipeline, "quickstart": quickstart, "report": report, "data": data,
             "select-checkpoint": select_checkpoint, "config": config, "slurm": slurm, "doctor": doctor,
             "completion": completion}

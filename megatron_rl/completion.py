@@ -47,10 +47,11 @@ KEYS = "$_megatron_rl_keys"
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
     """What the shell sources. shell: bash or zsh."""
-    values = dict(choices())
+    keys = dict(choices())
+    values = keys | {"ranks": ["stages"]}
     words = {" " + " ".join(path): own for path, own in commands(parser)}
     zsh = "autoload -U +X compinit && compinit; autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return SCRIPT.format(shell=shell, zsh=zsh, keys=" ".join(f"{key}=" for key in values), words=_table(words),
+    return SCRIPT.format(shell=shell, zsh=zsh, keys=" ".join(f"{key}=" for key in keys), words=_table(words),
                          values=_table(values))
 
 
@@ -66,7 +67,7 @@ def commands(parser: argparse.ArgumentParser,
         else:
             words += action.option_strings
         if action.dest == "overrides":
-            words.append(KEYS)
+            words += [KEYS, *(f"{key}=" for key in parser.get_default("own_keys") or ())]
         elif not action.option_strings and action.choices and not isinstance(action, argparse._SubParsersAction):
             words += action.choices
     yield path, words

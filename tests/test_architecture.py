@@ -33,6 +33,7 @@ FLOORS = {
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
     "sync": {"types", "signals", "config", "observe", "compat", "topology", "model", "rollout"},
     "plan": {"types", "config", "batch", "model"},
+    "rehearsal": {"types", "config", "batch", "model", "topology", "train_step", "trainer", "plan"},
     "loop": {"types", "config", "observe", "batch"},
     "orchestrator": {*LEAVES, *ENGINES, "batch", "handoff", "loop", "model", "sync"},
     "trainer": {*LEAVES, "rollout", "batch", "handoff", "loop", "model", "sync", "topology", "train_step"},
@@ -47,11 +48,11 @@ FLOORS = {
     "ablations": {*LEAVES, "preflight", "runs", *LAUNCHED},
     "completion": {"config"},
     "usage": set(),
-    "commands": {*LEAVES, "model", "plan", "preflight", "preflight_gpu", "runs", "pipeline", "ablations", "completion",
-                 "doctor", *LAUNCHED},
+    "commands": {*LEAVES, "model", "plan", "rehearsal", "preflight", "preflight_gpu", "runs", "pipeline", "ablations",
+                 "completion", "doctor", *LAUNCHED},
     "cli": {"commands", "usage"},
 }
-MAY_IMPORT_MEGATRON = {"topology", "model", "train_step", "sync", "compat"}
+MAY_IMPORT_MEGATRON = {"topology", "model", "train_step", "sync", "compat", "rehearsal"}
 MAY_IMPORT_SGLANG = {"rollout", "environment", "sync", "compat"}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from c3po import StepTotals
 from megatron_rl.batch import pack
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import AlgoConfig, Config
 from megatron_rl.handoff import UpdateShard, schedule
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
@@ -53,6 +53,16 @@ def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequen
             for members, tokens in zip(microbatches, least_tokens, strict=True)]
 
 
+def needs_old_pass(algo: AlgoConfig, network: Network) -> bool:
+    """Whether an update needs a separate no-grad pass before it.
+
+    With one update to a rollout the old log-probabilities equal the update's own, so it does not, unless the balance
+    loss needs the whole step's load before any gradient, or routes are recorded for replay.
+    """
+    return (algo.updates_per_rollout > 1 or algo.router_replay == "trainer"
+            or (network.num_moe_layers > 0 and algo.balance_coef > 0))
+
+
 class PolicyLearner:
     """The policy on Megatron. updates_done: the place in the learning-rate schedule, which spans schedule_updates
     optimiser steps (None: those of the run). stage: index of the run's stage, None in a run without."""
@@ -90,7 +100,7 @@ class PolicyLearner:
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
         microbatches = pack_all(update.microbatches(), update.least_tokens, self.config, self.topology, shape)
         old, counts = None, None
-        if self._needs_old_pass:
+        if needs_old_pass(self.config.algo, network):
             old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
         reference = None if self._reference is None else self.step.logprobs(microbatches, self._reference)
         if self.topology.is_last_stage:  # elsewhere no loss is computed
@@ -98,15 +108,6 @@ class PolicyLearner:
                 microbatch.old_logprobs = None if old is None else old[i]
                 microbatch.ref_logprobs = None if reference is None else reference[i]
         return microbatches, counts
-
-    @property
-    def _needs_old_pass(self) -> bool:
-        """Whether the update's own forward pass cannot tell what the pass before it would: with one update to a
-        rollout it starts from the old log-probabilities, so only the balance loss (the whole step's load, before any
-        gradient) and routes recorded for replay need one."""
-        algo, network = self.config.algo, self.policy.config
-        return (algo.updates_per_rollout > 1 or algo.router_replay == "trainer"
-                or (network.num_moe_layers > 0 and algo.balance_coef > 0))
 
     def _update(self, update: UpdateShard, microbatches: list[PackedMicrobatch], counts) -> StepResult:
         algo = self.config.algo

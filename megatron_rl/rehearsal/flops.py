@@ -1,0 +1,42 @@
+"""FLOPs of one operation: torch's own formulas, and attention by the pairs that a causal mask leaves."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+FLASH, FLASH_BACKWARD = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
+CPU_FLASH = aten._scaled_dot_product_flash_attention_for_cpu
+CPU_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+ADD_PRODUCT = "megatron_rl.add_product"
+"""The stand-in for torch.addmm with out_dtype (standins.py)."""
+
+
+def operation_flops(func, args, kwargs, out) -> int:
+    """0 for what is no matrix product."""
+    packet = func._overloadpacket
+    if packet is FLASH:
+        return _causal(flop_registry[packet](*args, **kwargs, out_val=out), args[0], args[1],
+                       len(args) > 4 and args[4])
+    if packet is FLASH_BACKWARD:
+        return _causal(flop_registry[packet](*args, **kwargs, out_val=out), args[1], args[2], args[11])
+    if packet is CPU_FLASH:
+        shapes = [tensor.shape for tensor in args[:3]]
+        return _causal(sdpa_flop_count(*shapes), args[0], args[1], len(args) > 4 and args[4])
+    if packet is CPU_FLASH_BACKWARD:
+        shapes = [tensor.shape for tensor in args[:4]]
+        return _causal(sdpa_backward_flop_count(*shapes), args[1], args[2], args[7])
+    if packet is aten.addmm_ or str(packet) == ADD_PRODUCT:  # torch counts addmm, not its form in place
+        (rows, inner), columns = args[1].shape, args[2].shape[1]
+        return 2 * rows * inner * columns
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+
+
+def _causal(flops: int, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> int:
+    """The share of flops that falls on pairs of a query and a key that it sees; queries are the last positions."""
+    if not is_causal:
+        return flops
+    queries, keys = query.shape[2], key.shape[2]
+    pairs = queries * (keys - queries) + queries * (queries + 1) // 2
+    return flops * pairs // (queries * keys)

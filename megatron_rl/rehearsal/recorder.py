@@ -1,0 +1,180 @@
+"""Everything that one rank does, as a dispatch mode sees it: operations, collectives, storages, reads by the host.
+
+The mode goes around a FakeTensorMode (a rehearsal) or around real tensors (to check rehearsals against).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from megatron_rl.rehearsal.flops import operation_flops
+from megatron_rl.rehearsal.storages import Peak, Storages
+
+aten = torch.ops.aten
+READ = aten._local_scalar_dense.default
+NO_TRAFFIC = {aten.detach.default, aten.alias.default, aten.empty.memory_format, aten.empty_strided.default,
+              aten.new_empty.default, aten.empty_like.default, aten.new_empty_strided.default}
+"""Operations that move no bytes besides the views."""
+COLLECTIVES = {"_allgather_base_": "all-gather", "allgather_": "all-gather",
+               "allgather_into_tensor_coalesced_": "all-gather",
+               "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
+               "reduce_scatter_tensor_coalesced_": "reduce-scatter", "allreduce_": "all-reduce",
+               "allreduce_coalesced_": "all-reduce", "alltoall_base_": "all-to-all", "alltoall_": "all-to-all",
+               "broadcast_": "broadcast", "send": "send", "recv_": "recv", "barrier": "barrier"}
+WHOLE = {"_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1, "reduce_scatter_": 1, "alltoall_base_": 1,
+         "alltoall_": 1}
+"""Which argument holds what the group exchanges, where it is not the first."""
+PASSED_BY = ("/contextlib.py", "/compat/megatron_cpu.py")
+_PACKAGE = str(Path(__file__).parent)
+_ROOT = str(Path(__file__).parents[2]) + "/"
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    """One kind of call. ranks: those of the group. bytes: of the whole buffer: what an all-gather gives, what a
+    reduce-scatter takes, the message of a send. where: the line that asked for it."""
+
+    phase: str
+    operation: str
+    ranks: tuple[int, ...]
+    bytes: int
+    where: str
+
+
+@dataclass(frozen=True, order=True)
+class Operation:
+    """One kind of call. bytes: of all inputs and outputs, as an unfused kernel reads and writes them."""
+
+    phase: str
+    name: str
+    flops: int
+    bytes: int
+
+
+class Recorder(TorchDispatchMode):
+    """operations, collectives and host_reads count calls; peaks has the fullest moment of each phase.
+
+    fake: the mode that this one goes around; None where tensors are real. Of a fake tensor the host reads 1, or False.
+    """
+
+    def __init__(self, fake: FakeTensorMode | None = None):
+        super().__init__()
+        self._fake = fake
+        self.storages = Storages()
+        self.operations: Counter[Operation] = Counter()
+        self.collectives: Counter[Collective] = Counter()
+        self.host_reads: Counter[tuple[str, str]] = Counter()  # (phase, where)
+        self.peaks: dict[str, Peak] = {}
+        self.curve: list[tuple[int, str, int]] = []  # (operations so far, phase, bytes), at changes of 1% of the peak
+        self._count = 0
+        self._phase = self._kind = "before"
+
+    @contextlib.contextmanager
+    def phase(self, name: str, kind: str) -> Iterator[None]:
+        """What happens inside belongs to `name`; storages made inside are of `kind`."""
+        before = self._phase, self._kind
+        self._phase, self._kind = name, kind
+        self.storages.begin()
+        try:
+            yield
+        finally:
+            self.peaks[name] = self.storages.at_peak()
+            self._phase, self._kind = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is READ:
+            return self._read(func, args, kwargs)
+        if func.namespace == "c10d":
+            return self._collective(func, args, kwargs)
+        out = func(*args, **kwargs)
+        outs = [value for value in tree_iter(out) if isinstance(value, torch.Tensor)]
+        name = str(func._overloadpacket)
+        for tensor in outs:
+            self.storages.see(tensor, self._kind, name, where)
+        if func.is_view or func.namespace == "prim":
+            return out
+        size = flops = 0
+        if func not in NO_TRAFFIC:
+            size = sum(_bytes(value) for value in outs) + sum(
+                _bytes(value) for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor))
+            flops = operation_flops(func, args, kwargs, out)
+        self.operations[Operation(self._phase, name, flops, size)] += 1
+        self._advance()
+        return out
+
+    def _advance(self) -> None:
+        self._count += 1
+        total = self.storages.total
+        if not self.curve or abs(total - self.curve[-1][2]) >= 0.01 * self.storages.peak \
+                or self.curve[-1][1] != self._phase:
+            self.curve.append((self._count, self._phase, total))
+
+    def _read(self, func, args, kwargs):
+        tensor = args[0]
+        if isinstance(tensor, FakeTensor):
+            if tensor.constant is not None:
+                return func(*args, **kwargs)
+            self.read_by_host(where())
+            return False if tensor.dtype is torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+        self.read_by_host(where())
+        return func(*args, **kwargs)
+
+    def read_by_host(self, line: str) -> None:
+        self.host_reads[self._phase, line] += 1
+
+    def _collective(self, func, args, kwargs):
+        name = str(func._overloadpacket).split(".")[-1]
+        if self._fake is not None and "coalesced" in name:
+            out = FakeWork().boxed()  # these have no fake kernel (torch 2.14.1)
+        else:
+            out = func(*args, **kwargs)
+        if name not in COLLECTIVES:
+            raise NotImplementedError(f"a recorder does not know the collective {name}, called at {where()}")
+        size = sum(_bytes(value) for value in tree_iter(args[WHOLE.get(name, 0)]) if isinstance(value, torch.Tensor))
+        group = next(value for value in args if isinstance(value, torch.ScriptObject))
+        ranks = tuple(dist.get_process_group_ranks(ProcessGroup.unbox(group)))
+        self.collectives[Collective(self._phase, COLLECTIVES[name], ranks, size, where())] += 1
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self.storages.see(value, self._kind, name, where)
+        self._advance()
+        return out
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+_NAMES: dict[object, str | None] = {}
+
+
+def where() -> str:
+    """file.py:line (function) of the innermost frame that is neither torch's nor the recorder's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code not in _NAMES:
+            _NAMES[code] = _name(code.co_filename)
+        if _NAMES[code] is not None:
+            return f"{_NAMES[code]}:{frame.f_lineno} ({code.co_name})"
+        frame = frame.f_back
+    return "?"
+
+
+def _name(path: str) -> str | None:
+    if path.startswith((_PACKAGE, "<")) or "/torch/" in path or path.endswith(PASSED_BY):
+        return None
+    return path.split("/site-packages/")[-1].removeprefix(_ROOT)

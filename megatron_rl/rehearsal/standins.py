@@ -1,0 +1,214 @@
+"""What a fake tensor cannot know, said instead; each stand-in is put in by a `with` and taken out at its end.
+
+Two kinds: values that only a run knows (how many rows each expert gets, what shape a neighbour sends), and code that
+asks whether it runs on a CPU and should do as on a GPU here. Written for torch 2.14.1 and megatron-core 0.19.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch.utils._python_dispatch import _disable_current_modes
+
+from megatron_rl.model import attention
+from rl_kernels.linear_logprob import chunked, op, products
+
+DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py (MoEAlltoAllTokenDispatcher)"
+
+
+@contextlib.contextmanager
+def replaced(owner, **values) -> Iterator[None]:
+    """Attributes of `owner` are `values` inside."""
+    before = {name: vars(owner)[name] for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+class OnHost(torch.Tensor):
+    """A real tensor on the host amid fake ones: what is done with it is done for real, and unseen."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with _disable_current_modes():
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _on_host(values) -> torch.Tensor:
+    with _disable_current_modes():
+        return torch.tensor(values, dtype=torch.int64).as_subclass(OnHost)
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """`total` in `parts` that differ by at most one, the larger ones first."""
+    base, extra = divmod(total, parts)
+    return [base + (index < extra) for index in range(parts)]
+
+
+@contextlib.contextmanager
+def balanced_experts(read_by_host: Callable[[str], None]) -> Iterator[None]:
+    """Every rank sends every expert equally many rows.
+
+    Router, top-k, permutation and the collective of the counts run as they are; only the counts themselves, which the
+    host needs to size the buffers, are said here. read_by_host: told once per dispatch, for the copy to the host that
+    Megatron makes of them (_maybe_dtoh_and_synchronize).
+    """
+    original, original_init = MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__
+
+    def preprocess(self, routing_map):
+        original(self, routing_map)  # for its operations and its collective
+        rows = shares(routing_map.size(0) * self.config.moe_router_topk, self.num_experts)
+        experts, peers = len(self.local_expert_indices), self.ep_size * self.tp_size
+        first = self.local_expert_indices[0]
+        mine = rows[first:first + experts]
+        if peers > 1:
+            self.input_splits = _on_host([sum(rows[start:start + experts])
+                                          for start in range(0, self.num_experts, experts)])
+            self.output_splits = _on_host([sum(mine)] * self.ep_size)
+            self.output_splits_tp = _on_host([sum(mine) * self.ep_size] * self.tp_size)
+        if experts > 1:
+            self.num_global_tokens_per_local_expert = _on_host([mine] * peers)
+        read_by_host(DISPATCHER)
+        return _on_host([count * peers for count in mine])
+
+    def init(self, *args, **kwargs):
+        original_init(self, *args, **kwargs)
+        with _disable_current_modes():
+            chunks = torch.arange(self.num_experts * self.tp_size)
+            self.sort_input_by_local_experts = chunks.reshape(-1, self.num_local_experts).T.ravel().as_subclass(OnHost)
+            self.restore_output_by_local_experts = chunks.reshape(self.num_local_experts, -1).T.ravel().as_subclass(
+                OnHost)
+
+    with replaced(MoEAlltoAllTokenDispatcher, preprocess=preprocess, __init__=init):
+        yield
+
+
+def forgotten_loss_scale():
+    """MoEAuxLossAutoScaler keeps the scale of the router losses, a tensor, in its class; inside there is none."""
+    return replaced(MoEAuxLossAutoScaler, main_loss_backward_scale=None)
+
+
+@contextlib.contextmanager
+def shapes_of_neighbours(shape: Callable[[], list[int]]) -> Iterator[None]:
+    """The shape of what another pipeline stage sends, which stages tell each other as data."""
+    original = P2PCommunicator._communicate_shapes
+
+    def communicate(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
+        original(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next)  # for its messages and host reads
+        return tuple(shape() if wanted else [0, 0, 0] for wanted in (recv_prev, recv_next))
+
+    with replaced(P2PCommunicator, _communicate_shapes=communicate):
+        yield
+
+
+@torch.library.custom_op("megatron_rl::fused_rms_norm", mutates_args=())
+def fused_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """aten._fused_rms_norm, which torch has for CUDA alone: output and 1/rms, one kernel. Fake tensors only."""
+    raise NotImplementedError("fused_rms_norm has no values")
+
+
+@torch.library.custom_op("megatron_rl::fused_rms_norm_backward", mutates_args=())
+def fused_rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor,
+                            weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError("fused_rms_norm_backward has no values")
+
+
+@fused_rms_norm.register_fake
+def _(x, weight, eps):
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@fused_rms_norm_backward.register_fake
+def _(grad, x, rstd, weight):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1], inputs[1])
+
+
+def _norm_backward(ctx, grad, _):
+    return *fused_rms_norm_backward(grad, *ctx.saved_tensors), None
+
+
+fused_rms_norm.register_autograd(_norm_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("megatron_rl::add_product", mutates_args=("total",))
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right with 16-bit factors, as torch.addmm(out_dtype=) on CUDA. Fake tensors only."""
+    raise NotImplementedError("add_product has no values")
+
+
+@add_product.register_fake
+def _(total, left, right):
+    return None
+
+
+def parts(left: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """rl_kernels' products.parts of a CUDA tensor."""
+    if left.dtype == dtype or dtype not in products.NARROW:
+        return (left,)
+    high = left.to(dtype)
+    return high, (left - high).to(dtype)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Flash attention without a mask, the fused RMSNorm, the head's products of 16-bit factors in blocks of a GPU's
+    size, no look at the labels."""
+    def attend(self, q, k, v):
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=self.scale)[0]
+        return out[0].transpose(0, 1)
+
+    def rms_norm(x, shape, weight, eps):
+        return fused_rms_norm(x, weight, eps)[0]
+
+    blocks = chunked.BLOCK_ELEMENTS
+    with (replaced(attention.PackedSelfAttention, _attend=attend), replaced(F, rms_norm=rms_norm),
+          replaced(chunked, BLOCK_ELEMENTS={**blocks, "cpu": blocks["cuda"]}),
+          replaced(products, add_product=add_product, parts=parts),
+          replaced(op, add_product=add_product, parts=parts, _validate=lambda *_: None)):
+        yield
+
+
+@contextlib.contextmanager
+def fake_parameters() -> Iterator[None]:
+    """Two places that fake tensors break.
+
+    Module.bfloat16 swaps fake parameters, which weak references forbid. torch.tensor of a list of fake tensors
+    (megatron.core.utils.local_multi_tensor_l2_norm) reads each of them on the host, and so it does here.
+    """
+    factory = torch.tensor
+
+    def bfloat16(self):
+        for parameter in self.parameters():
+            if parameter.is_floating_point() and parameter.dtype is not torch.bfloat16:
+                parameter.data = parameter.data.bfloat16()
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.bfloat16()
+        return self
+
+    def read(data):
+        if isinstance(data, torch.Tensor):
+            return data.item()
+        return [read(each) for each in data] if isinstance(data, list | tuple) else data
+
+    def tensor(data, *args, **kwargs):
+        return factory(read(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
+
+    with replaced(torch.nn.Module, bfloat16=bfloat16), replaced(torch, tensor=tensor):
+        yield

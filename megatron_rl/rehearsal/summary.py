@@ -1,0 +1,111 @@
+"""What was recorded of one rank as plain numbers: the JSON of `megatron-rl rehearse --json`, and the text's source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from megatron_rl.config.schema import Config
+from megatron_rl.model.network import Network
+from megatron_rl.plan.memory import expected_microbatches, plan_stage
+from megatron_rl.rehearsal.ranks import coordinates, group_name
+from megatron_rl.rehearsal.recorder import Recorder
+from megatron_rl.rehearsal.roofline import Rates, link, phase_seconds
+from megatron_rl.rehearsal.step import PHASES, Rehearsed, Workload
+
+CENSUS_SHARE = 0.005
+"""Tensors of the census take at least this share of the peak."""
+PER_MICROBATCH = PHASES[:3]
+"""Phases whose work is that of the micro-batches; the others come once a step."""
+
+
+def summary(config: Config, network: Network, workload: Workload, seen: Rehearsed, rates: Rates) -> dict[str, Any]:
+    """Everything of one rank; bytes, calls and FLOPs of the rehearsed micro-batches, seconds also of a whole step."""
+    recorder, parallel = seen.recorder, config.parallel
+    peaks = {phase: recorder.peaks[phase] for phase in PHASES if phase in recorder.peaks}
+    fullest = max(peaks, key=lambda phase: peaks[phase].total)
+    return {
+        "rank": seen.here.rank, "place": dataclasses.asdict(coordinates(seen.here.rank, parallel)),
+        "microbatch": {"lengths": list(workload.lengths), "rehearsed": workload.microbatches,
+                       "expected_per_step": expected_microbatches(config)},
+        "parameters": dataclasses.asdict(seen.parameters),
+        "peak": {"phase": fullest, "bytes": peaks[fullest].total, "kinds": peaks[fullest].kinds},
+        "census": {phase: [{**dataclasses.asdict(made), "bytes": size, "count": count}
+                           for made, size, count in peak.largest(CENSUS_SHARE)] for phase, peak in peaks.items()},
+        "phases": _phases(recorder, peaks, phase_seconds(recorder, rates)),
+        "collectives": _collectives(config, recorder, rates),
+        "host_reads": [{"phase": phase, "where": where, "count": count}
+                       for (phase, where), count in sorted(recorder.host_reads.items()) if phase in PHASES],
+        "operations": _operations(recorder),
+        "curve": [list(point) for point in recorder.curve],
+        "step_seconds": step_seconds(config, workload, phase_seconds(recorder, rates)),
+        "rates": dataclasses.asdict(rates),
+        "plan": _plan(config, network, seen, workload, peaks[fullest].kinds, peaks[fullest].total),
+    }
+
+
+def _phases(recorder: Recorder, peaks, seconds) -> dict[str, dict[str, Any]]:
+    found = {}
+    for phase, peak in peaks.items():
+        rows = [(each, count) for each, count in recorder.operations.items() if each.phase == phase]
+        found[phase] = {
+            "peak_bytes": peak.total, "kinds": peak.kinds, "kernels": sum(count for _, count in rows),
+            "flops": sum(each.flops * count for each, count in rows),
+            "traffic_bytes": sum(each.bytes * count for each, count in rows),
+            "host_reads": sum(count for (where, _), count in recorder.host_reads.items() if where == phase),
+            "seconds": dict(seconds.get(phase, {}))}
+    return found
+
+
+def _collectives(config: Config, recorder: Recorder, rates: Rates) -> list[dict[str, Any]]:
+    """By phase, operation and group: calls and bytes; where: the lines that asked, with their calls."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for call, count in sorted(recorder.collectives.items()):
+        if call.phase not in PHASES:
+            continue
+        name = group_name(call.ranks, config.parallel)
+        row = found.setdefault((call.phase, call.operation, call.ranks), {
+            "phase": call.phase, "operation": call.operation, "group": name, "size": len(call.ranks),
+            "link": link(call.ranks, rates), "calls": 0, "bytes": 0, "where": Counter()})
+        row["calls"] += count
+        row["bytes"] += count * call.bytes
+        row["where"][call.where] += count
+    return list(found.values())
+
+
+def _operations(recorder: Recorder) -> list[dict[str, Any]]:
+    """By phase and name: calls, FLOPs and bytes, the most bytes first."""
+    found: dict[tuple[str, str], Counter[str]] = {}
+    for each, count in recorder.operations.items():
+        if each.phase in PHASES:
+            row = found.setdefault((each.phase, each.name), Counter())
+            row.update(calls=count, flops=count * each.flops, bytes=count * each.bytes)
+    return [{"phase": phase, "name": name, **row}
+            for (phase, name), row in sorted(found.items(), key=lambda item: (-item[1]["bytes"], item[0]))]
+
+
+def step_seconds(config: Config, workload: Workload, seconds: dict[str, Counter[str]]) -> dict[str, float]:
+    """Of one whole optimiser step at this rank's pace.
+
+    scoring: both passes; update: both with the pipeline's bubble; once: what comes once a step.
+    """
+    parallel, expected = config.parallel, expected_microbatches(config)
+    chunks = expected * (parallel.vpp or 1)
+    factor = expected / workload.microbatches * (1 + (parallel.pp - 1) / chunks)
+    totals = {phase: sum(seconds.get(phase, {}).values()) for phase in PHASES}
+    return {"scoring": factor * (totals[PHASES[0]] + totals[PHASES[1]]), "update": factor * totals[PHASES[2]],
+            "once": totals[PHASES[3]] + totals[PHASES[4]]}
+
+
+def _plan(config: Config, network: Network, seen: Rehearsed, workload: Workload, kinds: dict[str, int],
+          total: int) -> dict[str, dict[str, int]]:
+    """Kind -> what `megatron-rl plan` says of this rank's stage and what was rehearsed, in bytes."""
+    plan = plan_stage(network, config, seen.here.pp_rank, workload.microbatches)
+    rows = {"weights": (plan.weights, kinds.get("weights", 0)),
+            "gradients": (plan.gradients, kinds.get("gradients", 0)),
+            "optimiser": (plan.optimizer, kinds.get("optimiser", 0)),
+            "reference": (plan.reference, kinds.get("reference", 0)),
+            "activations and logits": (plan.activations + plan.logits, kinds.get("activations", 0)),
+            "peak": (plan.stays + plan.activations + plan.logits, total)}
+    return {kind: {"plan": planned, "rehearsed": found} for kind, (planned, found) in rows.items()}
