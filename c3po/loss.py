@@ -23,9 +23,11 @@ __all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss", "policy_loss"]
 class C3POLossConfig:
     """Surrogate and coefficients of the objective; defaults are the paper's (arXiv 2506.14731 Sec. 4.3.3).
 
-    surrogate: whose term a token adds (surrogate.py). kl_coef, kl_estimator: of the KL to the reference; entropy_coef:
-    of the entropy bonus. The ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]; clip_eps_low=1 is no lower
-    bound.
+    - surrogate: the policy term that a token adds (surrogate.py).
+    - clip_eps_low, clip_eps_high: the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high]; clip_eps_low=1 is no
+      lower bound.
+    - kl_coef, kl_estimator: coefficient and estimator of the KL to the reference.
+    - entropy_coef: coefficient of the entropy bonus.
     """
 
     surrogate: Surrogate = "ppo"

@@ -13,27 +13,32 @@ from megatron_rl.config.rules import require
 class AlgoConfig:
     """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `algo`.
 
-    phi: tokens of one optimiser step, of the cluster or of each data-parallel rank (scope). cutoff: the response that
-    reaches it is cut there (`token`), or taken whole (`response`). underfull: what a step does that has fewer.
-    updates_per_rollout: optimiser steps on one rollout, among which its responses are dealt.
-    balance_coef, z_loss_coef: of the router's losses. truncated: a response that the length limit cut is trained on,
-    left out of the loss, or fined in the last overlong_buffer_tokens before the limit (DAPO). The fine counts the
-    tokens that rollout.max_response_tokens counts: all after the prompt, sampled or given by an environment.
-    objective: what the loss of a step is divided by, and with c3po alone also the cut at Phi; the others keep every
-    response token. grpo: each response's length and their number; dr_grpo: their number times
-    rollout.max_response_tokens (with advantage_scale=none); token_mean (DAPO): the step's tokens.
-    order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
-    in which they were drawn (`groups`), so that what comes after the budget need not be generated.
-    dynamic_sampling: groups whose responses are all right or all wrong are left out before the budget is cut, whatever
-    shaping makes of their rewards; groups with a graded response (reward.correct_from) are left out if their unshaped
-    rewards are equal. max_collect_rounds bounds how much more is generated to fill the budget, or without a budget to
-    have rollout.prompts_per_step mixed groups.
-    mismatch: weight old / rollout of each token, capped at tis_cap, or 0 outside icepop_low..icepop_high, or 0 where
-    the binary KL exceeds kpop_max_kl (nats). sequence_ratio_low, sequence_ratio_high (both or none): reject a sequence
-    whose geometric mean of old / rollout lies outside; sequence_min_token_ratio: or whose smallest lies below (e.g.
-    1e-4). All of them act on the policy gradient only; each is independent of the objective and of algo.loss.surrogate.
-    router_replay: whose choice of experts the trainer repeats for a response: `rollout` the engine's, `trainer` its
-    own of the pass before the first update, `none` each forward's own. It goes with every objective and mismatch.
+    - objective: what the loss of a step is divided by. `c3po`: Phi, and only here the step is cut at Phi; the others
+      train on every response token. `grpo`: each response's length times the number of responses. `dr_grpo`: the number
+      of responses times rollout.max_response_tokens (with advantage_scale=none). `token_mean` (DAPO): the step's
+      tokens.
+    - phi: response tokens of one optimiser step. scope: of the whole cluster, or of each data-parallel rank.
+    - cutoff: the response that reaches phi is cut there (`token`), or taken whole (`response`).
+    - order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
+      in which they were drawn (`groups`). With `groups`, responses after the cut need not be generated.
+    - underfull: what happens if a step has fewer than phi tokens.
+    - max_collect_rounds: how often a step may sample prompts until its budget is full, or without a budget until it has
+      rollout.prompts_per_step mixed groups.
+    - updates_per_rollout: optimiser steps on one rollout. Its responses are dealt among them.
+    - advantage_scale: advantages are divided by the group's standard deviation (`std`), or not (`none`).
+    - dynamic_sampling: leave out groups whose responses are all right or all wrong, before the cut and whatever shaping
+      makes of their rewards. A group with a graded response is left out if its unshaped rewards are equal.
+    - balance_coef, z_loss_coef: coefficients of the router's losses.
+    - truncated: a response that the length limit cut is trained on (`train`), left out of the loss (`mask`), or fined
+      in the last overlong_buffer_tokens before the limit (`overlong_penalty`, DAPO). The fine counts the tokens that
+      rollout.max_response_tokens counts: all after the prompt, sampled or given by an environment.
+    - mismatch: weigh each token by old / rollout. `tis` caps the weight at tis_cap. `icepop` drops a token outside
+      icepop_low..icepop_high. `kpop` drops it if the binary KL exceeds kpop_max_kl (nats).
+    - sequence_ratio_low, sequence_ratio_high (set both or none): reject a response whose geometric mean of old /
+      rollout lies outside. sequence_min_token_ratio: reject it if its smallest ratio lies below, e.g. 1e-4. All
+      corrections act on the policy gradient only, and go with every objective and every algo.loss.surrogate.
+    - router_replay: whose choice of experts the trainer repeats. `rollout`: the engine's. `trainer`: its own, from the
+      pass before the first update. `none`: each forward chooses anew. It goes with every objective and mismatch.
     """
 
     objective: Normalisation = "c3po"

@@ -26,7 +26,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CurriculumStage:
-    """A part of data.curriculum: so many prompts are drawn with these weights; the last stage has no end (null)."""
+    """A part of data.curriculum: `prompts` prompts are drawn with these weights. The last part has no end (null)."""
 
     weights: dict[str, float] = field(default_factory=dict)
     prompts: int | None = None
@@ -38,22 +38,25 @@ class CurriculumStage:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where prompts come from; docs/data.md describes the files. `source`, one of:
+    """Where prompts come from; docs/data.md describes the files.
 
-    jsonl, parquet (a file, or a folder of them) and hf_dataset (a folder that Dataset.save_to_disk wrote) read `path`
-    with the columns named below; if a folder holds several splits, `hf_split` of them. aime, gpqa and livecodebench
-    read `path` with the columns of those benchmarks' own files. reasoning_gym generates `task` with `task_config`;
-    human_eval is HumanEval, built in;
-    chains (with `task_config={max_operands: 20}` longer ones, of uneven lengths) and arithmetic are the built-in
-    generators of the quick start and of the SmolLM2 example. mix draws from the
-    sections under `mix`, by name: in the ratio of `weights` (empty: of their sizes), or stage by stage of `curriculum`.
-    prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key and id_key are columns, with dots into
-    nested ones (reward_model.ground_truth); `domain` is that of rows without one. Generators make `size` problems from
-    `seed`. shuffle: a new order every epoch.
-    on_error: a file with a bad row stops the load with a list of them all, or they are left out, counted and logged.
-    template: `plain` sends `prompt_prefix + prompt + prompt_suffix`, `chat` the tokenizer's chat template.
-    split: a fixed eighth of all problem texts, chosen by hash, is `heldout` and the rest `train`, whatever
-    the seed: two sources with these splits share no problem. Generators draw until the text is in the split.
+    - source `jsonl`, `parquet` (a file, or a folder of files), `hf_dataset` (a folder that Dataset.save_to_disk wrote):
+      read `path` with the columns named below. hf_split: which split, if a folder holds several.
+    - source `aime`, `gpqa`, `livecodebench`: read `path` with the columns of those benchmarks' own files.
+    - source `reasoning_gym`: generates `task` with task_config. `human_eval`: HumanEval, built in.
+    - source `chains`, `arithmetic`: the built-in generators of the quick start and of the SmolLM2 example. `chains`
+      with task_config={max_operands: 20} makes longer sums, of uneven lengths.
+    - source `mix`: draws from the sections under `mix`, by name, in the ratio of `weights` (empty: of their sizes), or
+      part by part of `curriculum`.
+    - size, seed: how many problems a generator makes, and from which seed.
+    - prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key, id_key: columns; dots lead into
+      nested ones (reward_model.ground_truth). domain: the domain of rows without one.
+    - on_error: `stop` refuses a file with bad rows and lists them all; `skip` leaves them out, counts and logs them.
+    - template: `plain` sends prompt_prefix + prompt + prompt_suffix; `chat` uses the tokenizer's chat template.
+    - split: a fixed eighth of all problem texts, chosen by hash, is `heldout`; the rest is `train`. The seed does not
+      matter, so two sources with these splits share no problem. Generators draw until the text is in the split.
+    - shuffle: a new order in every epoch.
+
     A key that the source does not read is refused if it is set.
     """
 
@@ -125,7 +128,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """One of eval.benchmarks: all its problems, or the first `problems`; samples null: eval.samples_per_problem."""
+    """One of eval.benchmarks: all its problems, or the first `problems`. samples null: eval.samples_per_problem."""
 
     data: DataConfig = field(default_factory=DataConfig)
     samples: int | None = None
@@ -139,13 +142,15 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: a held-out set and benchmarks, during training and by `megatron-rl evaluate`.
+    """Evaluation on a held-out set and on benchmarks, during training and by `megatron-rl evaluate`.
 
-    The held-out set is the first `problems` of eval.data, or of the training data's held-out split under eval.seed;
-    all of them if there are fewer; 0: none. benchmarks: more sets, by name. Without either nothing is evaluated.
-    Accuracy is the mean over samples_per_problem samples (avg@n), beside it pass@k and maj@k for k up to their number,
-    with intervals of bootstrap_resamples resamples. every_steps: of
-    training; 0: at its ends alone. temperature, top_p: of the samples. max_response_tokens null: that of `rollout`.
+    - data: where held-out problems come from. null: the held-out split of the training data, under eval.seed.
+    - problems: size of the held-out set, its first problems; all of them if there are fewer; 0: no held-out set.
+    - benchmarks: more sets, by name. Without a held-out set and benchmarks nothing is evaluated.
+    - samples_per_problem: accuracy is the mean over them (avg@n); pass@k and maj@k go up to their number.
+    - bootstrap_resamples: resamples behind the intervals.
+    - every_steps: how often training evaluates; 0: only at its ends.
+    - temperature, top_p, max_response_tokens (null: that of `rollout`): how samples are drawn.
     """
 
     data: DataConfig | None = None
@@ -184,9 +189,11 @@ class EvalConfig:
 class SelectConfig:
     """`megatron-rl select-checkpoint`: the SFT checkpoint from which RL starts (Sec. 4.3.2).
 
-    folder: of an SFT run with sft.export_epochs. Each of its epochs answers the first `problems` RL prompts `samples`
-    times. rule: `entropy` takes, of those whose policy entropy (nats per token) lies in entropy_low..entropy_high, the
-    best by `prefer`, and where none does the nearest to that band; pass_at_1 and pass_at_k take the best of all.
+    - folder: an SFT run with sft.export_epochs. Each of its epochs answers the first `problems` RL prompts, `samples`
+      times each.
+    - rule: `entropy` considers the epochs whose policy entropy (nats per token) lies in entropy_low..entropy_high and
+      takes the best of them by `prefer`. If there is none, it takes the epoch nearest to that band. `pass_at_1` and
+      `pass_at_k` take the best of all epochs.
     """
 
     folder: str = ""

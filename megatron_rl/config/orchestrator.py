@@ -12,13 +12,14 @@ RUN_KEY = "MEGATRON_RL_RUN_KEY"
 
 @dataclass(frozen=True)
 class OrchestratorConfig:
-    """The orchestrator of an RL run: one process without a GPU, which the ranks of the trainer ask what to do.
+    """The orchestrator of an RL run: one process without a GPU. The trainer's ranks ask it what to do.
 
-    host, port: where it listens. On one machine that is loopback; a Slurm job names the first node. Without a port a
-    free one is found. Every request carries the key of the run.
-    wait_timeout_s: how long the trainer waits for an orchestrator that does not answer. max_restarts: an orchestrator
-    that was killed or hangs is started again so many times. hang_timeout_s: an orchestrator or a rank that is silent
-    for so long counts as hung; a hung rank ends the run.
+    - host, port: where it listens. On one machine that is loopback; a Slurm job names the first node. Without a port a
+      free one is found. Every request carries the key of the run.
+    - wait_timeout_s: how long the trainer waits for an orchestrator that does not answer.
+    - max_restarts: how often an orchestrator that was killed or hangs is started again.
+    - hang_timeout_s: how long an orchestrator or a rank may be silent before it counts as hung. A hung rank ends the
+      run.
     """
 
     host: str = "127.0.0.1"

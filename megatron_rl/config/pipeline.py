@@ -14,11 +14,12 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """One stage: what is run, and what it is called.
+    """One stage of the pipeline.
 
-    recipe: `sft` and `rl` train; `select` takes one epoch of the last sft stage by its entropy on the RL prompts
-    (section select), with the overrides of the next rl stage under its own. title: for readers; empty: the name.
-    overrides: they compose its configuration, usually an experiment's name and little else.
+    recipe: `sft` and `rl` train. `select` takes one epoch of the last sft stage by its entropy on the RL prompts
+    (section select); it composes the overrides of the next rl stage and then its own. title: the name for readers;
+    empty: the stage's name. overrides: they compose the stage's configuration, usually an experiment's name and little
+    else.
     """
 
     recipe: Literal["sft", "select", "rl"] = "rl"
@@ -28,12 +29,12 @@ class PipelineStage:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What `megatron-rl pipeline` runs: `stages` in their order; the other sections are those of its evaluations.
+    """What `megatron-rl pipeline` runs: `stages` in their order. The other sections of the file set its evaluations.
 
-    Stage NAME lives in <run.dir>/NAME and begins from the model of the stage before it, the first from model.path.
-    random_base: without a model.path, that is the quick start's random model. Every stage's model is evaluated by
-    section eval. run.seed, observe and rollout.engine hold for all stages, whose engine is the same one. note: what
-    the report says on top.
+    Stage NAME lives in <run.dir>/NAME and starts from the model of the stage before it, the first from model.path.
+    Section eval evaluates the model of every stage. run.seed, observe and rollout.engine hold for all stages, which
+    share one engine. random_base: without a model.path, start from the quick start's random model. note: what the
+    report says at the top.
     """
 
     random_base: bool = False

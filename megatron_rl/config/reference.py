@@ -15,10 +15,10 @@ from megatron_rl.config.schema import Config
 HEADER = """\
 # Configuration
 
-Every key with its type and default, written by `python -m megatron_rl.config.reference` from
-`megatron_rl/config/schema.py`, which is where defaults live. YAML files under `conf/` hold differences only.
+This page lists every key with its type and default. `python -m megatron_rl.config.reference` writes it from the
+schema in `megatron_rl/config/`, which is where defaults live. YAML files under `conf/` hold differences only.
 
-Set keys on any command line by their path (`algo.phi=4096`), choose groups by name (`experiment=quickstart`,
+On any command line, set keys by their path (`algo.phi=4096`) and choose groups by name (`experiment=quickstart`,
 `parallel=ep2`, `algo=grpo`). `resume`, `seed` and `steps` may be given without their section `run`.
 """
 

@@ -11,14 +11,14 @@ from megatron_rl.config.rules import require
 
 @dataclass(frozen=True)
 class CodeConfig:
-    """Limits of generated programs; a problem's own time_s and memory_mb come first.
+    """Limits of generated programs. A problem's own time_s and memory_mb take precedence.
 
-    time_s: processor seconds of one test of a stdin problem, or of all calls of a function or unit-test problem; it
-    may wait without working for thrice that and 2 s.
-    compile_s: processor seconds of the compiler.
-    memory_mb: of all processes of a program together.
-    tolerance: relative and absolute, of decimal numbers in outputs.
-    judge_thinking: whether a code block before </think> counts as the answer.
+    - time_s: processor seconds of one test of a stdin problem, or of all calls of a function or unit-test problem. By
+      the clock a program may take three times that plus 2 s.
+    - compile_s: processor seconds of the compiler.
+    - memory_mb: memory of all processes of a program together.
+    - tolerance: relative and absolute tolerance of decimal numbers in outputs.
+    - judge_thinking: whether a code block before </think> counts as the answer.
     """
 
     time_s: float = 4.0
@@ -36,10 +36,11 @@ class CodeConfig:
 
 @dataclass(frozen=True)
 class RemoteConfig:
-    """A judge elsewhere that speaks SandboxFusion's protocol (POST url/run_code), for reward.sandbox=remote.
+    """A judge on a server that speaks SandboxFusion's protocol (POST url/run_code), for reward.sandbox=remote.
 
-    key_env: the environment variable that holds the server's key, sent as `Authorization: Bearer KEY`; null: none.
-    timeout_s: of one request beyond the program's own limits. retries: of a request that failed, with growing pauses.
+    - key_env: the environment variable that holds the server's key, sent as `Authorization: Bearer KEY`. null: no key.
+    - timeout_s: how long one request may take beyond the program's own limits.
+    - retries: how often a failed request is sent again, with growing pauses.
     """
 
     url: str | None = None
@@ -58,15 +59,16 @@ class RemoteConfig:
 class RewardConfig:
     """How responses are judged.
 
-    workers: processes that judge; timeout_s: processor seconds for one response, of a scorer other than
-    code (thrice that and 2 s by the clock). routes: domain -> scorer,
-    which is math_verify, science, code, exact, reasoning_gym, or the dotted path of a function. relative_tolerance: of
-    science answers that are numbers.
-    correct_from: if a function returns a number alone, the response is right from this number on, wrong at 0 and below,
-    and graded in between, which counts as not right. null: numbers alone say nothing of what is right, so accuracy and
-    pass rates are not reported. A function that returns a Score says it itself.
-    sandbox: where the programs of `code` run. bubblewrap isolates them on this machine and is refused where it
-    cannot; remote sends them to reward.remote.url; unsafe runs them as they are, with your rights and your files.
+    - routes: domain -> scorer: math_verify, science, code, exact, reasoning_gym, or the dotted path of a function.
+    - workers: processes that judge.
+    - timeout_s: processor seconds for one response, for every scorer but code. By the clock it may take three times
+      that plus 2 s.
+    - relative_tolerance: tolerance of science answers that are numbers.
+    - correct_from: if a function returns only a number, the response is right from this number on, wrong at 0 and
+      below, and graded in between, which counts as not right. null: numbers alone do not say what is right, so accuracy
+      and pass rates are not reported. A function that returns a Score says itself what is right.
+    - sandbox: where the programs of `code` run. `bubblewrap` isolates them on this machine, and is refused if it
+      cannot. `remote` sends them to reward.remote.url. `unsafe` runs them as they are, with your rights and your files.
     """
 
     routes: dict[str, str] = field(default_factory=lambda: {"math": "math_verify"})

@@ -29,26 +29,29 @@ def is_loopback(host: str | None) -> bool:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The SGLang servers: given URLs are used as they are, otherwise `count` servers are started here.
+    """The SGLang servers. If urls are given, these servers are used as they are; otherwise `count` servers are started.
 
-    urls: of servers that run already. Servers started here listen on `host` (at `port`, or at a free one), have
-    start_timeout_s to answer, are watched every health_interval_s, and are started again when they die or do not
-    answer for hang_timeout_s, max_restarts times each without an hour of service in between; at the end they have
-    stop_timeout_s. A request waits up to wait_timeout_s for a server that holds the current weights; pausing, joining
-    a broadcast and the like may take control_timeout_s.
-    api_key_env: the environment variable that holds the servers' key. Every server asks for one, on loopback too: any
-    local user could otherwise give it other weights. For servers started here a key is drawn for each run if the
-    variable is not set. For `urls` set it to the key that they were started with (--api-key). Keys are never written
-    down. Whoever sees the network between two machines sees the key, unless the URLs are https.
-    tp: GPUs of one server, which shares the model among them. first_gpu: of the first server on a machine; the
-    others follow. Ranks of the trainer take the GPUs from 0, so leave them room, or share the GPUs with colocate: the
-    engines then give up all GPU memory while the trainer trains (servers elsewhere need --enable-memory-saver).
-    device, dtype (None: model.dtype), max_running_requests, max_total_tokens (of the key-value cache; None: SGLang's
-    choice), mem_fraction_static (of GPU memory, weights and cache) and threads are the server's own settings;
-    extra_args: more of its flags. A server of `urls` needs --context-length rollout.max_context_tokens + 6.
-    deterministic: a response depends on its own seed alone, at a cost of speed.
-    router: `local` starts an sglang-router (a package of its own), a URL names one; it then chooses an engine for
-    each request by router_policy, where otherwise the one with the fewest requests is taken.
+    - urls: servers that run already. Start them with --context-length rollout.max_context_tokens + 6.
+    - host, port: where a started server listens. Without a port a free one is found.
+    - tp: GPUs of one server, which divides the model among them. first_gpu: the first GPU of the first server on a
+      machine; the others follow. The trainer's ranks take the GPUs from 0 on, so leave them room, or set colocate.
+    - colocate: engines and ranks share the GPUs. The engines give up all GPU memory while the trainer trains. Servers
+      of `urls` need --enable-memory-saver.
+    - router: `local` starts an sglang-router (a package of its own), a URL names one. It chooses an engine for each
+      request by router_policy. Without one, a request goes to the engine with the fewest requests.
+    - api_key_env: the environment variable that holds the servers' key. Every server asks for a key, on loopback too,
+      because any local user could otherwise give it other weights. If the variable is not set, each run draws a key for
+      the servers that it starts. For `urls`, set it to the key that they were started with (--api-key). Keys are never
+      written down. Whoever can read the network between two machines can read the key, unless the URLs are https.
+    - device, dtype (null: model.dtype), max_running_requests, max_total_tokens (of the key-value cache; null: SGLang's
+      choice), mem_fraction_static (share of GPU memory for weights and cache), threads: the server's own settings.
+      extra_args: more of its flags.
+    - start_timeout_s: how long a server has until it answers. stop_timeout_s: how long it has to end.
+    - health_interval_s: how often a server is checked. hang_timeout_s: how long it may be silent before it is killed
+      and started again. max_restarts: how often each may be started again without an hour of service in between.
+    - wait_timeout_s: how long a request waits for a server that holds the current weights. control_timeout_s: how long
+      pausing, joining a broadcast and the like may take.
+    - deterministic: a response depends on its own seed alone, at a cost of speed.
     """
 
     urls: tuple[str, ...] = ()
@@ -108,25 +111,28 @@ class EngineConfig:
 class RolloutConfig:
     """What is sampled for one step, by which engines, and how weights reach them.
 
-    A step takes prompts_per_step prompts, responses_per_prompt responses to each, of at most max_response_tokens, with
-    their prompt max_context_tokens; sampled at temperature and top_p until the end token or one of `stop`.
-    collector: `sync` samples every response of the step's prompts; `budgeted` stops as soon as the groups first in
-    order fill algo.phi (needs algo.order=groups); `partial` samples budget_tokens per step (None: Phi of the step)
-    in slices of slice_tokens and carries unfinished responses on, for retention_steps at most; `async` samples up
-    to max_staleness steps ahead while the trainer trains.
-    environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most
-    max_turns - 1 times per response; all turns and answers together have max_response_tokens. It is called in up to
-    environment_threads threads at a time and has environment_timeout_s for an answer.
-    overprovision: budgeted keeps so many times the groups in flight that are expected to fill the budget.
-    concurrency: requests in flight over all engines; each has request_timeout_s and is sent again `retries` times.
-    max_failed_fraction: the share of a step's responses that may fail (an engine, the environment or the judge could
-    not give, continue or judge them) before the run ends; below it, failed responses are counted and train nothing.
-    publish: how weights travel, in buckets of bucket_bytes.
-    verify_checksums: each engine proves what it got; null: if it is of the kind that can, which is one with a single
-    CPU rank (sync/engines_verified says how many did).
-    probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
-    trainer's after a publish (sync/probe_max_abs). Beyond it the engine serves nothing and is sent the weights again.
-    If no engine passes in three attempts, the run ends. None: 0.01, or 2 if trainer or engine compute in bfloat16.
+    - prompts_per_step, responses_per_prompt: what a step samples.
+    - max_response_tokens: limit of a response. max_context_tokens: limit of a response with its prompt.
+    - temperature, top_p: of sampling. stop: texts that end a response, besides the end token.
+    - collector: `sync` samples every response of the step's prompts. `budgeted` stops as soon as the groups first in
+      order fill algo.phi (needs algo.order=groups). `partial` samples budget_tokens per step (null: Phi of the step) in
+      slices of slice_tokens, and carries unfinished responses on for at most retention_steps. `async` samples up to
+      max_staleness steps ahead while the trainer trains.
+    - overprovision: `budgeted` keeps this many times the groups in flight that it expects to need.
+    - environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most
+      max_turns - 1 times per response. All turns and answers together have max_response_tokens. It is called in up to
+      environment_threads threads at a time and has environment_timeout_s for an answer.
+    - concurrency: requests in flight over all engines. Each has request_timeout_s, and is sent again up to `retries`
+      times.
+    - max_failed_fraction: the share of a step's responses that may fail before the run ends. A response fails if an
+      engine cannot give it, the environment cannot continue it, or the judge cannot judge it. Below the share, failed
+      responses are counted and train nothing.
+    - publish: how weights travel, in buckets of bucket_bytes.
+    - verify_checksums: each engine proves by checksums what it got. null: only engines that can, which are those with a
+      single CPU rank (sync/engines_verified counts them).
+    - probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
+      trainer's after a publish (sync/probe_max_abs). Beyond it the engine serves nothing and is sent the weights again.
+      If no engine passes in three attempts, the run ends. null: 0.01, or 2 if trainer or engine compute in bfloat16.
     """
 
     collector: Literal["sync", "budgeted", "partial", "async"] = "sync"

@@ -22,17 +22,19 @@ from megatron_rl.config.stage import StageConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What one run is called (name), where it writes (dir) and how long it goes on (steps).
+    """What one run is called (name), where it writes (dir), how many steps it takes (steps), and how it resumes.
 
-    seed: of prompts, samples, the order of the cut and random weights. A checkpoint is written every
-    save_every_steps steps and at the end, the newest keep_checkpoints stay; export_hf: at the end also a Hugging Face
-    folder, <dir>/hf. resume: go on from the newest checkpoint; `auto`: if there is a run in dir, else begin one.
-    resume_from: go on from the checkpoint of this name (step_00000020); newer ones are set aside under other names.
-    accept_changes: go on although settings differ that change what is learned, such as algo.phi or the data.
-    async_save: write checkpoints in the background, for a copy of the state in memory.
-    max_skipped_in_a_row: a step whose loss or gradient is NaN or infinite changes nothing; more of them than this in
-    a row end the run. keep_dumps: so many of them are kept in <dir>/dumps for `megatron-rl replay-step`, with the
-    weights; 0 writes none. dump_steps: optimiser steps (from 1) that are dumped in any case.
+    - seed: sets prompts, samples, the order of the cut and random weights.
+    - save_every_steps: how often a checkpoint is written, besides at the end. keep_checkpoints: how many stay.
+    - export_hf: also write a Hugging Face folder at the end, <dir>/hf.
+    - resume: `true` goes on from the newest checkpoint. `auto` does so if there is a run in dir, and else begins one.
+    - resume_from: go on from the checkpoint of this name (step_00000020). Newer ones are set aside under other names.
+    - accept_changes: go on although settings differ that change what is learned, such as algo.phi or the data.
+    - async_save: write checkpoints in the background. This costs memory for a copy of the state.
+    - max_skipped_in_a_row: a step whose loss or gradient is NaN or infinite changes nothing. More than this many such
+      steps in a row end the run.
+    - keep_dumps: how many skipped steps stay in <dir>/dumps for `megatron-rl replay-step`, each with the weights; 0
+      writes none. dump_steps: optimiser steps (from 1) that are dumped in any case.
     """
 
     name: str = "rl"
@@ -62,13 +64,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Which implementation computes a part of the step (docs/performance.md); none falls back to another in silence.
+    """Which implementation computes a part of the step (docs/performance.md). None silently falls back to another.
 
-    experts: `megatron` is its SequentialMLP, the others are rl_kernels.grouped_experts'. router: `megatron` is its
-    TopKRouter, the others rl_kernels.router_topk's. logprob: rl_kernels.linear_logprob's; `liger` and `reference`
-    need parallel.tp=1. `triton` needs a GPU.
-    auto: the best that was measured, which so far is on a CPU: `megatron`, `megatron` and `chunked`, on a GPU too.
-    Parameters and checkpoints are the same under every choice.
+    experts: `megatron` is Megatron's SequentialMLP, the others are in rl_kernels.grouped_experts. router: `megatron` is
+    Megatron's TopKRouter, the others are in rl_kernels.router_topk. logprob: all are in rl_kernels.linear_logprob;
+    `liger` and `reference` need parallel.tp=1. `triton` needs a GPU. `auto` is the fastest that was measured, so far on
+    a CPU: `megatron`, `megatron` and `chunked`, on a GPU too. Parameters and checkpoints are the same under every
+    choice.
     """
 
     experts: Literal["auto", "megatron", "triton", "grouped_mm", "loop", "reference"] = "auto"
@@ -80,13 +82,14 @@ class KernelConfig:
 class ModelConfig:
     """A Hugging Face folder, path (docs/models.md lists the kinds of model), and how the trainer holds it.
 
-    dtype: of weights and activations; the optimiser's are float32. fp32_lm_head: trainer and engines sum the products
-    of the head in float32 and keep the logits so; false: both round the logits to dtype. recompute: `full` keeps the
-    inputs of layers alone and computes the rest again in the backward pass.
-    reference_path: the frozen policy of the KL term (Eq. 2); None means the starting weights.
-    architecture: a config.json to check sizes against where the checkpoint is not at hand (`--check`), or the
-    name of one that ships with the project: ling_lite.
-    trust_remote_code: run the Python code that the folder brings along (`auto_map`); false refuses such a folder.
+    - dtype: of weights and activations. The optimiser's state is float32.
+    - fp32_lm_head: trainer and engines sum the products of the head in float32 and keep the logits in float32. false:
+      both round the logits to dtype.
+    - recompute: `full` keeps only the inputs of layers and computes the rest again in the backward pass.
+    - reference_path: the frozen policy of the KL term (Eq. 2). null: the starting weights.
+    - architecture: a config.json to check sizes against if the checkpoint is not at hand (`--check`), or the name of
+      one that ships with the project: ling_lite.
+    - trust_remote_code: run the Python code that the folder brings along (`auto_map`). false refuses such a folder.
     """
 
     path: str = ""
@@ -101,15 +104,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of Megatron's parallel groups. Data parallelism is what is left of world_size.
+    """Sizes of Megatron's parallel groups. Data parallelism takes what is left of world_size.
 
-    tp: tensor, pp: pipeline (vpp: parts of a rank, interleaved), cp: context, ep: expert, etp: tensor within experts.
-    distributed_optimizer: data-parallel ranks share the optimiser's state among them.
-    sequence_parallel None means: on when tp > 1 (Megatron refuses MoE under TP without it). cp cuts every sequence
-    over that many ranks; each holds the keys and values of the whole micro-batch while a layer computes. overlap:
-    gradients are reduced while the backward pass goes on. token_dispatcher: how tokens reach their experts' ranks;
-    allgather sends every token to all of them, which suits an ep not above the experts that a token chooses,
-    and pads the ranks' micro-batches to one length.
+    - tp: tensor. pp: pipeline; vpp: parts of a rank, interleaved. ep: expert. etp: tensor within experts. cp: context;
+      it cuts every sequence over that many ranks, and each holds the keys and values of the whole micro-batch while a
+      layer computes.
+    - sequence_parallel: null means on if tp > 1, because Megatron refuses MoE under TP without it.
+    - distributed_optimizer: data-parallel ranks divide the optimiser's state among them.
+    - overlap: reduce gradients while the backward pass goes on.
+    - token_dispatcher: how tokens reach the ranks of their experts. `allgather` sends every token to all of them, which
+      suits an ep not above the experts that a token chooses, and pads the ranks' micro-batches to one length.
     """
 
     world_size: int = 1
@@ -162,10 +166,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How sequences are packed. One packed micro-batch holds at most tokens_per_microbatch tokens on a rank.
+    """How sequences are packed. A packed micro-batch holds at most tokens_per_microbatch tokens on a rank.
 
-    Under context parallelism a sequence is spread over parallel.cp ranks and may be that many times longer.
-    logprob_chunk_tokens: tokens whose logits exist at a time.
+    Context parallelism spreads a sequence over parallel.cp ranks, so it may be that many times longer.
+    logprob_chunk_tokens: the number of tokens whose logits exist at a time.
     """
 
     tokens_per_microbatch: int = 8192
@@ -182,9 +186,9 @@ class BatchConfig:
 class OptimizerConfig:
     """AdamW as Megatron runs it, and the learning-rate schedule.
 
-    lr is reached after warmup_steps optimiser steps, or after warmup_fraction of them all; `cosine` then falls to
-    min_lr_ratio of it at the end. beta1, beta2, eps and weight_decay are Adam's; clip_grad: the largest norm of the
-    gradient, 0 for any.
+    The rate rises to lr over warmup_steps optimiser steps, or over warmup_fraction of all steps. `cosine` then lets it
+    fall to min_lr_ratio * lr at the end. beta1, beta2, eps and weight_decay are Adam's. clip_grad: the largest norm of
+    the gradient; 0 does not clip.
     """
 
     lr: float = 3e-6
@@ -214,14 +218,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss; a checkpoint after every epoch.
+    """Supervised fine-tuning: packed, prompt-masked, token-level mean loss, and a checkpoint after every epoch.
 
-    batch_size: examples of one optimiser step. balance_coef, z_loss_coef: of the router's losses. examples: the first
-    so many of `data`, in a new order every epoch. export_epochs: also write each epoch as a Hugging Face folder,
-    <run.dir>/epochs/epoch_01 and so on, for `megatron-rl select-checkpoint`. A prompt and its response may have
-    batch.tokens_per_microbatch tokens (times parallel.cp).
-    schedule_epochs: length of the learning-rate schedule, None for `epochs`; longer than `epochs` stops early on
-    it, as the report does when it takes an early checkpoint of a long run (Sec. 4.3.2).
+    - examples: train on the first examples of `data`, in a new order in every epoch. A prompt with its response may
+      have batch.tokens_per_microbatch tokens (times parallel.cp).
+    - batch_size: examples of one optimiser step.
+    - schedule_epochs: length of the learning-rate schedule; null: epochs. If it is longer than epochs, training stops
+      early on it, as the report does when it takes an early checkpoint of a long run (Sec. 4.3.2).
+    - balance_coef, z_loss_coef: coefficients of the router's losses.
+    - export_epochs: also write each epoch as a Hugging Face folder, <run.dir>/epochs/epoch_01 and so on, for
+      `megatron-rl select-checkpoint`.
     """
 
     epochs: int = 3
@@ -260,12 +266,13 @@ class SFTConfig:
 class ObserveConfig:
     """Where metrics go besides metrics.jsonl, which is always written.
 
-    wandb: to files under <run.dir>/wandb, to its server, or not at all; project: its project there. progress: the
-    display on the terminal. mismatch_alarm: mean difference of engine and trainer log-probabilities, in nats, above
-    which a step warns. metrics: dotted paths of functions of your own; each takes the judged groups and returns
-    numbers by name, logged as extra/<name> for every step and as <name> for every evaluation.
-    samples_per_step: judged responses of each step that are written to samples.jsonl, for the report's table; 0: none.
-    print_samples: every so many steps one of them is printed on the terminal; 0: never.
+    - wandb: to files under <run.dir>/wandb, to its server, or not at all. project: wandb's project.
+    - progress: the display on the terminal.
+    - mismatch_alarm: a step warns if the mean difference of engine and trainer log-probabilities exceeds this, in nats.
+    - metrics: dotted paths of your own functions. Each takes the judged groups and returns numbers by name, which are
+      logged as extra/<name> for every step and as <name> for every evaluation.
+    - samples_per_step: how many judged responses of each step go to samples.jsonl, for the report's table; 0: none.
+    - print_samples: every so many steps, print one of them on the terminal; 0: never.
     """
 
     wandb: Literal["offline", "online", "off"] = "offline"
@@ -287,15 +294,15 @@ class ObserveConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """The job that `megatron-rl slurm` submits: `nodes` run trainer ranks, `engine_nodes` more run engines.
+    """The job that `megatron-rl slurm` submits: `nodes` run trainer ranks, and `engine_nodes` more run engines.
 
-    partition, account, qos, exclude, gpus_per_node and cpus_per_task (of a rank, and of an engine) are sbatch's.
-    engine_nodes 0: the engines (rollout.engine.count of them) share the trainers' nodes.
-    time_limit: Slurm's format. signal_lead_s before that limit, and on preemption, the run is told to save and is
-    requeued. max_restarts bounds the new starts after a fault of a node, which is excluded from then on.
-    container: pyxis (srun --container-image) or apptainer around every rank and engine; container_image its image,
-    container_mounts the folders it sees (/data:/data).
-    setup: shell lines of the batch script before anything else (module load, exports). extra: more #SBATCH lines.
+    - partition, account, qos, exclude, gpus_per_node, cpus_per_task (of a rank, and of an engine): as in sbatch.
+    - engine_nodes: 0 lets the engines (rollout.engine.count of them) share the trainer's nodes.
+    - time_limit: in Slurm's format. signal_lead_s before it, and on preemption, the run saves and is requeued.
+    - max_restarts: how often the job starts again after a fault of a node, which it then excludes.
+    - container: `pyxis` (srun --container-image) or `apptainer` around every rank and engine. container_image: its
+      image. container_mounts: the folders it sees (/data:/data).
+    - setup: shell lines at the start of the batch script (module load, exports). extra: more #SBATCH lines.
     """
 
     partition: str | None = None

@@ -12,13 +12,16 @@ STAGED = ("algo", "batch", "data", "eval", "optimizer", "reward", "rollout")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage, called `name`: `steps` steps with the keys of `set` changed, e.g. {algo.phi: 8192}.
+    """One training stage, called `name`: `steps` steps with the keys of `set` changed, e.g. {algo.phi: 8192}.
 
-    The stages' steps add up to run.steps. plateau_steps, if not 0: the stage ends sooner, when the mean reward of its
-    last so many steps is less than plateau_gain above that of as many before. optimizer: AdamW's moments and the place
-    in the learning-rate schedule are kept from the stage before, or begin anew; the schedule spans all stages up to the
-    next that begins it anew. Weights, step numbers, log and checkpoints go on; so does the order of prompts, unless
-    data other than weights and curriculum changes.
+    - steps: the steps of all stages add up to run.steps.
+    - plateau_steps, plateau_gain: the stage ends sooner if the mean reward of its last plateau_steps steps is less than
+      plateau_gain above that of the plateau_steps steps before. 0: it never does.
+    - optimizer: `keep` keeps AdamW's moments and the place in the learning-rate schedule from the stage before; `reset`
+      begins both anew. The schedule spans all stages up to the next reset.
+
+    Weights, step numbers, log and checkpoints go on from stage to stage. So does the order of prompts, unless data
+    other than weights and curriculum changes.
     """
 
     name: str = ""
