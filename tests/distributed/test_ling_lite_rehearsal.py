@@ -1,0 +1,91 @@
+"""Ling-lite on 256 ranks, rehearsed: its size, its FLOPs, and a budget of what a step may hold, send and wait for.
+
+The budget is tests/golden/rehearsal.json. Whoever lowers a figure writes it anew, and whoever raises one says why:
+`python -m tests.distributed.test_ling_lite_rehearsal` (two minutes of one core).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.config.schema import Config
+from megatron_rl.model.architectures import HF_FILES, parse_config
+from megatron_rl.model.network import Network
+from megatron_rl.observe.flops import forward_flops
+from megatron_rl.rehearsal.budget import figures, grown
+from megatron_rl.rehearsal.command import full_microbatches
+from megatron_rl.rehearsal.ranks import distinct_ranks
+from megatron_rl.rehearsal.roofline import Rates
+from megatron_rl.rehearsal.step import build_only, rehearse
+from megatron_rl.rehearsal.summary import summary
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "rehearsal.json"
+STAGE1 = "ring_lite_rl_stage1"
+BUDGETS: dict[str, tuple[list[str], int, int]] = {
+    "ring_lite_rl_stage1": ([], 137, 28),
+    "tp2_pp2_vpp2_cp2_ep4_of_4_layers": (
+        ["parallel.world_size=32", "parallel.tp=2", "parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", "parallel.ep=4",
+         "model.recompute=none", "batch.tokens_per_microbatch=12288", "algo.loss.kl_coef=0"], 31, 4)}
+"""Name -> overrides of STAGE1, the rank, layers."""
+LAYOUTS = {"ep8": [], "tp2_pp4_ep8": ["parallel.tp=2", "parallel.pp=4"],
+           "tp2_pp2_cp2_ep8_etp2": ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "parallel.etp=2"]}
+
+
+def network(layers: int = 28) -> Network:
+    raw = json.loads((HF_FILES / "ling_lite.json").read_text())
+    return parse_config({**raw, "num_hidden_layers": layers}, "ling_lite.json")
+
+
+def stage1(overrides: list[str]) -> Config:
+    return load([f"experiment={STAGE1}", *overrides])
+
+
+@cache
+def rehearsed(name: str) -> dict:
+    overrides, rank, layers = BUDGETS[name]
+    config, model = stage1(overrides), network(layers)
+    workload = full_microbatches(config)
+    return summary(config, model, workload, rehearse(config, model, rank, workload), Rates())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_parameters_of_all_ranks_are_the_networks(name):
+    """One rank of each pipeline stage is built; the others of the stage hold as many of their own."""
+    config, model = stage1(LAYOUTS[name]), network()
+    parallel, total = config.parallel, 0
+    stages = {rank * parallel.pp // parallel.world_size: rank for rank in reversed(distinct_ranks(parallel))}
+    assert len(stages) == parallel.pp
+    for rank in stages.values():
+        elements = build_only(config, model, rank)
+        gc.collect()
+        total += elements.whole + parallel.tp * elements.split + parallel.ep * parallel.etp * elements.experts
+    assert total == 16_801_974_272
+
+
+def test_flops_of_a_scoring_pass_are_the_closed_form():
+    found = rehearsed(STAGE1)
+    expected = forward_flops(dataclasses.asdict(network()), [12_288, 12_288])
+    assert found["microbatch"]["lengths"] == [12_288, 12_288]
+    for phase in ("old log-probabilities", "reference log-probabilities"):
+        assert found["phases"][phase]["flops"] == expected == 157_224_391_409_664
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_step_keeps_its_budget(name):
+    messages = grown(json.loads(GOLDEN.read_text())[name], rehearsed(name))
+    assert not messages, "\n".join(messages)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    GOLDEN.write_text(json.dumps({name: figures(rehearsed(name)) for name in BUDGETS}, indent=1) + "\n")

@@ -1,0 +1,55 @@
+"""`megatron-rl rehearse` on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_rl.cli import main, parse
+from megatron_rl.rehearsal import command
+from tests.megatron_rl.rehearsal.tiny import NETWORK, tiny_config
+
+RING = ["rehearse", "experiment=ring_lite_rl_stage1"]
+
+
+def test_ranks_are_words_of_the_command_and_no_keys():
+    assert (parse([*RING, "rank=137"]).ranks, parse([*RING, "rank=137"]).overrides) == ([137], RING[1:])
+    assert parse([*RING, "ranks=stages", "--json", "x.json"]).ranks == []
+    assert parse(RING).ranks == [0]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["rank=x"], "rank=x must be a rank's number"),
+    (["ranks=all"], "only ranks=stages"),
+    (["rank=1", "ranks=stages"], "one of rank=N and ranks=stages"),
+])
+def test_other_ranks_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse([*RING, *words])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["rank=256"], "rank=256: parallel.world_size=256 has the ranks 0 to 255"),
+    (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no folder"),
+    (["parallel.tp=3"], "parallel.tp"),
+    (["parallel.token_dispatcher=allgather"], "parallel.token_dispatcher=allgather cannot be rehearsed"),
+])
+def test_bad_input_is_named_before_anything_runs(words, message, capsys):
+    assert main([*RING, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
+    file = tmp_path / "stages.json"
+    command.run(tiny_config(world_size=4, tp=2, pp=2), NETWORK, [], json_file=str(file))
+    ranks = json.loads(file.read_text())["ranks"]
+    assert [each["rank"] for each in ranks] == [0, 2]
+    text = capsys.readouterr().out
+    for each in ranks:
+        peak = each["peak"]["bytes"]
+        assert sum(each["peak"]["kinds"].values()) == peak == each["phases"][each["peak"]["phase"]]["peak_bytes"]
+        assert f"rank       {each['rank']} of 4: tp=2 pp=2 dp=1" in text
+    slowest = max(ranks, key=lambda each: sum(each["phases"]["update"]["seconds"].values()))
+    assert f"slowest    rank {slowest['rank']}" in text

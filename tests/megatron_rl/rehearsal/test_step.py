@@ -1,0 +1,67 @@
+"""Rehearsed steps of a small network against closed forms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rl.model.slots import count_parameters
+from megatron_rl.observe.flops import forward_flops
+from megatron_rl.rehearsal.command import full_microbatches
+from megatron_rl.rehearsal.step import Workload, check_rehearsable
+from tests.megatron_rl.rehearsal.tiny import NETWORK, rehearsed, tiny_config
+
+OLD = "old log-probabilities"
+LAYOUTS = {"ep2": ({"world_size": 4, "ep": 2}, [3]), "tp2_pp2": ({"world_size": 4, "tp": 2, "pp": 2}, [0, 1, 2, 3]),
+           "cp2": ({"world_size": 2, "cp": 2}, [0, 1])}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flops_of_the_ranks_of_one_replica_are_the_closed_form(name):
+    """Exactly: matrix products, causal attention, the router and the head, over tensor, pipeline and context ranks."""
+    parallel, ranks = LAYOUTS[name]
+    found = [rehearsed(tiny_config(**parallel), rank) for rank in ranks]
+    lengths = found[0]["microbatch"]["lengths"]
+    assert sum(each["phases"][OLD]["flops"] for each in found) == forward_flops(dataclasses.asdict(NETWORK), lengths)
+    elements = found[0]["parameters"]
+    if name == "ep2":  # half of the experts
+        whole = elements["split"] + elements["whole"] + 2 * elements["experts"]
+        assert whole == count_parameters(NETWORK)[0]
+    if name == "tp2_pp2":  # both stages of both tensor-parallel ranks; norms and routers are whole on each
+        assert sum(each["parameters"]["split"] + each["parameters"]["experts"] for each in found) + sum(
+            each["parameters"]["whole"] for each in found[::2]) == count_parameters(NETWORK)[0]
+    assert not dist.is_initialized()
+
+
+def test_weights_gradients_and_optimiser_are_what_plan_says():
+    found = rehearsed(tiny_config(world_size=4, ep=2))
+    for kind in ("weights", "gradients", "optimiser"):
+        assert found["plan"][kind]["rehearsed"] == found["plan"][kind]["plan"] > 0, kind
+
+
+def test_a_rehearsal_repeats_bit_for_bit():
+    config = tiny_config(world_size=2, ep=2)
+    assert rehearsed(config) == rehearsed(config)
+
+
+def test_what_has_no_stand_in_is_refused_by_name():
+    config = tiny_config(world_size=2, ep=2, token_dispatcher="allgather")
+    with pytest.raises(ValueError, match=r"parallel\.token_dispatcher=allgather"):
+        check_rehearsable(config)
+    routed = tiny_config(world_size=2)
+    routed = dataclasses.replace(routed, algo=dataclasses.replace(routed.algo, router_replay="rollout"))
+    with pytest.raises(ValueError, match=r"algo\.router_replay=rollout"):
+        check_rehearsable(routed)
+
+
+def test_the_rehearsed_micro_batches_are_full_and_fill_the_pipeline():
+    def workload(**parallel):
+        config = tiny_config(**parallel)
+        rollout = dataclasses.replace(config.rollout, max_context_tokens=64, max_response_tokens=48)
+        return full_microbatches(dataclasses.replace(config, rollout=rollout))
+
+    assert workload(world_size=2) == Workload((32, 32, 32), 1)  # 96 tokens, sequences of 64 / 2
+    assert workload(world_size=2, cp=2) == Workload((32,) * 6, 1)
+    assert workload(world_size=2, pp=2).microbatches == 2
