@@ -36,7 +36,8 @@ COLLECTIVES = {"_allgather_base_": "all-gather", "allgather_": "all-gather",
 WHOLE = {"_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1, "reduce_scatter_": 1, "alltoall_base_": 1,
          "alltoall_": 1}
 """Which argument holds what the group exchanges, where it is not the first."""
-PASSED_BY = ("/contextlib.py", "/compat/megatron_cpu.py")
+PASSED_BY = ("/contextlib.py", "/typing_extensions.py", "/compat/megatron_cpu.py")
+"""Files of wrappers, which say nothing of who called."""
 _PACKAGE = str(Path(__file__).parent)
 _ROOT = str(Path(__file__).parents[2]) + "/"
 

@@ -21,6 +21,7 @@ WORKLOAD = Workload((48, 48), 1)
 
 def tiny_config(**parallel) -> Config:
     return build({"parallel": parallel, "algo": {"balance_coef": 0.01}, "model": {"dtype": "bfloat16"},
+                  "rollout": {"max_context_tokens": 64, "max_response_tokens": 48},
                   "batch": {"tokens_per_microbatch": 96}})
 
 
