@@ -6,6 +6,7 @@ experts have their own grid, etp-ep-dp within each pipeline stage.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ GROUPS = {"tp": ("cp", "dp", "pp"), "cp": ("tp", "dp", "pp"), "dp": ("tp", "cp",
 
 @functools.cache
 def group_name(ranks: tuple[int, ...], parallel: ParallelConfig) -> str:
-    """All names of groups that are exactly `ranks`, with slashes between; `world` for all; their number otherwise."""
+    """All names of groups that are exactly `ranks`, with slashes between; `world` for all; `pp` also for two stages of
+    one pipeline; their number otherwise."""
     if len(ranks) == parallel.world_size:
         return "world"
     first, found = coordinates(ranks[0], parallel), []
@@ -52,6 +54,8 @@ def group_name(ranks: tuple[int, ...], parallel: ParallelConfig) -> str:
                         if all(getattr(each, axis) == getattr(first, axis) for axis in shared))
         if members == tuple(sorted(ranks)):
             found.append(name)
+    if not found and all(dataclasses.replace(coordinates(rank, parallel), pp=first.pp) == first for rank in ranks):
+        return "pp"
     return "/".join(found) or f"{len(ranks)} ranks"
 
 

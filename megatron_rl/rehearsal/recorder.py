@@ -38,13 +38,14 @@ WHOLE = {"_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1, "red
 """Which argument holds what the group exchanges, where it is not the first."""
 PASSED_BY = ("/contextlib.py", "/typing_extensions.py", "/compat/megatron_cpu.py")
 """Files of wrappers, which say nothing of who called."""
+POINT_TO_POINT = ("send", "recv")
 _PACKAGE = str(Path(__file__).parent)
 _ROOT = str(Path(__file__).parents[2]) + "/"
 
 
 @dataclass(frozen=True, order=True)
 class Collective:
-    """One kind of call. ranks: those of the group. bytes: of the whole buffer: what an all-gather gives, what a
+    """One kind of call. ranks: those of the group, of a message the two ends. bytes: of the whole buffer: what an all-gather gives, what a
     reduce-scatter takes, the message of a send. where: the line that asked for it."""
 
     phase: str
@@ -147,6 +148,8 @@ class Recorder(TorchDispatchMode):
         size = sum(_bytes(value) for value in tree_iter(args[WHOLE.get(name, 0)]) if isinstance(value, torch.Tensor))
         group = next(value for value in args if isinstance(value, torch.ScriptObject))
         ranks = tuple(dist.get_process_group_ranks(ProcessGroup.unbox(group)))
+        if COLLECTIVES[name] in POINT_TO_POINT:  # Megatron sends over the world's group if there are two stages
+            ranks = tuple(sorted((dist.get_rank(), ranks[args[2]])))
         self.collectives[Collective(self._phase, COLLECTIVES[name], ranks, size, where())] += 1
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_rl.rehearsal.recorder import Collective, Recorder
-
-POINT_TO_POINT = ("send", "recv")
+from megatron_rl.rehearsal.recorder import POINT_TO_POINT, Collective, Recorder
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def test_groups_are_named_by_the_ranks_that_they_hold():
     assert group_name((1, 5), parallel) == "expert-dp"
     assert group_name((0, 2, 4, 6), parallel) == "dp/dp-cp"
     assert group_name((0, 5), parallel) == "2 ranks"
+    assert group_name((4, 12), ParallelConfig(world_size=16, pp=4)) == "pp"  # stages 1 and 3
 
 
 def test_one_rank_of_each_stage_and_context_rank_stands_for_all():

@@ -41,7 +41,7 @@ def test_weights_gradients_and_optimiser_are_what_plan_says():
     for kind in ("weights", "gradients"):
         assert found["plan"][kind]["rehearsed"] == found["plan"][kind]["plan"] > 0, kind
     counters = found["plan"]["optimiser"]["rehearsed"] - found["plan"]["optimiser"]["plan"]
-    assert counters in range(4, 4 * 64, 4)  # Adam's step of each tensor that this rank steps, 4 bytes; plan leaves it out
+    assert counters in range(4, 4 * 64, 4)  # Adam's count of each tensor's steps, 4 bytes, left out by plan
 
 
 def test_a_rehearsal_repeats_bit_for_bit():
