@@ -45,8 +45,10 @@ _ROOT = str(Path(__file__).parents[2]) + "/"
 
 @dataclass(frozen=True, order=True)
 class Collective:
-    """One kind of call. ranks: those of the group, of a message the two ends. bytes: of the whole buffer: what an all-gather gives, what a
-    reduce-scatter takes, the message of a send. where: the line that asked for it."""
+    """One kind of call. ranks: those of the group, of a message the two ends. where: the line that asked for it.
+
+    bytes: of the whole buffer: what an all-gather gives, what a reduce-scatter takes, what a message holds.
+    """
 
     phase: str
     operation: str
