@@ -1,4 +1,4 @@
-"""Rewards of whole groups to group-relative advantages, before any token is cut.
+"""Group-relative advantages from the rewards of whole groups, before any token is cut.
 
 Letters: P prompts, K responses per prompt.
 """
@@ -19,10 +19,10 @@ def group_advantages(rewards_PK: torch.Tensor, *, judged_PK: torch.Tensor | None
     """A_i = (R_i - mean R) / (std R + eps) within each group of K responses (arXiv 2506.14731 Sec. 3.1).
 
     rewards_PK [P, K] -> float32 [P, K] (float64 in, float64 out); population standard deviation.
-    judged_PK bool [P, K] marks the responses that have a reward (None: all). The others take no part in the mean and
-    the deviation and get exactly 0, whatever stands in their place.
-    scale "none" subtracts the mean only (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets
-    exactly 0, though the rounded mean of equal rewards need not equal them.
+    judged_PK bool [P, K] marks the responses that have a reward; None means all. Responses without one do not enter the
+    mean and the deviation and get exactly 0, for any value in their place.
+    scale "none" only subtracts the mean (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets exactly 0, even if
+    rounding makes their mean differ from them.
     ValueError: not two-dimensional, a judged reward that is not finite, unknown scale, or eps not positive.
     """
     if rewards_PK.dim() != 2:

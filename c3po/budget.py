@@ -18,8 +18,8 @@ __all__ = ["BudgetSelection", "select_within_budget", "selection_order"]
 class BudgetSelection:
     """How many leading tokens of each response carry loss. kept_tokens_N int64 [N], in the order of the input.
 
-    selected_tokens is their total; phi the budget asked for, which stays the divisor of the loss even
-    when selected_tokens differs from it.
+    selected_tokens is their total. phi is the budget that was asked for; it stays the divisor of the loss even if
+    selected_tokens differs from it.
     """
 
     kept_tokens_N: torch.Tensor
@@ -60,9 +60,9 @@ def select_within_budget(response_lengths_N: torch.Tensor, order_N: torch.Tensor
 def selection_order(num_responses: int, *, seed: int, step: int) -> torch.Tensor:
     """The permutation in which a step's responses are taken, int64 [num_responses] on the CPU.
 
-    A function of (seed, step) alone: independent of lengths (an order by length would bias the choice) and
-    identical on every rank. The pair is hashed, because torch's CPU generator uses 32 bits of its seed and
-    seed + step would repeat one run's orders in the next.
+    It depends on (seed, step) alone, so every rank gets the same one. It does not depend on lengths, because an order
+    by length would bias the choice. The pair is hashed for two reasons: torch's CPU generator uses 32 bits of its seed,
+    and seed + step would repeat one run's orders in the next.
     """
     digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=4).digest()
     generator = torch.Generator(device="cpu")

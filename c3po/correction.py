@@ -1,9 +1,9 @@
-"""Token weights against the gap between the engine that sampled and the trainer that learns, in log space.
+"""Token weights against the mismatch between the engine that sampled and the trainer that learns, in log space.
 
-sequence_mask.py rejects whole sequences. Three log-probabilities per token: rollout (the engine's, when it sampled),
-old (the trainer's, before the first update on this batch), new (now, with gradient; only loss.py sees it). The weight
-here is old / rollout. All tensors share one shape; masks are bool; weights are float32 (float64 in, float64 out),
-carry no gradient and are 0 outside the mask. A masked value never reaches exp().
+Each token has three log-probabilities: rollout (the engine's, when it sampled), old (the trainer's, before the first
+update on this batch), new (now, with gradient; only loss.py sees it). The weight here is old / rollout.
+sequence_mask.py rejects whole sequences. All tensors share one shape and masks are bool. Weights are float32 (float64
+in, float64 out), carry no gradient and are 0 outside the mask. A masked value never reaches exp().
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def icepop_weights(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, l
 @torch.no_grad()
 def kpop_weights(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, loss_mask: torch.Tensor, *,
                  max_kl: float) -> tuple[torch.Tensor, dict[str, SumCount]]:
-    """KPop (Guo et al., Ant Group, ringtech.notion.site/kpop): k = old / rollout where both agree on the token, else 0.
+    """KPop (Guo et al., Ant Group, ringtech.notion.site/kpop): k = old / rollout if both agree on the token, else 0.
 
-    Agreement is measured on two events, this token or any other: for p = old and q = rollout both
+    Agreement is measured on two events, this token or any other. For p = old and q = rollout, both
     D(p || q) = p ln(p/q) + (1-p) ln((1-p)/(1-q)) and D(q || p) must be at most max_kl (nats). In terms of k that is
     wide for rare tokens and narrow for likely ones; k itself is not bounded.
     Returns (weights, sums): the keys of weight_sums, and kpop_fraction, tokens dropped.
@@ -114,10 +114,10 @@ def masked_log_ratio(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor,
 
 
 def weight_sums(weights: torch.Tensor, loss_mask: torch.Tensor) -> dict[str, SumCount]:
-    """mismatch_weight and mismatch_weight_squared, of the weights as applied.
+    """mismatch_weight and mismatch_weight_squared, sums over the weights as applied.
 
-    Effective sample size: sum(w)^2 / sum(w^2), that is count * mean(w)^2 / mean(w^2). It is not a sum, so
-    its two sums are what slices report.
+    The effective sample size is sum(w)^2 / sum(w^2), that is count * mean(w)^2 / mean(w^2). It does not add up over
+    slices, so slices report these two sums.
     """
     return {"mismatch_weight": masked_sum_count(weights, loss_mask),
             "mismatch_weight_squared": masked_sum_count(weights.square(), loss_mask)}

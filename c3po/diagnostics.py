@@ -1,6 +1,6 @@
-"""What is measured, in forms that slices of a step can add up: sums with counts, and maxima.
+"""Measurements in forms that slices of a step can combine: sums with counts, and maxima.
 
-Nothing here divides: a mean of means is wrong as soon as slices differ in size.
+Nothing here divides, because a mean of means is wrong if slices differ in size.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ __all__ = ["Max", "SumCount", "as_math_dtype", "k3", "masked_sum_count"]
 
 @dataclass(frozen=True)
 class SumCount:
-    """A total and how many things it is over; `+` adds both, and only observe/metrics.py divides.
+    """A total and the number of things it is over. `+` adds both; only observe/metrics.py divides.
 
-    sum, count: 0-dim tensors (float64 when made by this package) or plain numbers. count 0: not measured.
+    sum, count: 0-dim tensors (float64 if this package made them) or plain numbers. count 0: not measured.
     """
 
     sum: torch.Tensor | float
@@ -28,7 +28,7 @@ class SumCount:
 
 @dataclass(frozen=True)
 class Max:
-    """A largest value so far, 0-dim tensor or plain number; `merge` keeps the larger, and NaN. It does not add."""
+    """The largest value so far, 0-dim tensor or plain number. `merge` keeps the larger, and NaN. It does not add."""
 
     value: torch.Tensor | float
 
@@ -39,16 +39,16 @@ class Max:
 
 @torch.no_grad()
 def masked_sum_count(values: torch.Tensor, mask: torch.Tensor) -> SumCount:
-    """Sum of values where mask (bool, same shape) is True and the number of such places, detached float64.
+    """The sum of values where mask (bool, same shape) is True, and the number of such places, detached, in float64.
 
-    float64, because float32 stops counting at 2^24 tokens. NaN outside the mask does not enter.
+    float64, because float32 stops counting at 2^24 tokens. NaN outside the mask does not enter the sum.
     """
     kept = torch.where(mask, values, torch.zeros_like(values))
     return SumCount(kept.sum(dtype=torch.float64), mask.sum().double())
 
 
 def as_math_dtype(values: torch.Tensor) -> torch.Tensor:
-    """Softmax-scale arithmetic is done in float32, or in float64 if the caller already works in it."""
+    """float32 for softmax-scale arithmetic, or float64 if the caller already works in it."""
     return values if values.dtype == torch.float64 else values.float()
 
 

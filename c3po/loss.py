@@ -1,9 +1,9 @@
 """The loss of a slice of a step: surrogate, KL and entropy per token, summed over a denominator.
 
-policy_loss takes any surrogate (surrogate.py) with any denominator (normalisation.py); c3po_loss and grpo_loss are
-the two that Ring-lite names. Every per-token tensor has one shape, any shape: packed [T] or padded [B, L]. Arithmetic
-is float32 (float64 in, float64 out). A masked value never reaches a nonlinearity, so inf or NaN there gives neither a
-loss nor a gradient. There is no clamp on the log ratio: an overflow at a selected token stays visible.
+policy_loss takes any surrogate (surrogate.py) with any denominator (normalisation.py). c3po_loss and grpo_loss are the
+two that Ring-lite names. All per-token tensors of a call have one shape: packed [T] or padded [B, L]. Arithmetic is
+float32 (float64 in, float64 out). A masked value never reaches a nonlinearity, so inf or NaN there gives neither a loss
+nor a gradient. The log ratio is not clamped: an overflow at a selected token stays visible.
 """
 
 from __future__ import annotations
@@ -67,11 +67,14 @@ def policy_loss(
 ) -> tuple[torch.Tensor, dict[str, SumCount]]:
     """-sum over selected tokens of [w surrogate - kl_coef KL + entropy_coef H] / denominator.
 
-    logprobs: new, with gradient. entropy: exact softmax entropy in nats, with gradient. weights: mismatch
-    weights w of correction.py; detached here, and they multiply the policy-gradient term only, never KL or
-    entropy. loss_mask bool marks the selected tokens. denominator: of the whole step (StepTotals), so that slices
-    of a step add up to the step; one number, or one per token. sequence_ids (sequences.py): needed by
-    surrogate="gspo", whose slices must hold whole sequences. Returns the 0-dim loss and the sums that README.md lists.
+    - logprobs: new, with gradient. entropy: exact softmax entropy in nats, with gradient.
+    - weights: mismatch weights w of correction.py. They are detached and multiply the policy-gradient term only, never
+      KL or entropy.
+    - loss_mask: bool, marks the selected tokens.
+    - denominator: of the whole step (StepTotals), so slices of a step add up to the step; one number, or one per token.
+    - sequence_ids (sequences.py): needed by surrogate="gspo", whose slices must hold whole sequences.
+
+    Returns the 0-dim loss and the sums that README.md lists.
     ValueError: a denominator that is not positive, a shape that differs, a mask that is not bool, or a surrogate or
     coefficient above 0 whose input (sequence_ids, ref_logprobs, entropy) is missing.
     """
@@ -127,9 +130,9 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, SumCount]]:
     """The GRPO loss of a slice of a step: mean over responses of the mean over their tokens (Eq. 1).
 
-    policy_loss over |y_i| num_responses at each token of response i. response_lengths: |y_i| > 0 of the token's own
-    response, at each token; num_responses: of the whole step. The sums are over tokens, unweighted, as in c3po_loss.
-    ValueError: as in policy_loss, and num_responses < 1.
+    It is policy_loss with the divisor |y_i| * num_responses at each token of response i. response_lengths: |y_i| > 0 of
+    the token's own response, at each token. num_responses: of the whole step. The sums are over tokens, unweighted, as
+    in c3po_loss. ValueError: as in policy_loss, and num_responses < 1.
     """
     if not num_responses >= 1:
         raise ValueError(f"num_responses={num_responses} must be at least 1")
@@ -211,7 +214,7 @@ def _surrogate(config: C3POLossConfig, new: torch.Tensor, log_ratio: torch.Tenso
 def _kl(ref_minus_new: torch.Tensor, estimator: str) -> torch.Tensor:
     """KL(new || ref) per sampled token, with gradient (joschu.net/blog/kl-approx.html), from log(ref/new).
 
-    As a loss, k1 has gradient zero in expectation over on-policy samples; k2 and k3 pull towards ref.
+    As a loss, k1 has an expected gradient of zero over on-policy samples; k2 and k3 pull towards ref.
     """
     if estimator == "k1":
         return -ref_minus_new

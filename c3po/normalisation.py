@@ -1,4 +1,4 @@
-"""What the sum over a step's tokens is divided by: the four members of the family differ in nothing else here.
+"""The divisor of the sum over a step's tokens; the four members of the family differ only in it here.
 
 | normalisation | each token weighs | source |
 | --- | --- | --- |
@@ -7,7 +7,7 @@
 | dr_grpo | 1 / (N L_max), constant: neither length nor std | Dr. GRPO, arXiv 2503.20783, with advantage scale "none" |
 | token_mean | 1 / tokens of the step | DAPO, arXiv 2503.14476 Eq. 8; CISPO, arXiv 2506.13585 |
 
-N responses, L_max the longest response that may be generated. Any of them goes with any surrogate.
+N responses; L_max the longest response that may be generated. Each works with any surrogate.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Normalisation = Literal["c3po", "grpo", "dr_grpo", "token_mean"]
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What a step's loss may be divided by. Each is of the whole step over all ranks, so slices of it add up.
+    """What a step's loss may be divided by. Each total is of the whole step over all ranks, so slices add up.
 
-    phi: the token budget; selected_tokens: response tokens that carry loss; num_responses: responses the step drew
-    from; max_response_tokens: the generation limit, not the longest response that came.
+    phi: the token budget. selected_tokens: response tokens that carry loss. num_responses: responses that the step drew
+    from. max_response_tokens: the generation limit, not the longest response that came.
     """
 
     phi: int
@@ -36,10 +36,10 @@ class StepTotals:
     max_response_tokens: int
 
     def denominator(self, normalisation: Normalisation, response_lengths: torch.Tensor) -> int | torch.Tensor:
-        """The divisor of each token's term: one number of the step, or for grpo a tensor like response_lengths.
+        """The divisor of each token's term: one number for the step, or for grpo a tensor like response_lengths.
 
-        response_lengths: |y_i| of the token's own response, at each token. A step without tokens or responses
-        divides by 1, since it sums to 0. ValueError: unknown normalisation.
+        response_lengths: |y_i| of the token's own response, at each token. A step without tokens or responses sums to
+        0, and its divisor is 1. ValueError: unknown normalisation.
         """
         if normalisation == "c3po":
             return self.phi

@@ -1,9 +1,9 @@
-"""Rejecting whole sequences that engine and trainer disagree on, in log space: k = old / rollout per token.
+"""Rejects whole sequences that engine and trainer disagree on, in log space: k = old / rollout per token.
 
-Both functions return weights (1 at the selected tokens of a sequence that stays, else 0, no gradient) to be multiplied
-with each other and with the token weights of correction.py, and the share of selected tokens they drop. The divisor
-of the loss does not change: a rejected sequence counts as one without a policy gradient. Both criteria: Liu et al.,
-"When speed kills stability" (2025, richardli.xyz/rl-collapse).
+Both functions return weights and the share of selected tokens that they drop. A weight is 1 at the selected tokens of a
+sequence that stays, else 0, without gradient. Multiply the weights with each other and with the token weights of
+correction.py. The divisor of the loss does not change: a rejected sequence counts, but without a policy gradient. Both
+criteria: Liu et al., "When speed kills stability" (2025, richardli.xyz/rl-collapse).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def geometric_mean_mask(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tens
 @torch.no_grad()
 def token_veto_mask(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, loss_mask: torch.Tensor,
                     sequence_ids: torch.Tensor, *, min_ratio: float) -> tuple[torch.Tensor, dict[str, SumCount]]:
-    """Keep a sequence unless some selected token of it has k < min_ratio, so small that it cannot have been sampled.
+    """Keep a sequence unless one of its selected tokens has k < min_ratio, too small to have been sampled.
 
     Returns (weights, sums): sequence_veto_fraction, tokens of the sequences dropped.
     ValueError: unless 0 < min_ratio < 1; shapes or dtypes are wrong.

@@ -1,8 +1,8 @@
-"""Which sequence each token belongs to, and reductions over a sequence that every one of its tokens gets back.
+"""Which sequence each token belongs to, and reductions over a sequence whose result every token of it gets.
 
-One representation serves both layouts: sequence_ids, an integer tensor of the shape of the per-token tensors. A
-sequence is whatever shares a number; numbers count from 0 and should be dense. A reduction sees one rank's tensor
-only: sequences that are spread over ranks (context parallelism) or over slices must not be reduced here.
+One representation serves both layouts: sequence_ids, an integer tensor of the shape of the per-token tensors. Tokens
+with the same number form a sequence; numbers count from 0 and should be dense. A reduction only sees one rank's
+tensor, so a sequence that is spread over ranks (context parallelism) or over slices must not be reduced here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def padded_sequence_ids(per_token: torch.Tensor) -> torch.Tensor:
 def sequence_mean(values: torch.Tensor, mask: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
     """Mean of values over the masked-in tokens of its sequence, at each token; 0 in a sequence that has none.
 
-    Added up in float64, so that a mean over 10^4 tokens keeps the digits that GSPO clips at and does not depend on
-    the order in which a GPU adds. A masked value, even NaN, does not enter. ValueError: as check_sequence_ids.
+    It adds in float64. A mean over 10^4 tokens then keeps the digits that GSPO clips at, and does not depend on the
+    order in which a GPU adds. A masked value, even NaN, does not enter. ValueError: as check_sequence_ids.
     """
     check_sequence_ids(sequence_ids, values)
     ids, kept = sequence_ids.reshape(-1), mask.reshape(-1)

@@ -1,4 +1,4 @@
-"""What one token adds to the policy objective (to be maximised): PPO's clip, GSPO's and CISPO's.
+"""What one token adds to the policy objective (to be maximised), by PPO's clip, GSPO or CISPO.
 
 r = new / old at the token, s = the geometric mean of r over the selected tokens of its response, sg = stop-gradient,
 clip(x) to [1 - eps_low, 1 + eps_high]:
@@ -9,8 +9,8 @@ clip(x) to [1 - eps_low, 1 + eps_high]:
 | gspo | the same with s = sg(s) new / sg(new) for r | s A grad log new, 0 for a whole response that the clip cuts |
 | cispo | sg(clip(r)) A log new | clip(r) A grad log new, at every token |
 
-GSPO is arXiv 2507.18071 in its token form (GSPO-token), which has the value and the gradient of the sequence form as
-long as a response has one advantage. CISPO is MiniMax-M1, arXiv 2506.13585.
+GSPO is arXiv 2507.18071 in its token form (GSPO-token). If a response has one advantage, its value and gradient equal
+those of the sequence form. CISPO is MiniMax-M1, arXiv 2506.13585.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def clipped_terms(log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low:
 def sequence_log_ratio(log_ratio: torch.Tensor, loss_mask: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
     """log s at each selected token, 0 elsewhere: its value is the sequence's, its gradient the token's own.
 
-    Of a response that the budget cut, s is the geometric mean over the kept tokens.
+    If the budget cut the response, s is the geometric mean over the kept tokens.
     """
     value = sequence_mean(log_ratio.detach(), loss_mask, sequence_ids)
     return torch.where(loss_mask, value + (log_ratio - log_ratio.detach()), torch.zeros_like(log_ratio))

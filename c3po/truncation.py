@@ -1,6 +1,6 @@
-"""What a response cut by the generation length limit (finish reason `length`) means for the loss.
+"""How the loss treats a response that the generation length limit cut (finish reason `length`).
 
-Not to be confused with the cut by the token budget, which budget.py makes. Letter: N responses.
+The cut by the token budget is another thing, in budget.py. Letter: N responses.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ TruncationPolicy = Literal["train", "mask", "overlong_penalty"]
 
 
 def truncation_keep_mask(is_truncated_N: torch.Tensor, policy: TruncationPolicy) -> torch.Tensor:
-    """Which responses keep their loss, bool [N], given which were cut by length, bool [N].
+    """Which responses keep their loss, bool [N], given which the length limit cut, bool [N].
 
-    train: all, as they are. mask: only finished ones; a masked response still counts in its group's
-    advantages. overlong_penalty: all; their reward is lowered by soft_overlong_penalty instead.
+    train: all, as they are. mask: only finished ones; a masked response still counts in its group's advantages.
+    overlong_penalty: all; soft_overlong_penalty lowers their reward instead.
     ValueError: unknown policy, or is_truncated_N not bool.
     """
     if is_truncated_N.dtype != torch.bool:

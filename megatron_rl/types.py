@@ -38,7 +38,7 @@ class Prompt:
 
 
 class Finish(enum.Enum):
-    """Why generation ended: a stop token, the length limit, cancelled, or a failure of the engine or environment."""
+    """Why generation ended: a stop token, the length limit, an abort, or a failure of the engine or environment."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -90,12 +90,13 @@ FAILURES = ("error", "engine_error", "environment_error")
 class Score:
     """A judged response: what it is worth, and whether it is right. These are two things.
 
-    value: the reward before any shaping, on any scale.
-    status: correct | wrong | no_answer | timeout | graded, one of programs (reward/base.py), or one of FAILURES.
-    correct: follows from the status: True for `correct`, False for all others but `graded`. A graded response is
-    neither right nor plainly wrong: it has correct=False, if full marks exist, or None, if nobody can say.
-    A failed response has no verdict: nothing trains on it, and it takes no part in its group's advantages.
-    ValueError for a status and a correctness that contradict each other.
+    - value: the reward before any shaping, on any scale.
+    - status: correct | wrong | no_answer | timeout | graded, one of programs (reward/base.py), or one of FAILURES.
+    - correct: follows from the status: True for `correct`, False for all others except `graded`. A graded response is
+      neither right nor plainly wrong. It has correct=False if full marks exist, and None if nobody can say.
+
+    A failed response has no verdict: nothing trains on it, and it does not enter its group's advantages.
+    ValueError if status and correct contradict each other.
     """
 
     value: float
@@ -147,15 +148,19 @@ class TrainSample:
 class PackedMicrobatch:
     """Sequences laid end to end (thd), shifted once: position t predicts labels[t]. One context-parallel rank's part.
 
-    input_ids, labels, position_ids int64 [T]; spans [S], positions of each sequence over all context-parallel ranks
-    (with alignment padding as a last sequence of its own when there is any), and cu_seqlens int32 [S+1], their bounds;
-    loss_mask bool [T]; real bool [T], False on padding; source int64 [T], place of the position among the samples'
-    positions laid end to end, -1 on padding (batch/pack.py); advantages, rollout_logprobs, response_lengths
-    fp32 [T]; old_logprobs, ref_logprobs fp32 [T] | None, filled by the no-gradient passes. Every per-token array
-    describes labels[t], but for routed_experts uint8 [T, M, k] | None, the experts that position t takes in each MoE
-    layer: those of the rollout, or recorded by a no-gradient pass, which fills this rank's layers and rows (int16
-    where there are more than 256 experts).
-    sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
+    Every per-token array describes labels[t], except routed_experts.
+
+    - input_ids, labels, position_ids: int64 [T].
+    - spans [S]: positions of each sequence over all context-parallel ranks; alignment padding, if any, is one more
+      sequence. cu_seqlens int32 [S+1]: their bounds.
+    - loss_mask: bool [T]. real: bool [T], False on padding.
+    - source: int64 [T], the place of the position among the samples' positions laid end to end, -1 on padding
+      (batch/pack.py).
+    - advantages, rollout_logprobs, response_lengths: fp32 [T].
+    - old_logprobs, ref_logprobs: fp32 [T] | None; the no-gradient passes fill them.
+    - routed_experts: uint8 [T, M, k] | None, the experts that position t takes in each MoE layer. They come from the
+      rollout, or from a no-gradient pass, which records this rank's layers and rows (int16 for more than 256 experts).
+    - sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
     """
 
     input_ids: torch.Tensor

@@ -1,8 +1,8 @@
-"""Whole groups in, the training samples of one optimiser step out: advantages first, then the budget cut.
+"""Whole groups in, training samples of each optimiser step out: advantages first, then the budget cut.
 
-Order (spec Sec. 1, Fig. 3): scores -> advantages over all K responses of a group -> the step's responses in the
-order of algo.order -> cut at Phi tokens. The cut ends a response's loss mask and its sequence: under causal attention
-what follows the last kept token changes nothing that carries loss.
+Order (spec Sec. 1, Fig. 3): scores -> advantages over all K responses of a group -> the step's responses in the order
+of algo.order -> cut at Phi tokens. The cut ends a response's loss mask and its sequence. Attention is causal, so tokens
+after the last kept one would change nothing that carries loss.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from megatron_rl.types import RolloutGroup, TrainSample
 
 
 class UnfillableStep(ValueError):
-    """The responses that could be had do not fill the step. Under dynamic sampling that is how learning ends."""
+    """The step cannot be filled: too few responses could be had. Under dynamic sampling this is how learning ends."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """What one optimiser step trains on.
 
-    num_responses counts the responses that it drew from: its share of the rollout, less those that failed and those
-    that dynamic sampling left out.
+    num_responses counts the responses that the step drew from: its share of the rollout, without those that failed and
+    those that dynamic sampling left out.
     """
 
     samples: tuple[TrainSample, ...]
@@ -44,12 +44,11 @@ class StepBatch:
 
 def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed: int, step: int,
              max_response_tokens: int) -> list[StepBatch]:
-    """One StepBatch per optimiser step of this rollout; identical on every rank.
+    """One StepBatch for each optimiser step of this rollout.
 
-    The responses in the order of algo.order (a permutation by (seed, step), or as they come, for whole groups in an
-    order that was fixed before they were sampled) are dealt to the optimiser steps in turn, and each step cuts its
-    own share at Phi. Objectives other than c3po keep every token. UnfillableStep when underfull=error and Phi is not
-    met.
+    The responses are dealt in turn to the optimiser steps, in the order of algo.order: a permutation by (seed, step),
+    or as they come, for whole groups whose order was fixed before they were sampled. Each optimiser step then cuts its
+    own share at Phi. Objectives other than c3po keep every token. UnfillableStep if underfull=error and Phi is not met.
     """
     fill = BudgetFill(algo, dp, max_response_tokens)
     rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -36,7 +36,7 @@ class BudgetFill:
         return self.phi * self.algo.updates_per_rollout
 
     def rewards(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
-        """What a group's responses are worth after shaping, float32 [K]: their scores and the over-long penalty."""
+        """The rewards of a group's responses after shaping, float32 [K]: their scores plus the over-long penalty."""
         return torch.tensor([score.value for score in scores], dtype=torch.float32) + self.penalties(rollouts)
 
     def penalties(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
@@ -51,11 +51,11 @@ class BudgetFill:
             max_response_tokens=self.max_response_tokens, buffer_tokens=self.algo.overlong_buffer_tokens)
 
     def is_drawn_from(self, scores: Sequence[Score]) -> bool:
-        """False for a group that dynamic_sampling leaves out: all right or all wrong, whatever shaping makes of it."""
+        """False for a group that dynamic_sampling leaves out: all right or all wrong. Shaping does not matter."""
         return not self.algo.dynamic_sampling or is_mixed(scores)
 
     def offered(self, rollout: Rollout, score: Score) -> int:
-        """Tokens that one response offers: none if it failed, or if it was truncated and those are masked."""
+        """Tokens that one response offers: none if it failed, or if it was truncated and truncated=mask."""
         if score.failed or (rollout.finish is Finish.LENGTH and self.algo.truncated == "mask"):
             return 0
         return rollout.response_tokens
@@ -76,8 +76,8 @@ class BudgetFill:
 class FillCount:
     """Which leading groups fill the budget while their responses are judged one by one.
 
-    An unfinished response offers nothing yet, so `needed` can only shrink. With dynamic_sampling a group offers
-    nothing until all K responses are judged. A call costs O(1) until the budget is full, and one cumulative sum then.
+    An unfinished response offers nothing yet, so `needed` can only shrink. With dynamic_sampling a group offers nothing
+    until all K responses are judged. A call costs O(1) until the budget is full, and then one cumulative sum.
     """
 
     def __init__(self, fill: BudgetFill, responses_per_prompt: int):
@@ -116,7 +116,7 @@ class FillCount:
         self.total += tokens
 
     def needed(self) -> int | None:
-        """How many leading groups give each optimiser step its Phi under order=groups; None: all are too few.
+        """How many leading groups give each optimiser step its Phi under order=groups. None: all of them are too few.
 
         As in assemble, response i of the sequence goes to optimiser step i modulo updates_per_rollout.
         """

@@ -1,13 +1,13 @@
-"""Sequences laid end to end and cut over the context-parallel ranks; the only place where tokens are shifted.
+"""Lays sequences end to end and cuts them over the context-parallel ranks; the only place that shifts tokens.
 
-A sequence of L tokens becomes L-1 positions: position t reads token t and predicts token t+1, and every
-per-token array describes the predicted token. Under context parallelism each sequence is cut by itself: it is
-padded to a multiple of 2*cp, split into 2*cp equal chunks, and rank r holds chunks r and 2*cp-1-r, so that every
-rank attends to equally many keys (megatron.core's rope_utils._get_thd_freqs_on_this_cp_rank counts on this order).
-T is padded to a multiple (sequence parallelism shards T over the TP group) with one extra sequence. Padding is not
-`real`, carries no loss and is hidden from the router losses.
+A sequence of L tokens becomes L-1 positions: position t reads token t and predicts token t+1, and every per-token array
+describes the predicted token. Under context parallelism each sequence is cut by itself. It is padded to a multiple of
+2*cp and split into 2*cp equal chunks; rank r holds chunks r and 2*cp-1-r, so every rank attends to equally many keys
+(megatron.core's rope_utils._get_thd_freqs_on_this_cp_rank counts on this order). T is padded to a multiple with one
+extra sequence, because sequence parallelism shards T over the TP group. Padding is not `real`, carries no loss and is
+hidden from the router losses.
 
-All arrays are cut by one index, PackedMicrobatch.source: `lay_out` applies it, `by_sample` undoes it.
+One index, PackedMicrobatch.source, cuts all arrays: `lay_out` applies it, and `by_sample` undoes it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from megatron_rl.types import PackedMicrobatch, TrainSample
 
 
 def sequence_multiple(cp_size: int) -> int:
-    """What the positions of every sequence are padded to."""
+    """The positions of every sequence are padded to a multiple of this."""
     return 1 if cp_size == 1 else 2 * cp_size
 
 
 def microbatch_multiple(cp_size: int, multiple_of: int) -> int:
-    """What the positions of a micro-batch over all cp_size ranks are padded to; multiple_of: T on one rank."""
+    """The positions of a micro-batch over all cp_size ranks are padded to a multiple of this.
+
+    multiple_of: the same for T on one rank.
+    """
     return math.lcm(sequence_multiple(cp_size), cp_size * multiple_of)
 
 
@@ -45,9 +48,9 @@ def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, 
          device: torch.device | str = "cpu", experts_shape: tuple[int, int] | None = None) -> PackedMicrobatch:
     """This context-parallel rank's PackedMicrobatch of `samples` (none: padding alone), T a multiple of multiple_of.
 
-    min_tokens: a least T, where ranks must agree on one, the packed_tokens of another micro-batch. experts_shape: (MoE
-    layers M, experts per token k), when the samples' routed_experts are to be replayed; padding takes the experts
-    0 .. k-1. Those describe the token that is read, so they are not shifted.
+    min_tokens: the least T, if ranks must agree on one; it is packed_tokens of another micro-batch.
+    experts_shape: (MoE layers M, experts per token k), if the samples' routed_experts are to be replayed. Padding takes
+    the experts 0 .. k-1. Experts describe the token that is read, so they are not shifted.
     """
     lengths = [len(sample.token_ids) - 1 for sample in samples]
     spans = [_ceil(length, sequence_multiple(cp_size)) for length in lengths]
@@ -104,7 +107,7 @@ def lay_out(source: torch.Tensor, parts: Sequence[np.ndarray], *, dtype, fill=0)
 def by_sample(batch: PackedMicrobatch, values_T: torch.Tensor) -> list[torch.Tensor]:
     """Per-sample tensors [L-1, ...] of values_T [T, ...]; zero where another context-parallel rank holds the position.
 
-    The inverse of `lay_out`: added over the context-parallel ranks, the results are whole.
+    The inverse of `lay_out`: the sum of the results over the context-parallel ranks is whole.
     """
     flat = values_T.new_zeros(sum(batch.sample_lengths), *values_T.shape[1:])
     held = batch.source >= 0

@@ -1,9 +1,13 @@
 """Lengths -> (data-parallel rank, micro-batch) of every sequence. Pure: no tensors, no groups, deterministic.
 
-Invariants, each tested: every sequence appears exactly once; all ranks get the same number of micro-batches
-(collectives must match), a multiple of `multiple_of`; no micro-batch exceeds the token cap, alignment padding
-included; the most expensive rank is close to the mean. A micro-batch may be empty when there are fewer sequences
-than places.
+Invariants, each tested:
+
+- Every sequence appears exactly once.
+- All ranks get the same number of micro-batches (collectives must match), a multiple of `multiple_of`.
+- No micro-batch exceeds the token cap, alignment padding included.
+- The most expensive rank is close to the mean.
+
+A micro-batch is empty if there are fewer sequences than places.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ def plan_microbatches(lengths: Sequence[int], *, dp_size: int, tokens_per_microb
                       attention_tokens: float = 6.0 * 2048) -> list[list[list[int]]]:
     """plan[data-parallel rank][micro-batch] = indices into `lengths` (positions of each sequence).
 
-    tokens_per_microbatch caps the positions on one rank: the cp_size ranks of a context-parallel group share a
-    sequence evenly, so that together they hold cp_size times as many. `align`: what T on a rank is padded to.
-    Cost of a sequence of L positions, padding included: L * (1 + L / attention_tokens), linear work plus causal
-    attention, where attention_tokens is the length at which both weigh the same (observe/flops.py has the network's).
-    Longest first into the cheapest micro-batch that has room; the count grows until all fit. Then the micro-batches,
-    dearest first, are dealt in rows of one per rank, the dearest of a row to the rank that has least so far.
-    Raises ValueError if one sequence alone exceeds the cap.
+    tokens_per_microbatch caps the positions on one rank. The cp_size ranks of a context-parallel group share a sequence
+    evenly, so together they hold cp_size times as many. align: T on a rank is padded to a multiple of it.
+
+    A sequence of L positions, padding included, costs L * (1 + L / attention_tokens): linear work plus causal
+    attention. attention_tokens is the length at which both cost the same (observe/flops.py has the network's). The
+    longest sequence goes first, into the cheapest micro-batch that has room; the number of micro-batches grows until
+    all fit. Then the micro-batches are dealt in rows of one per rank, the most expensive first, and the most expensive
+    of a row goes to the rank that has least so far. ValueError if one sequence alone exceeds the cap.
     """
     each, unit = sequence_multiple(cp_size), microbatch_multiple(cp_size, align)
     padded = [math.ceil(length / each) * each for length in lengths]
@@ -48,7 +53,7 @@ def plan_microbatches(lengths: Sequence[int], *, dp_size: int, tokens_per_microb
 
 def common_tokens(plan: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], *, multiple_of: int,
                   cp_size: int) -> list[int]:
-    """T of each micro-batch where all ranks need the same one at a time, as the all-gather token dispatcher does."""
+    """T of each micro-batch, if all ranks need the same T at a time, as with the all-gather token dispatcher."""
     return [max(packed_tokens([lengths[i] for i in members], multiple_of=multiple_of, cp_size=cp_size)
                 for members in row) for row in zip(*plan, strict=True)]
 
@@ -79,7 +84,7 @@ def _fill(order, lengths, costs, num_bins: int, cap: int) -> list[list[int]] | N
 
 
 def _deal(bins: list[list[int]], costs, dp_size: int, per_rank: int) -> list[list[list[int]]]:
-    """Micro-batches to ranks in rows of falling cost, so that ranks run equal work at the same time and in sum."""
+    """Deals micro-batches to ranks in rows of falling cost, so ranks do equal work at each time and in total."""
     ranked = sorted(((sum(costs[i] for i in members), sorted(members)) for members in bins),
                     key=lambda each: (-each[0], each[1]))
     plan: list[list[list[int]]] = [[] for _ in range(dp_size)]

@@ -18,7 +18,7 @@ NORM_HEAD_EPS = 1e-7
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """temperature: the sampling temperature, so that trainer and engine speak of the same distribution.
+    """temperature: the sampling temperature, so that trainer and engine describe the same distribution.
 
     norm_head: divide each hidden column of the head by its norm over the vocabulary (spec: NormHead).
     fp32: logits are float32, as model.fp32_lm_head says; otherwise they are rounded to the weights' dtype.
@@ -37,8 +37,8 @@ class HeadOptions:
 def head_outputs(*, hidden_states, output_layer, output_weight, labels, context: HeadOptions, **_) -> torch.Tensor:
     """fp32 [2, T]: log-probability of labels [1, T] (int64) and entropy in nats; hidden_states [T or T/tp, 1, H].
 
-    output_weight: the embedding where it is also the head, else None. Without context.with_entropy only the first
-    row, [1, T].
+    output_weight: the embedding if it is also the head, else None. Without context.with_entropy only the first row,
+    [1, T].
     """
     hidden = hidden_states
     if context.sequence_parallel:
@@ -59,8 +59,9 @@ def head_outputs(*, hidden_states, output_layer, output_weight, labels, context:
 def norm_head_norms(weight_VH: torch.Tensor, tp_group) -> torch.Tensor:
     """[H], the norm of each column over the whole vocabulary; weight is this rank's rows.
 
-    In the weight's dtype, because the engine divides in that dtype (F.normalize in bailing_moe.py: load_weights, SGLang
-    0.5.23): a head that is divided in float32 and not rounded is another head than the one that samples.
+    The norm has the weight's dtype, because the engine divides in that dtype (F.normalize in bailing_moe.py:
+    load_weights, SGLang 0.5.23). Dividing in float32 without rounding would make another head than the one that
+    samples.
     """
     squares_H = torch.linalg.vector_norm(weight_VH, dim=0, dtype=torch.float32).square()
     if tp_group.size() > 1:

@@ -1,4 +1,4 @@
-"""Megatron's loss factors, undone in one place so that a sum over a constant stays what it is.
+"""Undoes Megatron's loss factors in one place, so that a sum over a constant keeps its value.
 
 With calculate_per_token_loss=False and a 3-tuple from the loss function, Megatron 0.19.2
  - divides the loss by max(num_tokens, 1) and by num_microbatches (schedules.forward_step_calc_loss);

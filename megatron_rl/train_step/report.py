@@ -1,4 +1,4 @@
-"""What the ranks say of one optimiser step, put together: one number per metric, the same on every rank."""
+"""Combines what the ranks report of one optimiser step: one number per metric, the same on every rank."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROUTER_SUMS = ("balance_loss", "z_loss", "replay_differing", "replay_choices")
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says of a step; sums and router (ROUTER_SUMS) are already reduced over its stage's ranks.
+    """What one rank reports of a step. sums and router (ROUTER_SUMS) are already reduced over the ranks of its stage.
 
-    loads, entropies: by layer number, the fullest expert over the mean and the mean entropy of the router in nats.
+    loads: by layer number, tokens of the fullest expert over the mean. entropies: mean entropy of the router, in nats.
     """
 
     stage: int
@@ -28,7 +28,7 @@ class RankReport:
 
 
 def merge_reports(reports: Sequence[RankReport], num_moe_layers: int) -> tuple[dict[str, SumCount], dict[str, float]]:
-    """One report per stage for sums and layers, all ranks for maxima; names as in docs/metrics.md.
+    """Sums and layers come from one report per pipeline stage, maxima from all ranks; names as in docs/metrics.md.
 
     num_moe_layers: the layers whose router losses were measured; 0 leaves these losses out.
     """
@@ -58,7 +58,7 @@ def merge_reports(reports: Sequence[RankReport], num_moe_layers: int) -> tuple[d
 
 
 def metric_name(key: str) -> str:
-    """docs/metrics.md's name of a sum of c3po."""
+    """The name that docs/metrics.md gives to a sum of c3po."""
     if key == "mismatch_abs":
         return "mismatch/mean_abs"
     return key.replace("mismatch_", "mismatch/", 1) if key.startswith("mismatch_") else f"train/{key}"

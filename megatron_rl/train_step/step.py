@@ -32,8 +32,8 @@ Routing = Sequence[MicrobatchRouting | None]
 class TrainStep:
     """Runs packed micro-batches through a policy. Every rank calls every method with equally many micro-batches.
 
-    Micro-batches that have routed_experts are routed by them, in every pass of our own policy; a reference policy
-    routes by itself.
+    If micro-batches have routed_experts, every pass of our own policy takes these experts. A reference policy always
+    chooses by itself.
     """
 
     def __init__(self, policy: Policy, optimizer, topology: Topology, *, temperature: float, chunk_tokens: int):
@@ -65,9 +65,9 @@ class TrainStep:
     def count_routing(
         self, microbatches: Sequence[PackedMicrobatch], *, record: bool = False
     ) -> tuple[list[torch.Tensor], RoutingCounts]:
-        """logprobs() and, from the same pass, how this stage's layers routed the whole step.
+        """logprobs(), and from the same pass how this stage's layers routed the whole step.
 
-        record: leave the experts that were taken in routed_experts of each micro-batch, for the passes that follow.
+        record: store the experts that were taken in routed_experts of each micro-batch, for the passes that follow.
         Returns (logprobs, counts summed over all ranks).
         """
         routing = self._recording(microbatches) if record else self._replayed(microbatches)
@@ -92,9 +92,9 @@ class TrainStep:
                z_loss_coef: float, counts: RoutingCounts | None) -> StepResult:
         """Forward, backward and optimiser step. The loss of the step is the sum of `loss` over all micro-batches.
 
-        counts: of the pass before. None: counted now, in this pass; the balance loss needs the step's load before the
-        first gradient, so with balance_coef None is for a step of one micro-batch on each rank.
-        When the loss or a gradient is not finite, no rank touches a weight or a moment: the result is `skipped`.
+        counts: from the pass before. None: this pass counts. The balance loss needs the step's load before the first
+        gradient, so None with balance_coef only works if each rank has one micro-batch.
+        If the loss or a gradient is not finite, no rank touches a weight or a moment, and the result is `skipped`.
         """
         self.backward(microbatches, loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef, counts=counts)
         result = self.measure()
@@ -105,11 +105,11 @@ class TrainStep:
         return dataclasses.replace(result, gauges={**result.gauges, "train/lr": lr})
 
     def measure(self) -> StepResult:
-        """What the last backward() came to, equal on every rank; `skipped` when its loss or gradient is not finite.
+        """The result of the last backward(), equal on every rank; `skipped` if its loss or gradient is not finite.
 
-        Megatron itself would clip by a norm of NaN and write NaN into every weight: the bf16 and fp32 optimisers
-        have no check of their own (MixedPrecisionOptimizer.prepare_grads), and DDP's (check_for_nan_in_grad) raises
-        on one rank and leaves the others waiting.
+        Megatron itself would clip by a norm of NaN and write NaN into every weight: the bf16 and fp32 optimisers have
+        no check of their own (MixedPrecisionOptimizer.prepare_grads), and DDP's (check_for_nan_in_grad) raises on one
+        rank and leaves the others waiting.
         """
         self.optimizer.prepare_grads()  # main_grad to where the norm is read; step() does it again
         norms = self.topology.gather_objects(float(self.optimizer.get_grad_norm()))

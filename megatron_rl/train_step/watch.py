@@ -1,6 +1,6 @@
-"""Where a step stops being finite: hooks on the network of one rank, for the replay of a step.
+"""Finds where a step stops being finite: hooks on the network of one rank, for the replay of a step.
 
-Findings are put in the order of computing: weights, what the step was given, forward pass by micro-batch and layer,
+Findings are sorted in the order of computing: weights, inputs of the step, forward pass by micro-batch and layer,
 loss, backward pass, gradients of the parameters.
 """
 
@@ -25,11 +25,13 @@ LAYER_PARTS = ("self_attention", "mlp")
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """The first value of one place that is not finite; they sort in the order of PHASES, micro-batch and depth.
+    """The first value of one place that is not finite. Findings sort by PHASES, micro-batch and depth.
 
-    microbatch: of this rank, from 0, -1 outside any; depth: 0 embedding, then three for each layer (attention, MLP,
-    the whole), negative in the backward pass, which goes down; sample: TrainSample.index, -1 where it cannot be told;
-    what: in words.
+    - microbatch: of this rank, from 0; -1 outside any.
+    - depth: 0 is the embedding, then three for each layer (attention, MLP, the whole). It is negative in the backward
+      pass, which goes down.
+    - sample: TrainSample.index, -1 if unknown.
+    - what: in words.
     """
 
     phase: int
@@ -61,7 +63,7 @@ class Watch:
                     self._check("input", name, torch.where(batch.loss_mask, values, 0.0), index, rows=True)
 
     def objective(self, loss):
-        """`loss`, with its inputs and its value looked at. Micro-batches come in order."""
+        """`loss`, with a check of its inputs and its value. Micro-batches must come in order."""
         count = iter(range(len(self._batches)))
 
         def watched(batch, logprobs_T, entropy_T):

@@ -34,7 +34,7 @@ class TokenObjective:
     def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor,
                  entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
         algo, mask = self.algo, batch.loss_mask
-        # without a pass before it, the update starts from the policy that it would have been of
+        # No old-logprob pass ran, so this is the first update on this batch: old == new, with the gradient stopped.
         old_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         sequence_ids_T = packed_sequence_ids(batch.cu_seqlens) if algo.needs_whole_sequences else None
         weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
