@@ -187,6 +187,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
     """
     check_tmpdir()
     with quick_imports():
+        from megatron_rl.environment.agents import check_agent
         from megatron_rl.model.tokenizer import load_tokenizer
         from megatron_rl.orchestrator.evaluation import HELD_OUT, evaluation_data, number_evaluated
         from megatron_rl.prompts import prompt_source
@@ -197,6 +198,8 @@ def check_data(config: Config, *, training: bool = True) -> None:
     require(training or bool(evaluation_data(config)),
             "eval.problems=0 without eval.benchmarks leaves nothing to evaluate: set one of them")
     tokenizer = load_tokenizer(config.model)
+    for each in stages.stage_configs(config):
+        check_agent(each.rollout.agent, tokenizer)
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
             trained: frozenset[str] = frozenset()

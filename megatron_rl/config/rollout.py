@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_rl.config.agent import AgentConfig
 from megatron_rl.config.rules import require, require_real_breaks
 
 ENGINE_KEY = "MEGATRON_RL_ENGINE_KEY"
@@ -122,6 +123,7 @@ class RolloutConfig:
     - environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most
       max_turns - 1 times per response. All turns and answers together have max_response_tokens. It is called in up to
       environment_threads threads at a time and has environment_timeout_s for an answer.
+    - agent: a program of yours that asks the model, instead of a function that answers it.
     - concurrency: requests in flight over all engines. Each has request_timeout_s, and is sent again up to `retries`
       times.
     - max_failed_fraction: the share of a step's responses that may fail before the run ends. A response fails if an
@@ -147,6 +149,7 @@ class RolloutConfig:
     max_turns: int = 8
     environment_timeout_s: float = 10.0
     environment_threads: int = 32
+    agent: AgentConfig = field(default_factory=AgentConfig)
     overprovision: float = 1.25
     budget_tokens: int | None = None
     slice_tokens: int = 256
@@ -200,6 +203,12 @@ class RolloutConfig:
         require(not (self.engine.colocate and self.collector == "async" and self.max_staleness > 0),
                 f"rollout.engine.colocate=true with rollout.max_staleness={self.max_staleness}: engines that gave "
                 "up their memory cannot sample while the trainer trains; use another collector than async")
+        require(not (self.environment and self.agent.kind),
+                f"rollout.environment={self.environment} with rollout.agent.kind={self.agent.kind}: one of them "
+                "speaks with the model; leave the other out")
+        require(not (self.collector == "partial" and self.agent.kind),
+                f"rollout.agent.kind={self.agent.kind} with rollout.collector=partial: conversations are not carried "
+                "from step to step; use another collector")
         require(not (self.collector == "partial" and self.environment),
                 f"rollout.environment={self.environment} with rollout.collector=partial: turns are not carried from "
                 "step to step; use another collector")

@@ -86,7 +86,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     if offered is None:
         rollouts.keep_state(first_step)
     ranks, phases = Ranks(port, stage, weights), PhaseFile(log.directory)
-    record = RunRecord(config, log=log, evaluator=Evaluator(config, serving, tokenizer, rewards), fleet=serving.fleet,
+    record = RunRecord(config, log=log, evaluator=Evaluator(config, serving, tokenizer, rewards), serving=serving,
                        weights=weights, stage=stage, phases=phases)
 
     async def story() -> None:

@@ -17,11 +17,11 @@ from megatron_rl.observe.sinks import METRICS
 from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.observe.verdicts import correctness_metrics
 from megatron_rl.orchestrator.evaluation import Evaluator, evaluation_data
+from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.orchestrator.stages import Stage, plateaued
 from megatron_rl.orchestrator.state import OfferedStep
 from megatron_rl.orchestrator.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Ledger
-from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.types import Finish, RolloutGroup, StepResult
 
 LENGTH_PERCENTILES = {"p10": 10, "p50": 50, "p90": 90, "max": 100}
@@ -30,17 +30,18 @@ LENGTH_PERCENTILES = {"p10": 10, "p50": 50, "p90": 90, "max": 100}
 class RunRecord:
     """loop.Record."""
 
-    def __init__(self, config: Config, *, log: MetricsLog, evaluator: Evaluator, fleet: Fleet,
+    def __init__(self, config: Config, *, log: MetricsLog, evaluator: Evaluator, serving: Serving,
                  weights: PublishedWeights, stage: Stage, phases: PhaseFile):
         self._config, self._log, self._evaluator = config, log, evaluator
-        self._fleet, self._weights, self._stage, self._phases = fleet, weights, stage, phases
+        self._serving, self._weights, self._stage, self._phases = serving, weights, stage, phases
         self._rewards: list[float] = []
         if stage.options is not None:
             rows = read_jsonl(log.directory / METRICS)
             self._rewards = [row["reward/mean"] for row in rows if row["step"] > stage.first_step]
 
     def step(self, step: int, offered: OfferedStep, results: Sequence[StepResult], timers: Timers) -> None:
-        metrics = {**offered.metrics, **update_metrics(results), **self._weights.metrics, **self._fleet_metrics()}
+        metrics = {**offered.metrics, **update_metrics(results), **self._weights.metrics, **self._fleet_metrics(),
+                   **self._serving.agent_metrics()}
         seconds = timers.pop() | {"time/generate": offered.generate_s}
         metrics |= {**seconds, "tokens_per_s/rollout": metrics["rollout/generated_tokens"] / offered.generate_s,
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
@@ -54,8 +55,8 @@ class RunRecord:
         self._log.log_samples(step + 1, offered.samples)
 
     def _fleet_metrics(self) -> dict[str, float]:
-        queue = self._fleet.take_queue_mean()
-        return {"rollout/engines_serving": self._fleet.serving,
+        queue = self._serving.fleet.take_queue_mean()
+        return {"rollout/engines_serving": self._serving.fleet.serving,
                 **({} if queue is None else {"rollout/engine_queue": queue})}
 
     async def evaluate(self, step: int, label: str) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron_rl.batch import BudgetFill
+from megatron_rl.config.orchestrator import RUN_KEY
+from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
+from megatron_rl.environment.agents import AgentPrograms
 from megatron_rl.model.architectures import read_config
 from megatron_rl.reward import RewardPool
+from megatron_rl.reward.user import score_of
 from megatron_rl.rollout.background import cancel_others
 from megatron_rl.rollout.client import engine_clients
 from megatron_rl.rollout.collectors import (
@@ -42,6 +48,7 @@ class Serving:
 
     def __init__(self, config: Config):
         self.fleet = build_fleet(config)
+        self._agents: AgentPrograms | None = None
 
     async def __aenter__(self) -> Serving:
         await self.fleet.start()
@@ -50,12 +57,27 @@ class Serving:
     async def __aexit__(self, *exc_info: object) -> None:
         """Whatever still runs in the loop is cancelled: its requests are aborted over connections that are open."""
         await cancel_others(but=self.fleet.watch)
+        if self._agents is not None:
+            await self._agents.close()
         await self.fleet.close()
 
     def responder(self, config: Config, tokenizer, rewards: RewardPool,
                   routed_layers: RoutedLayers | None = None) -> Responder:
+        if config.rollout.agent.kind is not None and self._agents is None:  # training and evaluation share the gateway
+            self._agents = AgentPrograms(
+                config.rollout, self.fleet, tokenizer, seed=config.run.seed, secrets=secret_variables(config),
+                verdict=partial(score_of, correct_from=config.reward.correct_from))
         return Responder(self.fleet, config.rollout, tokenizer, rewards, seed=config.run.seed,
-                         eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers)
+                         eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers, agents=self._agents)
+
+    def agent_metrics(self) -> dict[str, float]:
+        """What agents did since the last call."""
+        return {} if self._agents is None else self._agents.take_metrics()
+
+
+def secret_variables(config: Config) -> frozenset[str]:
+    """Environment variables with keys of the run, which an agent has no use for."""
+    return frozenset({RUN_KEY, ENGINE_KEY, config.rollout.engine.api_key_env, config.reward.remote.key_env} - {None})
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:

@@ -25,20 +25,23 @@ class EnvironmentFailed(RuntimeError):
 
 def load_environment(path: str | None) -> Environment | None:
     """The function at `package.module.function`. ValueError naming rollout.environment when it is not there."""
-    if path is None:
-        return None
+    return None if path is None else load_function("rollout.environment", path)
+
+
+def load_function(key: str, path: str) -> Callable:
+    """What is at `package.module.function`. ValueError naming `key` when it is no function, or not there."""
     module, _, name = path.rpartition(".")
     if not module:
-        raise ValueError(f"rollout.environment={path} must be package.module.function")
+        raise ValueError(f"{key}={path} must be package.module.function")
     try:
         found = vars(importlib.import_module(module)).get(name)
     except ImportError as error:
-        raise ValueError(f"rollout.environment={path}: cannot import {module} ({error}); start in the folder that "
+        raise ValueError(f"{key}={path}: cannot import {module} ({error}); start in the folder that "
                          "holds it, or put that folder on PYTHONPATH") from error
     if found is None:
-        raise ValueError(f"rollout.environment={path}: module {module} has no {name}")
+        raise ValueError(f"{key}={path}: module {module} has no {name}")
     if not callable(found):
-        raise ValueError(f"rollout.environment={path} is not a function")
+        raise ValueError(f"{key}={path} is not a function")
     return found
 
 

@@ -92,6 +92,25 @@ class Judged:
     score: Score
 
 
+@dataclass(frozen=True)
+class Episode:
+    """What an agent's conversation with the model came to.
+
+    prompt: with the token ids of the conversation's first request. transcript: what followed; with a failure as far as
+    it came. answer: the model's last turn as text. verdict: of the agent's own reward, or None: the answer is judged.
+    """
+
+    prompt: Prompt
+    transcript: Transcript
+    answer: str
+    verdict: Score | None
+    failure: FleetError | EnvironmentFailed | None
+
+
+class Agents(Protocol):
+    async def run(self, ticket: Ticket, plan: SamplingPlan, tally: Tally) -> Episode: ...
+
+
 def as_group(prompt: Prompt, judged: Sequence[Judged]) -> RolloutGroup:
     """judged: the K responses in sample order."""
     return RolloutGroup(prompt=prompt, rollouts=tuple(each.rollout for each in judged),
@@ -102,8 +121,9 @@ class Responder:
     """Samples and judges. Safe to reuse for many steps; the engines' weights may change between calls."""
 
     def __init__(self, fleet: Fleet, config: RolloutConfig, tokenizer: Tokenizer, scorer: Scorer, *, seed: int,
-                 eos_token_id: int, routed_layers: RoutedLayers | None = None):
+                 eos_token_id: int, routed_layers: RoutedLayers | None = None, agents: Agents | None = None):
         self.fleet = fleet
+        self._agents = agents
         self.tally = Tally()
         self.plan = SamplingPlan.from_config(config, routed_layers)
         self._config = config
@@ -141,7 +161,9 @@ class Responder:
         return [Ticket(prompt, "train", step, index, sample) for sample in range(self.plan.samples_per_prompt)]
 
     async def respond(self, ticket: Ticket, plan: SamplingPlan) -> Judged:
-        """One whole response, judged; with an environment, all turns until it or a limit ends them."""
+        """One whole response, judged; with an environment or an agent, all turns until it or a limit ends them."""
+        if self._agents is not None:
+            return await self._judge_episode(ticket.prompt, await self._agents.run(ticket, plan, self.tally))
         transcript, turns = Transcript(), []
         while transcript.finish is None:
             begin = len(transcript.token_ids)
@@ -155,6 +177,14 @@ class Responder:
             except (FleetError, EnvironmentFailed) as failure:
                 return self.failed(ticket.prompt, transcript, failure)
         return await self.judge(ticket.prompt, transcript)
+
+    async def _judge_episode(self, prompt: Prompt, episode: Episode) -> Judged:
+        """The answer is judged by itself: a tool's output may hold the reference."""
+        if episode.failure is not None:
+            return self.failed(episode.prompt, episode.transcript, episode.failure)
+        text = self._tokenizer.decode(episode.transcript.token_ids.tolist(), skip_special_tokens=True)
+        score = episode.verdict or await self._scorer.score(prompt, episode.answer)
+        return Judged(episode.transcript.rollout(episode.prompt), text, score)
 
     def failed(self, prompt: Prompt, so_far: Transcript, failure: FleetError | EnvironmentFailed) -> Judged:
         """The response that ends here, without a verdict. Its detail says why."""

@@ -94,25 +94,35 @@ class Session:
         """No further request is answered; those under way are aborted."""
         self.closed = True
         running = list(self._running)
-        for task in running:
-            task.cancel()
+        for work in running:
+            if not work.cancelling():
+                work.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
     async def answer(self, asked: Asked) -> Answered:
         """The next turn. RequestError for what the agent did wrong; an engine's failure is a RequestError of 503."""
         if self.closed:
-            raise RequestError("this session has ended", status=409, code="session_ended")
+            raise _ended()
         if self.failure is not None:
             raise _unavailable(self.failure)
-        task = asyncio.current_task()
-        self._running.add(task)
+        work = asyncio.create_task(self._answer(asked))  # of its own: whoever hangs up twice cancels it once
+        self._running.add(work)
+        work.add_done_callback(self._finished)
         try:
-            return await self._answer(asked)
+            return await asyncio.shield(work)
         except FleetError as failure:
             self.failure = failure
             raise _unavailable(failure) from failure
-        finally:
-            self._running.discard(task)
+        except asyncio.CancelledError:
+            if work.cancelled():
+                raise _ended() from None
+            work.cancel()
+            raise
+
+    def _finished(self, work: asyncio.Task) -> None:
+        self._running.discard(work)
+        if not work.cancelled():
+            work.exception()  # told to whoever waited, if anybody still does
 
     async def _answer(self, asked: Asked) -> Answered:
         self._check_supported(asked)
@@ -207,6 +217,10 @@ def as_message(parsed: Parsed) -> Message:
             {"id": f"call_{secrets.token_hex(12)}", "type": "function",
              "function": {"name": name, "arguments": read_arguments(arguments)}} for name, arguments in parsed.calls]
     return message
+
+
+def _ended() -> RequestError:
+    return RequestError("this session has ended", status=409, code="session_ended")
 
 
 def _unavailable(failure: FleetError) -> RequestError:

@@ -1,0 +1,48 @@
+"""Section `rollout.agent`: a program of the user's that talks to the model in the middle of a response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_rl.config.rules import require
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """An agent that talks to the model through OpenAI's or Anthropic's SDK, one for each response (docs/agents.md).
+
+    - kind: `command` starts the program `command`. `python` calls the async function at the dotted path `function`.
+      null: no agent.
+    - concurrency: how many run at a time. timeout_s: of each.
+    - history: `append` needs a chat template under which a longer conversation begins with the text of a shorter one.
+      `keep_thinking` takes templates that cut the thinking out of earlier answers, and keeps it.
+    - tool_call_parser, reasoning_parser: SGLang's names of its parsers of calls and thinking. null: an answer is handed
+      on as it was sampled.
+    - host, port: where the gateway listens. null: a free port. Every request needs the key of a session.
+    - max_messages, max_body_bytes: of one request.
+    """
+
+    kind: Literal["command", "python"] | None = None
+    command: tuple[str, ...] = ()
+    function: str | None = None
+    concurrency: int = 32
+    timeout_s: float = 600.0
+    history: Literal["append", "keep_thinking"] = "append"
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    max_messages: int = 1000
+    max_body_bytes: int = 4 << 20
+
+    def __post_init__(self):
+        for kind, key in (("command", "command"), ("python", "function")):
+            given = bool(getattr(self, key))
+            require(given or self.kind != kind, f"rollout.agent.kind={kind} needs rollout.agent.{key}")
+            require(not given or self.kind == kind,
+                    f"rollout.agent.{key} is read with rollout.agent.kind={kind}, and that is {self.kind}")
+        for key in ("concurrency", "max_messages", "max_body_bytes"):
+            require(getattr(self, key) >= 1, f"rollout.agent.{key}={getattr(self, key)} must be at least 1")
+        require(self.timeout_s > 0, f"rollout.agent.timeout_s={self.timeout_s} must be positive")
+        require(self.port is None or 1 <= self.port <= 65535, f"rollout.agent.port={self.port} must lie in 1 to 65535")

@@ -1,0 +1,228 @@
+"""Agents: programs and functions of the user's that hold a conversation with the model, one for each response.
+
+Each gets a session of the gateway, which is an API key. When it ends, the path to the turn that was answered last is
+the response. An agent that fails, hangs or asks nothing is a failed response of its own; the run goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import shutil
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from megatron_rl.config.agent import AgentConfig
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.rules import require
+from megatron_rl.environment.gateway.errors import RequestError
+from megatron_rl.environment.gateway.parsing import Parser
+from megatron_rl.environment.gateway.probe import checked
+from megatron_rl.environment.gateway.server import Gateway, Limits
+from megatron_rl.environment.gateway.session import Model, Session
+from megatron_rl.rollout.background import in_thread
+from megatron_rl.rollout.environment import EnvironmentFailed, load_function
+from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
+from megatron_rl.rollout.responses import Episode, SamplingPlan, Ticket
+from megatron_rl.rollout.transcript import Transcript
+from megatron_rl.types import Finish, Score
+
+TAIL_BYTES = 2000
+"""Of what a program wrote, the end that its failure shows."""
+LEFT_BEHIND_S = 5.0
+"""How long the output of a program that has ended is waited for: another that it started may hold it open."""
+
+
+def check_agent(config: AgentConfig, tokenizer: Any) -> None:
+    """ValueError for an agent that could not start: its program, function, chat template or parsers."""
+    if config.kind is None:
+        return
+    load_agent(config)
+    checked(tokenizer, config.history)
+    parser = Parser(config.tool_call_parser, config.reasoning_parser)
+
+    async def start() -> None:
+        try:
+            await parser.start()
+        finally:
+            await parser.close()
+
+    asyncio.run(start())
+
+
+def load_agent(config: AgentConfig) -> Callable | None:
+    """The function of kind=python. ValueError for a program or function that is not there."""
+    if config.kind == "command":
+        require(shutil.which(config.command[0]) is not None,
+                f"rollout.agent.command={list(config.command)}: no program {config.command[0]} is on PATH")
+        return None
+    function = load_function("rollout.agent.function", config.function)
+    require(inspect.iscoroutinefunction(function),
+            f"rollout.agent.function={config.function} must be an async function of (client, task)")
+    return function
+
+
+def task_of(ticket: Ticket) -> dict[str, Any]:
+    """What an agent is told of its prompt."""
+    prompt = ticket.prompt
+    return {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "domain": prompt.domain,
+            "metadata": dict(prompt.metadata), "sample": ticket.sample}
+
+
+class AgentPrograms:
+    """responses.Agents: the gateway and what is started at it. Opens at the first response; close() ends all.
+
+    secrets: environment variables that a program does not inherit. verdict: what an agent's own reward says.
+    """
+
+    def __init__(self, config: RolloutConfig, fleet: Fleet, tokenizer: Any, *, seed: int,
+                 verdict: Callable[[float], Score], secrets: frozenset[str] = frozenset()):
+        self._config, self._verdict, self._secrets = config.agent, verdict, secrets
+        self._function = load_agent(config.agent)
+        rendering, findings = checked(tokenizer, config.agent.history)
+        parser = Parser(config.agent.tool_call_parser, config.agent.reasoning_parser)
+        self._model = Model(fleet, rendering, findings, parser, seed, config.max_context_tokens)
+        self.gateway = Gateway(Limits(config.agent.max_body_bytes, config.agent.max_messages), host=config.agent.host,
+                               port=config.agent.port)
+        self._free = asyncio.Semaphore(config.agent.concurrency)
+        self._opening, self._open = asyncio.Lock(), False
+        self._ended: list[Session] = []
+
+    async def close(self) -> None:
+        await self.gateway.close()
+        await self._model.parser.close()
+
+    async def run(self, ticket: Ticket, plan: SamplingPlan, tally: Tally) -> Episode:
+        """One agent from its start to its end."""
+        async with self._opening:
+            if not self._open:
+                await self._model.parser.start()
+                await self.gateway.start()
+                self._open = True
+        async with self._free:
+            session = Session(self._model, ticket, plan, tally)
+            self.gateway.admit(session)
+            failure: EnvironmentFailed | None = None
+            try:
+                await (self._command(session) if self._config.kind == "command" else self._python(session))
+            except EnvironmentFailed as error:
+                failure = error
+            finally:
+                await self.gateway.end(session)
+        self._ended.append(session)
+        return self._episode(session, failure)
+
+    def _episode(self, session: Session, failure: FleetError | EnvironmentFailed | None) -> Episode:
+        """An agent that there was no more room for may fail: its response was cut, as any that is too long."""
+        turns, prompt = session.tree.turns, session.ticket.prompt
+        if session.cut and turns:
+            failure = None
+        failure = session.failure or failure
+        if not turns:
+            silent = EnvironmentFailed(f"rollout.agent, prompt {prompt.id!r}: it ended without a request that was "
+                                       "answered")
+            return Episode(prompt, Transcript(), "", None, failure or silent)
+        last = turns[-1]
+        root, transcript = last.transcript(Finish.LENGTH if session.cut else None)
+        answer = self._model.rendering.decode(last.result.output_ids.tolist(), with_special=False)
+        verdict = None if session.reward is None else self._verdict(session.reward)
+        return Episode(replace(prompt, token_ids=root), transcript, answer, verdict, failure)
+
+    async def _command(self, session: Session) -> None:
+        """Runs the program with the task on its input. EnvironmentFailed if it fails or takes too long."""
+        where = f"rollout.agent, prompt {session.ticket.prompt.id!r}"
+        process = await asyncio.create_subprocess_exec(
+            *self._config.command, env=self._environment(session), start_new_session=True,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        tail = asyncio.create_task(_tail(process.stdout))
+        told = asyncio.create_task(_tell(process.stdin, orjson.dumps(task_of(session.ticket)) + b"\n"))
+        try:
+            code = await asyncio.wait_for(process.wait(), self._config.timeout_s)
+        except TimeoutError:
+            raise EnvironmentFailed(f"{where}: it did not end within rollout.agent.timeout_s="
+                                    f"{self._config.timeout_s:g}") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # itself, or what it left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+            told.cancel()
+            await asyncio.wait([tail], timeout=LEFT_BEHIND_S)
+            tail.cancel()
+        if code:
+            wrote = tail.result() if tail.done() and not tail.cancelled() else b""
+            raise EnvironmentFailed(f"{where}: it ended with exit code {code}: "
+                                    f"{wrote.decode(errors='replace').strip()[-500:]}")
+
+    def _environment(self, session: Session) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name not in self._secrets}
+        url = self.gateway.url
+        direct = ",".join(filter(None, [inherited.get("NO_PROXY"), self._config.host]))
+        return {**inherited, "NO_PROXY": direct, "no_proxy": direct,
+                "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": session.key,
+                "ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": session.key,
+                "MEGATRON_RL_SESSION_URL": f"{url}/sessions/{session.id}"}
+
+    async def _python(self, session: Session) -> None:
+        """Calls the function in a thread and loop of its own, so that it holds nobody up."""
+        where = f"rollout.agent.function, prompt {session.ticket.prompt.id!r}"
+        call = in_thread(_in_own_loop, self._function, f"{self.gateway.url}/v1", session.key, task_of(session.ticket),
+                         daemon=True)
+        try:
+            done, _ = await asyncio.wait([call], timeout=self._config.timeout_s)
+        finally:
+            call.cancel()  # its session ends with us: nothing that it asks afterwards is answered
+        if not done:
+            raise EnvironmentFailed(f"{where}: no end within rollout.agent.timeout_s={self._config.timeout_s:g}")
+        error = call.exception()
+        if error is not None:  # the user's own code: of any kind
+            raise EnvironmentFailed(f"{where}: {type(error).__name__}: {error}"[:500]) from error
+        if call.result() is not None:
+            try:
+                session.give_reward(call.result())
+            except RequestError as refused:
+                raise EnvironmentFailed(f"{where}: it returned {call.result()!r}: {refused}, or None") from refused
+
+    def take_metrics(self) -> dict[str, float]:
+        """Over the sessions that ended since the last call (docs/metrics.md)."""
+        ended, self._ended = self._ended, []
+        if not ended:
+            return {}
+        turns = sum(len(session.tree.turns) for session in ended)
+        trained = sum(len(session.tree.turns[-1].path()) for session in ended if session.tree.turns)
+        return {"agent/sessions": len(ended), "agent/turns_mean": turns / len(ended),
+                "agent/turns_off_path": turns - trained,
+                "agent/misses": sum(session.tree.misses for session in ended),
+                "agent/unparsed_turns": sum(session.unparsed for session in ended)}
+
+
+def _in_own_loop(function: Callable[[Any, Mapping[str, Any]], Awaitable[Any]], url: str, key: str,
+                 task: Mapping[str, Any]) -> Any:
+    import openai  # here: only runs with such an agent wait for it
+
+    async def talk() -> Any:
+        async with openai.AsyncOpenAI(base_url=url, api_key=key,
+                                      http_client=openai.DefaultAsyncHttpxClient(trust_env=False)) as client:
+            return await function(client, task)
+
+    return asyncio.run(talk())
+
+
+async def _tail(stream: asyncio.StreamReader) -> bytes:
+    kept = b""
+    while chunk := await stream.read(1 << 16):
+        kept = (kept + chunk)[-TAIL_BYTES:]
+    return kept
+
+
+async def _tell(stream: asyncio.StreamWriter, text: bytes) -> None:
+    """A program that does not read its input is as good as another."""
+    with contextlib.suppress(ConnectionError):
+        stream.write(text)
+        await stream.drain()
+        stream.close()

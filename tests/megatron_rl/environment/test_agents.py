@@ -1,0 +1,262 @@
+"""Agents as programs and as functions: what they say becomes a response, and what goes wrong is theirs alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.config.agent import AgentConfig
+from megatron_rl.config.orchestrator import RUN_KEY
+from megatron_rl.config.rollout import ENGINE_KEY, RolloutConfig
+from megatron_rl.config.schema import Config
+from megatron_rl.environment.agents import AgentPrograms, check_agent
+from megatron_rl.orchestrator.serving import secret_variables
+from megatron_rl.reward.user import score_of
+from megatron_rl.rollout.collectors import SyncCollector
+from megatron_rl.rollout.responses import Responder
+from megatron_rl.types import Finish, Score
+from tests.megatron_rl.environment.templates import CHATML, QWEN3, tokenizer_with
+from tests.megatron_rl.environment.world import CONFIG, PROMPT, World, run, world
+
+HERE = "tests.megatron_rl.environment.agents_of_tests"
+USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+class Judge:
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def score(self, prompt, response_text: str) -> Score:
+        self.asked.append(response_text)
+        return Score(1.0, "correct")
+
+
+def command(name: str, **options) -> AgentConfig:
+    program = (sys.executable, str(Path(__file__).with_name("agents_of_tests.py")), name)
+    return AgentConfig(**{"kind": "command", "command": program, "timeout_s": 40.0, **options})
+
+
+def python(name: str, **options) -> AgentConfig:
+    return AgentConfig(**{"kind": "python", "function": f"{HERE}.{name}", "timeout_s": 40.0, **options})
+
+
+def says(read: str) -> str:
+    return f"answer {read.count('<|im_start|>assistant')}"
+
+
+class Agents:
+    """A world with agents, a responder and a judge."""
+
+    def __init__(self, it: World, agent: AgentConfig, correct_from: float | None = 1.0):
+        self.judge = Judge()
+        self.programs = AgentPrograms(
+            replace(it.config, agent=agent), it.fleet, it.tokenizer, seed=0, secrets=secret_variables(Config()),
+            verdict=partial(score_of, correct_from=correct_from))
+        self.responder = Responder(it.fleet, it.config, it.tokenizer, self.judge, seed=0,
+                                   eos_token_id=it.tokenizer.eos_token_id, agents=self.programs)
+
+    async def respond(self, sample: int = 0):
+        ticket = self.responder.tickets(PROMPT, step=0, index=0)[sample]
+        return await self.responder.respond(ticket, self.responder.plan)
+
+
+def respond(agent: AgentConfig, script=says, **options):
+    """(the judged response, the world, the agents)"""
+    async def story():
+        async with world(script, **options) as it:
+            agents = Agents(it, agent)
+            try:
+                return await agents.respond(), it, agents
+            finally:
+                await agents.programs.close()
+
+    return run(story())
+
+
+@pytest.mark.parametrize("agent", [command("talks"), python("python_talks")], ids=["command", "python"])
+def test_a_conversation_becomes_one_response_whose_answers_are_trained_on(agent):
+    judged, it, agents = respond(agent)
+    rollout = judged.rollout
+    assert it.text(rollout.token_ids) == (
+        USER.format("Question?") + "answer 1<|im_end|>\n" + USER.format("Sure?") + "answer 2<|im_end|>")
+    assert it.text(rollout.token_ids[rollout.trainable]) == "answer 1<|im_end|>answer 2<|im_end|>"
+    last = it.engine.asked[-1]["input_ids"]
+    assert rollout.token_ids.tolist()[:len(last)] == last, "what is trained on is what the engine read"
+    assert (rollout.rollout_logprobs < 0).tolist() == rollout.trainable.tolist()
+    assert rollout.finish is Finish.STOP and judged.score.status == "correct"
+    assert agents.judge.asked == ["answer 2"], "the answer is judged, without what came before"
+    assert agents.programs.take_metrics() == {"agent/sessions": 1, "agent/turns_mean": 2.0, "agent/turns_off_path": 0,
+                                              "agent/misses": 0, "agent/unparsed_turns": 0}
+    assert agents.programs.take_metrics() == {}
+
+
+@pytest.mark.parametrize(("agent", "score"), [
+    (command("rewards"), Score(0.25, "graded", correct=False)), (python("python_rewards"), Score(1.0, "correct"))],
+    ids=["command", "python"])
+def test_an_agents_own_reward_counts_as_a_reward_functions_does(agent, score):
+    judged, _, agents = respond(agent)
+    assert judged.score == score and agents.judge.asked == []
+
+
+@pytest.mark.parametrize(("agent", "why", "turns"), [
+    (command("crashes"), "it ended with exit code 1: .*RuntimeError: out of luck", 2),
+    (command("hangs", timeout_s=6.0), "it did not end within rollout.agent.timeout_s=6", 2),
+    (command("silent"), "it ended without a request that was answered", 0),
+    (python("python_raises"), "KeyError: 'no such tool'", 2),
+    (python("python_hangs", timeout_s=6.0), "no end within rollout.agent.timeout_s=6", 2),
+    (python("python_returns_a_text"), "it returned 'good': reward must be a finite number, or None", 2),
+], ids=["crashes", "hangs", "silent", "raises", "python_hangs", "returns_a_text"])
+def test_an_agent_that_fails_fails_its_response_alone(agent, why, turns):
+    judged, it, agents = respond(agent)
+    assert judged.score.status == "environment_error" and judged.score.failed
+    assert re.search(f"prompt 'p': {why}", judged.score.detail, re.DOTALL), judged.score.detail
+    assert judged.rollout.finish is Finish.ERROR and agents.judge.asked == []
+    assert judged.text.count("answer ") == turns, "what was sampled is kept to be looked at"
+
+
+def test_nothing_of_a_program_that_hangs_is_left_behind():
+    before = {each.pid for each in psutil.Process().children(recursive=True)}
+    respond(command("hangs", timeout_s=6.0))
+    for _ in range(100):
+        left = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]
+        orphans = [each for each in psutil.process_iter(["cmdline"])
+                   if "import time; time.sleep(600)" in (each.info["cmdline"] or [])]
+        if not left and not orphans:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still there: {left} {orphans}")
+
+
+def test_an_engine_that_fails_is_no_fault_of_the_agent():
+    def broken(read: str) -> str:
+        raise RuntimeError("no answer")
+
+    judged, *_ = respond(python("python_talks"), broken)
+    assert judged.score.status == "engine_error" and "no response after 1 attempts" in judged.score.detail
+
+
+def test_a_conversation_without_room_is_cut_and_judged():
+    """The agent crashes on the refusal, which is how most take it; the response is one that was too long."""
+    config = replace(CONFIG, max_response_tokens=120)
+    judged, it, agents = respond(command("greedy"), config=config)
+    assert judged.rollout.finish is Finish.LENGTH and not judged.score.failed and len(agents.judge.asked) == 1
+    assert judged.rollout.tokens_after_prompt <= 120
+
+
+def test_a_program_gets_no_key_of_the_run(monkeypatch):
+    monkeypatch.setenv(RUN_KEY, "a secret")
+    assert ENGINE_KEY in os.environ
+    _, it, _ = respond(command("secrets"))
+    assert "user\nMEGATRON_RL_SESSION_URL<" in it.text(it.engine.asked[0]["input_ids"])
+
+
+def test_a_program_with_the_sdk_needs_nothing_but_its_environment():
+    judged, it, _ = respond(command("sdk"))
+    assert judged.score.status == "correct" and "answer 1" in judged.text
+
+
+def test_as_many_agents_run_at_once_as_configured():
+    async def story():
+        async with world(says, latency_s=0.2) as it:
+            agents = Agents(it, python("python_talks", concurrency=2))
+            most, real = [0, 0], it.fleet.generate
+
+            async def counted(*args, **options):
+                most[0] += 1
+                most[1] = max(most)
+                try:
+                    return await real(*args, **options)
+                finally:
+                    most[0] -= 1
+
+            it.fleet.generate = counted
+            try:
+                await asyncio.gather(*(agents.respond(sample % 2) for sample in range(6)))
+            finally:
+                await agents.programs.close()
+            assert most[1] == 2 and len(it.engine.asked) == 12
+
+    run(story())
+
+
+def test_a_step_of_agents_balances_its_account_to_the_token():
+    """Six responses; every sampled token is returned, since no turn lies off a path."""
+    class Three:
+        def next(self, n: int):
+            return [replace(PROMPT, id=f"p{number}") for number in range(n)]
+
+    async def story():
+        async with world(says, config=replace(CONFIG, prompts_per_step=3)) as it:
+            agents = Agents(it, python("python_talks"))
+            try:
+                groups, ledger = await SyncCollector(agents.responder, Three(), prompts_per_step=3).collect(0, 0)
+            finally:
+                await agents.programs.close()
+            assert [len(group.rollouts) for group in groups] == [2, 2, 2]
+            assert ledger.generated_tokens == ledger.returned_tokens == 6 * 2 * 9 and ledger.dropped_tokens == 0
+
+    run(story())
+
+
+def test_a_response_that_is_given_up_ends_its_agent():
+    async def story():
+        async with world(says, latency_s=20.0) as it:
+            agents = Agents(it, command("talks"))
+            task = asyncio.create_task(agents.respond())
+            while not it.engine.asked:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert it.engine.aborted == [it.engine.asked[0]["rid"]]
+            assert not [each for each in psutil.Process().children() if "agents_of_tests.py" in str(each.cmdline())]
+            await agents.programs.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({"kind": "command", "command": ("no-such-program-here",)}, "no program no-such-program-here is on PATH"),
+    ({"kind": "python", "function": "nowhere.agent"}, "rollout.agent.function=nowhere.agent: cannot import nowhere"),
+    ({"kind": "python", "function": f"{HERE}.python_is_not_async"}, "must be an async function"),
+])
+def test_an_agent_that_is_not_there_is_named_before_the_start(options, why):
+    with pytest.raises(ValueError, match=why):
+        check_agent(AgentConfig(**options), tokenizer_with(CHATML))
+
+
+def test_a_template_that_does_not_fit_is_named_before_the_start():
+    check_agent(command("talks", history="keep_thinking"), tokenizer_with(QWEN3))
+    with pytest.raises(ValueError, match="rollout.agent.history=append: the chat template is not append-only"):
+        check_agent(command("talks"), tokenizer_with(QWEN3))
+    check_agent(AgentConfig(), tokenizer_with(None))  # without an agent nothing is needed
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({"kind": "command"}, "rollout.agent.kind=command needs rollout.agent.command"),
+    ({"kind": "python", "command": ("a",), "function": "a.b"}, "rollout.agent.command is read with"),
+    ({"function": "a.b"}, "rollout.agent.function is read with rollout.agent.kind=python, and that is None"),
+    ({"concurrency": 0}, "rollout.agent.concurrency=0 must be at least 1"),
+    ({"timeout_s": 0}, "rollout.agent.timeout_s=0 must be positive"),
+    ({"port": 70000}, "rollout.agent.port=70000"),
+])
+def test_settings_that_cannot_be_meant_are_refused(options, why):
+    with pytest.raises(ValueError, match=why):
+        AgentConfig(**options)
+
+
+@pytest.mark.parametrize("other", [{"environment": "a.b"}, {"collector": "partial"}])
+def test_what_an_agent_cannot_be_combined_with_is_named(other):
+    with pytest.raises(ValueError, match="rollout.agent.kind=command with rollout.|rollout.environment=a.b with"):
+        RolloutConfig(agent=command("talks"), **other)
