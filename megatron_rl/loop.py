@@ -1,8 +1,8 @@
-"""The story of one step, told by the two programs that live it; nothing distributed in it.
+"""The story of one step, told by the two programs that run it; nothing distributed in it.
 
-The orchestrator decides and the trainer obeys. `orchestrate` runs in the orchestrator, once: it collects judged
-responses, cuts them to the budget, offers the trainer what it trains on, and tells the engines of the new weights.
-`obey` runs in every rank of the trainer, beside it, and carries out one command after the other.
+The orchestrator decides and the trainer obeys. `orchestrate` runs in the orchestrator, once. It collects judged
+responses, cuts them to the budget, offers the trainer what it trains on, and has the engines get the new weights.
+`obey` runs in every rank of the trainer at the same time, and carries out one command after the other.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Rollouts(Protocol):
     """Judged responses, cut and scheduled for the trainer's ranks."""
 
     async def offer(self, step: int, timers: Timers) -> Any:
-        """From here on the trainer may pull what it trains on in `step`; what the record needs to know of it.
+        """Lets the trainer pull what it trains on in `step`, and returns what the record needs to know of it.
 
-        UnfillableStep when the responses that could be had are too few.
+        UnfillableStep if too few responses could be had.
         """
         ...
 
 
 class Ranks(Protocol):
-    """The trainer, as the orchestrator commands it. A command that has been carried out is not carried out again."""
+    """The trainer, as the orchestrator commands it. The trainer does not carry out a command a second time."""
 
     steps_done: int
 
@@ -45,7 +45,7 @@ class Weights(Protocol):
 
 
 class Record(Protocol):
-    """Where a step's story goes: metrics, progress, held-out evaluation."""
+    """Takes down a step's story: metrics, progress, held-out evaluation."""
 
     def step(self, step: int, offered: Any, results: list[StepResult], timers: Timers) -> None: ...
 
@@ -61,7 +61,7 @@ class Record(Protocol):
 
 
 class End(enum.Enum):
-    """How a run, or one of its stages, came to its end."""
+    """How a run, or one of its stages, ended."""
 
     FINISHED = "finished"
     STOPPED = "stopped"
@@ -80,8 +80,8 @@ async def orchestrate(config: Config, *, rollouts: Rollouts, ranks: Ranks, weigh
                       timers: Timers, first_step: int, evaluated: bool) -> Ended:
     """Steps first_step .. run.steps - 1. Version v of the weights is the policy after v steps.
 
-    After a restart of the orchestrator the trainer may have trained first_step already (ranks.steps_done), and its
-    weights are the next version. evaluated: what precedes the first step was evaluated before such a restart.
+    If the orchestrator was started again, the trainer may have trained first_step already (ranks.steps_done); its
+    weights are then the next version. evaluated: the evaluation before the first step was made before such a restart.
     """
     if ranks.steps_done == first_step:
         await weights.publish(first_step)
@@ -126,7 +126,7 @@ class Orders(Protocol):
 
 
 def obey(trainer: Trainer, orders: Orders) -> None:
-    """start, then publish, (make_room,) train, publish, train, ... and save now and then, until finish."""
+    """Carries out start, then publish, (make_room,) train, publish, train, ... and saves now and then, until finish."""
     while True:
         command = orders.next()
         orders.done(trainer.execute(command))

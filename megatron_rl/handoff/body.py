@@ -1,6 +1,6 @@
-"""Plain values and numpy arrays in one safetensors body: how shards and states travel and lie on the disk.
+"""Plain values and numpy arrays in one safetensors body. Shards and states travel, and lie on the disk, in this form.
 
-The arrays are the tensors; everything around them is JSON in the header, under the one key that metadata has. Equal
+The arrays are the tensors. Everything around them is JSON in the header, under the one key of its metadata. Equal
 values give equal bytes. JSON turns tuples into lists and keys into text.
 """
 
@@ -18,7 +18,7 @@ _TREE, _ARRAY = "tree", "$array"
 
 
 def dump(value: Any) -> bytes:
-    """`value`: dicts, lists, numbers, text, None, and arrays anywhere among them."""
+    """The body of `value`: dicts, lists, numbers, text, None, and arrays anywhere among them."""
     arrays: dict[str, np.ndarray] = {}
 
     def plain(each: Any) -> Any:
@@ -37,7 +37,7 @@ def dump(value: Any) -> bytes:
 
 
 def load(body: bytes) -> Any:
-    """What was dumped. ValueError when the body is no such thing, as one that was cut short is not."""
+    """The dumped value. ValueError if the body is not one of this program, for example because it was cut short."""
     try:
         length = int.from_bytes(body[:8], "little")
         tree = json.loads(json.loads(body[8:8 + length])["__metadata__"][_TREE])

@@ -1,4 +1,4 @@
-"""The commands of the orchestrator, in the order in which a run sees them, and what the trainer answers.
+"""The orchestrator's commands, in the order in which a run sees them, and the trainer's answers.
 
     start      config, checkpoint (a folder or None), stage, schedule_updates, reset_optimizer
                -> steps_done, probe_tokens
@@ -15,9 +15,9 @@
     POST /heartbeat/R         rank R lives
     GET  /health              the orchestrator lives
 
-Asking again is always allowed. Every request carries the key of the run. The trainer counts; an orchestrator that was
-started again goes on from the number that it is asked for first, and says what it needs: a command that the trainer has
-carried out already is not carried out twice (trainer/main.py).
+Every request carries the key of the run, and every request may be repeated. The trainer counts commands. An
+orchestrator that was started again goes on from the first number that it is asked for, and gives the commands that it
+needs. The trainer does not carry out again what it has done already (trainer/main.py).
 """
 
 POLL_S = 5.0

@@ -1,7 +1,7 @@
 """What one data-parallel rank trains on in one step of the loop: its sequences end to end, and how to pack them.
 
-The orchestrator cuts the step's batches into shards; a rank reads its own and only has to pack. Letters: S sequences of
-this shard, in the order in which their micro-batches run; L tokens of one of them; N the tokens of all.
+The orchestrator cuts the step's batches into shards. A rank reads its own shard and only has to pack it. Letters: S
+sequences of this shard, in the order in which their micro-batches run; L tokens of one of them; N the tokens of all.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from megatron_rl.types import TrainSample
 
 @dataclass(frozen=True)
 class UpdateShard:
-    """One optimiser step's share of a data-parallel rank.
+    """A data-parallel rank's share of one optimiser step.
 
-    samples: its sequences. sizes: how many of them each micro-batch takes, in order; every rank has equally many
-    micro-batches. least_tokens: what each micro-batch is padded to at least, per rank. phi, selected_tokens and
-    num_responses are those of the whole optimiser step (StepBatch).
+    - samples: its sequences.
+    - sizes: how many of them each micro-batch takes, in order. Every rank has equally many micro-batches.
+    - least_tokens: each micro-batch is padded to at least this many tokens, per rank.
+    - phi, selected_tokens, num_responses: totals of the whole optimiser step (StepBatch).
     """
 
     samples: tuple[TrainSample, ...]
@@ -42,7 +43,7 @@ class UpdateShard:
 
 def schedule(lengths: Sequence[int], config: Config,
              network: Mapping[str, Any]) -> tuple[list[list[list[int]]], list[int]]:
-    """(the micro-batches of every data-parallel rank as places in `lengths`, what each is padded to at least).
+    """(the micro-batches of every data-parallel rank as places in `lengths`, the least padded length of each).
 
     lengths: positions of each sequence. network: the fields of model.network.Network.
     """
@@ -58,7 +59,7 @@ def schedule(lengths: Sequence[int], config: Config,
 
 def cut_into_shards(batches: Sequence[StepBatch], config: Config,
                     network: Mapping[str, Any]) -> list[list[UpdateShard]]:
-    """By data-parallel rank: its share of every optimiser step, in their order."""
+    """By data-parallel rank: its share of every optimiser step, in order."""
     shards: list[list[UpdateShard]] = [[] for _ in range(config.parallel.dp)]
     for batch in batches:
         plan, least = schedule([len(sample.token_ids) - 1 for sample in batch.samples], config, network)

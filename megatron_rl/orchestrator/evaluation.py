@@ -1,4 +1,4 @@
-"""Evaluation of what engines serve: a held-out set and benchmarks, during training and by itself."""
+"""Evaluates what the engines serve, on a held-out set and on benchmarks, during training or by itself."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Measured:
 
 
 def evaluation_data(config: Config) -> dict[str, DataConfig]:
-    """Name -> where its problems come from: the held-out set (unless eval.problems=0), then eval.benchmarks."""
+    """Name -> source of its problems: the held-out set (unless eval.problems=0), then eval.benchmarks."""
     held_out = {HELD_OUT: heldout_data(config)} if config.eval.problems else {}
     return held_out | {name: benchmark.data for name, benchmark in config.eval.benchmarks.items()}
 
 
 def number_evaluated(config: Config, name: str, available: int) -> tuple[int, str]:
-    """(how many problems of the set are evaluated, a line to print if that is fewer than was asked for)."""
+    """(how many problems of the set are evaluated, a line to print if there are fewer than was asked for)."""
     benchmark = config.eval.benchmarks.get(name)
     asked = config.eval.problems if benchmark is None else benchmark.problems or available
     key = "eval.problems" if benchmark is None else f"eval.benchmarks.{name}.problems"
@@ -65,9 +65,9 @@ def number_evaluated(config: Config, name: str, available: int) -> tuple[int, st
 
 
 class Evaluator:
-    """Evaluates what the engines serve on fixed problems; used by training, evaluate and the quick start.
+    """Evaluates the engines' weights on fixed problems. Training, `evaluate` and the quick start use it.
 
-    Without a set it is not asked (evaluation_data is empty).
+    If evaluation_data is empty, do not ask it.
     """
 
     def __init__(self, config: Config, serving: Serving, tokenizer, rewards: RewardPool):
@@ -86,7 +86,7 @@ class Evaluator:
         return EvaluationSet(name, [source.prompt(i) for i in range(count)], samples)
 
     async def evaluate(self, step: int) -> dict[str, float]:
-        """What was measured, as one row. Keys of a benchmark begin with its name and a slash.
+        """The measurements as one row. Keys of a benchmark begin with its name and a slash.
 
         Without a held-out set, accuracy and mean_reward are the means over the benchmarks that have them.
         """
@@ -98,7 +98,7 @@ class Evaluator:
         return row | {f"{name}/{key}": value for name, values in measured.items() for key, value in values.items()}
 
     async def measure(self, step: int) -> list[Measured]:
-        """Samples and judges every set. step: of the weights that are served; seeds depend on it."""
+        """Samples and judges every set. step: of the served weights; the seeds depend on it."""
         return [await self._measure(one, step) for one in self._sets]
 
     async def _measure(self, one: EvaluationSet, step: int) -> Measured:
@@ -119,13 +119,13 @@ class Evaluator:
 
 
 def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dict[str, float]:
-    """Accuracy (the share of right responses: avg@n, pass@1), pass@k, maj@k and the mean reward with their bootstrap
-    intervals over problems, and lengths.
+    """Accuracy (the share of right responses: avg@n, pass@1), pass@k, maj@k and the mean reward, each with a bootstrap
+    interval over problems, and lengths.
 
     Accuracy, pass@k and maj@k are over the problems whose responses can be called right or not (verdicts.known), and
-    absent without any. Failed responses have no verdict and count nowhere; pass@k and maj@k are over the problems with
-    k verdicts. maj@k is there only if answers are boxed: right ones vote together however they are written,
-    others by what is in the box.
+    absent if there are none. Failed responses have no verdict and count nowhere; pass@k and maj@k are over the problems
+    with k verdicts. maj@k needs boxed answers: right ones vote together, however they are written, and others vote by
+    the content of their box.
     """
     n, whole = len(groups[0].scores), known(groups)
     scores = [score for group in groups for score in group.scores]
@@ -157,7 +157,7 @@ def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dic
 
 
 def _votes(group: RolloutGroup) -> list[str | None]:
-    """What each response that was judged votes for."""
+    """The vote of each judged response."""
     boxes = [last_boxed(text) or None for text in group.texts]
     return [RIGHT if box is not None and score.correct else box
             for box, score in zip(boxes, group.scores, strict=True) if not score.failed]

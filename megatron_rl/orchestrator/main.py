@@ -1,7 +1,7 @@
 """PROGRAM 1: builds the parts of the orchestrator and tells the story (loop.orchestrate).
 
-It holds no weights and opens no process group. Killed at any moment, it is started again and goes on from the step
-that it had offered last (state.py), while the trainer waits.
+The orchestrator holds no weights and opens no process group. If it is killed, the launcher starts it again. It then
+goes on from the step that it offered last (state.py), while the trainer waits.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
 
 
 async def _end_again(stage: Stage, stack: contextlib.AsyncExitStack) -> None:
-    """An orchestrator that died while the trainer finished has nothing left to do but to tell it so again."""
+    """The orchestrator died while the trainer finished: it only has to tell the trainer to finish once more."""
     config = stage.config
     ended, _ = state.read_end(Path(config.run.dir) / state.FOLDER)
     port = await stack.enter_async_context(TrainerPort(config.orchestrator, config.parallel.world_size))
@@ -115,7 +115,7 @@ async def _finish(ranks: Ranks, stage: Stage, ended: loop.Ended) -> None:
 
 
 async def _watched(story: Any, port: TrainerPort) -> None:
-    """The story to its end, or until a rank hangs."""
+    """Runs the story until it ends or a rank hangs."""
     tasks = {asyncio.create_task(story), asyncio.create_task(port.watch())}
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Where the trainer asks: the orchestrator's HTTP server (handoff/protocol.py says what is asked and answered)."""
+"""The orchestrator's HTTP server, which the trainer asks (handoff/protocol.py lists requests and answers)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TrainerPort:
     # ---- what the orchestrator does ----------------------------------------------------------------------
 
     async def execute(self, kind: str, **arguments: Any) -> dict[str, Any]:
-        """The trainer carries the command out; its outcome."""
+        """Has the trainer carry the command out, and returns its outcome."""
         assert self._pending is None, f"{kind}, while the trainer is busy with {self._pending}"
         self._outcome = asyncio.get_running_loop().create_future()
         self._pending = {"kind": kind, **arguments}
@@ -82,7 +82,7 @@ class TrainerPort:
         _forget(self._states)
 
     async def watch(self) -> None:
-        """Raises RankHangs when a rank is silent for orchestrator.hang_timeout_s. Begins when the trainer has asked."""
+        """Raises RankHangs if a rank is silent for orchestrator.hang_timeout_s. Begins once the trainer has asked."""
         looked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_S)
@@ -125,7 +125,7 @@ class TrainerPort:
         return web.json_response(self._pending) if self._pending is not None else web.Response(status=204)
 
     async def _done(self, request: web.Request) -> web.Response:
-        """The outcome of a command that another orchestrator gave, before this one, is of no use."""
+        """Takes the outcome of the pending command. The outcome of a dead orchestrator's command is ignored."""
         number, outcome = int(request.match_info["number"]), await request.json()
         if number == self._number and self._pending is not None:
             self._last, self._pending, self._number = self._pending, None, number + 1

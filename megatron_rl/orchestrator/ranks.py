@@ -21,7 +21,7 @@ class Ranks:
         self.steps_done = 0
 
     async def start(self, checkpoint: Path | None) -> None:
-        """Every rank builds the policy and goes on from the same checkpoint."""
+        """Has every rank build the policy and load the same checkpoint."""
         stage = self._stage
         begun = await self._port.execute(
             "start", config=to_dict(stage.config), checkpoint=None if checkpoint is None else str(checkpoint),

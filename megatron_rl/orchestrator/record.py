@@ -1,4 +1,4 @@
-"""Where a step's story goes: metrics.jsonl, the held-out evaluation, and whether the run is over."""
+"""Writes a step's story: metrics.jsonl, the held-out evaluation, and whether the run is over."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RunRecord:
 
 
 def ledger_metrics(ledger: Ledger, rounds: int) -> dict[str, float]:
-    """The account of one step's sampling."""
+    """The metrics of one step's account of sampled tokens."""
     return {"budget/collect_rounds": rounds,
             "rollout/generated_tokens": ledger.generated_tokens, "rollout/dropped_tokens": ledger.dropped_tokens,
             "rollout/dropped_responses": ledger.dropped_responses, "rollout/carried_tokens": ledger.carried_tokens,
@@ -86,7 +86,7 @@ def ledger_metrics(ledger: Ledger, rounds: int) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version: int) -> dict[str, float]:
-    """version: of the policy that trains on them; staleness counts versions back from it."""
+    """version: the version of the policy that trains on them; staleness counts back from it."""
     rollouts = [rollout for group in groups for rollout, score in zip(group.rollouts, group.scores, strict=True)
                 if not score.failed]
     scores = [score for group in groups for score in group.scores]
@@ -120,7 +120,7 @@ def budget_metrics(groups: Sequence[RolloutGroup], batches: Sequence[StepBatch])
 
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """Token means over all optimiser steps; of the gauges, totals add up, maxima stay maxima, others are averaged."""
+    """Token means over all optimiser steps. Gauges: totals add up, maxima stay maxima, others are averaged."""
     totals = ("train/selected_tokens", "train/skipped_steps")
     sums: dict[str, SumCount] = {}
     for result in results:

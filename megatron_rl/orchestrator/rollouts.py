@@ -26,7 +26,7 @@ from megatron_rl.types import RolloutGroup
 
 
 class Rollouts:
-    """loop.Rollouts. offered: what an orchestrator that died had handed over last, which is handed over again."""
+    """loop.Rollouts. offered: the step that an orchestrator handed over before it died; it is handed over again."""
 
     def __init__(self, config: Config, network: Network, collector: Collector, weights: PublishedWeights,
                  port: TrainerPort, folder: Path, offered: OfferedStep | None = None):
@@ -37,7 +37,7 @@ class Rollouts:
             self._hand_over(offered)
 
     def keep_state(self, step: int) -> None:
-        """The collector's state now is that of a checkpoint of `step` steps."""
+        """Keeps the collector's present state for a checkpoint of `step` steps."""
         self._port.keep_state(step, dump({"collector": self._collector.state_dict()}))
 
     async def offer(self, step: int, timers: Timers) -> OfferedStep:
@@ -79,10 +79,10 @@ class Collect(Protocol):
 
 async def collect_budget(config: Config, collect: Collect | Callable,
                          step: int) -> tuple[list[RolloutGroup], list[StepBatch], Ledger, int]:
-    """Whole groups until this step has what its optimiser steps need (algo.underfull decides), and their account.
+    """Collects whole groups until this step has what its optimiser steps need (algo.underfull decides).
 
-    With a budget that is Phi tokens for each optimiser step; without one, prompts_per_step groups that dynamic sampling
-    keeps. UnfillableStep after algo.max_collect_rounds.
+    With a budget that is Phi tokens for each optimiser step; without one it is prompts_per_step groups that dynamic
+    sampling keeps. Returns (groups, batches, their account, rounds). UnfillableStep after algo.max_collect_rounds.
     """
     algo, dp = config.algo, config.parallel.dp
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt

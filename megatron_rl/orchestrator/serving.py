@@ -1,4 +1,4 @@
-"""The engines of a run as those who sample see them: the fleet, the responder, the collector."""
+"""The engines of a run, as the sampling side sees them: the fleet, the responder, the collector."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_rl.rollout.router import RoutedFleet, RouterClient
 
 
 def build_fleet(config: Config) -> Fleet:
-    """With the router's choice of engine, if there is one, or our own."""
+    """A fleet that chooses the engine for a request itself, or lets sglang-router choose if there is one."""
     clients, engine = engine_clients(config), config.rollout.engine
     if engine.router is None:
         return Fleet(clients, config.rollout)
@@ -55,7 +55,7 @@ class Serving:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Whatever still runs in the loop is cancelled: its requests are aborted over connections that are open."""
+        """First cancels whatever still runs in the loop, so that its requests are aborted over open connections."""
         await cancel_others(but=self.fleet.watch)
         if self._agents is not None:
             await self._agents.close()
@@ -81,7 +81,7 @@ def secret_variables(config: Config) -> frozenset[str]:
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:
-    """What to ask the engine about experts: nothing unless algo.router_replay=rollout."""
+    """The layers whose experts the engine should report; None unless algo.router_replay=rollout."""
     if config.algo.router_replay != "rollout":
         return None
     network = read_config(config.model.path)

@@ -1,7 +1,7 @@
-"""An RL run in stages: which one a checkpoint is in, what it changes, and when it is over.
+"""An RL run in training stages: which stage a checkpoint is in, what it changes, and when it is over.
 
-Every stage is a start of the ranks of its own that goes on from the last checkpoint; that checkpoint's loop.json says
-which stage saved it, where that began and whether it was over. So a run that was stopped anywhere goes on there.
+At the start of a stage the ranks start again, from the last checkpoint. Its loop.json says which stage saved it, where
+that stage began and whether it was over. So a run that was stopped anywhere goes on from there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ __all__ = ["Stage", "current", "plateaued", "resumed", "stage_at", "stage_config
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a run is. config: what holds in this stage (run.steps is its last step); whole: as it was given.
+    """Where a run is.
 
-    options None: a run without stages. fresh: nothing of this stage has been saved yet. done: the last one, and over.
+    - whole: the configuration as it was given. config: what holds in this stage; run.steps is its last step.
+    - options: the stage's own section; None in a run without stages.
+    - fresh: nothing of this stage has been saved yet.
+    - done: this is the last stage, and it is over.
     """
 
     whole: Config
@@ -42,7 +45,7 @@ class Stage:
 
     @property
     def keeps_order(self) -> bool:
-        """Whether the collector's state of the last checkpoint still holds."""
+        """Whether the collector's state in the last checkpoint is still valid."""
         if not self.fresh or self.index == 0:
             return True
         before = stage_config(self.whole, self.index - 1, 0)
@@ -69,16 +72,16 @@ class Stage:
         return replace(self, config=replace(self.config, run=replace(self.config.run, steps=step)))
 
     def state(self, *, over: bool) -> dict:
-        """What a checkpoint of this stage says of it; {} without stages."""
+        """What a checkpoint of this stage records about it; {} without stages."""
         if self.options is None:
             return {}
         return {"stage": {"name": self.options.name, "index": self.index, "first_step": self.first_step, "over": over}}
 
 
 def current(config: Config) -> Stage:
-    """The stage that comes next by the checkpoint that run.resume means; the last one, done, when all are over.
+    """The next stage, according to the checkpoint that run.resume chooses; the last stage, done, if all are over.
 
-    ValueError when the checkpoint is of a run with other stages, or a stage's keys are wrong.
+    ValueError if the checkpoint belongs to a run with other stages, or a stage's keys are wrong.
     """
     if not config.stages:
         return Stage(config, config)
@@ -101,7 +104,7 @@ def current(config: Config) -> Stage:
 
 
 def stage_at(config: Config, index: int, first_step: int, *, fresh: bool) -> Stage:
-    """Stage `index` of a run whose stage began after `first_step` steps; the run itself if it has no stages."""
+    """Stage `index` of a run, if it began after `first_step` steps; the run itself if it has no stages."""
     if not config.stages:
         return Stage(config, config)
     return Stage(config, stage_config(config, index, first_step), index, first_step, fresh,
@@ -109,7 +112,7 @@ def stage_at(config: Config, index: int, first_step: int, *, fresh: bool) -> Sta
 
 
 def stage_config(config: Config, index: int, first_step: int) -> Config:
-    """The configuration of stage `index` when it begins after `first_step` steps. ValueError names stage and key."""
+    """The configuration of stage `index` if it begins after `first_step` steps. ValueError names stage and key."""
     stage, raw = config.stages[index], to_dict(config)
     raw["stages"], raw["run"]["steps"] = [], first_step + stage.steps
     try:
@@ -127,7 +130,7 @@ def stage_config(config: Config, index: int, first_step: int) -> Config:
 
 
 def stage_configs(config: Config) -> list[Config]:
-    """Of every stage in order, if none ends early; of a run without stages its own."""
+    """The configuration of every stage in order, if none ends early. A run without stages has its own alone."""
     first, configs = 0, []
     for index, stage in enumerate(config.stages):
         configs.append(stage_config(config, index, first))
@@ -136,13 +139,13 @@ def stage_configs(config: Config) -> list[Config]:
 
 
 def widest(config: Config) -> Config:
-    """`config` with the longest context of any stage: what the engines, which serve all of them, are started with."""
+    """`config` with the longest context of any stage. The engines start with it, because they serve all stages."""
     longest = max((each.rollout for each in stage_configs(config)), key=lambda rollout: rollout.max_context_tokens)
     return replace(config, rollout=replace(config.rollout, max_context_tokens=longest.max_context_tokens))
 
 
 def resumed(config: Config) -> Config:
-    """`config` to be started again from its newest checkpoint."""
+    """`config`, changed so that the run starts again from its newest checkpoint."""
     return replace(config, run=replace(config.run, resume=True, resume_from=None))
 
 

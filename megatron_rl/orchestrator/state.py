@@ -1,11 +1,11 @@
-"""What an orchestrator leaves for the one that is started after it, in <run.dir>/orchestrator; and for checkpoints.
+"""What an orchestrator leaves in <run.dir>/orchestrator for its successor, and for checkpoints.
 
     start.json         where the run began: the checkpoint that was chosen, and the stage
     step.safetensors   the step that was offered last: its shards, its metrics, and the state after collecting it
     end.json           how the run ended, written before the trainer is told to finish
 
-The launcher removes the folder when it starts a run, so whatever is in it belongs to this run. Each file is whole or
-absent. The state of a checkpoint of S steps is that after collecting step S - 1.
+The launcher removes the folder when it starts a run, so every file in it belongs to this run. Each file is whole or
+absent. A checkpoint of S steps holds the state after collecting step S - 1.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FOLDER, START, STEP, END = "orchestrator", "start.json", "step.safetensors", "en
 
 @dataclass(frozen=True)
 class Start:
-    """Decided once: checkpoints that this run writes later must not change it.
+    """How the run began. It is decided once, and checkpoints that the run writes later do not change it.
 
-    stage, first_step, fresh: which stage it is (stages.stage_at). last_step: after which it ends.
+    stage, first_step, fresh: which stage it is (stages.stage_at). last_step: the step after which the stage ends.
     """
 
     checkpoint: str | None
@@ -51,8 +51,10 @@ def read_start(folder: Path) -> Start | None:
 class OfferedStep:
     """One step as it was handed over.
 
-    shards: by data-parallel rank. metrics: of what was sampled. samples: responses to be read. flops: of training on
-    it. generate_s: seconds of sampling. collector: its state after this step.
+    - shards: by data-parallel rank.
+    - metrics: what was measured of the sampling. samples: responses for people to read.
+    - flops: model FLOPs of training on the step. generate_s: seconds of sampling.
+    - collector: its state after this step.
     """
 
     step: int

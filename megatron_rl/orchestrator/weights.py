@@ -1,7 +1,7 @@
-"""The version that the engines serve: when they get weights, whether they hold them, and who is behind.
+"""Owns the version that the engines serve: when they get weights, whether they hold them, and who is behind.
 
-The trainer sends tensors and leaves the engines paused. Here each engine proves by checksums that it got them, goes
-on, and proves by the log-probabilities of a fixed prompt that it computes with them. The fleet is told the outcome.
+The trainer sends tensors and leaves the engines paused. Then each engine proves by checksums that it holds them, goes
+on, and proves by the log-probabilities of a fixed prompt that it computes with them. The fleet learns the outcome.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CATCH_UP_POLL_S = 0.1
 
 
 class PublishedWeights:
-    """loop.Weights. metrics: of the last publish, and the memory that was free in each phase of a colocated step."""
+    """loop.Weights. metrics: of the last publish, with the free memory in each phase of a colocated step."""
 
     def __init__(self, config: Config, port: TrainerPort, fleet: Fleet):
         rollout = config.rollout
@@ -39,9 +39,10 @@ class PublishedWeights:
         self.metrics: dict[str, float] = {}
 
     async def publish(self, version: int) -> None:
-        """To every engine that answers; engines that fail serve nothing until catch_up() or the next publish.
+        """Publishes to every engine that answers. An engine that fails serves nothing until catch_up() or the next
+        publish.
 
-        Tried again while no engine has the weights; PublishError after ATTEMPTS.
+        Tries again while no engine has the weights; PublishError after ATTEMPTS.
         """
         if self._version is not None and version <= self._version:
             raise ValueError(f"weight version {version} does not follow {self._version}: versions must grow")
@@ -55,13 +56,13 @@ class PublishedWeights:
                 raise PublishError(f"publishing version {version}: {'; '.join(failures.values())}")
 
     async def catch_up(self) -> None:
-        """The version published last, to engines that answer and do not hold it. Between updates of the policy only."""
+        """Sends the last published version to engines that answer and lack it. Only between updates of the policy."""
         urls = self._fleet.behind()
         if urls:
             await self._send(urls, first=False)
 
     async def while_serving(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Its result. Engines that come back meanwhile catch up, which the trainer, who waits, has the time for."""
+        """The coroutine's result. Engines that come back meanwhile catch up; the trainer waits and has time to send."""
         task = asyncio.create_task(coroutine)
         try:
             while not (await asyncio.wait({task}, timeout=CATCH_UP_POLL_S))[0]:
@@ -97,7 +98,7 @@ class PublishedWeights:
         return failures
 
     async def _prove(self, url: str, sent: dict[str, Any]) -> float | str:
-        """The largest difference of its log-probabilities to the trainer's, or why it may not serve."""
+        """The largest difference of its log-probabilities to the trainer's, or the reason why it may not serve."""
         client, reference = self._fleet.client(url), np.asarray(sent["reference"], dtype=np.float32)
         try:
             await self._verify(url, sent["digests"])
@@ -112,7 +113,10 @@ class PublishedWeights:
         return gap
 
     async def _verify(self, url: str, digests: dict[str, str] | None) -> None:
-        """Of an engine that cannot be predicted: nothing, and for no later publish the trainer hashes what it sends."""
+        """Compares the engine's checksums with `digests`.
+
+        If they cannot be predicted for this engine, it is not compared, and the trainer stops hashing what it sends.
+        """
         if digests is None:
             return
         try:

@@ -1,7 +1,7 @@
-"""How a rank speaks to the orchestrator: commands and outcomes as JSON, shards and states as bodies.
+"""A rank's requests to the orchestrator: commands and outcomes are JSON, shards and states are bodies.
 
-An orchestrator that dies is started again by the launcher; until it answers, every call is tried again, for
-orchestrator.wait_timeout_s at most.
+If the orchestrator dies, the launcher starts it again. Until it answers, every call is tried again, for at most
+orchestrator.wait_timeout_s.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OrchestratorClient:
         self._answered_at = time.monotonic()
 
     def try_once(self, method: str, path: str, value: Any = None, *, timeout_s: float) -> tuple[int, bytes] | None:
-        """(status, body), or None without an answer. OrchestratorLost when there has been none for wait_timeout_s."""
+        """(status, body), or None without an answer. OrchestratorLost if there has been none for wait_timeout_s."""
         body = None if value is None else json.dumps(value).encode()
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
         try:
@@ -57,7 +57,7 @@ class OrchestratorClient:
         return answer.status, content
 
     def request(self, method: str, path: str, value: Any = None) -> bytes:
-        """The body of the answer. RuntimeError when the orchestrator refuses the request."""
+        """The body of the answer. RuntimeError if the orchestrator refuses the request."""
         self._answered_at = time.monotonic()  # it may have been silent because nothing was asked
         while (answer := self.try_once(method, path, value, timeout_s=BODY_TIMEOUT_S)) is None or answer[0] == 503:
             time.sleep(RETRY_S)
@@ -68,13 +68,13 @@ class OrchestratorClient:
 
 
 class Link:
-    """What one rank hears and says. Rank 0 asks for commands; the first rank of a replica pulls for all of it."""
+    """One rank's link to the orchestrator. Rank 0 asks for commands; a replica's first rank pulls for all of it."""
 
     def __init__(self, options: OrchestratorConfig, here: Topology):
         self._client, self._here, self._number = OrchestratorClient(options), here, 0
 
     def next(self) -> dict[str, Any]:
-        """Collective: the next command. Ranks that wait hear from rank 0 at every poll, so that none times out."""
+        """Collective: the next command. At every poll rank 0 tells the waiting ranks, so none of them times out."""
         while True:
             command = self._here.broadcast_object(self._poll() if self._here.is_main else None)
             if command is not None:
@@ -90,7 +90,7 @@ class Link:
         return json.loads(answer[1])
 
     def done(self, outcome: dict[str, Any]) -> None:
-        """Rank 0 reports what came of the command; the next one may follow."""
+        """Rank 0 reports the outcome of the command; the next command may follow."""
         if self._here.is_main:
             self._client.request("POST", f"/done/{self._number}", outcome)
         self._number += 1
@@ -108,9 +108,9 @@ class Link:
 
 
 class Heartbeat(threading.Thread):
-    """Says every few seconds that this rank lives; a rank that is stopped, or whose node is gone, falls silent.
+    """Reports every few seconds that this rank lives. A rank that is stopped, or whose node is gone, falls silent.
 
-    doing: what it says it does. An orchestrator that does not answer is not this thread's business.
+    doing: what the rank reports that it does. If the orchestrator does not answer, this thread ignores it.
     """
 
     def __init__(self, options: OrchestratorConfig, rank: int):

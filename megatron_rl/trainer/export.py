@@ -12,7 +12,7 @@ from megatron_rl.topology import Topology
 
 
 def export(config: Config, exporter: Exporter, here: Topology, folder: Path) -> None:
-    """Collective: writes `folder`, with the tokenizer of model.path."""
+    """Collective: writes the policy to `folder`, with the tokenizer of model.path."""
     tensors = exporter()
     if here.is_main:
         raw = json.loads((Path(config.model.path) / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""TrainStep.update with a net under it: steps that are not finite are dumped, counted and, in a row, too many."""
+"""Runs TrainStep.update. It dumps and counts steps that are not finite; too many of them in a row raise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GuardedStep:
         self.in_a_row = 0
 
     def update(self, number: int, inputs: StepInputs, *, lr: float) -> StepResult:
-        """Optimiser step `number` (from 1), dumped if run.dump_steps names it or if it is skipped.
+        """Runs optimiser step `number` (from 1). Dumps it if run.dump_steps names it or if it is skipped.
 
         RuntimeError after more than run.max_skipped_in_a_row skipped steps in a row.
         """
@@ -55,7 +55,7 @@ class GuardedStep:
         return result
 
     def _write(self, number: int, inputs: StepInputs) -> None:
-        """Every rank's inputs, and the weights, which no skipped step has changed."""
+        """Writes every rank's inputs, and the weights, which no skipped step has changed."""
         here = self._topology
         partial = here.broadcast_object(dump.start(self._folder, number) if here.is_main else None)
         dump.write_rank(partial, here.rank, inputs)

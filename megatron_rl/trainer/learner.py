@@ -39,7 +39,7 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
 
 def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology,
                         network: Network) -> list[PackedMicrobatch]:
-    """This rank's micro-batches of `samples`, which every rank has; every rank gets equally many."""
+    """This rank's micro-batches of `samples`, which every rank has in full. Every rank gets equally many."""
     plan, least = schedule([len(sample.token_ids) - 1 for sample in samples], config, dataclasses.asdict(network))
     return pack_all([[samples[place] for place in members] for members in plan[topology.dp_rank]], least, config,
                     topology)
@@ -47,7 +47,7 @@ def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology
 
 def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequence[int], config: Config,
              topology: Topology, experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
-    """Packed for this context-parallel rank. least_tokens: what each micro-batch is padded to at least."""
+    """Packs for this context-parallel rank. least_tokens: each micro-batch is padded to at least this many."""
     return [pack(members, multiple_of=config.parallel.token_multiple, cp_size=topology.cp_size,
                  cp_rank=topology.cp_rank, min_tokens=tokens, device=topology.device, experts_shape=experts_shape)
             for members, tokens in zip(microbatches, least_tokens, strict=True)]
@@ -64,8 +64,12 @@ def needs_old_pass(algo: AlgoConfig, network: Network) -> bool:
 
 
 class PolicyLearner:
-    """The policy on Megatron. updates_done: the place in the learning-rate schedule, which spans schedule_updates
-    optimiser steps (None: those of the run). stage: index of the run's stage, None in a run without."""
+    """The policy on Megatron.
+
+    - updates_done: the place in the learning-rate schedule.
+    - schedule_updates: the optimiser steps that the schedule spans; None: those of the run.
+    - stage: index of the run's stage; None in a run without stages.
+    """
 
     def __init__(self, config: Config, topology: Topology, schedule_updates: int | None = None,
                  stage: int | None = None):

@@ -1,7 +1,7 @@
 """PROGRAM 2: a rank of the trainer. It builds the policy, then does what the orchestrator says (loop.obey).
 
-A command may come twice, from an orchestrator that died before it heard the outcome: `train` and `save` of a step that
-is done already give their old outcome again.
+A command may come twice, from an orchestrator that died before it heard the outcome. For a step that is already done,
+`train` and `save` return their old outcome.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trainer:
         self.steps_done = 0
 
     def execute(self, command: dict[str, Any]) -> dict[str, Any]:
-        """The outcome, which is the same on all ranks or of interest on rank 0 alone."""
+        """The outcome. It is the same on all ranks, or only rank 0's matters."""
         kind, arguments = command["kind"], {key: value for key, value in command.items() if key != "kind"}
         self._heartbeat.doing = " ".join([kind, *(str(arguments[key]) for key in ("step", "version")
                                                   if key in arguments)])
@@ -62,7 +62,7 @@ class Trainer:
 
     def _start(self, config: dict[str, Any], checkpoint: str | None, stage: int | None, schedule_updates: int,
                reset_optimizer: bool) -> dict[str, Any]:
-        """Builds the policy from `checkpoint`, or from model.path. A second time: only says where it stands."""
+        """Builds the policy from `checkpoint`, or from model.path. If called again, only says where it stands."""
         if self._learner is None:
             self._config = build(config)
             self._learner = PolicyLearner(self._config, self._here, schedule_updates, stage)
@@ -105,7 +105,7 @@ class Trainer:
         return {}
 
     def _train(self, step: int) -> dict[str, Any]:
-        """The optimiser steps of one step of the loop, on this rank's shard."""
+        """Runs the optimiser steps of one step of the loop on this rank's shard."""
         if step != self.steps_done:
             raise RuntimeError(f"asked to train step {step} after {self.steps_done} steps")
         timers = Timers(PhaseFile(self._config.run.dir).write if self._here.is_main else None)
@@ -119,7 +119,7 @@ class Trainer:
         return {"results": [_plain(result) for result in results], "seconds": timers.pop()}
 
     def _save(self, step: int, loop_state: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint with both programs' state in one folder."""
+        """Writes a checkpoint with both programs' state in one folder."""
         files = {ORCHESTRATOR_STATE: self._link.state(step)} if self._here.is_main else {}
         self._checkpoints.save(step, {**self._learner.state_dict(), **loop_state}, files)
         return {}

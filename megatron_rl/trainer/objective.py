@@ -1,4 +1,4 @@
-"""The token loss of one optimiser step: which of c3po's surrogates, normalisations and corrections, as configured."""
+"""The token loss of one optimiser step: combines c3po's surrogate, normalisation and corrections as configured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_rl.types import PackedMicrobatch
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """TokenLoss of one optimiser step: algo.objective, algo.loss and the weights against engine-trainer mismatch."""
+    """TokenLoss of one optimiser step: algo.objective, algo.loss, and the weights against engine-trainer mismatch."""
 
     algo: AlgoConfig
     totals: StepTotals
@@ -46,7 +46,7 @@ class TokenObjective:
         return loss, {**sums, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
 
     def _mismatch_weights(self, old_T: torch.Tensor, batch: PackedMicrobatch, sequence_ids_T: torch.Tensor | None):
-        """(the product of all weights that are switched on or None, their sums)."""
+        """(the product of all weights that are switched on, or None; their sums)."""
         algo, given = self.algo, (old_T, batch.rollout_logprobs, batch.loss_mask)
         parts = []
         if algo.mismatch == "tis":

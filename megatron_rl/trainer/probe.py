@@ -15,9 +15,9 @@ PROBE_TOKENS = 48
 
 
 class Probe:
-    """Calling it is collective: the trainer's log-probabilities of `token_ids` at temperature 1, fp32 [L-1], on rank 0.
+    """A call is collective and returns the trainer's log-probabilities of `token_ids`, fp32 [L-1], at temperature 1.
 
-    The tokens are drawn once from the vocabulary; None on other ranks.
+    Rank 0 gets them, other ranks get None. The tokens are drawn once from the vocabulary.
     """
 
     def __init__(self, learner: PolicyLearner, config: Config, topology: Topology):

@@ -1,4 +1,4 @@
-"""Rank 0's way to the engines: it pauses them and sends tensors. Whether they serve again the orchestrator decides."""
+"""Rank 0 pauses the engines and sends tensors to them. The orchestrator decides whether they serve again."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Sender:
 
     def send(self, tensors: Iterable[NamedTensor], version: int, urls: Sequence[str], *,
              checksums: bool) -> dict[str, Any]:
-        """failures: by URL, why an engine did not get the weights. digests: what its checksums must be, or None.
+        """Sends `tensors`. Engines that got them hold them and stay paused.
 
-        The engines that got them hold them and are paused.
+        failures: by URL, why an engine did not get the weights. digests: what its checksums must be, or None.
         """
         expected = ExpectedChecksums(self._network, engine_dtype=self._engine_dtype) if checksums else None
         outcome: dict[str, Any] = {"failures": {}, "bytes": 0, "digests": None}
@@ -56,7 +56,7 @@ class Sender:
         return outcome | {"free_bytes": {} if self._memory is None else dict(self._memory.free_bytes)}
 
     def make_room(self, urls: Sequence[str]) -> None:
-        """The engines at `urls` release all memory."""
+        """Has the engines at `urls` release all their memory."""
 
         async def release() -> None:
             clients = [client for client in self._clients if client.base_url in urls]
@@ -72,7 +72,7 @@ class Sender:
 
 
 def engine_memory(config: Config, device: torch.device) -> EngineMemory | None:
-    """None unless engines share the trainer's GPUs. On CPU SGLang obeys and frees nothing, which is said."""
+    """None unless engines share the trainer's GPUs. On CPU SGLang obeys but frees nothing; a warning says so."""
     if not config.rollout.engine.colocate:
         return None
     if device.type == "cpu":
