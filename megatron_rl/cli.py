@@ -44,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     parts["plan"].add_argument("--colocated", action="store_true",
                                help="the engine takes rollout.engine.mem_fraction_static of the same GPUs")
     parts["rehearse"].add_argument("--json", default=None, metavar="FILE", help="also write everything to FILE")
+    parts["rehearse"].add_argument("--imbalance", type=positive, default=1.0, metavar="X",
+                                   help="rows of this rank's experts over the mean (default 1: even)")
+    parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",
+                                   help="instead compare the layout with the N fastest that `plan` proposes")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
     parts["slurm"].add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
     _add_data(parts["data"])

@@ -238,7 +238,10 @@ def rehearse(options) -> int:
         warnings.simplefilter("ignore")  # Megatron's, about libraries that it can do without
         from megatron_rl.rehearsal import command
 
-        command.run(config, network, options.ranks, json_file=options.json)
+        if options.layouts:
+            command.compare_layouts(config, network, count=options.layouts, json_file=options.json)
+            return 0
+        command.run(config, network, options.ranks, json_file=options.json, imbalance=options.imbalance)
     return 0
 
 

@@ -68,6 +68,7 @@ COMMANDS = {
         """\
   megatron-rl rehearse experiment=ring_lite_rl_stage1 rank=137
   megatron-rl rehearse experiment=ring_lite_rl_stage1 parallel.tp=2 parallel.pp=4 ranks=stages --json stages.json
+  megatron-rl rehearse experiment=ring_lite_rl_stage1 parallel.world_size=64 --layouts 2      # which is fastest
 """),
     "data": Help("curation of a problem file: what stays, what goes and why (docs/data.md)"),
     "sft": Help(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Sequence
@@ -10,29 +11,33 @@ from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network, check_layout
+from megatron_rl.plan import Hardware, Proposal, propose
 from megatron_rl.plan.activations import chunks_in_flight
 from megatron_rl.plan.memory import expected_microbatches
+from megatron_rl.plan.report import layout
 from megatron_rl.rehearsal.ranks import check_rank, distinct_ranks
-from megatron_rl.rehearsal.report import rank_text, stages_text
+from megatron_rl.rehearsal.report import layouts_text, rank_text, stages_text
 from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.standins import shares
 from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
 from megatron_rl.rehearsal.summary import summary
 
 
-def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None) -> None:
+def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None,
+        imbalance: float = 1.0) -> None:
     """Rehearse each rank and say what was seen; `ranks` empty: one of each distinct kind."""
     check_layout(network, config.parallel)
-    check_rehearsable(config)
+    check_rehearsable(config, imbalance)
     for rank in ranks:
         check_rank(rank, config.parallel)
-    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {Path(json_file).parent}")
+    if json_file is not None:
+        _check_folder(json_file)
     workload, rates = full_microbatches(config), Rates()
     chosen = list(ranks) or distinct_ranks(config.parallel)
     found: list[dict[str, Any]] = []
     for rank in chosen:
-        found.append(summary(config, network, workload, rehearse(config, network, rank, workload), rates))
+        seen = rehearse(config, network, rank, workload, imbalance=imbalance)
+        found.append(summary(config, network, workload, seen, rates) | {"imbalance": imbalance})
         gc.collect()  # modules and their optimiser hold each other
         print(rank_text(config, found[-1], rates), flush=True)
         print(flush=True)
@@ -40,6 +45,48 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
         print(stages_text(config, found))
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"ranks": found}, indent=1) + "\n")
+
+
+def compare_layouts(config: Config, network: Network, *, count: int, json_file: str | None = None) -> None:
+    """The layouts that `plan` proposes and the one asked about, rehearsed and put into the order of their seconds.
+
+    Of each layout the ranks of its first and its last stage are rehearsed; the slower one sets the pace.
+    """
+    check_layout(network, config.parallel)
+    check_rehearsable(config)
+    if json_file is not None:
+        _check_folder(json_file)
+    proposed = [variant_of(config, each) for each in propose(network, config, Hardware(), count=count)]
+    variants = [config, *(each for each in proposed if layout_name(each) != layout_name(config))]
+    found = []
+    for index, variant in enumerate(variants):
+        workload, rates = full_microbatches(variant), Rates()
+        ranks = distinct_ranks(variant.parallel)
+        seen = []
+        for rank in sorted({ranks[0], ranks[-1]}):
+            seen.append(summary(variant, network, workload, rehearse(variant, network, rank, workload), rates))
+            gc.collect()
+        found.append({"layout": layout_name(variant), "asked": index == 0, "ranks": seen})
+        print(f"rehearsed {layout_name(variant)}", flush=True)
+    print(layouts_text(found, Rates()))
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps({"layouts": found}, indent=1) + "\n")
+
+
+def variant_of(config: Config, proposal: Proposal) -> Config:
+    """`config` in the proposed layout, with Phi over the whole cluster as it is."""
+    algo = dataclasses.replace(config.algo, scope="global", phi=config.algo.phi_global(config.parallel.dp))
+    return dataclasses.replace(config, parallel=proposal.parallel, algo=algo,
+                               model=dataclasses.replace(config.model, recompute=proposal.recompute))
+
+
+def layout_name(config: Config) -> str:
+    return f"{layout(config.parallel)} recompute={config.model.recompute}"
+
+
+def _check_folder(json_file: str) -> None:
+    if not Path(json_file).resolve().parent.is_dir():
+        raise ValueError(f"--json {json_file}: there is no folder {Path(json_file).parent}")
 
 
 def full_microbatches(config: Config) -> Workload:

@@ -10,7 +10,7 @@ from megatron_rl.rehearsal.roofline import Rates
 
 GB = 1e9
 CENSUS_ROWS, COLLECTIVE_ROWS, READ_ROWS, OPERATION_ROWS = 12, 24, 12, 10
-LIMITS = ("experts are evenly loaded; not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, "
+LIMITS = ("not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, "
           "overlap; seconds are a roofline over assumed rates, none was measured")
 
 
@@ -31,7 +31,8 @@ def _head(config: Config, found: dict[str, Any]) -> list[str]:
         f"parameters {dense:,} dense and {parameters['experts']:,} expert",
         f"rehearsed  {batch['rehearsed']} micro-batch{'es' * (batch['rehearsed'] > 1)} of "
         f"{len(batch['lengths'])} sequences, {sum(batch['lengths']):,} positions over {parallel.cp} context-parallel "
-        f"rank{'s' * (parallel.cp > 1)}; a step has about {batch['expected_per_step']}"]
+        f"rank{'s' * (parallel.cp > 1)}; a step has about {batch['expected_per_step']}",
+        f"experts    this rank's get {found['imbalance']:g} times the mean of rows"]
 
 
 def _memory(found: dict[str, Any]) -> list[str]:
@@ -116,3 +117,22 @@ def stages_text(config: Config, found: list[dict[str, Any]]) -> str:
         f"{layout(config.parallel)}: one rank of each distinct kind", *rows,
         f"slowest    rank {found[slowest]['rank']}, {paces[slowest] / mean:.2f} x the mean of the update; the step "
         f"goes at its pace: {sum(found[slowest]['step_seconds'].values()):.1f} s"])
+
+
+def layouts_text(found: list[dict[str, Any]], rates: Rates) -> str:
+    """Layouts by the seconds of a step, at the pace of the slower of their rehearsed ranks, and what takes the seconds.
+
+    found: of each layout its name, whether it was asked about, and the summaries of its ranks.
+    """
+    rows = [f"{'layout (* asked about)':<46}{'peak GB':>9}{'step s':>8}{'scoring':>9}{'update':>8}  where"]
+
+    def slower(each: dict[str, Any]) -> dict[str, Any]:
+        return max(each["ranks"], key=lambda rank: sum(rank["step_seconds"].values()))
+
+    for each in sorted(found, key=lambda one: sum(slower(one)["step_seconds"].values())):
+        rank, peak = slower(each), max(one["peak"]["bytes"] for one in each["ranks"])
+        step, parts = rank["step_seconds"], rank["phases"]["update"]["seconds"]
+        spent = ", ".join(f"{name} {value / sum(parts.values()):.0%}" for name, value in sorted(parts.items()))
+        rows.append(f"{each['layout'] + ' *' * each['asked']:<46}{peak / GB:>9.2f}{sum(step.values()):>8.1f}"
+                    f"{step['scoring']:>9.1f}{step['update']:>8.1f}  {spent}")
+    return "\n".join([*rows, f"assumed: {rates.stated()}"])

@@ -55,9 +55,18 @@ def shares(total: int, parts: int) -> list[int]:
     return [base + (index < extra) for index in range(parts)]
 
 
+def rows_of_experts(total: int, experts: int, own: range, imbalance: float) -> list[int]:
+    """How many of `total` rows each expert gets: those of `own` `imbalance` times the mean, the others the rest."""
+    if imbalance == 1.0 or len(own) == experts:
+        return shares(total, experts)
+    here = min(total, round(imbalance * total * len(own) / experts))
+    others = shares(total - here, experts - len(own))
+    return [*others[:own.start], *shares(here, len(own)), *others[own.start:]]
+
+
 @contextlib.contextmanager
-def balanced_experts(read_by_host: Callable[[str], None]) -> Iterator[None]:
-    """Every rank sends every expert equally many rows.
+def known_experts(read_by_host: Callable[[str], None], imbalance: float = 1.0) -> Iterator[None]:
+    """Every rank sends every expert equally many rows, but this rank's experts get `imbalance` times the mean.
 
     Router, top-k, permutation and the collective of the counts run as they are; only the counts themselves, which the
     host needs to size the buffers, are said here. read_by_host: told once per dispatch, for the copy to the host that
@@ -67,9 +76,10 @@ def balanced_experts(read_by_host: Callable[[str], None]) -> Iterator[None]:
 
     def preprocess(self, routing_map):
         original(self, routing_map)  # for its operations and its collective
-        rows = shares(routing_map.size(0) * self.config.moe_router_topk, self.num_experts)
         experts, peers = len(self.local_expert_indices), self.ep_size * self.tp_size
         first = self.local_expert_indices[0]
+        rows = rows_of_experts(routing_map.size(0) * self.config.moe_router_topk, self.num_experts,
+                               range(first, first + experts), imbalance)
         mine = rows[first:first + experts]
         if peers > 1:
             self.input_splits = _on_host([sum(rows[start:start + experts])

@@ -23,9 +23,9 @@ from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.recorder import Recorder
 from megatron_rl.rehearsal.standins import (
     as_on_a_gpu,
-    balanced_experts,
     fake_parameters,
     forgotten_loss_scale,
+    known_experts,
     shapes_of_neighbours,
 )
 from megatron_rl.rehearsal.world import one_rank
@@ -77,8 +77,11 @@ class Rehearsed:
     recorder: Recorder
 
 
-def check_rehearsable(config: Config) -> None:
-    """ValueError for what has no stand-in yet."""
+def check_rehearsable(config: Config, imbalance: float = 1.0) -> None:
+    """ValueError for what has no stand-in yet, and for more rows than there are."""
+    if not 1.0 <= imbalance <= config.parallel.ep:
+        raise ValueError(f"--imbalance {imbalance:g}: between 1 (even experts) and parallel.ep={config.parallel.ep} "
+                         "(every row of the group comes to this rank)")
     if config.parallel.token_dispatcher != "alltoall":
         raise ValueError(f"parallel.token_dispatcher={config.parallel.token_dispatcher} cannot be rehearsed; "
                          "only alltoall can")
@@ -86,15 +89,19 @@ def check_rehearsable(config: Config) -> None:
         raise ValueError(f"algo.router_replay={config.algo.router_replay} cannot be rehearsed; set it to none")
 
 
-def rehearse(config: Config, network: Network, rank: int, workload: Workload, *, gpu: bool = True) -> Rehearsed:
-    """One rank of config.parallel on fake tensors. gpu False: with a CPU's attention, norms and blocks."""
-    check_rehearsable(config)
+def rehearse(config: Config, network: Network, rank: int, workload: Workload, *, gpu: bool = True,
+             imbalance: float = 1.0) -> Rehearsed:
+    """One rank of config.parallel on fake tensors.
+
+    gpu False: with a CPU's attention, norms and blocks. imbalance: rows of this rank's experts over the mean.
+    """
+    check_rehearsable(config, imbalance)
     parallel = config.parallel
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(fake)
     rows = packed(workload, config, 0)[0].num_tokens // (parallel.tp if parallel.use_sequence_parallel else 1)
     with (one_rank(rank, parallel, network) as here, fake_parameters(), forgotten_loss_scale(),
-          balanced_experts(recorder.read_by_host),
+          known_experts(recorder.read_by_host, imbalance),
           shapes_of_neighbours(lambda: [rows, 1, network.hidden_size]),
           as_on_a_gpu() if gpu else contextlib.nullcontext()):
         batches = packed(workload, config, here.cp_rank)

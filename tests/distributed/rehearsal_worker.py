@@ -29,7 +29,7 @@ from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.ranks import distinct_ranks
 from megatron_rl.rehearsal.recorder import Recorder
-from megatron_rl.rehearsal.standins import balanced_experts, forgotten_loss_scale, replaced
+from megatron_rl.rehearsal.standins import forgotten_loss_scale, known_experts, replaced
 from megatron_rl.rehearsal.step import Workload, packed, rehearse, run_step
 from megatron_rl.rollout.ports import choose_port
 
@@ -98,7 +98,7 @@ def real(name: str) -> dict[str, dict]:
     here = topology.start(config.parallel, seed=0)
     recorder = Recorder()
     batches = packed(workload, config, here.cp_rank)
-    with attention(config), forgotten_loss_scale(), balanced_experts(recorder.read_by_host), recorder:
+    with attention(config), forgotten_loss_scale(), known_experts(recorder.read_by_host), recorder:
         run_step(config, network, here, batches, recorder)
     topology.stop(keep_processes=True)
     return seen(recorder)

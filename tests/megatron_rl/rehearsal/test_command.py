@@ -53,3 +53,15 @@ def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
         assert f"rank       {each['rank']} of 4: tp=2 pp=2 dp=1" in text
     slowest = max(ranks, key=lambda each: sum(each["phases"]["update"]["seconds"].values()))
     assert f"slowest    rank {slowest['rank']}" in text
+
+
+def test_layouts_are_put_into_the_order_of_their_seconds(tmp_path, capsys):
+    file = tmp_path / "layouts.json"
+    command.compare_layouts(tiny_config(world_size=2, ep=2), NETWORK, count=1, json_file=str(file))
+    found = json.loads(file.read_text())["layouts"]
+    assert len(found) == 2 and [each["asked"] for each in found] == [True, False]
+    seconds = {each["layout"]: max(sum(rank["step_seconds"].values()) for rank in each["ranks"]) for each in found}
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith(tuple(seconds))]
+    names = [next(name for name in seconds if line.startswith(name)) for line in table]
+    assert names == sorted(seconds, key=seconds.get)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.flops import forward_flops
 from megatron_rl.rehearsal.command import full_microbatches
+from megatron_rl.rehearsal.standins import rows_of_experts
 from megatron_rl.rehearsal.step import Workload, check_rehearsable
 from tests.megatron_rl.rehearsal.tiny import NETWORK, rehearsed, tiny_config
 
@@ -63,3 +64,16 @@ def test_the_rehearsed_micro_batches_are_full_and_fill_the_pipeline():
     assert full_microbatches(tiny_config(world_size=2)) == Workload((32, 32, 32), 1)  # 96 tokens, sequences of 64 / 2
     assert full_microbatches(tiny_config(world_size=2, cp=2)) == Workload((32,) * 6, 1)
     assert full_microbatches(tiny_config(world_size=2, pp=2)).microbatches == 2
+
+
+def test_uneven_experts_give_this_rank_more_rows():
+    """tokens x choices = 192 rows of each of 2 ranks over 8 experts: 4 experts have 192 of 384, or 1.5 times that."""
+    assert rows_of_experts(192, 8, range(4, 8), 1.5) == [12] * 4 + [36] * 4
+    assert rows_of_experts(192, 8, range(4, 8), 1.0) == rows_of_experts(192, 8, range(8), 1.5) == [24] * 8
+    config = tiny_config(world_size=4, ep=2)
+    even, uneven = rehearsed(config, 1), rehearsed(config, 1, imbalance=1.5)
+    expert_row = 6 * NETWORK.hidden_size * NETWORK.moe_intermediate_size  # three matrices, 2 FLOPs each
+    assert uneven["phases"][OLD]["flops"] - even["phases"][OLD]["flops"] == 96 * expert_row
+    assert uneven["peak"]["bytes"] > even["peak"]["bytes"]
+    with pytest.raises(ValueError, match=r"--imbalance 3: between 1 .even experts. and parallel\.ep=2"):
+        rehearsed(config, 1, imbalance=3.0)

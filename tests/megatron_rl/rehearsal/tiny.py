@@ -25,6 +25,7 @@ def tiny_config(**parallel) -> Config:
                   "batch": {"tokens_per_microbatch": 96}})
 
 
-def rehearsed(config: Config, rank: int = 0, workload: Workload = WORKLOAD) -> dict:
+def rehearsed(config: Config, rank: int = 0, workload: Workload = WORKLOAD, imbalance: float = 1.0) -> dict:
     """Its summary."""
-    return summary(config, NETWORK, workload, rehearse(config, NETWORK, rank, workload), Rates())
+    return summary(config, NETWORK, workload, rehearse(config, NETWORK, rank, workload, imbalance=imbalance),
+                   Rates())
