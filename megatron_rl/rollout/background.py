@@ -1,4 +1,4 @@
-"""What an event loop needs beside its tasks: calls in threads of their own, and an end to everything that runs."""
+"""Two things that an event loop needs beside its tasks: calls in threads of their own, and an end to all that runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 
 def in_thread(call: Callable[..., Any], *args: Any, daemon: bool) -> asyncio.Future:
-    """As asyncio.to_thread, in a thread of its own that nobody waits for when its result is not wanted any more.
+    """Like asyncio.to_thread, but in a thread of its own.
 
-    daemon: not even Python, when it ends.
+    If the result is no longer wanted, nobody waits for the thread.
+    daemon: not even Python waits for it at its end.
     """
     future: Future = Future()
     future.set_running_or_notify_cancel()

@@ -25,9 +25,9 @@ ABORT_TIMEOUT_S = 5.0
 class EngineClient:
     """One engine at `base_url`. Safe for many concurrent calls on one event loop.
 
-    timeout_s: for what takes its time: generation, moving weights and their checksums; control_timeout_s: for the rest.
-    The connection pool is opened on first use and belongs to that event loop; close() or `async with` ends it,
-    after which another loop may use the client again. Every call raises EngineHTTPError.
+    timeout_s: for slow calls: generation, moving weights, checksums. control_timeout_s: for all others.
+    The connection pool opens on first use and belongs to that event loop. close() or `async with` ends it; after that
+    another loop may use the client. Every call raises EngineHTTPError.
     """
 
     def __init__(self, base_url: str, *, timeout_s: float = 600.0, control_timeout_s: float = 60.0,
@@ -82,7 +82,7 @@ class EngineClient:
             raise EngineHTTPError(f"POST {self.base_url}/generate: {error}") from error
 
     async def is_healthy(self, *, timeout_s: float = 5.0) -> bool:
-        """True when the engine is started and its scheduler has answered recently."""
+        """True if the engine has started and its scheduler has answered recently."""
         try:
             await self._request("GET", "/health", None, timeout_s=timeout_s)
         except EngineHTTPError:
@@ -109,14 +109,14 @@ class EngineClient:
             return np.asarray([pair[0] for pair in pairs], dtype=np.float32)
 
     async def weight_version(self, *, timeout_s: float | None = None) -> int | None:
-        """The version of the last publish that reached its end, or None when the engine's label is not a number."""
+        """The version of the last publish that reached its end; None if the engine's label is not a number."""
         info = await self._request("GET", "/model_info", None, timeout_s=timeout_s)
         with well_formed():
             label = info["weight_version"]
             return int(label) if re.fullmatch(r"-?\d+", label) else None
 
     async def waiting_requests(self, *, timeout_s: float | None = None) -> int:
-        """Requests that the engine has taken and does not work on yet, over its data-parallel ranks."""
+        """Requests that the engine has accepted and does not work on yet, over its data-parallel ranks."""
         answer = await self._request("GET", "/v1/loads?include=core", None, timeout_s=timeout_s)
         with well_formed():
             return sum(int(load["num_waiting_reqs"]) for load in answer["loads"])
@@ -138,11 +138,11 @@ class EngineClient:
         await self._post("/abort_request", {"rid": rid}, timeout_s=ABORT_TIMEOUT_S)
 
     async def flush_cache(self) -> None:
-        """Drops the prefix cache. Refused while requests run (not while paused with `retract`)."""
+        """Drops the prefix cache. The engine refuses while requests run, except while it is paused with `retract`."""
         await self._post("/flush_cache", None)
 
     async def release_memory_occupation(self, tags: Sequence[str]) -> None:
-        """Memory of these kinds, with what it holds. The server dies if a request runs (sync/memory.py)."""
+        """Releases memory of these kinds, with its contents. The server dies if a request runs (sync/memory.py)."""
         await self._post("/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory_occupation(self, tags: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ class EngineClient:
         self, serialized_named_tensors: Sequence[str], *, load_format: str | None, flush_cache: bool,
         version: int | None = None,
     ) -> None:
-        """One base64 pickle per tensor-parallel rank; only between begin and end."""
+        """Sends one base64 pickle per tensor-parallel rank. Only between begin and end."""
         await self._post(
             "/update_weights_from_tensor",
             {
@@ -233,7 +233,10 @@ def _version_to_wire(version: int | None) -> dict[str, str]:
 
 
 def engine_clients(config: Config) -> list[EngineClient]:
-    """A client of each engine, for one event loop. ValueError when there is no engine, or no key where one is named."""
+    """A client of each engine, for one event loop.
+
+    ValueError if there is no engine, or a named variable holds no key.
+    """
     engine = config.rollout.engine
     if not engine.urls:
         raise ValueError("rollout.engine.urls is empty: start through `megatron-rl rl`, which starts an engine, "

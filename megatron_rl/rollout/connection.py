@@ -1,4 +1,7 @@
-"""Requests that are answered with JSON, and what goes wrong with them by name. No proxy of the environment is used."""
+"""HTTP requests with JSON answers, and an exception for each way in which they fail.
+
+Ignores the environment's proxies.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class EngineHTTPError(RuntimeError):
 
 
 class RequestRefusedError(EngineHTTPError):
-    """The engine answered HTTP 400: it will never take this request, and neither will another engine of the run."""
+    """The engine answered HTTP 400. It will never accept this request, and neither will another engine of the run."""
 
 
 class EngineUnreachableError(EngineHTTPError):
@@ -27,13 +30,13 @@ class EngineUnreachableError(EngineHTTPError):
 
 
 class EngineDisconnectedError(EngineHTTPError):
-    """The connection broke before the answer was whole: the engine may have died."""
+    """The connection broke before the answer was complete: the engine may have died."""
 
 
 class JsonConnection:
-    """To one address. Safe for many concurrent requests on one event loop.
+    """Requests to one address. Safe for many concurrent requests on one event loop.
 
-    The pool of connections is opened on first use and belongs to that loop; after close() another may use it again.
+    The connection pool opens on first use and belongs to that loop. After close() another loop may use it.
     """
 
     def __init__(self, base_url: str, api_key: str | None):
@@ -81,7 +84,7 @@ def _beginning(read: bytes) -> str:
 
 @contextlib.contextmanager
 def well_formed() -> Iterator[None]:
-    """An answer that is not shaped as the API says becomes an EngineHTTPError."""
+    """Turns an answer that does not have the shape of the API into an EngineHTTPError."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError) as error:

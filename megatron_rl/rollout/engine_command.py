@@ -1,4 +1,4 @@
-"""How an SGLang server (0.5.23) is started: its command line, its environment and its key, from the configuration."""
+"""The command line, the environment and the key of an SGLang server (0.5.23), from the configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 
 
 def check_gpus(engine: EngineConfig, number: int) -> None:
-    """ValueError when this machine has too few GPUs for the server `number`."""
+    """ValueError if this machine has too few GPUs for the server `number`."""
     needed, found = engine.first_gpu + (number + 1) * engine.tp, torch.cuda.device_count()
     if engine.tp > 1 and resolve_device(engine.device) == "cpu":
         raise ValueError(f"rollout.engine.tp={engine.tp} shares a model among GPUs, and this machine has none: "
@@ -43,12 +43,13 @@ def engine_command(
     model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
     return_routed_experts: bool = False, number: int = 0, fp32_lm_head: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line and the whole environment of the server. number: of this server on its machine, from 0.
+    """The command line and the whole environment of a server. number: its place on its machine, from 0.
 
-    `engine.dtype` overrides `model_dtype`. `seed` seeds SGLang's own sampler, which is reproducible only for
-    the same arrival order of requests; `engine.deterministic` makes it a function of each request's seed.
-    return_routed_experts: keep the experts that tokens take, for requests that ask for them. fp32_lm_head: logits are
-    float32 (on CUDA out of the matrix units, on a CPU by widening the head at each step).
+    - `engine.dtype` overrides `model_dtype`.
+    - `seed` seeds SGLang's own sampler, which is reproducible only if requests arrive in the same order. With
+      `engine.deterministic` it depends on each request's seed alone.
+    - return_routed_experts: keep the experts that tokens take, for requests that ask for them.
+    - fp32_lm_head: logits are float32 (on CUDA out of the matrix units, on a CPU by widening the head at each step).
     """
     device = resolve_device(engine.device)
     environment = _engine_environment(engine, device)
@@ -95,7 +96,7 @@ def engine_command(
 
 
 def engine_key(engine: EngineConfig) -> str:
-    """What the engines' requests carry. ValueError when the variable that should hold it is not set."""
+    """The key that requests to the engines carry. ValueError if the variable that should hold it is not set."""
     key = os.environ.get(engine.api_key_env)
     if not key:
         raise ValueError(f"rollout.engine.api_key_env={engine.api_key_env}: that environment variable is not set; it "
@@ -105,9 +106,9 @@ def engine_key(engine: EngineConfig) -> str:
 
 
 def draw_key(engine: EngineConfig) -> None:
-    """Draws the key of engines that we start, unless the user gave one.
+    """Draws the key of the engines that we start, unless the user gave one.
 
-    The key is put into this process's environment, from which engines and ranks inherit it.
+    It puts the key into this process's environment. Engines and ranks inherit it from there.
     """
     if engine.api_key_env == ENGINE_KEY and not engine.urls:
         os.environ.setdefault(ENGINE_KEY, secrets.token_hex(32))

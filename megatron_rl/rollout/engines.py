@@ -60,9 +60,10 @@ class EngineProcess:
         return_routed_experts: bool = False, taken_ports: Sequence[int] = (), number: int = 0,
         fp32_lm_head: bool = True,
     ) -> EngineProcess:
-        """Not yet started. taken_ports: of servers that have not been started yet either; number: how many they are.
+        """A server that is not started yet. taken_ports: ports of other servers that are not started yet.
 
-        Raises ValueError when rollout.engine.port is taken or there are too few GPUs.
+        number: their count.
+        ValueError if rollout.engine.port is taken or there are too few GPUs.
         """
         engine = rollout.engine
         check_gpus(engine, number)
@@ -112,10 +113,10 @@ class EngineProcess:
                 stdout=log, stderr=log, start_new_session=True)
 
     def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
-        """Blocks until its health is answered with 200.
+        """Blocks until the server answers /health with 200.
 
-        Raises EngineError if the server dies, start_timeout_s passes, it answers and then stops to for hang_timeout_s,
-        or `give_up` is set meanwhile.
+        EngineError if the server dies, if start_timeout_s passes, if it answers and then is silent for hang_timeout_s,
+        or if `give_up` is set meanwhile.
         """
         assert self._process is not None, "start() comes first"
         deadline = time.monotonic() + self.start_timeout_s
@@ -138,7 +139,7 @@ class EngineProcess:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """SIGTERM; after stop_timeout_s SIGKILL. Returns when no process of the group is left."""
+        """Sends SIGTERM, and SIGKILL after stop_timeout_s. Returns once no process of the group is left."""
         if self.alive:
             self._shared |= shared_memory(group_members(self._process.pid))
             os.kill(self._process.pid, signal.SIGTERM)
@@ -147,7 +148,7 @@ class EngineProcess:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to the whole group. Returns when none of it is left; start() may follow."""
+        """Sends SIGKILL to the whole group. Returns once no process of it is left; start() may follow."""
         if self._process is None:
             return
         group = self._process.pid
@@ -171,7 +172,7 @@ class EngineProcess:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     def _health(self) -> int | None:
-        """The HTTP status of its health, None without an answer."""
+        """The HTTP status of /health; None without an answer."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=5.0)
         try:
             connection.request("GET", self._health_path, headers=self._key_header())

@@ -1,9 +1,9 @@
-"""What answers a model in the middle of its response: a tool, a game, a user.
+"""Environments: functions that answer a model in the middle of its response, such as a tool, a game or a user.
 
-An environment is a function of (prompt, turns so far) that a user writes and names by its dotted path in
-rollout.environment. The engine stops at rollout.stop or an end-of-text token; the function reads what was written
-and returns the text that comes next, or None to end the episode. That text is tokenised once, by itself, and
-appended to the sampled tokens; it is context and never trained on.
+A user writes a function of (prompt, turns so far) and names it by its dotted path in rollout.environment. The engine
+stops at rollout.stop or an end-of-text token. The function reads what the model wrote and returns the text that comes
+next, or None to end the episode. That text is tokenised once, by itself, and appended to the sampled tokens. It is
+context, and nothing trains on it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Environment = Callable[[Prompt, Sequence[str]], str | None]
 
 
 class EnvironmentFailed(RuntimeError):
-    """The user's function raised, took too long, or returned something else than a text or None; names the prompt."""
+    """The user's function raised, took too long, or returned neither a text nor None. The message names the prompt."""
 
 
 def load_environment(path: str | None) -> Environment | None:
-    """The function at `package.module.function`. ValueError naming rollout.environment when it is not there."""
+    """The function at `package.module.function`. ValueError naming rollout.environment if there is none."""
     return None if path is None else load_function("rollout.environment", path)
 
 
@@ -46,9 +46,10 @@ def load_function(key: str, path: str) -> Callable:
 
 
 class EnvironmentThreads:
-    """Calls the environment in at most `threads` threads; further calls wait, which is not counted as its time.
+    """Calls the environment in at most `threads` threads.
 
-    Not in an executor, whose threads Python waits for at its end: one that hangs would keep the run from ending.
+    Further calls wait; the wait does not count as the call's time. It uses no executor, because Python waits for an
+    executor's threads at its end: one that hangs would keep the run alive.
     """
 
     def __init__(self, environment: Environment, *, threads: int, timeout_s: float):
@@ -56,7 +57,7 @@ class EnvironmentThreads:
         self._free = asyncio.Semaphore(threads)
 
     async def answer(self, prompt: Prompt, turns: Sequence[str]) -> str | None:
-        """The environment's next text, or None: the episode is over. EnvironmentFailed says what went wrong."""
+        """The environment's next text, or None if the episode is over. EnvironmentFailed says what went wrong."""
         where = f"rollout.environment, prompt {prompt.id!r}"
         async with self._free:
             call = in_thread(self._environment, prompt, tuple(turns), daemon=True)

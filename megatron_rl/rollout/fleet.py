@@ -1,17 +1,17 @@
-"""Requests spread over engines of which some may die, hang, or answer nonsense.
+"""Spreads requests over engines, some of which may die, hang, or answer nonsense.
 
-An engine serves only while it answers and is known to hold the newest published weights: a publish that reached its
-end marks it (`published`), and it loses that mark when it stops answering or its own label says otherwise, as after
-a restart (engines are started with a negative label). Every response is checked against the versions that were
-current while it was sampled, so that nothing sampled from other weights gets through.
+An engine serves only while it answers and is known to hold the newest published weights. A publish that reached its end
+marks it (`published`). It loses the mark if it stops answering or if its own label says otherwise, as after a restart
+(engines start with a negative label). Every response is checked against the versions that were current while it was
+sampled, so nothing that other weights sampled gets through.
 
-A request that fails goes to another engine with the same seed and a new attempt in its id; one result is handed
-out per request, so a retry never counts twice. An engine that fails again and again rests for longer and longer and
-is then tried with one request at a time. One whose connection broke gets no request before it has answered the watch,
-so that a request loses one attempt to an engine that died.
+A request that fails goes to another engine, with the same seed and a new attempt in its id. Each request returns one
+result, so a retry never counts twice. An engine that keeps failing rests, longer each time, and then gets one request
+at a time. An engine whose connection broke gets no request until the watch has heard from it, so a request loses at
+most one attempt to an engine that died.
 
-What an engine answers while it gets new weights is held back until they have proven good, by checksums and probe; an
-engine that fails there is lost, and its requests go elsewhere.
+What an engine answers while it gets new weights is held back until checksums and probe have proven them. If it fails
+there, it counts as lost, and its requests go elsewhere.
 """
 
 from __future__ import annotations
@@ -41,19 +41,22 @@ CHOICE_POLL_S = 0.05
 
 
 class FleetError(RuntimeError):
-    """A request could not be answered. Names the request, the last failure, and the state of every engine."""
+    """A request could not be answered.
+
+    The message names the request, the last failure, and the state of every engine.
+    """
 
 
 @dataclass
 class Tally:
-    """Tokens that engines delivered, whether they were of use or not, and requests that were sent again."""
+    """Tokens that engines delivered, useful or not, and requests that were sent again."""
 
     delivered_tokens: int = 0
     retries: int = 0
 
 
 class Fleet:
-    """All engines of one run. Lives on one event loop: start() begins the watch, close() ends it and the connections.
+    """All engines of one run, on one event loop: start() begins the watch, close() ends it and the connections.
 
     version None: nothing was published, and the engines are used as they are.
     """
@@ -73,7 +76,7 @@ class Fleet:
         self.watch = asyncio.create_task(self._watch_members())
 
     async def close(self) -> None:
-        """Raises what the watch itself has died of."""
+        """Raises the exception that the watch died of, if it did."""
         self.watch.cancel()
         watch, *_ = await asyncio.gather(self.watch, *(member.client.close() for member in self._members),
                                          return_exceptions=True)
@@ -82,11 +85,11 @@ class Fleet:
 
     async def generate(self, input_ids: Sequence[int], *, rid: str, sampling: SamplingParams,
                        tally: Tally, routed_layers: RoutedLayers | None = None) -> GenerateResult:
-        """The first attempt that ends by itself, on the serving engine with the fewest requests.
+        """Sends the request to the serving engine with the fewest requests, again if it fails; the result.
 
-        FleetError after 1 + rollout.retries failed attempts, or when no engine serves for wait_timeout_s, or at once
-        when an engine refuses the request itself.
-        Cancelling aborts the request at the engine; what it had sampled counts as delivered.
+        FleetError after 1 + rollout.retries failed attempts, or if no engine serves for wait_timeout_s, or at once if
+        an engine refuses the request itself. Cancelling aborts the request at the engine; tokens that it had sampled
+        count as delivered.
         """
         async with self._slots:
             for attempt in range(1 + self._config.retries):
@@ -109,7 +112,7 @@ class Fleet:
                    for member in self._members)
 
     def take_queue_mean(self) -> float | None:
-        """Requests that waited inside an engine, mean over the watch's looks since the last call; None without any."""
+        """Mean number of requests that waited inside an engine since the last call; None if the watch did not check."""
         seen, self._queues = self._queues, []
         return sum(seen) / len(seen) if seen else None
 
@@ -135,7 +138,7 @@ class Fleet:
             member.begin_update()
 
     def published(self, version: int, urls: Sequence[str], failures: dict[str, str]) -> None:
-        """A publish ended: `urls` hold `version` and have proven it; of the others it is not known what they hold.
+        """A publish ended. The engines at `urls` hold `version` and have proven it; what the others hold is unknown.
 
         What those were working on goes elsewhere.
         """
@@ -172,7 +175,7 @@ class Fleet:
     async def _attempt(self, member: Member, input_ids: Sequence[int], rid: str,
                        sampling: SamplingParams, tally: Tally,
                        routed_layers: RoutedLayers | None) -> GenerateResult | None:
-        """None when the engine failed, which is then noted on it."""
+        """The result, or None if the engine failed; its Member then records the failure."""
         began, oldest, lost = time.monotonic(), self._version, member.gone
         request = asyncio.create_task(member.client.generate(
             input_ids, rid=rid, sampling=sampling, timeout_s=self._config.request_timeout_s,
@@ -219,7 +222,10 @@ class Fleet:
                                   f"{self._upcoming}")
 
     async def _abort(self, member: Member, rid: str, request: asyncio.Task) -> None:
-        """Spares the engine work that nobody waits for; waits for what it had sampled, which counts."""
+        """Spares the engine work that nobody waits for.
+
+        Waits for the tokens that it had sampled, because they count.
+        """
         with contextlib.suppress(EngineHTTPError):
             await member.client.abort(rid)
         await asyncio.wait({request}, timeout=ABORT_GRACE_S)
@@ -233,7 +239,7 @@ class Fleet:
         await asyncio.gather(*(self._look_at(member) for member in self._members if not member.updating))
 
     async def _look_at(self, member: Member) -> None:
-        """Asks one engine for its label, which a server that is stopped or gone does not give."""
+        """Asks one engine for its label. A server that is stopped or gone does not answer."""
         began, updates, hang_s = time.monotonic(), member.updates, self._config.engine.hang_timeout_s
         try:
             label = await member.client.weight_version(timeout_s=min(PROBE_TIMEOUT_S, hang_s))

@@ -15,8 +15,12 @@ QUARANTINE_FAILURES = 3
 
 @dataclass(eq=False)
 class Member:
-    """version: of the weights that it is known to hold. failures: in a row, since its last success. gone: set when
-    those who wait for it must go elsewhere. unanswered_since: the first of its requests, or looks, without an answer.
+    """One engine of the fleet.
+
+    - version: the version of the weights that it is known to hold.
+    - failures: in a row, since its last success.
+    - gone: set if those who wait for it must go elsewhere.
+    - unanswered_since: the time of the first of its requests, or checks, without an answer.
     """
 
     client: EngineClient
@@ -59,14 +63,14 @@ class Member:
         self.update_began = time.monotonic()
 
     def end_update(self, version: int) -> None:
-        """It has proven that it holds `version`: whatever it did before is forgiven."""
+        """It has proven that it holds `version`: its earlier failures are forgotten."""
         self.version, self.updating, self.unanswered_since = version, False, None
         self.failures, self.resting_until = 0, 0.0
         if self.gone.is_set() or not self.reachable:
             self.found()
 
     def fail_update(self, why: str) -> None:
-        """It is not known what it holds; what it was working on goes elsewhere."""
+        """What it holds is unknown; what it was working on goes elsewhere."""
         self.version, self.updating = None, False
         self.failed(why, began=self.update_began)
         self.lost()
@@ -75,7 +79,10 @@ class Member:
         self.failures, self.last_failure = 0, ""
 
     def failed(self, why: str, *, began: float) -> None:
-        """Requests that were under way together fail together: they count once, for what the first one says."""
+        """Notes a failure.
+
+        Requests that were under way together fail together, so they count once, with the first reason.
+        """
         if began < self.failed_at:
             return
         self.last_failure = why

@@ -1,4 +1,4 @@
-"""Ports for servers that take their time to start."""
+"""Chooses ports for servers that take long to start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PORTS = range(20000, 32768)
 
 def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1",
                 key: str = "rollout.engine.port") -> int:
-    """A free port of `host` that is none of `taken`, or `port` itself. ValueError naming `key` when that is taken."""
+    """A free port of `host` that is not in `taken`, or `port` itself. ValueError naming `key` if that one is taken."""
     if port is not None:
         if not _can_bind(host, port):
             raise ValueError(f"{key}={port} is taken on {host}: choose another, or leave it unset "

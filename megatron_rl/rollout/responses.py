@@ -1,7 +1,7 @@
-"""One judged response, and groups of K of them: what every collector is made of.
+"""One judged response, and groups of K of them: the building blocks of every collector.
 
-One request per response: it has its own seed and is judged while others still run. A response that no engine could
-give, or whose environment failed, is a failed response: its score says why, nothing trains on it, and the run goes on.
+Each response is one request with its own seed, and is judged while others still run. If no engine can give a response,
+or its environment fails, it is a failed response: its score says why, nothing trains on it, and the run goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How many responses each prompt gets and how they are sampled; evaluation uses another than training.
+    """How many responses each prompt gets and how they are sampled. Evaluation uses another plan than training.
 
     routed_layers: ask the engine for the experts that each token took.
     """
@@ -60,7 +60,7 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class Ticket:
-    """One response to be had. Its request id and its seed follow from `tag`, `step`, `index` and `sample` alone.
+    """A response to sample. Its request id and its seed follow from `tag`, `step`, `index` and `sample` alone.
 
     index: the prompt's place in the step.
     """
@@ -118,7 +118,7 @@ def as_group(prompt: Prompt, judged: Sequence[Judged]) -> RolloutGroup:
 
 
 class Responder:
-    """Samples and judges. Safe to reuse for many steps; the engines' weights may change between calls."""
+    """Samples and judges. It may be reused for many steps; the engines' weights may change between calls."""
 
     def __init__(self, fleet: Fleet, config: RolloutConfig, tokenizer: Tokenizer, scorer: Scorer, *, seed: int,
                  eos_token_id: int, routed_layers: RoutedLayers | None = None, agents: Agents | None = None):
@@ -136,14 +136,14 @@ class Responder:
             environment, threads=config.environment_threads, timeout_s=config.environment_timeout_s)
 
     def apart(self) -> Responder:
-        """The same with a tally of its own, for requests whose tokens are accounted for by themselves."""
+        """A copy with a tally of its own, for requests whose tokens have an account of their own."""
         other = copy.copy(self)
         other.tally = Tally()
         return other
 
     async def groups(self, prompts: Sequence[Prompt], *, step: int, first_index: int = 0, tag: str = "train",
                      plan: SamplingPlan | None = None) -> list[RolloutGroup]:
-        """One group per prompt, in the order of `prompts`. Every request has been aborted when this is cancelled."""
+        """One group per prompt, in the order of `prompts`. If it is cancelled, it first aborts every request."""
         plan = plan or self.plan
         for prompt in prompts:
             self.check_length(prompt, plan)
@@ -161,7 +161,7 @@ class Responder:
         return [Ticket(prompt, "train", step, index, sample) for sample in range(self.plan.samples_per_prompt)]
 
     async def respond(self, ticket: Ticket, plan: SamplingPlan) -> Judged:
-        """One whole response, judged; with an environment or an agent, all turns until it or a limit ends them."""
+        """One whole response, judged. With an environment it takes turns until the environment or a limit ends it."""
         if self._agents is not None:
             return await self._judge_episode(ticket.prompt, await self._agents.run(ticket, plan, self.tally))
         transcript, turns = Transcript(), []
@@ -187,14 +187,14 @@ class Responder:
         return Judged(episode.transcript.rollout(episode.prompt), text, score)
 
     def failed(self, prompt: Prompt, so_far: Transcript, failure: FleetError | EnvironmentFailed) -> Judged:
-        """The response that ends here, without a verdict. Its detail says why."""
+        """A response that ends here, without a verdict. Its detail says why."""
         status = "engine_error" if isinstance(failure, FleetError) else "environment_error"
         text = self._tokenizer.decode(so_far.token_ids.tolist(), skip_special_tokens=True)
         return Judged(replace(so_far, finish=Finish.ERROR).rollout(prompt), text, Score(0.0, status, str(failure)))
 
     async def _next_turn(self, prompt: Prompt, plan: SamplingPlan, transcript: Transcript,
                          turns: Sequence[str]) -> Transcript:
-        """With the environment's answer, open again; finished when there is none or no room for it."""
+        """The transcript with the environment's answer, open again; finished if there is no answer or no room."""
         if len(turns) >= self._config.max_turns:
             return transcript
         text = await self._environment.answer(prompt, turns)
@@ -206,7 +206,10 @@ class Responder:
         return replace(transcript.given(token_ids), finish=None)
 
     async def sample(self, ticket: Ticket, plan: SamplingPlan, so_far: Transcript, max_tokens: int) -> Transcript:
-        """`so_far` and at most max_tokens more; finish stays None when that ended it before the plan's limit."""
+        """`so_far` and at most max_tokens more.
+
+        finish stays None if max_tokens ended it before the plan's limit did.
+        """
         begin = len(so_far.token_ids)
         assert so_far.finish is None and 0 < max_tokens <= plan.max_response_tokens - begin
         sampling = SamplingParams(
@@ -235,7 +238,7 @@ class Responder:
 
 
 async def all_or_none(tasks: Sequence[asyncio.Task]) -> list:
-    """All results, or the first failure once every other task has been cancelled and has cleaned up."""
+    """All results; or the first failure, after every other task has been cancelled and has cleaned up."""
     try:
         return await asyncio.gather(*tasks)
     except BaseException:

@@ -10,7 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RoutedLayers:
-    """What an engine reports experts of. moe_layers: those of its num_layers layers that have experts, from 0."""
+    """The layers whose experts an engine reports.
+
+    moe_layers: those of its num_layers layers that have experts, from 0.
+    """
 
     num_layers: int
     moe_layers: tuple[int, ...]
@@ -27,7 +30,7 @@ class RoutedLayers:
     def decode(self, encoded: str, *, num_tokens: int) -> np.ndarray:
         """uint8 [num_tokens - 1, M, topk] from SGLang's base64 int32 [num_tokens - 1, num_layers, topk].
 
-        Raises ValueError when that is not what came, or when a token has not top_k different experts of the model in
+        ValueError if the data have another shape, or if a token does not have top_k different experts of the model in
         every MoE layer (an entry that the engine never wrote is a row of zeros).
         """
         flat = np.frombuffer(base64.b64decode(encoded), dtype=np.int32)

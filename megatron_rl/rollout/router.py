@@ -1,9 +1,9 @@
-"""Requests spread by sglang-router instead of by us; it knows the engines that serve, and no other.
+"""Lets sglang-router spread the requests. It only knows the engines that serve.
 
-Written for sglang-router 0.3.2. It is a proxy: which engine answered is not known here. So what fails is counted
-against the router, an abort goes to every engine, and when one fails a publish, whatever was under way is asked again.
-Engines are registered and removed as the watch sees them come and go (rollout.engine.health_interval_s). The router
-drops fields of a request that it does not know, return_routed_experts among them.
+Written for sglang-router 0.3.2. It is a proxy, so we do not know which engine answered. Failures therefore count
+against the router, an abort goes to every engine, and if an engine fails a publish, all requests under way are sent
+again. Engines are registered and removed as the watch sees them come and go (rollout.engine.health_interval_s). The
+router drops fields of a request that it does not know, return_routed_experts among them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RouterClient(EngineClient):
 
 
 class RoutedFleet(Fleet):
-    """A Fleet whose router chooses. It is this fleet's one member to send to; the engines are only watched."""
+    """A Fleet whose router chooses. The router is the one member to send to; the engines are only watched."""
 
     def __init__(self, clients: Sequence[EngineClient], router: RouterClient, config: RolloutConfig, *,
                  key: str | None):
@@ -86,7 +86,7 @@ class RoutedFleet(Fleet):
             self._front.found()
 
     def _ready(self) -> list[Member]:
-        """The router, while some engine serves and it answers."""
+        """The router, if it answers and some engine serves."""
         return [self._front] if self._front.free and super()._ready() else []
 
     async def _abort(self, member: Member, rid: str, request: asyncio.Task) -> None:
@@ -114,7 +114,7 @@ class RoutedFleet(Fleet):
 
 
 async def _tried(calls: Iterable[Coroutine[Any, Any, Any]]) -> None:
-    """All at once; what an engine or the router refuses is left at that."""
+    """Runs all at once. If an engine or the router refuses, nothing further happens."""
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException) and not isinstance(answer, EngineHTTPError):
             raise answer

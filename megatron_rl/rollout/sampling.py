@@ -16,8 +16,8 @@ from megatron_rl.types import Finish, VersionSpan
 class SamplingParams:
     """How one response is sampled.
 
-    seed takes effect on an engine started with rollout.engine.deterministic; elsewhere SGLang ignores it.
-    A stop string stays in output_ids as it was sampled.
+    seed takes effect on engines that were started with rollout.engine.deterministic; SGLang otherwise ignores it. A
+    stop string stays in output_ids as it was sampled.
     """
 
     temperature: float
@@ -54,9 +54,11 @@ class SamplingParams:
 class GenerateResult:
     """One response: R sampled tokens.
 
-    output_ids int32 [R]; logprobs fp32 [R], of the temperature-scaled distribution before top-p and top-k;
-    finish_detail is the engine's own finish_reason; routed_experts uint8 [tokens - 1, M, topk] where asked for, of the
-    whole sequence but its last token, which no layer has read.
+    - output_ids: int32 [R].
+    - logprobs: fp32 [R], of the temperature-scaled distribution before top-p and top-k.
+    - finish_detail: the engine's own finish_reason.
+    - routed_experts: uint8 [tokens - 1, M, topk] if asked for. It covers the whole sequence except its last token,
+      which no layer has read.
     """
 
     output_ids: np.ndarray
@@ -70,7 +72,7 @@ class GenerateResult:
 
 
 def read_result(answer: Mapping[str, Any]) -> GenerateResult:
-    """Of an answer of /generate. Raises EngineHTTPError when it is not whole: lost, unequal or non-finite tokens."""
+    """Reads an answer of /generate. EngineHTTPError if tokens are missing, unequal or not finite."""
     with well_formed():
         return _read(answer)
 

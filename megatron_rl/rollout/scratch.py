@@ -15,7 +15,7 @@ LONGEST_TMPDIR = LONGEST_PATH - len(INSIDE)
 
 
 def check_tmpdir() -> None:
-    """ValueError when sockets in TMPDIR would have longer paths than the kernel takes."""
+    """ValueError if sockets in TMPDIR would have longer paths than the kernel takes."""
     folder = tempfile.gettempdir()
     length = len(os.fsencode(folder))
     if length > LONGEST_TMPDIR:
@@ -24,7 +24,7 @@ def check_tmpdir() -> None:
 
 
 def make_scratch() -> Path:
-    """A new folder of this user's alone in TMPDIR; the caller removes it. ValueError as check_tmpdir."""
+    """A new folder in TMPDIR that only this user may read; the caller removes it. ValueError as check_tmpdir."""
     check_tmpdir()
     return Path(tempfile.mkdtemp(prefix=PREFIX))
 

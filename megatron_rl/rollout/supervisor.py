@@ -1,7 +1,7 @@
-"""Keeps local servers running: one that died or hangs is started again.
+"""Keeps local servers running: it starts a server again that died or hangs.
 
-A restarted server holds the weights it was started from, under the label NOTHING_PUBLISHED, and serves no request
-until the trainer has published to it (rollout/fleet.py).
+A server that was started again holds the weights it started from, under the label NOTHING_PUBLISHED. It serves no
+request until the trainer has published to it (rollout/fleet.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """`with Supervisor(processes, config):` starts all at once, waits until they answer, watches, stops them.
+    """`with Supervisor(processes, config):` starts all servers at once, waits until they answer, watches, stops them.
 
-    Raises EngineError when one cannot be started. Later, one that was started again max_restarts times, with less than
-    FORGIVEN_AFTER_S of service after each, is given up with a warning; the others go on.
+    EngineError if one cannot be started. If a server later needs more than max_restarts new starts, with less than
+    FORGIVEN_AFTER_S of service after each, it is given up with a warning; the others go on.
     """
 
     def __init__(self, processes: Sequence[EngineProcess], config: EngineConfig):
@@ -103,7 +103,10 @@ class _Keeper(threading.Thread):
         self._serves_since = time.monotonic()
 
     def _what_is_wrong(self) -> str | None:
-        """None, or why the server must be started again; waits for hang_timeout_s before it says that it hangs."""
+        """Why the server must be started again, or None.
+
+        It waits for hang_timeout_s before it says that the server hangs.
+        """
         deadline = time.monotonic() + self._config.hang_timeout_s
         while not self.stopping.is_set():
             if not self.process.alive:
@@ -129,7 +132,7 @@ class _Keeper(threading.Thread):
         return True
 
     def _restart(self, why: str) -> bool:
-        """False when it is given up or not wanted any more."""
+        """False if the server is given up or no longer wanted."""
         while self._in_a_row < self._config.max_restarts and not self.stopping.is_set():
             self.restarts, self._in_a_row = self.restarts + 1, self._in_a_row + 1
             _LOG.warning("the engine on port %d %s: starting it again (%d of rollout.engine.max_restarts=%d)",

@@ -1,6 +1,6 @@
-"""What follows a prompt while it grows: parts that were sampled, and parts that were given (a tool's answer).
+"""The tokens after a prompt while they grow: parts that were sampled, and parts that were given (a tool's answer).
 
-Letters: R tokens after the prompt. Nothing is ever re-tokenised: parts are token ids from the engine or from the
+Letters: R tokens after the prompt. Nothing is ever re-tokenised. Parts are token ids from the engine or from the
 environment, joined end to end.
 """
 
@@ -40,7 +40,7 @@ class Transcript:
         return int(self.sampled.sum())
 
     def extended(self, result: GenerateResult, *, finish: Finish | None) -> Transcript:
-        """With what the engine sampled next."""
+        """The transcript with what the engine sampled next."""
         begin, count = len(self.token_ids), len(result.output_ids)
         assert not count or result.weight_versions[-1].end == count, (result.weight_versions, count)
         return Transcript(
@@ -54,7 +54,7 @@ class Transcript:
         )
 
     def given(self, token_ids: Sequence[int]) -> Transcript:
-        """With tokens that nobody sampled; they are context, never trained on."""
+        """The transcript with tokens that nobody sampled. They are context and never trained on."""
         count = len(token_ids)
         return replace(
             self,
@@ -87,5 +87,5 @@ def _joined(first: tuple[VersionSpan, ...], second: tuple[VersionSpan, ...]) -> 
 
 
 def _grown(known: np.ndarray | None, whole: np.ndarray | None) -> np.ndarray | None:
-    """The rows that are known, and the new ones of `whole`."""
+    """The known rows, and the new ones of `whole`."""
     return whole if known is None or whole is None else np.concatenate([known, whole[len(known):]])

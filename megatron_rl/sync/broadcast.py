@@ -1,4 +1,4 @@
-"""New weights by broadcast, from trainer rank 0 to every engine rank, over gloo or NCCL."""
+"""Sends new weights by broadcast, from trainer rank 0 to every engine rank, over gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ JOIN_SLACK_S = 2.0
 
 
 class BroadcastPublisher(EnginePublisher):
-    """Buckets broadcast from this process to every engine rank, over gloo or NCCL. Tensors are moved to `device`.
+    """Broadcasts buckets from this process to every engine rank, over gloo or NCCL. It moves tensors to `device`.
 
-    The process group lasts from publish to publish while the same engines are reached, and is ended by close().
-    When an engine drops out in the middle of a broadcast the group is lost, and with it the publish to all of them.
+    The process group lasts from publish to publish while the same engines are reached; close() ends it. If an engine
+    drops out during a broadcast, the group is lost, and so is the publish to all engines.
     """
 
     _group_numbers = itertools.count()
@@ -154,7 +154,7 @@ class BroadcastPublisher(EnginePublisher):
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     async def _on_all_or_none(self, where: str, call: Call) -> None:
-        """As _on_all, but the first failure ends it for all: the others may wait for the one that failed."""
+        """Like _on_all, but the first failure ends it for all, because the others may wait for the one that failed."""
         tasks = [asyncio.create_task(call(client)) for client in self._active]
         done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in waiting:
@@ -199,9 +199,10 @@ class BroadcastPublisher(EnginePublisher):
 
 
 def address_for(urls: Sequence[str]) -> str:
-    """This machine's address on its way to the servers at `urls`: where all of them reach it. ValueError without one.
+    """This machine's address, as the servers at `urls` reach it. ValueError if there is none.
 
-    A way to another machine comes first: from there loopback leads nowhere, and from here that address does as well.
+    An address that another machine can reach is preferred. It works from here too, while loopback does not lead here
+    from another machine.
     """
     found = []
     for url in urls:

@@ -1,4 +1,4 @@
-"""Flat buckets of bounded size: how tensors travel to the engines."""
+"""Flat buckets of bounded size, in which tensors travel to the engines."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Bucket:
 
 
 def make_buckets(named_tensors: Iterable[NamedTensor], bucket_bytes: int) -> Iterator[Bucket]:
-    """Buckets of at most bucket_bytes, in order; a larger tensor travels alone.
+    """Buckets of at most bucket_bytes, in order. A larger tensor travels alone.
 
-    A tensor that would start at an address its dtype does not divide opens a new bucket.
+    A tensor opens a new bucket if its dtype does not divide the address at which it would start.
     """
     held: list[NamedTensor] = []
     held_bytes = 0

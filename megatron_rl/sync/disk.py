@@ -1,4 +1,4 @@
-"""Weights through a folder that trainer and engines see."""
+"""Sends weights through a folder that trainer and engines see."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_rl.sync.publish import EnginePublisher
 
 
 class DiskPublisher(EnginePublisher):
-    """Writes a Hugging Face folder `folder/version_N` that engine and trainer both see, and has it loaded.
+    """Writes a Hugging Face folder `folder/version_N` that engine and trainer both see, and has the engines load it.
 
-    config_folder: where config.json, the configuration file and the tokenizer are copied from. The folder
-    appears under its name only when it is whole; the version before it is removed after a success.
+    config_folder: config.json, the configuration file and the tokenizer are copied from there. The folder appears under
+    its name once it is whole. After a success the version before it is removed.
     """
 
     def __init__(

@@ -2,11 +2,11 @@
 
 generating -> release everything -> training -> resume the weights -> publishing -> resume the cache -> serving
 
-Releasing throws the contents away, so an engine serves nothing until the next publish has reached it. Free bytes are
-noted after every phase, on rank 0's device. Written for SGLang 0.5.23
+Releasing discards the contents, so an engine serves nothing until the next publish has reached it. Free bytes are noted
+after every phase, on rank 0's device. Written for SGLang 0.5.23
 (sglang/srt/managers/scheduler_components/weight_updater.py: release_memory_occupation), started with
---enable-memory-saver. Its server dies when it is asked to release while a request runs, or to resume what it has not
-released: hence the order of calls here. On CPU it obeys and keeps its memory.
+--enable-memory-saver. Its server dies if it is asked to release while a request runs, or to resume what it has not
+released; the order of calls here avoids both. On CPU it obeys and keeps its memory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the GPU, for all its processes; of the machine, when `device` is a CPU."""
+    """Free memory of the GPU, for all its processes; of the machine if `device` is a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 class EngineMemory:
-    """What the engines have released and not got back, by URL. free_bytes: phase -> bytes, of the last step."""
+    """What the engines have released and not got back, by URL. free_bytes: phase -> bytes, in the last step."""
 
     def __init__(self, measure: Callable[[], int]):
         self._measure = measure
@@ -43,7 +43,7 @@ class EngineMemory:
         self.free_bytes: dict[str, int] = {}
 
     async def release(self, clients: Sequence[EngineClient]) -> list[str]:
-        """URLs of the engines that released; one that fails is named in a warning and keeps what it has."""
+        """URLs of the engines that released. If one fails, a warning names it, and it keeps its memory."""
         self._note("generating")
         answers = await asyncio.gather(*map(self._release, clients), return_exceptions=True)
         self._note("training")
@@ -65,7 +65,7 @@ class EngineMemory:
         self._released[client.base_url] = {*CACHE, *WEIGHTS}
 
     async def resume_weights(self, client: EngineClient) -> None:
-        """Before new weights are sent. An engine that was started again meanwhile has nothing to get back."""
+        """Call it before new weights are sent. An engine that was started again meanwhile has nothing to get back."""
         label = await client.weight_version()
         if label is None or label < 0:
             self._released.pop(client.base_url, None)
@@ -73,7 +73,7 @@ class EngineMemory:
         self._note("publishing")
 
     async def resume_cache(self, client: EngineClient) -> None:
-        """Before it serves."""
+        """Call it before the engine serves."""
         await self._resume(client, CACHE)
         self._note("serving")
 
@@ -90,7 +90,7 @@ class EngineMemory:
 
 
 async def _until_idle(client: EngineClient) -> None:
-    """Flushing the prefix cache is refused while requests run: those that were aborted end with their next token."""
+    """Waits until no request runs: the engine refuses to flush before, and aborted requests end with their next token."""
     deadline = time.monotonic() + client.control_timeout_s
     while True:
         try:

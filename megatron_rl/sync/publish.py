@@ -1,11 +1,11 @@
-"""What all ways of sending new weights to the engines share; tensor.py, broadcast.py and disk.py are the ways.
+"""What all transports of new weights share; tensor.py, broadcast.py and disk.py are the transports.
 
-Runs on trainer rank 0 and knows nothing of Megatron: it takes (checkpoint name, tensor) pairs as they come
-and holds one bucket at a time. Every publisher pauses the engines (running requests go back to the queue and
-recompute their key-value cache), updates, flushes the prefix cache, and resumes them, unless the caller checks them
-first. An engine that fails stays paused with unknown weights; the others go on without it, and the report
-names it. The next publish to it starts over, wherever it had stopped.
-Written for SGLang 0.5.23 (sglang/srt/managers/scheduler_components/weight_updater.py).
+It runs on trainer rank 0 and knows nothing of Megatron. It takes (checkpoint name, tensor) pairs as they come and holds
+one bucket at a time. Every publisher pauses the engines (running requests go back to the queue and recompute their
+key-value cache), updates them, flushes the prefix cache, and resumes them unless the caller checks them first. An
+engine that fails stays paused with unknown weights. The others go on without it, and the report names it. The next
+publish to it starts over, wherever the failed one stopped. Written for SGLang 0.5.23
+(sglang/srt/managers/scheduler_components/weight_updater.py).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class PublishReport:
 class Publisher(Protocol):
     def publish(self, named_tensors: Iterable[NamedTensor], version: int, *, only: Sequence[str] | None = None,
                 resume: bool = True) -> PublishReport:
-        """Makes the engines serve these weights as `version`, which must grow (ValueError otherwise).
+        """Has the engines serve these weights as `version`, which must grow (ValueError otherwise).
 
-        only: URLs of the engines that get them; with it, the version that was published last may be sent again.
-        resume: whether the engines go on by themselves; otherwise they stay paused, with the new weights, until
-        somebody has checked them. PublishError when no engine is left.
+        only: URLs of the engines that get the weights; with it, the last published version may be sent again. resume:
+        whether the engines go on by themselves. Otherwise they stay paused, with the new weights, until somebody has
+        checked them. PublishError if no engine is left.
         """
         ...
 
@@ -59,7 +59,7 @@ class Publisher(Protocol):
 class EnginePublisher:
     """What all publishers share: versions, pausing and resuming, engines that drop out, and the report.
 
-    memory: of engines that share the trainer's GPUs, which get it back before the weights arrive.
+    memory: given if engines share the trainer's GPUs; they get their memory back before the weights arrive.
     """
 
     def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int, memory: EngineMemory | None = None):
@@ -88,12 +88,13 @@ class EnginePublisher:
         return PublishReport(version, tensors, num_bytes, buckets, time.perf_counter() - start, dict(self._failures))
 
     def close(self) -> None:
-        """Nothing is held between publishes, unless a subclass says so."""
+        """By default nothing is held between publishes."""
 
     def _flatten(self, bucket: Bucket) -> torch.Tensor:
-        """The bucket in the publish's one buffer: new memory for each would cost more than the copy (page faults).
+        """The bucket in the one buffer of this publish.
 
-        It has room for any bucket, unless none is to come: making memory shared touches all of it.
+        New memory for each would cost more than the copy (page faults).
+        The buffer has room for any bucket, unless this is the last one: making memory shared touches all of it.
         """
         if self._buffer is None or len(self._buffer) < bucket.num_bytes:
             self._buffer = None
@@ -114,7 +115,7 @@ class EnginePublisher:
         return asyncio.run(run_and_close())
 
     async def _on_all(self, where: str, call: Call) -> None:
-        """One call to every engine that is still in; waits for all answers. Raises when none is left."""
+        """Makes one call to every engine that is still in, and waits for all answers. Raises if no engine is left."""
         clients = tuple(self._active)
         answers = await asyncio.gather(*(call(client) for client in clients), return_exceptions=True)
         for client, answer in zip(clients, answers, strict=True):
@@ -150,13 +151,13 @@ class EnginePublisher:
         return tensors, num_bytes, buckets
 
     async def _prepare(self, what: str) -> None:
-        """Before the engines are paused."""
+        """Called before the engines are paused."""
 
     async def _begin(self, what: str) -> None:
         await self._on_all(f"{what}: begin", _begin_afresh)
 
     async def _send(self, bucket: Bucket, version: int, where: str) -> None:
-        """Loads one bucket into every engine; the last one carries the version."""
+        """Loads one bucket into every engine. The last one carries the version."""
         raise NotImplementedError
 
     async def _finish(self, version: int, what: str) -> None:
@@ -164,7 +165,7 @@ class EnginePublisher:
 
 
 async def _begin_afresh(client: EngineClient) -> None:
-    """An update that was begun and never ended, by us or by a trainer that died, is ended first."""
+    """Begins an update. If one was begun and never ended, by us or by a trainer that died, it is ended first."""
     try:
         await client.begin_weight_update()
     except EngineHTTPError:

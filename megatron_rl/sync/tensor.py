@@ -1,4 +1,4 @@
-"""Weights through the shared memory of this machine."""
+"""Sends weights through the shared memory of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_rl.sync.publish import EnginePublisher
 
 
 class TensorPublisher(EnginePublisher):
-    """Buckets in shared memory of this machine; only their address travels over HTTP."""
+    """Puts buckets into shared memory of this machine. Only their address travels over HTTP."""
 
     def __init__(self, clients: Sequence[EngineClient], *, bucket_bytes: int, memory: EngineMemory | None = None):
         super().__init__(clients, bucket_bytes=bucket_bytes, memory=memory)
@@ -52,9 +52,9 @@ class TensorPublisher(EnginePublisher):
 
 @contextmanager
 def _named_shared_memory() -> Iterator[None]:
-    """Inside, tensors are shared by name, which an unrelated process can open.
+    """Inside, torch shares tensors by name, which an unrelated process can open.
 
-    torch starts a process that keeps them, without which the publish before the last save would fail.
+    torch starts a process that keeps them. Without it the publish before the last save would fail.
     """
     strategy = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")

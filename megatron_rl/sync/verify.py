@@ -1,14 +1,13 @@
-"""Checks that every engine serves exactly the weights that were sent, by the engine's own checksums.
+"""Checks by the engine's own checksums that every engine serves exactly the weights that were sent.
 
 SGLang 0.5.23 hashes each parameter it holds: the first 8 bytes of SHA-256 over its raw bytes on CPU
-(sglang/srt/utils/weight_checker.py, sglang/srt/managers/mm_utils.py: tensor_hash). Its parameters are not the
-checkpoint's: query, key and value, gate and up projections are fused, experts stacked, vocabularies and MLP
-widths padded with zeros, a NormHead normalised (sglang/srt/models/bailing_moe.py: load_weights).
-A family's engine_layout says how (model/families/); the digests follow while the tensors stream past, without
-keeping them.
+(sglang/srt/utils/weight_checker.py, sglang/srt/managers/mm_utils.py: tensor_hash). Its parameters differ from the
+checkpoint's: it fuses query, key and value, and gate and up projections; it stacks experts, pads vocabularies and MLP
+widths with zeros, and normalises a NormHead (sglang/srt/models/bailing_moe.py: load_weights). A family's engine_layout
+says how (model/families/). We compute the digests while the tensors stream past, without keeping them.
 
-Not reproduced: tensor-parallel engines (each rank hashes its shard) and CUDA engines (another hash function);
-both raise UnpredictableChecksumsError.
+Two kinds of engines are not reproduced, and raise UnpredictableChecksumsError: tensor-parallel engines (each rank
+hashes its shard) and CUDA engines (another hash function).
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ class WeightMismatchError(RuntimeError):
 
 
 class UnpredictableChecksumsError(ValueError):
-    """What this kind of engine reports cannot be compared with what was sent."""
+    """The checksums of this kind of engine cannot be compared with what was sent."""
 
 
 @dataclass
 class _Parameter:
-    """One engine parameter while its parts arrive; parts are hashed in order of their place."""
+    """One engine parameter while its parts arrive. Parts are hashed in the order of their places."""
 
     places: int
     sha: Any = field(default_factory=hashlib.sha256)
@@ -71,14 +70,17 @@ class ExpectedChecksums:
         self._parameters: dict[str, _Parameter] = {}
 
     def watch(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Passes the tensors on unchanged, and starts over: digests() speaks of these only."""
+        """Passes the tensors on unchanged and hashes them.
+
+        Each call starts over: digests() covers these tensors only.
+        """
         self._parameters = {}
         for name, tensor in named_tensors:
             self._add(name, tensor.detach().cpu())
             yield name, tensor
 
     def digests(self) -> dict[str, str]:
-        """Engine parameter -> 16 hex digits. Raises ValueError when parts of a parameter were never seen."""
+        """Engine parameter -> 16 hex digits. ValueError if parts of a parameter were never seen."""
         for name, parameter in self._parameters.items():
             if parameter.next_place != parameter.places:
                 raise ValueError(f"{parameter.places - parameter.next_place} of {parameter.places} tensors that make "
@@ -113,7 +115,7 @@ class ExpectedChecksums:
         return name, 0, 1, None
 
     def _engine_width(self, name: str) -> int:
-        """Of an expert, of all shared experts together, or of a dense layer."""
+        """The width of an expert, of all shared experts together, or of a dense layer."""
         expert_width = _round_up(self._config["moe_intermediate_size"], WIDTH_MULTIPLE)
         if ".mlp.experts." in name:
             return expert_width

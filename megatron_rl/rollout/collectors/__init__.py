@@ -1,4 +1,4 @@
-"""Ways to come by a step's judged groups; the loop does not know which is in use."""
+"""Collectors: how to get a step's judged groups. The loop does not know which one is in use."""
 
 from megatron_rl.rollout.collectors.ahead import AheadCollector
 from megatron_rl.rollout.collectors.base import BudgetFill, Collector, Ledger, Prompts

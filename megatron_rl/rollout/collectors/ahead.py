@@ -1,4 +1,4 @@
-"""Later steps are sampled while the trainer trains."""
+"""Samples later steps while the trainer trains."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_rl.types import RolloutGroup
 
 
 class AheadCollector:
-    """Whole steps, as SyncCollector takes them, up to max_staleness steps ahead of the trainer.
+    """Samples whole steps, as SyncCollector does, up to max_staleness steps ahead of the trainer.
 
-    The requests of step t go out once step t - max_staleness has been collected, that is under weights of version
-    t - max_staleness at the earliest; a publish in between pauses them, and they go on under the new weights. So no
-    token of step t is older than max_staleness versions. Within the engines the steps queue in order.
-    A run that resumes samples anew what had not been collected, from the same prompts.
+    The requests of step t go out once step t - max_staleness has been collected, so under weights of version t -
+    max_staleness at the earliest. A publish in between pauses them, and they go on under the new weights. So no token
+    of step t is more than max_staleness versions old. Within the engines the steps queue in order. A run that resumes
+    samples again what had not been collected, from the same prompts.
     """
 
     def __init__(self, responder: Responder, prompts: Prompts, *, prompts_per_step: int, max_staleness: int,

@@ -1,4 +1,4 @@
-"""What all collectors share: their interface, what they draw from, and the account of every sampled token."""
+"""What all collectors share: their interface, where prompts come from, and the account of every sampled token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ledger:
 
     carried into it + generated = returned + dropped + carried out of it.
 
-    dropped: of aborted responses, of responses past the retention limit, and of attempts that had to be repeated.
+    dropped: tokens of aborted responses, of responses past the retention limit, and of attempts that were repeated.
     """
 
     generated_tokens: int = 0
@@ -38,7 +38,7 @@ class Ledger:
                    carried_responses, tally.retries)
 
     def then(self, later: Ledger) -> Ledger:
-        """This round and a later one of the same step."""
+        """The account of this round and a later one of the same step."""
         return Ledger(
             self.generated_tokens + later.generated_tokens, self.returned_tokens + later.returned_tokens,
             self.dropped_tokens + later.dropped_tokens, later.carried_tokens,
@@ -46,7 +46,7 @@ class Ledger:
 
 
 class Collector(Protocol):
-    """One round of a step's groups at a time, and the account of that round.
+    """Returns one round of a step's groups at a time, with the account of that round.
 
     A step asks for further rounds while its budget is not full. Every group is whole: K judged responses.
     """
@@ -54,7 +54,7 @@ class Collector(Protocol):
     async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on after the last collected step must know; numpy arrays and plain values."""
+        """What a run needs to go on after the last collected step; numpy arrays and plain values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -97,8 +97,9 @@ class BudgetFill(Protocol):
 
 
 class Running[T]:
-    """Tasks under way and what each is for; `finished` hands them out as they end, at a cost that does not grow with
-    how many there are (asyncio.wait looks at all of them in every call)."""
+    """Tasks under way, each with what it is for. `finished` returns them as they end. Its cost does not grow with their
+    number, while asyncio.wait looks at all of them in every call.
+    """
 
     def __init__(self) -> None:
         self._of: dict[asyncio.Task, T] = {}
@@ -113,14 +114,14 @@ class Running[T]:
         task.add_done_callback(self._ended.put_nowait)
 
     async def finished(self) -> list[tuple[Any, T]]:
-        """(result, what it was for) of all that have ended, at least one, in the order in which they ended."""
+        """(result, what it was for) of all tasks that have ended, at least one, in the order in which they ended."""
         ended = [await self._ended.get()]
         while not self._ended.empty():
             ended.append(self._ended.get_nowait())
         return [(task.result(), self._of.pop(task)) for task in ended if task in self._of]
 
     async def cancel(self, unwanted: Callable[[T], bool] = lambda _: True) -> None:
-        """Cancels those that are for something unwanted, and waits until they have cleaned up."""
+        """Cancels the tasks that are for something unwanted, and waits until they have cleaned up."""
         late = [task for task, of in self._of.items() if unwanted(of)]
         for task in late:
             del self._of[task]

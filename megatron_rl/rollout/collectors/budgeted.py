@@ -1,4 +1,4 @@
-"""Only what the training budget needs, without favouring short responses."""
+"""Samples only what the training budget needs, without favouring short responses."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ MEMORY = 0.5
 
 
 class BudgetedCollector:
-    """The groups first in order that fill Phi.
+    """Returns the groups first in order that fill Phi.
 
-    Order. Fixed before generation: the round's prompts in a permutation drawn from (seed, step, round), each with
+    Order. It is fixed before generation: the round's prompts in a permutation drawn from (seed, step, round), each with
     its K responses in sample order. The budget takes whole groups in this order (algo.order=groups; batch.assemble
-    takes them as they come), because the advantages of a group need all K rewards: were single responses permuted,
-    nearly every group would hold one that the budget selects, and nothing could be left out. Lengths play no part in
-    the order, so the groups returned are exactly those that sampling everything would select.
+    takes them as they come), because the advantages of a group need all K rewards. If single responses were permuted,
+    nearly every group would hold one that the budget selects, and nothing could be left out. Lengths do not affect the
+    order, so the groups returned are exactly those that sampling everything would select.
 
-    What waits for what. Requests go out in order. Whenever a response has been judged, the leading groups that
-    certainly fill the budget are counted: a finished response offers its tokens, an unfinished one none yet, so the
-    count can only shrink. Groups after them are aborted at once. Those counted are waited for to the end, also
-    their responses that the budget will cut: their rewards enter the advantages of the others.
+    What waits for what. Requests go out in order. Whenever a response has been judged, the collector counts the leading
+    groups that certainly fill the budget. A finished response offers its tokens, an unfinished one none yet, so the
+    count can only shrink. Groups after them are aborted at once. The collector waits for the end of all that are
+    counted, also for responses that the budget will cut, because their rewards enter the advantages of the others.
 
     Over-provisioning. A further group goes out while the groups that are out are expected to bring less than
-    overprovision * Phi (finished responses: their tokens; others: the mean of earlier rounds), and when nothing is
-    under way. In the first round there is no mean, and all go out. This decides when a group is sampled, never
+    overprovision * Phi, and if nothing is under way. Finished responses count their tokens, and others the mean of
+    earlier rounds. The first round has no mean, so all its groups go out. This decides when a group is sampled, never
     whether it is trained on.
     """
 
@@ -81,7 +81,7 @@ class _Round:
         self._running: Running[tuple[int, int]] = Running()
 
     async def until_filled(self) -> list[list[Judged]]:
-        """The groups that fill the budget, or all, if they do not."""
+        """The groups that fill the budget; all groups if they do not."""
         try:
             needed = None
             while True:
@@ -117,7 +117,7 @@ class _Round:
                 self.asked += 1
 
     def _expected(self) -> float:
-        """Tokens that the groups sent out will offer to the budget, with those of earlier rounds."""
+        """Tokens that the groups under way, with those of earlier rounds, are expected to offer to the budget."""
         return self._filled.total + self._mean_tokens * len(self._running)
 
 

@@ -21,7 +21,7 @@ class OpenResponse:
 
 @dataclasses.dataclass
 class OpenGroup:
-    """A prompt of which some response is unfinished. step: when its first request went out."""
+    """A prompt with at least one unfinished response. step: when its first request went out."""
 
     prompt: Prompt
     step: int

@@ -1,4 +1,4 @@
-"""A budget of sampled tokens per step; what is not finished goes on in the next one (C3PO++)."""
+"""Samples a budget of tokens per step; unfinished responses go on in the next step (C3PO++)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megatron_rl.types import Finish, RolloutGroup
 
 
 class PartialCollector:
-    """C3PO++ (arXiv 2510.18855): each round samples budget_tokens tokens, to the token, and no straggler is waited for.
+    """C3PO++ (arXiv 2510.18855): each round samples exactly budget_tokens tokens and waits for no straggler.
 
-    prompts_per_step groups are open at a time; a group that is finished is handed out and a new one opened, so that
-    engines stay busy. Responses are sampled in slices of at most slice_tokens: a slice is asked for with the prompt
-    and everything sampled so far as input, takes its tokens from the budget beforehand, and gives back what it did
-    not use. When the budget is spent, what is unfinished stays open with its tokens, log-probabilities and weight
-    versions, and goes on in the next round under the weights of that time. Slices bound what a dying engine can
-    lose; the price is a look-up of the prefix (in the engine's cache while the weights are the same) per slice.
+    prompts_per_step groups are open at a time. When a group finishes, the collector returns it and opens a new one, so
+    engines stay busy. Responses are sampled in slices of at most slice_tokens. A slice is a request whose input is the
+    prompt and everything sampled so far. It takes its tokens from the budget beforehand and gives back what it did not
+    use. When the budget is spent, unfinished responses stay open with their tokens, log-probabilities and weight
+    versions, and go on in the next round under the weights of that time. Slices bound what a dying engine can lose.
+    Their price is one look-up of the prefix per slice, in the engine's cache while the weights are the same.
 
-    What waits for what. The round ends when the slices under way have ended, so slice_tokens bounds its tail. A
-    group is handed out when all K responses are judged, because advantages need all K. A group that is still open
-    after retention_steps steps is dropped whole, and counted: that alone disfavours long responses. Whatever else
-    finishes is trained on in the step in which it finishes, or cut by the budget's own permutation. Which responses a
-    round reaches depends on how fast the engines are, so two runs with the same seed need not be the same.
+    What waits for what. The round ends when the slices under way have ended, so slice_tokens bounds its tail. A group
+    is returned when all K responses are judged, because advantages need all K. A group that is still open after
+    retention_steps steps is dropped whole, and counted; only this disfavours long responses. Everything else is trained
+    on in the step in which it finishes, or cut by the budget's own permutation. Which responses a round reaches depends
+    on the speed of the engines, so two runs with the same seed may differ.
     """
 
     def __init__(self, responder: Responder, prompts: Prompts, *, prompts_per_step: int, budget_tokens: int,
@@ -108,7 +108,10 @@ class PartialCollector:
 
 
 async def _slice(responder: Responder, response: OpenResponse, max_tokens: int) -> int:
-    """Samples on; tokens sampled. A response that no engine goes on with ends here, as a failed one."""
+    """Samples one slice more; the number of sampled tokens.
+
+    A response that no engine continues ends here, as a failed one.
+    """
     had, prompt = response.transcript.sampled_tokens, response.ticket.prompt
     try:
         response.transcript = await responder.sample(response.ticket, responder.plan, response.transcript, max_tokens)

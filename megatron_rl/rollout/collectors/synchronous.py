@@ -1,4 +1,4 @@
-"""Every response of the step's prompts."""
+"""Samples every response of the step's prompts."""
 
 from __future__ import annotations
 
