@@ -81,7 +81,7 @@ class Topology:
         return box[0]
 
     def share_with_replica(self, body: bytes | None) -> bytes:
-        """Collective within a replica: the bytes that its first rank has, on all its ranks (over gloo)."""
+        """Collective within a replica: every rank of it gets the bytes that its first rank has (over gloo)."""
         if self.replica_group is None:
             return body
         first = self.replica_firsts[self.dp_rank]
@@ -115,8 +115,8 @@ class Topology:
 def start(config: ParallelConfig, *, seed: int, timeout_s: float = TIMEOUT_S) -> Topology:
     """Join the process group, build Megatron's groups and seed its random states.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them, one process.
-    Raises ValueError when the world that was started is not parallel.world_size, or cannot run this layout.
+    It reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them, one process.
+    ValueError if the world that was started is not parallel.world_size, or cannot run this layout.
     """
     has_cuda = torch.cuda.is_available()
     if not has_cuda:

@@ -33,7 +33,7 @@ IDENTIFIER = ("id", "ID", "Record ID", "question_id", "unique_id")
 
 
 def read_benchmark(config: DataConfig) -> FileProblems:
-    """The problems of data.path, which is a file of data.source, in all splits. Bad rows as data.on_error says."""
+    """The problems of data.path, a file of data.source, in all splits. Bad rows are handled as data.on_error says."""
     make, problems, bad = BENCHMARKS[config.source], FileProblems(), []
     for row in read_file(config):
         try:
@@ -61,7 +61,7 @@ def _aime(row: Row, fields: dict[str, Any], domain: str) -> Problem:
 
 
 def _gpqa(row: Row, fields: dict[str, Any], domain: str) -> Problem:
-    """Options in an order drawn from the question, so that it is the same in every run; the answer is the letter."""
+    """The question fixes the order of the options, so it is the same in every run. The answer is the letter."""
     question = _text(fields, ("Question",))
     options = [_text(fields, (name,)).strip() for name in
                ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")]

@@ -37,8 +37,8 @@ VOCABULARY_SIZE = 96
 class Chains:
     """`size` problems of 2-7 operands with worked responses; problem i depends on (task_config, seed, i, split) only.
 
-    task_config: {"max_operands": M} draws the number of operands from 2-M with log-uniform chances instead, so that
-    the lengths of responses have a tail. ValueError on anything else in it.
+    task_config: {"max_operands": M} draws the number of operands from 2-M, log-uniformly, so that the lengths of
+    responses have a tail. ValueError on anything else in it.
     """
 
     domains = frozenset({"math"})
@@ -94,7 +94,7 @@ def _response(rng: random.Random, steps: list[str], total: int) -> str:
 
 
 def is_direct_answer(response_text: str) -> bool:
-    """Whether a response states its answer at once, with no step before the box."""
+    """Whether a response states its answer at once, without a step before the box."""
     return response_text.lstrip().startswith("\\boxed")
 
 

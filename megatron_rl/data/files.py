@@ -1,4 +1,4 @@
-"""Problems from a file of the user's. All bad rows are reported at once, with the config key to change."""
+"""Problems from a user's file. One error reports all bad rows, with the config key to change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class FileProblems(list[Problem]):
-    """The problems of one file, in file order. skipped: bad rows left out under data.on_error=skip.
+    """The problems of one file, in file order. skipped: how many bad rows data.on_error=skip left out.
 
     places: id -> file and row, for messages.
     """
@@ -71,7 +71,7 @@ def read_problems(config: DataConfig) -> FileProblems:
 
 
 def problem_of(row: Row, config: DataConfig) -> Problem:
-    """The problem of one row. BadRow says what is wrong with it. A column without a value counts as absent."""
+    """The problem of one row. BadRow says what is wrong with the row. A column without a value counts as absent."""
     if isinstance(row.fields, BadRow):
         raise row.fields
     fields = row.fields
@@ -98,7 +98,7 @@ def problem_of(row: Row, config: DataConfig) -> Problem:
 
 
 def report_bad(bad: list[str], config: DataConfig) -> None:
-    """`bad`, a line for each bad row, as data.on_error says: ValueError, or a warning."""
+    """Reports `bad`, a line for each bad row, as data.on_error says: ValueError, or a warning."""
     listed = bad[:LISTED_ROWS]
     if len(bad) > LISTED_ROWS:
         listed.append(f"and {len(bad) - LISTED_ROWS} more")
@@ -115,14 +115,14 @@ def _line(where: str) -> str:
 
 
 def missing(columns: Iterable[str], key: str, name: str) -> str:
-    """That there is no such column, what there is, and which was meant."""
+    """Says that there is no such column, which columns there are, and which was probably meant."""
     near = difflib.get_close_matches(name, columns := list(columns), n=1)
     hint = f"did you mean data.{key}={near[0]}?" if near else f"set data.{key}"
     return f"no column {name!r} (data.{key}={name}); columns: {', '.join(columns) or 'none'}; {hint}"
 
 
 def is_absent(value: Any) -> bool:
-    """null, or the NaN that stands for it in tables."""
+    """Whether it is null, or the NaN that stands for null in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -184,7 +184,7 @@ def _json(text: str, name: str) -> Any:
 
 
 def _messages(value: list[Any], config: DataConfig) -> tuple[tuple[Message, ...], str | None]:
-    """(the messages of the prompt, what the assistant answered): an answer at the end is no part of a prompt."""
+    """(the messages of the prompt, what the assistant answered). An answer at the end is not part of a prompt."""
     where = f"column {config.prompt_key!r} (data.prompt_key={config.prompt_key})"
     if config.template == "plain":
         raise BadRow(f"{where} is a list of chat messages, which data.template=plain cannot send; "

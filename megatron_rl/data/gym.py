@@ -28,10 +28,10 @@ EXAMPLES = {"graph_color": "possible_answer", "rubiks_cube": "example_correct_an
 class Gym:
     """`size` problems of one task, domain "reasoning_gym"; problem i depends on (task, config, seed, i, split).
 
-    metadata: {"task", "task_config", "entry"}, what the scorer of domain reasoning_gym needs. reasoning-gym
-    seeds item i with seed + i, so neighbouring seeds would share items: data.seed is hashed first. An item
-    outside the split, or one that no answer or every answer solves, is replaced by item i of the next derived seed.
-    Raises ValueError naming data.task or data.task_config.
+    metadata: {"task", "task_config", "entry"}, which the scorer of domain reasoning_gym needs. reasoning-gym seeds item
+    i with seed + i, so neighbouring seeds would share items; data.seed is therefore hashed first. An item is replaced
+    by item i of the next derived seed if it lies outside the split, or if no answer or every answer solves it.
+    ValueError naming data.task or data.task_config.
     """
 
     domains = frozenset({"reasoning_gym"})

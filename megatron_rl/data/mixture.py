@@ -1,4 +1,4 @@
-"""Several sources in one: prompts in the ratio of weights, which may change along a curriculum."""
+"""Mixes several sources: prompts in the ratio of weights, which may change along a curriculum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ __all__ = ["MixedSampler", "MixedSource", "build_prompts", "build_sampler", "hel
 
 
 class MixedSource:
-    """A PromptSource over named parts. By index they are interleaved: every prefix holds them in the ratio of sizes."""
+    """A PromptSource over named parts.
+
+    Indices interleave them: every prefix holds the parts in the ratio of their sizes.
+    """
 
     def __init__(self, parts: Mapping[str, PromptSource]):
         self.parts = dict(parts)
@@ -56,11 +59,13 @@ class MixedSource:
 
 
 class MixedSampler:
-    """Deals from each part in its own resumable order; after n prompts of a stage a part has had n * weight, give or
-    take less than one per part.
+    """Deals from each part in its own resumable order.
 
-    The part that is furthest behind its share comes next, so there is no chance in the mixture. State of a run with
-    other weights is taken over: each part goes on where it was, and the ratio holds from there.
+    After n prompts of a stage, a part has had n * weight of them, with an
+    error of less than one per part.
+
+    The part that is furthest behind its share comes next, so a mixture has no randomness. It accepts the state of a run
+    with other weights: each part goes on where it was, and the new ratio holds from there.
     """
 
     def __init__(self, source: MixedSource, stages: Sequence[CurriculumStage], seed: int, *, shuffle: bool = True):
@@ -90,7 +95,7 @@ class MixedSampler:
                 "parts": {name: sampler.state_dict() for name, sampler in self._samplers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. ValueError if a part changed, or if there are other parts."""
+        """Goes on from where `state` was taken. ValueError if a part changed, or if there are other parts."""
         if state["parts"].keys() != self._samplers.keys():
             raise ValueError(f"the checkpoint's prompt order mixes {', '.join(state['parts'])}, this run "
                              f"{', '.join(self._samplers)}: data.mix changed, so the order cannot go on")
@@ -109,7 +114,7 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def heldout(config: DataConfig, *, seed: int, size: int) -> DataConfig:
-    """The held-out problems of what `config` trains on; generators draw `size` of them from `seed`."""
+    """The held-out problems of the data that `config` trains on; generators draw `size` of them from `seed`."""
     if config.source == "mix":
         parts = {name: heldout(part, seed=seed, size=part.size) for name, part in config.mix.items()}
         return replace(config, mix=parts, split="all", weights={}, curriculum=(), shuffle=True)
@@ -135,7 +140,7 @@ def build_prompts(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptS
 
 
 def build_sampler(source: PromptSource, config: DataConfig, seed: int) -> PromptSampler | MixedSampler:
-    """The endless order over `source` (of build_prompts) that data.shuffle, .weights and .curriculum describe."""
+    """The endless order over `source` (from build_prompts) that data.shuffle, .weights and .curriculum describe."""
     if isinstance(source, MixedSource):
         stages = config.curriculum or (CurriculumStage(config.weights),)
         return MixedSampler(source, stages, seed, shuffle=config.shuffle)

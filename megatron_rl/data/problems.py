@@ -1,4 +1,4 @@
-"""What a source of problems hands on before a tokenizer is involved, and the train/held-out split."""
+"""What a source of problems returns, before a tokenizer is involved, and the split into train and held-out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Problems(Protocol):
 
 
 def asked(text: str | tuple[Message, ...]) -> str:
-    """The text of a problem; of chat messages, what the user says."""
+    """The text of a problem; for chat messages, what the user says."""
     if isinstance(text, str):
         return text
     return "\n".join(message["content"] for message in text if message["role"] == "user")
@@ -48,8 +48,8 @@ def asked(text: str | tuple[Message, ...]) -> str:
 def in_split(text: str | tuple[Message, ...], split: str) -> bool:
     """Whether a problem text belongs to `split` (train | heldout | all).
 
-    The text's own hash decides, so no seed, file or index can put one text into both train and heldout. What a system
-    message says, and whether the text is a chat, makes no difference.
+    The text's own hash decides, so no seed, file or index can put one text into both train and heldout. The system
+    message makes no difference, and neither does whether the text is a chat.
     """
     if split == "all":
         return True

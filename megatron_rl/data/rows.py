@@ -1,6 +1,6 @@
-"""Rows of the files that problems come in: JSON lines or a JSON list, CSV, Parquet, Hugging Face `datasets` on a disk.
+"""Rows of problem files: JSON lines or a JSON list, CSV, Parquet, Hugging Face `datasets` on a disk.
 
-Text may be gzip or zstd, and may begin with a byte-order mark; what a file holds is seen from its first bytes.
+Text may be gzip or zstd, and may begin with a byte-order mark. The first bytes of a file tell its format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GZIP, ZSTD, MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 
 
 class BadRow(ValueError):
-    """Why one row cannot be used."""
+    """One row cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Row:
 
 
 def data_path(config: DataConfig) -> Path:
-    """data.path, which must be there: a file for jsonl, a folder for hf_dataset, either for parquet."""
+    """data.path, which must exist: a file for jsonl, a folder for hf_dataset, either for parquet."""
     if config.path is None:
         raise ValueError(f"data.source={config.source} needs data.path")
     path = Path(config.path)
@@ -55,7 +55,10 @@ def data_path(config: DataConfig) -> Path:
 
 
 def read_rows(config: DataConfig) -> Iterator[Row]:
-    """Every row of data.path in file order; blank lines are skipped. ValueError when the whole cannot be read."""
+    """Every row of data.path in file order; blank lines are skipped.
+
+    ValueError if the file as a whole cannot be read.
+    """
     path = data_path(config)
     if config.source == "jsonl":
         yield from _json_rows(path)
@@ -120,7 +123,7 @@ def _json_lines(path: Path, file: BinaryIO | io.BytesIO) -> Iterator[Row]:
 
 
 def _json_list(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """The items of one list, or lines of which the first is a list."""
+    """The items of one list, or of lines if the first of them is a list."""
     raw = file.read()
     first = raw.lstrip().splitlines()[0]
     if _is_whole(first) and len(raw.strip()) > len(first):
@@ -171,7 +174,7 @@ def _reason(error: ValueError | RecursionError) -> str:
 
 
 def _object(value: Any) -> dict[str, Any] | BadRow:
-    """The row, whole: everything in it can be written again."""
+    """The row, complete: everything in it can be written again."""
     if not isinstance(value, dict):
         return BadRow(f"a JSON {type(value).__name__}, not an object")
     for name, content in value.items():

@@ -41,7 +41,7 @@ class PromptSampler:
                 "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. ValueError if it belongs to another size, seed or shuffle."""
+        """Goes on from where `state` was taken. ValueError if it belongs to another size, seed or shuffle."""
         own = self.state_dict()
         for name, key in (("size", "the data"), ("seed", "run.seed"), ("shuffle", "data.shuffle")):
             if state[name] != own[name]:

@@ -21,12 +21,13 @@ __all__ = ["Limits", "ProblemSource", "PromptSource", "build_source"]
 
 
 class PromptSource(Protocol):
-    """Prompts by index, the same prompt at every access.
+    """Prompts by index; an index gives the same prompt at every access.
 
-    domains: every domain a prompt may carry (for RewardPool.check_domains before the first step).
-    sft_example: (prompt, response token ids, end-of-sequence id included); ValueError without responses.
-    objections: of the first `number` problems those that cannot be used and have not been looked at yet, with why.
-    questions: what the problems of files ask (problems.asked); nothing of generators.
+    - domains: every domain that a prompt may carry (for RewardPool.check_domains before the first step).
+    - sft_example: (prompt, response token ids, end-of-sequence id included); ValueError without responses.
+    - objections: among the first `number` problems, those that cannot be used and were not checked yet, with the
+      reason.
+    - questions: what the problems of files ask (problems.asked); nothing for generators.
     """
 
     @property
@@ -45,10 +46,11 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a prompt may be; None: anything goes.
+    """What a prompt may be; None: no limit.
 
-    vocabulary_size: token ids lie below it. check: raises ValueError if no reward can judge the prompt.
-    max_example_tokens: of a prompt with its response, which every problem must have then (SFT).
+    - vocabulary_size: token ids must lie below it.
+    - check: raises ValueError if no reward can judge the prompt.
+    - max_example_tokens: limit of a prompt with its response, which every problem must then have (SFT).
     """
 
     max_prompt_tokens: int | None = None
@@ -100,7 +102,7 @@ class ProblemSource:
         return frozenset(asked(each.text) for each in self._problems) if self._checked else frozenset()
 
     def objection(self, index: int) -> str | None:
-        """Why problem `index` cannot be used, None if it can."""
+        """The reason why problem `index` cannot be used; None if it can."""
         try:
             prompt = (self.prompt(index) if self._limits.max_example_tokens is None else self.sft_example(index)[0])
             if self._limits.check is not None:
@@ -111,7 +113,7 @@ class ProblemSource:
         return None
 
     def without(self, problems: FileProblems, left_out: Collection[int]) -> ProblemSource:
-        """A source of the same problems but those at these places; all of them have been checked."""
+        """A source of the same problems, except those at these places. All of them have been checked."""
         kept = FileProblems((each for place, each in enumerate(problems) if place not in left_out), problems.places)
         source = ProblemSource(kept, self._template, self._tokenizer, self._limits)
         source._checked = True
@@ -142,10 +144,10 @@ class ProblemSource:
 
 
 def build_source(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptSource:
-    """The source named by data.source. `tokenizer` is a Hugging Face tokenizer.
+    """The source that data.source names. `tokenizer` is a Hugging Face tokenizer.
 
-    Generated prompts are made and checked on access, so any data.size is cheap to build. A file is read and
-    checked whole. Raises ValueError that names the data.* key or the file and line at fault.
+    Generated prompts are made and checked on access, so any data.size is cheap to build. A file is read and checked as
+    a whole. ValueError names the faulty data.* key, or file and line.
     """
     template = build_template(config, tokenizer)
     problems = _problems(config)
@@ -161,7 +163,7 @@ def build_source(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptSo
 
 
 def _named(problems: FileProblems, index: int, why: str, config: DataConfig) -> str:
-    """The objection with the row's place and, if there is no answer, the columns that might hold one."""
+    """The objection with the row's place and, if the answer is missing, the columns that might hold one."""
     problem = problems[index]
     place = problems.places.get(problem.id, problem.id)
     if not problem.answer and "answer" in why and config.source in FILE_SOURCES:

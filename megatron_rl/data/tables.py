@@ -20,9 +20,9 @@ _SPLIT_NAMES = ("train", "training", "test", "testing", "validation", "valid", "
 
 
 def parquet_files(path: Path, split: str) -> list[Path]:
-    """`path`, or the files of `split` below it, as the Hub lays splits out: train-00000-of-00002, test.parquet, test/.
+    """`path`, or the files of `split` below it, in the Hub's layout: train-00000-of-00002, test.parquet, test/.
 
-    ValueError if the folder holds several splits, but none of that name, or files of no split beside them.
+    ValueError if the folder holds several splits but none of that name, or files of no split beside them.
     """
     if path.is_file():
         _refuse_split(path, split)
@@ -44,7 +44,7 @@ def parquet_files(path: Path, split: str) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split that the file's own name says, or a folder's above it."""
+    """The split that the name of the file, or of a folder above it, says."""
     stem = file.name.removesuffix(".parquet").lower()
     if (shard := _SHARD.match(stem)) and shard[1] not in ("data", "part"):
         return shard[1]
@@ -61,7 +61,7 @@ def _refuse_split(path: Path, split: str) -> None:
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any] | str]:
-    """Each row, or why it cannot be read. ValueError if the file cannot."""
+    """Each row, or the reason why it cannot be read. ValueError if the file cannot be read."""
     from pyarrow import ArrowException, parquet  # here, because only some runs read tables
 
     try:
@@ -73,7 +73,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any] | str]:
 
 
 def arrow_rows(path: Path) -> Iterator[dict[str, Any] | str]:
-    """As parquet_rows, for a file of Dataset.save_to_disk."""
+    """Like parquet_rows, for a file of Dataset.save_to_disk."""
     import pyarrow as pa
 
     try:

@@ -13,7 +13,7 @@ __all__ = ["ChatTemplate", "PlainTemplate", "Template", "build_template"]
 
 
 class Template(Protocol):
-    """Renders one problem; raises ValueError where the problem does not fit the template."""
+    """Renders one problem. ValueError if the problem does not fit the template."""
 
     def render(self, text: str | tuple[Message, ...]) -> str: ...
 

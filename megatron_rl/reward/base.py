@@ -1,4 +1,4 @@
-"""What a scorer is: a function of (prompt, response text), split so that its costly part can run elsewhere."""
+"""What a scorer is: a function of (prompt, response text), split so that its costly part can run in a worker."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STATUSES = ("correct", "wrong", "no_answer", "timeout", "error", "graded",
 class Job:
     """The costly part of one judgement: an importable function and picklable arguments, run in a worker.
 
-    memo_key holds everything the function reads, so equal keys have equal scores; None: never remembered.
-    timeout_s: of this job, where reward.timeout_s is not meant for it.
+    memo_key: holds everything the function reads, so equal keys have equal scores. None: the score is never remembered.
+    timeout_s: limit of this job, if reward.timeout_s does not apply to it.
     """
 
     function: Callable[..., Score]
@@ -28,7 +28,7 @@ class Job:
     timeout_s: float | None = None
 
     def run(self) -> Score:
-        """The score; an exception of the function becomes status `error` with its type and message."""
+        """The score. If the function raises, the status is `error`, with the exception's type and message."""
         foreign = _ForeignCode()
         with foreign:
             return self.function(*self.args)
@@ -38,11 +38,11 @@ class Job:
 class Scorer(Protocol):
     """Judges the responses of one domain.
 
-    prepare: does the cheap part here and returns the Score if that decides it, else the Job that does.
-    score: both parts in this process, without a time limit.
-    check: ValueError if the prompt lacks what the scorer needs of it; called for every row before a run starts.
-    warm_up: run once in each worker before its first job (imports); None if prepare always decides.
-    preload: modules a worker needs.
+    - prepare: does the cheap part in this process. It returns the Score if that decides it, else the Job that does.
+    - score: both parts in this process, without a time limit.
+    - check: ValueError if the prompt lacks what the scorer needs; called for every row before a run starts.
+    - warm_up: run once in each worker before its first job (imports); None if prepare always decides.
+    - preload: modules that a worker needs.
     """
 
     preload: tuple[str, ...]
@@ -56,7 +56,7 @@ class Scorer(Protocol):
 
 
 def run(prepared: Score | Job) -> Score:
-    """The Score of what Scorer.prepare returned, computed in this process."""
+    """The Score that Scorer.prepare returned, or that its Job computes in this process."""
     return prepared.run() if isinstance(prepared, Job) else prepared
 
 
@@ -71,7 +71,7 @@ def verdict(correct: bool) -> Score:
 
 
 class _ForeignCode:
-    """Keeps the exception of code that is not ours as text: it may be of any type, and many do not pickle."""
+    """Keeps an exception of foreign code as text. It may be of any type, and many types do not pickle."""
 
     failure = ""
 

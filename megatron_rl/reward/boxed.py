@@ -10,9 +10,9 @@ _TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the \\boxed{...} that opens last among those that close; None without one.
+    """The content of the \\boxed{...} that opens last among those that close; None if there is none.
 
-    Braces nest, escaped braces do not count. One pass, so a text full of open boxes costs no more.
+    Braces nest, and escaped braces do not count. One pass, so a text full of open boxes costs no more.
     """
     open_at: list[int | None] = []  # start of the content for a box, None for a plain brace
     best: tuple[int, int] | None = None

@@ -1,6 +1,6 @@
-"""Sources that call one function with given arguments and print each value as a line of JSON.
+"""Source code that calls one function with given arguments and prints each value as a line of JSON.
 
-Python calls through harness/serve.py. For C++ and Java a main program is written: arguments become literals, the
+Python calls go through harness/serve.py. For C++ and Java a main program is written. Arguments become literals, and the
 function's own parameter types decide what they are converted to.
 """
 
@@ -58,7 +58,7 @@ def split_entry_point(entry_point: str) -> tuple[str | None, str]:
 
 
 def read_values(stdout: bytes) -> list[dict[str, Any]]:
-    """{"ok": value} or {"error": ...} of each call that was answered; stops at the first line that is neither."""
+    """{"ok": value} or {"error": ...} for each answered call. It stops at the first line that is neither."""
     values = []
     for line in stdout.decode(errors="replace").splitlines():
         try:
@@ -120,7 +120,10 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A C++ string literal; all but letters, digits and blanks in octal, whose three digits end by themselves."""
+    """A C++ string literal.
+
+    Everything but letters, digits and blanks is octal, whose three digits end by themselves.
+    """
     plain = frozenset(b" abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
     return '"' + "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in text.encode()) + '"'
 

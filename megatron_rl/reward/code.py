@@ -41,7 +41,7 @@ FIELDS = {"stdin": ("input", "output"), "function": ("args", "expected")}
 
 @dataclass(frozen=True)
 class CodeTask:
-    """What metadata says about one problem, checked. tests: as the module's docstring has it."""
+    """One problem's metadata, checked. tests: in the form that the module's docstring describes."""
 
     language: Literal["python", "cpp", "java"]
     mode: Literal["stdin", "function", "unit"]
@@ -56,16 +56,18 @@ class CodeTask:
 
     @property
     def longest_s(self) -> float:
-        """Seconds after which judging it has certainly gone wrong: every test just within its limits."""
+        """Seconds that judging can take at most: every test just within its limits."""
         runs = len(self.tests) if self.mode == "stdin" else 1
         return JOB_SLACK_S + Limits(cpu_s=self.compile_s).end_s + runs * Limits(cpu_s=self.time_s).end_s
 
 
 class CodeScorer:
-    """1 only if every test passes. Otherwise 0, and the status of the first test that does not: wrong, timeout,
-    runtime_error, memory_limit, output_limit; compile_error for what is no program; no_answer without a code block.
+    """1 only if every test passes.
 
-    Raises RuntimeError that says what to do if reward.sandbox cannot run.
+    Otherwise 0, with the status of the first test that fails: wrong, timeout, runtime_error,
+    memory_limit, output_limit; compile_error if the text is not a program; no_answer without a code block.
+
+    RuntimeError that says what to do if reward.sandbox cannot run.
     """
 
     preload = ("megatron_rl.reward.judges",)
@@ -82,7 +84,7 @@ class CodeScorer:
         """Imports are preloaded; there is nothing else to warm."""
 
     def prepare(self, prompt: Prompt, response_text: str) -> Job:
-        """Even the code block is looked for in the worker, so that no text holds up whoever asks."""
+        """Leaves even the search for the code block to the worker, so that no text holds up the caller."""
         task, digest = self._task_and_digest(prompt)
         key = hashlib.blake2b(response_text.encode(errors="surrogatepass"), key=digest).digest()
         return Job(judge_response, (self._box, task, response_text), ("code", key), timeout_s=task.longest_s)
@@ -91,11 +93,11 @@ class CodeScorer:
         return run(self.prepare(prompt, response_text))
 
     def check(self, prompt: Prompt) -> None:
-        """ValueError that names the prompt and the column at fault if its programs cannot be judged."""
+        """ValueError that names the prompt and the faulty column if its programs cannot be judged."""
         self._task(prompt)
 
     def _task_and_digest(self, prompt: Prompt) -> tuple[CodeTask, bytes]:
-        """Made once for all responses to a prompt: tests may be megabytes."""
+        """Computed once for all responses to a prompt, because tests may be megabytes."""
         known = self._known.get(prompt.id)
         if known is None or known[0] is not prompt:
             task = self._task(prompt)

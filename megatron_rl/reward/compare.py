@@ -1,4 +1,4 @@
-"""When two outputs of a program, or two values of a function, count as the same."""
+"""Compares two outputs of a program, or two values of a function."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)([eE][+-]?\
 
 
 def same_output(found: str, expected: str, tolerance: float) -> bool:
-    """Word by word, whatever the white space. If the expected word is a decimal number (not an integer), one
-    within the relative or absolute tolerance will do."""
+    """Compares word by word; white space does not matter.
+
+    If the expected word is a decimal number (not an integer), a number
+    within the relative or absolute tolerance will do.
+    """
     ours, theirs = found.split(), expected.split()
     return len(ours) == len(theirs) and all(
         word == wanted or (_DECIMAL.fullmatch(wanted) is not None and _close(word, wanted, tolerance))
@@ -24,9 +27,10 @@ def same_output(found: str, expected: str, tolerance: float) -> bool:
 def same_value(found: Any, expected: Any, tolerance: float) -> bool:
     """Equal as in Python, with these differences:
 
-    True and False are no numbers.
-    A float that is expected is met within the tolerance; an int is met exactly (3.0 is 3, 3.0000001 is not).
-    Lists are like tuples, and keys that are numbers are like their text: JSON has neither tuples nor such keys.
+    - True and False are not numbers.
+    - An expected float is met within the tolerance; an int must be exact (3.0 is 3, 3.0000001 is not).
+    - A list equals a tuple of the same items, and a key that is a number equals its text: JSON has neither tuples nor
+      such keys.
     """
     if isinstance(expected, bool) or isinstance(found, bool):
         return found is expected

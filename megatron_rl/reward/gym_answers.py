@@ -1,9 +1,9 @@
 """Which answers the checker of a reasoning-gym task (0.1.25) gets to see.
 
-Several checkers give full marks to nan, to a prefix of the answer or to any text that holds it, and several call
-eval() on the answer. So an answer is right if it is the reference. Only the tasks of CHECKED, which have more than
-one right answer or more than one way to write it, ask their checker, and only for answers of the given shape. The
-tasks of OWN are judged here, because their checkers accept wrong answers of the right shape.
+Several checkers give full marks to nan, to a prefix of the answer or to any text that holds it. Several call eval() on
+the answer. So an answer is right if it is the reference. Only the tasks of CHECKED ask their checker, because they have
+more than one right answer or more than one way to write it, and only for answers of the given shape. The tasks of OWN
+are judged here, because their checkers accept wrong answers of the right shape.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _json_of(text: str, shape: str) -> Any:
 
 
 def _same_grid(answer: str, entry: Mapping[str, Any]) -> bool:
-    """The same rows of 0 and 1. (game_of_life's checker looks at a part of a larger grid, and takes true for 1.)"""
+    """The same rows of 0 and 1. (game_of_life's checker looks at a part of a larger grid, and accepts true for 1.)"""
     return _json_of(answer, r"[\[\]01,\s]+") == json.loads(entry["answer"])
 
 

@@ -1,7 +1,7 @@
-"""Judges one program by its tests; runs in a worker of the reward pool, the program in a sandbox.
+"""Judges one program by its tests. This code runs in a worker of the reward pool, the program in a sandbox.
 
-A program shares nothing with its judge. What the right answers are never enters its sandbox: values and outputs leave
-it as data and are compared here. Python unit tests run in a second sandbox, beside the solution's, and compare there.
+A program shares nothing with its judge. The right answers never enter its sandbox: values and outputs leave it as data
+and are compared here. Python unit tests run in a second sandbox, beside the solution's, and compare there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def judge_response(box: Box | Remote, task: CodeTask, response_text: str) -> Sco
 
 
 def solution_code(text: str, language: str, *, in_thinking: bool) -> str | None:
-    """The last closed block that is marked with the language; without one, the last that is marked with nothing.
+    """The last closed block that is marked with the language; without one, the last block without a mark.
 
     in_thinking: whether blocks between <think> and </think> count.
     """
@@ -61,7 +61,7 @@ def solution_code(text: str, language: str, *, in_thinking: bool) -> str | None:
 
 
 def _language_of(info: str) -> str:
-    """The first word of an info string: of `python title=x`, `{.python}` and `Python:main.py` it is python."""
+    """The first word of an info string: python for `python title=x`, `{.python}` and `Python:main.py`."""
     first = re.match(r"[{.\s]*([\w+#-]*)", info)
     return first[1].lower() if first else ""
 
@@ -103,7 +103,7 @@ def _judge_stdin(box: Box | Remote, task: CodeTask, code: str, limits: Limits) -
 
 
 def _judge_calls(box: Box | Remote, task: CodeTask, code: str, limits: Limits) -> Score:
-    """All calls in one run of the program, each value compared here."""
+    """Makes all calls in one run of the program and compares each value here."""
     calls = [test["args"] for test in task.tests]
     sources, stdin = call_sources(task.language, task.context, code, task.entry_point, calls)
     if task.language != "python":
@@ -178,7 +178,7 @@ def _python_unit(box: Box, task: CodeTask, code: str, limits: Limits) -> Score:
 
 
 def _deep(limits: Limits) -> Limits:
-    """For serve.py, whose first thread calls the solution: half of the memory as its stack."""
+    """For serve.py, whose first thread calls the solution: its stack may take half of the memory."""
     return replace(limits, stack_mb=limits.memory_mb // 2)
 
 

@@ -1,4 +1,4 @@
-"""How a program of each language is compiled and run; the command lines are of the sandbox's world."""
+"""How a program of each language is compiled and run. The command lines are valid inside the sandbox."""
 
 from __future__ import annotations
 
@@ -37,10 +37,13 @@ ALIASES = {"python": ("python", "python3", "py", "py3"), "cpp": ("cpp", "c++", "
 
 @dataclass(frozen=True)
 class Language:
-    """compile: source file names -> the shell line that writes the program to standard output; None: not compiled.
+    """One language.
 
-    run: the command line, given the limits; program: the name under which the compiled program is placed.
-    beside: further files for the compiler. deep: whether the first thread's stack may take all of the memory.
+    - compile: source file names -> the shell line that writes the program to standard output; None: not compiled.
+    - run: the command line, given the limits.
+    - program: the name under which the compiled program is placed.
+    - beside: further files for the compiler.
+    - deep: whether the first thread's stack may take all of the memory.
     """
 
     needs: str
@@ -103,7 +106,7 @@ class Program:
 
 def build(box: Box, language: str, sources: Mapping[str, str], limits: Limits, *, compile_s: int,
           main_class: str = "") -> Program | Outcome:
-    """The program, compiled in a sandbox of its own; the Outcome of the compiler where it fails.
+    """The program, compiled in a sandbox of its own; the compiler's Outcome if it fails.
 
     sources: file name -> text; Python has one, main.py.
     """
@@ -124,7 +127,7 @@ def build(box: Box, language: str, sources: Mapping[str, str], limits: Limits, *
 
 @dataclass(frozen=True)
 class JavaClasses:
-    """The classes of a Java source that are in no other: what its file must be called, which one it starts in."""
+    """The top-level classes of a Java source: what its file must be called, and which class it starts in."""
 
     names: tuple[str, ...]
     public: str | None
@@ -133,7 +136,7 @@ class JavaClasses:
     """Method name -> the classes that have it."""
 
     def owner(self, method: str) -> str:
-        """The class that a method by that name is meant of: Solution, the public one, or the first that has it."""
+        """The class that holds a method of that name: Solution, the public one, or the first that has it."""
         has_it = self.owners.get(method, ())
         likely = [name for name in ("Solution", self.public) if name in (has_it or self.names)]
         return [*likely, *has_it, self.start][0]
@@ -169,7 +172,7 @@ def java_classes(source: str) -> JavaClasses:
 
 
 def java_source(context: str, code: str) -> str:
-    """One Java file of both: every import comes first, a package is none of ours."""
+    """One Java file made of both: every import comes first, and package lines are left out."""
     whole = f"{context}\n{code}" if context else code
     imports = re.compile(r"^[ \t]*import\s+(?:static\s+)?[\w.]+(?:\.\*)?[ \t]*;", re.MULTILINE)
     whole = re.sub(r"^[ \t]*package\s+[\w.]+[ \t]*;", "", whole, flags=re.MULTILINE)
@@ -180,6 +183,6 @@ def java_source(context: str, code: str) -> str:
 
 
 def _is_syntax_error(outcome: Outcome) -> bool:
-    """Python says so without a traceback when it is the program itself that it cannot read."""
+    """Whether Python could not read the program itself; it then reports no traceback."""
     text = outcome.stderr.decode(errors="replace")
     return not text.startswith("Traceback") and bool(re.search(r"^(Syntax|Indentation|Tab)Error: ", text, re.MULTILINE))

@@ -1,7 +1,7 @@
-"""The fenced code blocks of a Markdown text, as CommonMark 0.31 finds them (sections 4.5, 5.1, 5.2), in linear time.
+"""The fenced code blocks of a Markdown text, as CommonMark 0.31 defines them (sections 4.5, 5.1, 5.2), in linear time.
 
-A parser for all of Markdown takes seconds for some texts of 128,000 characters (markdown-it-py 4.3: 23 s for lines
-that go on with a nested quote). Blocks of HTML are read as text.
+A parser for all of Markdown takes seconds for some texts of 128,000 characters (markdown-it-py 4.3: 23 s for lines that
+continue a nested quote). Blocks of HTML are read as text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class _Open:
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(info string, content) of each closed block, in order. One that the text or its container ends is left out."""
+    """(info string, content) of each closed block, in order.
+
+    A block that the text's or its container's end closes is left out.
+    """
     blocks: list[tuple[str, str]] = []
     containers: list[int] = []  # QUOTE, or the columns of a list item
     quotes: list[int] = []  # their places among the containers

@@ -24,16 +24,16 @@ _EXACT = Rules()
 
 
 class MathVerifyScorer:
-    """1 if the last box holds prompt.answer, worked out; docs/rewards.md says what counts as equal, and as worked out.
+    """1 if the last box holds prompt.answer, worked out; docs/rewards.md says what counts as equal and as worked out.
 
-    no_answer without a closed, non-empty box; for a reference that is an option's letter the last line will do.
+    no_answer without a closed, non-empty box. If the reference is an option's letter, the last line will do.
     """
 
     preload = ("math_verify", "mpmath", "pint")
 
     @staticmethod
     def warm_up() -> None:
-        """Number, unit and symbol paths are set up at their first use: not at the first response's cost."""
+        """Sets up the paths for numbers, units and symbols, so that the first response does not pay for it."""
         logging.getLogger("math_verify").setLevel(logging.CRITICAL + 1)
         for box, answer in (("0.5", "\\frac{1}{2}"), ("(x+1)^2", "x^2+2x+1"), ("5\\text{ cm}", "50\\text{ mm}"),
                             ("\\sum_{k=1}^n k", "\\sum_{k=1}^{n} k")):
@@ -53,7 +53,7 @@ class MathVerifyScorer:
 
 
 def prepared(prompt: Prompt, response_text: str, rules: Rules) -> Score | Job:
-    """The verdict if no worker is needed for it, else the job that finds it."""
+    """The verdict if it needs no worker, else the job that finds it."""
     answer, box = prompt.answer.strip(), last_boxed(response_text)
     if box is None and is_choice(answer):
         letter = final_letter(response_text)
@@ -72,7 +72,7 @@ def judge_math(box: str, answer: str) -> Score:
 
 
 def judge(box: str, answer: str, rules: Rules, question: str) -> Score:
-    """Whether a box holds the answer, and does not only repeat the question.
+    """Whether a box holds the answer and does not just repeat the question.
 
     `wrong` with a detail if no answer could be right. No time limit.
     """

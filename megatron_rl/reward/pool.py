@@ -1,16 +1,16 @@
 """Judges responses in worker processes that can be killed, and remembers what it has judged.
 
-pebble.ProcessPool (5.x) runs the jobs. Workers come from a fork server, never from a fork of the trainer, whose gloo
-and NCCL threads a fork would copy in mid-air; the server imports the scorers once, so a killed worker is replaced in
-well under a second.
+pebble.ProcessPool (5.x) runs the jobs. Workers come from a fork server, never from a fork of the parent, whose gloo and
+NCCL threads a fork would copy in mid-air. The server imports the scorers once, so a killed worker is replaced in well
+under a second.
 
-A job's limit is processor time: the kernel ends its worker (SIGPROF), whatever expression the interpreter is lost in,
-and a machine that does other things too costs nothing. By the clock a job has three times that and 2 s, for those that
-only wait. Whoever runs out of that, or loses the worker, may have been disturbed by others: such a job is tried once
-more, by itself, in a second pool of one worker. So are the jobs that a killed worker had before it (pebble counts their
-time from when it hears of them, which may be after the kill). A broken pool (pebble declares one when a worker dies
-idle) is replaced, and its jobs are sent once more; a scheduler that asks the run to stop signals every process, and the
-run ends the step that it is in.
+A job's limit is processor time. The kernel ends its worker (SIGPROF), whatever expression the interpreter is lost in,
+and other work on the machine does not count. By the clock a job has three times that plus 2 s, for jobs that only wait.
+A job that runs out of clock time, or loses its worker, may have been disturbed by others. It is tried once more, by
+itself, in a second pool of one worker. So are the jobs that a killed worker had before it, because pebble counts their
+time from when it hears of them, which may be after the kill. A broken pool (pebble declares one when a worker dies
+idle) is replaced, and its jobs are sent once more. If a scheduler asks the run to stop, it signals every process, and
+the run still finishes the step that it is in.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ class _Attempt:
 
 
 class RewardPool:
-    """Scores responses by reward.routes, on reward.workers processes, each job for reward.timeout_s processor seconds,
-    or its own limit.
+    """Scores responses by reward.routes, on reward.workers processes.
 
-    A job over its time scores (0, timeout); a scorer that raises, or takes its worker down twice, (0, error, why).
-    Neither is remembered; every other score of a job with a memo key is, and equal jobs in flight share one
-    run. Workers start with the first job (or warm_up) and end with close. Safe from several threads.
+    Each job has reward.timeout_s processor seconds, or its
+    own limit.
+
+    A job over its time scores (0, timeout). A scorer that raises, or takes its worker down twice, scores (0, error,
+    why). Neither is remembered. Every other score of a job with a memo key is, and equal jobs in flight share one run.
+    Workers start with the first job (or warm_up) and end with close. Safe from several threads.
     """
 
     def __init__(self, config: RewardConfig):
@@ -104,9 +106,9 @@ class RewardPool:
         self._routes.scorer(prompt.domain).check(prompt)
 
     def try_out(self, prompt: Prompt) -> None:
-        """ValueError if a function of the user's own judges the prompt's domain and fails for two plain responses.
+        """ValueError if a user's own function judges the prompt's domain and fails for two plain responses.
 
-        A function that fails for every response would only show after the engines have started.
+        Otherwise a function that fails for every response would only show after the engines have started.
         """
         if not isinstance(self._routes.scorer(prompt.domain), UserScorer):
             return
@@ -159,7 +161,7 @@ class RewardPool:
             thread.join()
 
     def _submit(self, job: Job) -> Future[Score]:
-        """The job's score to come: remembered, shared with an equal job in flight, or sent to a worker."""
+        """A future of the job's score: remembered, shared with an equal job in flight, or sent to a worker."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("the RewardPool is closed")
@@ -215,7 +217,9 @@ class RewardPool:
         return Score(0.0, "error", f"{type(error).__name__}: {error}"[:500])
 
     def _tell(self, job: Job, score: Score) -> None:
-        """Warns once per function and kind of failure: a reward function that always fails looks like a bad policy."""
+        """Warns once per function and kind of failure, because a reward function that always fails looks like a bad
+        policy.
+        """
         kind = f"{job.function.__module__}.{job.function.__qualname__}: {score.detail.partition(':')[0]}"
         if kind not in self._failures_told:
             self._failures_told.add(kind)
@@ -249,7 +253,7 @@ class RewardPool:
 
 
 async def _outcome(future: Future[Score]) -> Score:
-    """Shielded: the future may be shared, so one caller's cancellation must not cancel it."""
+    """Shielded, because the future may be shared: one caller's cancellation must not cancel it."""
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
@@ -258,12 +262,12 @@ def _out_of_time(error: BaseException | None) -> bool:
 
 
 def _may_be_chance(error: BaseException | None) -> bool:
-    """Whether a job ended in a way that others can bring about: no processor, no memory, a signal."""
+    """Whether others may have caused the way in which a job ended: no processor, no memory, a signal."""
     return isinstance(error, (TimeoutError, pebble.ProcessExpired)) and not _out_of_time(error)
 
 
 def _run_limited(job: Job, limit_s: float) -> Score:
-    """In a worker: the kernel ends it once the job has had its processor time."""
+    """Runs in a worker. The kernel ends the worker once the job has used its processor time."""
     signal.setitimer(signal.ITIMER_PROF, limit_s)
     try:
         return job.run()
@@ -272,10 +276,10 @@ def _run_limited(job: Job, limit_s: float) -> Score:
 
 
 def _preload(modules: Iterable[str]) -> list[str]:
-    """What the fork server imports once: the scorers, and the main module when it was started with -m.
+    """What the fork server imports once: the scorers, and the main module if it was started with -m.
 
-    Each worker runs the main module's top level again (multiprocessing/spawn.py `prepare`), and the server does
-    not load it beforehand in 3.12.1 (CPython gh-126631); with its imports at hand that costs nothing.
+    Each worker runs the main module's top level again (multiprocessing/spawn.py `prepare`), and in 3.12.1 the server
+    does not load it beforehand (CPython gh-126631). With its imports in memory that costs nothing.
     """
     spec = sys.modules["__main__"].__spec__
     main = [spec.name] if spec is not None and not spec.name.endswith("__main__") else []

@@ -1,6 +1,6 @@
-"""A judge elsewhere: programs go to a server that speaks SandboxFusion's protocol (POST /run_code).
+"""A judge on another machine: programs go to a server that speaks SandboxFusion's protocol (POST /run_code).
 
-Its isolation and its limits are the server's; what is right is still decided here.
+The server isolates and limits the programs. What is right is still decided here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ BUSY = (408, 425, 429)
 
 @dataclass(frozen=True)
 class Remote:
-    """reward.sandbox=remote. Raises RuntimeError, naming the URL, when the server cannot be had after the retries."""
+    """reward.sandbox=remote. RuntimeError, naming the URL, if the server does not answer after the retries."""
 
     config: RemoteConfig
 
     def check(self) -> None:
-        """One program must run. RuntimeError that names reward.remote.url where none does."""
+        """Runs one program. RuntimeError that names reward.remote.url if that fails."""
         outcome = self.program("python", {"main.py": "print(6 * 7)"}, Limits(), compile_s=5)(b"", 1 << 16)
         if outcome.stdout.strip() != b"42":
             raise RuntimeError(f"reward.remote.url={self.config.url} does not run programs: {outcome.message}")
@@ -65,7 +65,10 @@ class RemoteProgram:
         return _outcome(ran, "runtime_error", output_bytes)
 
     def _post(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's answer; what may pass (busy, unreachable, its own errors) is tried again, ever later."""
+        """The server's answer.
+
+        Failures that may pass (busy, unreachable, its own errors) are tried again, with growing pauses.
+        """
         body, failure = json.dumps(content).encode(), ""
         headers = {"Content-Type": "application/json"} | self._key()
         for attempt in range(self.config.retries + 1):
@@ -89,7 +92,7 @@ class RemoteProgram:
         raise RuntimeError(f"reward.remote.url={self.config.url} did not judge a program: {failure}")
 
     def _key(self) -> dict[str, str]:
-        """Read when it is used: a key in the configuration would be written to every run's folder."""
+        """Read when it is used, because a key in the configuration would be written to every run's folder."""
         name = self.config.key_env
         if name is None:
             return {}

@@ -11,10 +11,12 @@ __all__ = ["ScienceScorer", "judge_science"]
 
 
 class ScienceScorer:
-    """1 if the last \\boxed{...} is prompt.answer: a measured number within `relative_tolerance` in a unit of the same
-    kind (5 km is 5000 m), or what MathVerifyScorer finds equal. A reference that is a whole number without a unit
-    is a count and must be met exactly. A unit is ignored if the reference has none; if it has one, an answer
-    without is wrong. The prompt's metadata may hold a `tolerance` of its own.
+    """1 if the last \\boxed{...} is prompt.answer.
+
+    A measured number must lie within `relative_tolerance`, in a unit of the same kind (5 km is 5000 m). Everything else
+    is compared as MathVerifyScorer does. A reference that is a whole number without a unit is a count and must be met
+    exactly. If the reference has no unit, the answer's unit is ignored. If it has one, an answer without a unit is
+    wrong. The prompt's metadata may hold its own `tolerance`.
     """
 
     preload = MathVerifyScorer.preload
@@ -31,7 +33,7 @@ class ScienceScorer:
         return prepared(prompt, response_text, Rules(float(prompt.metadata.get("tolerance", self._tolerance))))
 
     def check(self, prompt: Prompt) -> None:
-        """Also a tolerance that is no number."""
+        """Also refuses a tolerance that is not a number."""
         needs_answer(prompt)
         tolerance = prompt.metadata.get("tolerance", self._tolerance)
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:

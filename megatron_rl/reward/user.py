@@ -1,4 +1,4 @@
-"""A reward function of the user's own: `function(prompt, response_text) -> float | Score`, by dotted path."""
+"""A user's own reward function: `function(prompt, response_text) -> float | Score`, by dotted path."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["UserScorer", "judge_user", "score_of"]
 
 
 class UserScorer:
-    """Calls `module.function` in a worker. A number alone is judged by score_of. Never remembered: it may be random.
+    """Calls `module.function` in a worker. score_of judges a number alone. Never remembered, because it may be random.
 
-    Raises ValueError naming reward.routes.<domain> if the path cannot be imported or is not callable.
+    ValueError naming reward.routes.<domain> if the path cannot be imported or is not callable.
     """
 
     def __init__(self, domain: str, path: str, correct_from: float | None):
@@ -38,7 +38,7 @@ class UserScorer:
         return Job(judge_user, (self._path, prompt, response_text, self._correct_from), memo_key=None)
 
     def check(self, prompt: Prompt) -> None:
-        """What the function needs is its own affair."""
+        """Checks nothing: only the function knows what it needs."""
 
     def score(self, prompt: Prompt, response_text: str) -> Score:
         return run(self.prepare(prompt, response_text))
@@ -57,7 +57,10 @@ def judge_user(path: str, prompt: Prompt, response_text: str, correct_from: floa
 
 
 def _number(result: Any) -> float | None:
-    """A finite float of whatever is one number: a truth value, numpy's or torch's numbers too; None for the rest."""
+    """A finite float from anything that is one number: truth values, and numpy's or torch's numbers too.
+
+    None for the rest.
+    """
     try:
         value = float(result) if isinstance(result, SupportsFloat) else math.nan
     except (TypeError, ValueError, OverflowError):  # an array of several; an integer beyond all floats

@@ -90,7 +90,10 @@ class EngineMemory:
 
 
 async def _until_idle(client: EngineClient) -> None:
-    """Waits until no request runs: the engine refuses to flush before, and aborted requests end with their next token."""
+    """Waits until no request runs: before that the engine refuses to flush.
+
+    Aborted requests end at their next token.
+    """
     deadline = time.monotonic() + client.control_timeout_s
     while True:
         try:
