@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     parts["plan"].add_argument("--colocated", action="store_true",
                                help="the engine takes rollout.engine.mem_fraction_static of the same GPUs")
     parts["rehearse"].add_argument("--json", default=None, metavar="FILE", help="also write everything to FILE")
+    parts["rehearse"].add_argument("--trace", default=None, metavar="FILE",
+                                   help="also write the rehearsed ranks' update on one clock, for ui.perfetto.dev")
     parts["rehearse"].add_argument("--imbalance", type=positive, default=1.0, metavar="X",
                                    help="rows of this rank's experts over the mean (default 1: even)")
     parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",

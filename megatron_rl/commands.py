@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import warnings
@@ -234,6 +235,7 @@ def rehearse(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # fake tensors live on the CPU, and Megatron asks for a GPU if there is one
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its hints on how to build models
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's, about libraries that it can do without
         from megatron_rl.rehearsal import command
@@ -241,7 +243,8 @@ def rehearse(options) -> int:
         if options.layouts:
             command.compare_layouts(config, network, count=options.layouts, json_file=options.json)
             return 0
-        command.run(config, network, options.ranks, json_file=options.json, imbalance=options.imbalance)
+        command.run(config, network, options.ranks, json_file=options.json, imbalance=options.imbalance,
+                    trace_file=options.trace)
     return 0
 
 

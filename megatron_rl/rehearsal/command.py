@@ -21,28 +21,40 @@ from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.standins import shares
 from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
 from megatron_rl.rehearsal.summary import summary
+from megatron_rl.rehearsal.timeline import Event, perfetto, simulate, waiting_share
 
 
 def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None,
-        imbalance: float = 1.0) -> None:
-    """Rehearse each rank and say what was seen; `ranks` empty: one of each distinct kind."""
+        imbalance: float = 1.0, trace_file: str | None = None) -> None:
+    """Rehearse each rank and say what was seen; `ranks` empty: one of each distinct kind.
+
+    trace_file: the update of all of them on one clock, for ui.perfetto.dev.
+    """
     check_layout(network, config.parallel)
     check_rehearsable(config, imbalance)
     for rank in ranks:
         check_rank(rank, config.parallel)
-    if json_file is not None:
-        _check_folder(json_file)
+    for option, file in (("--json", json_file), ("--trace", trace_file)):
+        if file is not None:
+            _check_folder(option, file)
     workload, rates = full_microbatches(config), Rates()
     chosen = list(ranks) or distinct_ranks(config.parallel)
     found: list[dict[str, Any]] = []
+    updates: dict[int, list[Event]] = {}
     for rank in chosen:
         seen = rehearse(config, network, rank, workload, imbalance=imbalance)
         found.append(summary(config, network, workload, seen, rates) | {"imbalance": imbalance})
+        updates[rank] = [event for event in seen.recorder.events if event.phase == "update"]
+        del seen
         gc.collect()  # modules and their optimiser hold each other
         print(rank_text(config, found[-1], rates), flush=True)
         print(flush=True)
+    slices = simulate(updates, rates)
     if len(found) > 1:
-        print(stages_text(config, found))
+        print(stages_text(config, found, waiting_share(slices)))
+    if trace_file is not None:
+        names = {each["rank"]: f"rank {each['rank']}, stage {each['place']['pp']}" for each in found}
+        Path(trace_file).write_text(json.dumps(perfetto(slices, names)) + "\n")
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"ranks": found}, indent=1) + "\n")
 
@@ -55,7 +67,7 @@ def compare_layouts(config: Config, network: Network, *, count: int, json_file: 
     check_layout(network, config.parallel)
     check_rehearsable(config)
     if json_file is not None:
-        _check_folder(json_file)
+        _check_folder("--json", json_file)
     proposed = [variant_of(config, each) for each in propose(network, config, Hardware(), count=count)]
     variants = [config, *(each for each in proposed if layout_name(each) != layout_name(config))]
     found = []
@@ -84,9 +96,9 @@ def layout_name(config: Config) -> str:
     return f"{layout(config.parallel)} recompute={config.model.recompute}"
 
 
-def _check_folder(json_file: str) -> None:
-    if not Path(json_file).resolve().parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {Path(json_file).parent}")
+def _check_folder(option: str, file: str) -> None:
+    if not Path(file).resolve().parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {Path(file).parent}")
 
 
 def full_microbatches(config: Config) -> Workload:

@@ -80,6 +80,8 @@ class Recorder(TorchDispatchMode):
         self.operations: Counter[Operation] = Counter()
         self.collectives: Counter[Collective] = Counter()
         self.host_reads: Counter[tuple[str, str]] = Counter()  # (phase, where)
+        self.events: list[Operation | Collective] = []  # in order; equal ones are one object
+        self._known: dict[Operation | Collective, Operation | Collective] = {}
         self.peaks: dict[str, Peak] = {}
         self.curve: list[tuple[int, str, int]] = []  # (operations so far, phase, bytes), at changes of 1% of the peak
         self._count = 0
@@ -115,9 +117,13 @@ class Recorder(TorchDispatchMode):
             size = sum(_bytes(value) for value in outs) + sum(
                 _bytes(value) for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor))
             flops = operation_flops(func, args, kwargs, out)
-        self.operations[Operation(self._phase, name, flops, size)] += 1
+        self._happened(Operation(self._phase, name, flops, size), self.operations)
         self._advance()
         return out
+
+    def _happened(self, event, counts: Counter) -> None:
+        counts[event] += 1
+        self.events.append(self._known.setdefault(event, event))
 
     def _advance(self) -> None:
         self._count += 1
@@ -152,7 +158,7 @@ class Recorder(TorchDispatchMode):
         ranks = tuple(dist.get_process_group_ranks(ProcessGroup.unbox(group)))
         if COLLECTIVES[name] in POINT_TO_POINT:  # Megatron sends over the world's group if there are two stages
             ranks = tuple(sorted((dist.get_rank(), ranks[args[2]])))
-        self.collectives[Collective(self._phase, COLLECTIVES[name], ranks, size, where())] += 1
+        self._happened(Collective(self._phase, COLLECTIVES[name], ranks, size, where()), self.collectives)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self.storages.see(value, self._kind, name, where)

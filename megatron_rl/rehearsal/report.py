@@ -101,15 +101,20 @@ def _more(rows: list, shown: int) -> list[str]:
     return [f"  and {len(rows) - shown} more (--json FILE has all)"] if len(rows) > shown else []
 
 
-def stages_text(config: Config, found: list[dict[str, Any]]) -> str:
-    """The distinct ranks side by side, and what the slowest of them does to the step."""
-    rows = [f"{'rank':>6}{'stage':>7}{'cp':>4}{'peak GB':>9}{'TFLOP':>9}{'TB moved':>10}{'update s':>10}{'step s':>9}"]
+def stages_text(config: Config, found: list[dict[str, Any]], waits: dict[int, float]) -> str:
+    """The distinct ranks side by side, and what the slowest of them does to the step.
+
+    waits: rank -> the share of the rehearsed update in which it waits for other stages (timeline.py).
+    """
+    rows = [f"{'rank':>6}{'stage':>7}{'cp':>4}{'peak GB':>9}{'TFLOP':>9}{'TB moved':>10}{'update s':>10}"
+            f"{'waits':>8}{'step s':>9}"]
     for each in found:
         update = each["phases"]["update"]
         rows.append(f"{each['rank']:>6}{each['place']['pp']:>7}{each['place']['cp']:>4}"
                     f"{each['peak']['bytes'] / GB:>9.2f}{update['flops'] / 1e12:>9.1f}"
                     f"{update['traffic_bytes'] / 1e12:>10.3f}"
-                    f"{sum(update['seconds'].values()):>10.3f}{sum(each['step_seconds'].values()):>9.1f}")
+                    f"{sum(update['seconds'].values()):>10.3f}{waits[each['rank']]:>8.0%}"
+                    f"{sum(each['step_seconds'].values()):>9.1f}")
     paces = [sum(each["phases"]["update"]["seconds"].values()) for each in found]
     slowest = max(range(len(found)), key=paces.__getitem__)
     mean = sum(paces) / len(paces)

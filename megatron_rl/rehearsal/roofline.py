@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_rl.rehearsal.recorder import POINT_TO_POINT, Collective, Recorder
+from megatron_rl.rehearsal.recorder import POINT_TO_POINT, Collective, Operation, Recorder
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,18 @@ def collective_seconds(call: Collective, rates: Rates) -> float:
     return moved / (speed * rates.bandwidth_share) + latency
 
 
+def operation_seconds(each: Operation, rates: Rates) -> float:
+    """Of one call."""
+    return max(each.flops / (rates.flops * rates.matrix_share), each.bytes / (rates.memory * rates.bandwidth_share),
+               rates.kernel)
+
+
 def phase_seconds(recorder: Recorder, rates: Rates) -> dict[str, Counter[str]]:
     """Phase -> seconds of matrix products (`matrix`), of all other operations (`memory`) and of the two links."""
     found: dict[str, Counter[str]] = {}
     for each, count in recorder.operations.items():
-        seconds = max(each.flops / (rates.flops * rates.matrix_share),
-                      each.bytes / (rates.memory * rates.bandwidth_share), rates.kernel)
-        found.setdefault(each.phase, Counter())["matrix" if each.flops else "memory"] += count * seconds
+        part = "matrix" if each.flops else "memory"
+        found.setdefault(each.phase, Counter())[part] += count * operation_seconds(each, rates)
     for call, count in recorder.collectives.items():
         found.setdefault(call.phase, Counter())[link(call.ranks, rates)] += count * collective_seconds(call, rates)
     return found

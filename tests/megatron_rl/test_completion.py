@@ -27,6 +27,8 @@ _megatron_rl; printf '%s\\n' "${{COMPREPLY[@]}}" """], capture_output=True, text
     ("megatron-rl data de", ["dedup", "decontaminate"]),
     ("megatron-rl rl algo.ph", ["algo.phi="]),
     ("megatron-rl rl --che", ["--check"]),
+    ("megatron-rl rehearse ran", ["rank=", "ranks="]),
+    ("megatron-rl rehearse ranks=", ["stages"]),
     ("megatron-rl rl parallel=tp2 algo=gr", ["grpo"]),
     ("megatron-rl rl --check algo.cutoff=", ["token", "response"]),
     ("megatron-rl slurm run.async_save=t", ["true"]),

@@ -43,7 +43,8 @@ def test_bad_input_is_named_before_anything_runs(words, message, capsys):
 
 def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
     file = tmp_path / "stages.json"
-    command.run(tiny_config(world_size=4, tp=2, pp=2), NETWORK, [], json_file=str(file))
+    trace = tmp_path / "trace.json"
+    command.run(tiny_config(world_size=4, tp=2, pp=2), NETWORK, [], json_file=str(file), trace_file=str(trace))
     ranks = json.loads(file.read_text())["ranks"]
     assert [each["rank"] for each in ranks] == [0, 2]
     text = capsys.readouterr().out
@@ -51,6 +52,9 @@ def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
         peak = each["peak"]["bytes"]
         assert sum(each["peak"]["kinds"].values()) == peak == each["phases"][each["peak"]["phase"]]["peak_bytes"]
         assert f"rank       {each['rank']} of 4: tp=2 pp=2 dp=1" in text
+    drawn = json.loads(trace.read_text())["traceEvents"]
+    assert {event["pid"] for event in drawn if event["name"] == "compute"} == {0, 2}
+    assert {event["pid"] for event in drawn if event["name"] == "wait"} == {0, 2}  # each for the other's messages
     slowest = max(ranks, key=lambda each: sum(each["phases"]["update"]["seconds"].values()))
     assert f"slowest    rank {slowest['rank']}" in text
 
