@@ -191,6 +191,16 @@ def test_the_loop_fits_on_a_screen_or_two():
     assert len((ROOT / "megatron_rl" / "train.py").read_text().splitlines()) <= 100
 
 
+def test_the_page_lists_every_package_above_what_it_may_import():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    listed = page.split("## Folders")[1].split("```")[1].replace("|", " ").splitlines()
+    lines = {name: number for number, line in enumerate(listed) for name in line.split()}
+    assert FLOORS.keys() - lines.keys() == set()
+    upward = [(name, target) for name, targets in FLOORS.items() for target in targets
+              if lines[target] <= lines[name]]
+    assert upward == []
+
+
 WALKS = {"The step's budget": 10, "A rollout's log-probability": 12, "A published tensor": 8}
 """Headings of docs/architecture.md, and how many files each walk may have."""
 STEP_OF_WALK = re.compile(r"^\| (\d+) \| `([^`]+)` \| `([^`]+)` \| .* \| `([^`]+)` \|$", re.MULTILINE)
