@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,12 @@ ENDLESS = ("/pause_generation", "/continue_generation", "/begin_weight_update", 
 
 
 class StubEngine:
-    """vocabulary: number of token ids. latency_s: of each response."""
+    """vocabulary: number of token ids. latency_s: of each response.
+
+    spoil: what it answers instead, given the request, its body and the answer; None: the answer.
+    """
+
+    spoil: Callable[[web.Request, dict[str, Any], dict[str, Any]], Awaitable[web.StreamResponse | None]] | None = None
 
     def __init__(self, vocabulary: int, latency_s: float = 0.01):
         self._vocabulary, self._latency_s, self.label = vocabulary, latency_s, -1
@@ -89,7 +95,10 @@ class StubEngine:
         body = await request.json()
         await asyncio.sleep(self._latency_s)
         await self._going.wait()
-        return web.json_response(self._answer(body))
+        answer = self._answer(body)
+        if self.spoil is not None and (spoiled := await self.spoil(request, body, answer)) is not None:
+            return spoiled
+        return web.json_response(answer)
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         sampling, prompt = body["sampling_params"], body["input_ids"]

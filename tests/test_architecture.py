@@ -25,7 +25,7 @@ FLOORS = {
     "data": {"types", "config", "observe"},
     "rollout": {"types", "config", "observe", "compat"},
     "environment": {"types", "config", "observe", "rollout"},
-    "reward": {"types", "signals", "config", "observe"},
+    "reward": {"types", "signals", "config", "observe", "compat"},
     "batch": {"types", "config", "observe"},
     "handoff": {"types", "config", "observe", "batch"},
     "prompts": {"config", "data", "model", "reward"},

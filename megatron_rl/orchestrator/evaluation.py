@@ -139,10 +139,11 @@ def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dic
 
     if whole:
         put("accuracy", right_shares(whole))
-    put("mean_reward", [[score.value for score in judged(group)] for group in groups if judged(group)])
+    if rollouts:
+        put("mean_reward", [[score.value for score in judged(group)] for group in groups if judged(group)])
+        values |= {"mean_response_tokens": float(np.mean([each.response_tokens for each in rollouts])),
+                   "truncated_fraction": float(np.mean([each.finish is Finish.LENGTH for each in rollouts]))}
     values |= {"problems": len(groups), "samples_per_problem": n,
-               "mean_response_tokens": float(np.mean([each.response_tokens for each in rollouts])),
-               "truncated_fraction": float(np.mean([each.finish is Finish.LENGTH for each in rollouts])),
                "failed_fraction": sum(score.failed for score in scores) / len(scores)}
     votes = [_votes(group) for group in whole]
     boxed = any(vote is not None for vote in sum(votes, []))

@@ -17,6 +17,7 @@ from megatron_rl.observe.flops import train_flops
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.samples import sampled_responses
 from megatron_rl.observe.timing import Timers
+from megatron_rl.observe.verdicts import judged
 from megatron_rl.orchestrator.port import TrainerPort
 from megatron_rl.orchestrator.record import budget_metrics, ledger_metrics, rollout_metrics
 from megatron_rl.orchestrator.state import OfferedStep
@@ -87,13 +88,14 @@ async def collect_budget(config: Config, collect: Collect | Callable,
     algo, dp = config.algo, config.parallel.dp
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
     groups: list[RolloutGroup] = []
+    batches: list[StepBatch] = []
     ledger: Ledger | None = None
     for round_ in range(algo.max_collect_rounds):
         more, account = await collect(round_)
         groups, ledger = groups + more, account if ledger is None else ledger.then(account)
         bear_failures(groups, what=f"step {step}", max_fraction=config.rollout.max_failed_fraction)
-        if not groups:
-            continue  # a budget of sampled tokens may end before the first group has finished
+        if not any(judged(group) for group in groups):
+            continue  # all failed; or a budget of sampled tokens ended before the first group had finished
         batches = await asyncio.to_thread(
             assemble, groups, algo, dp=dp, seed=config.run.seed, step=step,
             max_response_tokens=config.rollout.max_response_tokens)
@@ -103,12 +105,15 @@ async def collect_budget(config: Config, collect: Collect | Callable,
             full = not algo.dynamic_sampling or sum(batch.num_responses for batch in batches) >= responses
         if full or algo.underfull != "collect_more":
             return groups, batches, ledger, round_ + 1
+    if groups and not batches:
+        raise UnfillableStep(f"step {step}: each of {sum(len(group.scores) for group in groups)} responses failed in "
+                             f"algo.max_collect_rounds={algo.max_collect_rounds} rounds; the warnings say why")
     if groups and not algo.has_budget:
         raise UnfillableStep(
             f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses in mixed "
             f"groups after algo.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, or set "
             "algo.dynamic_sampling=false or algo.underfull=train_short")
-    available = sum(batch.available_tokens for batch in batches) if groups else 0
+    available = sum(batch.available_tokens for batch in batches)
     needed = BudgetFill(algo, dp, config.rollout.max_response_tokens).tokens
     raise UnfillableStep(
         f"step {step}: {available} response tokens after algo.max_collect_rounds={algo.max_collect_rounds} rounds, "

@@ -68,7 +68,8 @@ class Serving:
                 config.rollout, self.fleet, tokenizer, seed=config.run.seed, secrets=secret_variables(config),
                 verdict=partial(score_of, correct_from=config.reward.correct_from))
         return Responder(self.fleet, config.rollout, tokenizer, rewards, seed=config.run.seed,
-                         eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers, agents=self._agents)
+                         eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers, agents=self._agents,
+                         vocabulary=read_config(config.model.path).vocab_size)
 
     def agent_metrics(self) -> dict[str, float]:
         """What agents did since the last call."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_rl.observe.failures import told
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["Job", "STATUSES", "Scorer", "needs_answer", "run", "verdict"]
@@ -81,5 +82,5 @@ class _ForeignCode:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
         if not isinstance(error, Exception):
             return False
-        self.failure = f"{type(error).__name__}: {error}"[:500]
+        self.failure = told(error)
         return True

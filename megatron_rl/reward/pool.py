@@ -32,7 +32,9 @@ from dataclasses import dataclass, replace
 
 import pebble
 
+from megatron_rl.compat.pebble_exits import notice_every_exit
 from megatron_rl.config.reward import RewardConfig
+from megatron_rl.observe.failures import told
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.route import Routes
 from megatron_rl.reward.user import UserScorer
@@ -214,7 +216,7 @@ class RewardPool:
             return Score(0.0, "timeout", f"not judged within {limit}")
         if isinstance(error, pebble.ProcessExpired):
             return Score(0.0, "error", f"the scorer took its worker down (exit code {error.exitcode})")
-        return Score(0.0, "error", f"{type(error).__name__}: {error}"[:500])
+        return Score(0.0, "error", told(error))
 
     def _tell(self, job: Job, score: Score) -> None:
         """Warns once per function and kind of failure, because a reward function that always fails looks like a bad
@@ -248,8 +250,8 @@ class RewardPool:
                 with stop_unheard():  # for each anew: the tracker's start unblocks SIGTERM
                     process.ensure_running()
         warm_ups = tuple(dict.fromkeys(scorer.warm_up for scorer in scorers if scorer.warm_up is not None))
-        return pebble.ProcessPool(max_workers=max(1, workers), initializer=_initialise_worker,
-                                  initargs=(warm_ups,), context=context)
+        return notice_every_exit(pebble.ProcessPool(max_workers=max(1, workers), initializer=_initialise_worker,
+                                                    initargs=(warm_ups,), context=context))
 
 
 async def _outcome(future: Future[Score]) -> Score:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import math
 from collections.abc import Callable
 from typing import Any, SupportsFloat
 
+from megatron_rl.observe.failures import LONGEST_MESSAGE, as_utf8
 from megatron_rl.reward.base import STATUSES, Job, run
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["UserScorer", "judge_user", "score_of"]
+
+LARGEST_REWARD = 1e15
+"""Rewards are float32, and the deviation of a group squares and adds them: what is larger could overflow there."""
 
 
 class UserScorer:
@@ -45,19 +48,25 @@ class UserScorer:
 
 
 def judge_user(path: str, prompt: Prompt, response_text: str, correct_from: float | None) -> Score:
-    """The function's Score, its value a plain float. ValueError if it returns no finite number and no valid Score."""
+    """The function's Score, its value a plain float. ValueError if it returns no number up to LARGEST_REWARD and no
+    valid Score."""
     result = _load(path)(prompt, response_text)
     score = result if isinstance(result, Score) else None
     value = _number(result if score is None else score.value)
     if value is None or (score is not None and (score.status not in STATUSES or not isinstance(score.detail, str))):
-        raise ValueError(f"{path} returned {result!r}: not a finite number, nor a Score with a status of {STATUSES}")
+        raise ValueError(f"{path} returned {_clipped(repr(result))}: not a number between -{LARGEST_REWARD:g} and "
+                         f"{LARGEST_REWARD:g}, nor a Score with a status of {STATUSES}")
     if score is None:
         return score_of(value, correct_from)
-    return dataclasses.replace(score, value=value, correct=None if score.correct is None else bool(score.correct))
+    return Score(value, score.status, _clipped(score.detail), None if score.correct is None else bool(score.correct))
+
+
+def _clipped(text: str) -> str:
+    return as_utf8(text[:LONGEST_MESSAGE])
 
 
 def _number(result: Any) -> float | None:
-    """A finite float from anything that is one number: truth values, and numpy's or torch's numbers too.
+    """A float from anything that is one number of at most LARGEST_REWARD: truth values, numpy's and torch's numbers too.
 
     None for the rest.
     """
@@ -65,7 +74,7 @@ def _number(result: Any) -> float | None:
         value = float(result) if isinstance(result, SupportsFloat) else math.nan
     except (TypeError, ValueError, OverflowError):  # an array of several; an integer beyond all floats
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST_REWARD else None
 
 
 def score_of(reward: float, correct_from: float | None) -> Score:

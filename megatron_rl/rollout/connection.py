@@ -22,7 +22,11 @@ class EngineHTTPError(RuntimeError):
 
 
 class RequestRefusedError(EngineHTTPError):
-    """The engine answered HTTP 400. It will never accept this request, and neither will another engine of the run."""
+    """The engine says that the request itself is wrong, for example too long. No engine of the run will accept it."""
+
+
+class EngineBusyError(EngineHTTPError):
+    """The engine has no room for the request now, for example because its queue is full."""
 
 
 class EngineUnreachableError(EngineHTTPError):
@@ -31,6 +35,11 @@ class EngineUnreachableError(EngineHTTPError):
 
 class EngineDisconnectedError(EngineHTTPError):
     """The connection broke before the answer was complete: the engine may have died."""
+
+
+REFUSALS = {400: RequestRefusedError, 413: RequestRefusedError, 422: RequestRefusedError, 429: EngineBusyError,
+            503: EngineBusyError}
+"""What the status of an answer says; all others: the engine failed."""
 
 
 class JsonConnection:
@@ -59,8 +68,8 @@ class JsonConnection:
             ) as response:
                 read = await response.read()
                 if not 200 <= response.status < 300:
-                    refusal = RequestRefusedError if response.status == 400 else EngineHTTPError
-                    raise refusal(f"{where}: HTTP {response.status}: {_beginning(read)}")
+                    raise REFUSALS.get(response.status, EngineHTTPError)(
+                        f"{where}: HTTP {response.status}: {_beginning(read)}")
                 return orjson.loads(read) if response.content_type == "application/json" else read.decode()
         except ValueError as error:  # not JSON, or not text
             raise EngineHTTPError(f"{where}: {error}; it answered {_beginning(read)!r}") from error
@@ -87,5 +96,5 @@ def well_formed() -> Iterator[None]:
     """Turns an answer that does not have the shape of the API into an EngineHTTPError."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}") from error

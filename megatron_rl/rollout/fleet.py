@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import (
+    EngineBusyError,
     EngineDisconnectedError,
     EngineHTTPError,
     EngineUnreachableError,
@@ -87,17 +88,27 @@ class Fleet:
                        tally: Tally, routed_layers: RoutedLayers | None = None) -> GenerateResult:
         """Sends the request to the serving engine with the fewest requests, again if it fails; the result.
 
-        FleetError after 1 + rollout.retries failed attempts, or if no engine serves for wait_timeout_s, or at once if
-        an engine refuses the request itself. Cancelling aborts the request at the engine; tokens that it had sampled
-        count as delivered.
+        FleetError after 1 + rollout.retries failed attempts, or if no engine serves or has room for wait_timeout_s, or
+        at once if an engine refuses the request itself. An engine without room costs no attempt. Cancelling aborts the
+        request at the engine; tokens that it had sampled count as delivered.
         """
+        wait_s, sent, failed, refused_since = self._config.engine.wait_timeout_s, 0, 0, None
         async with self._slots:
-            for attempt in range(1 + self._config.retries):
+            while failed <= self._config.retries:
                 member = await self._choose(rid)
-                # SGLang aborts every id that starts with the one given: the full stop ends it
-                result = await self._attempt(member, input_ids, f"{rid}-{attempt}.", sampling, tally, routed_layers)
-                if result is not None:
-                    return result
+                try:
+                    # SGLang aborts every id that starts with the one given: the full stop ends it
+                    result = await self._attempt(member, input_ids, f"{rid}-{sent}.", sampling, tally, routed_layers)
+                except EngineBusyError as error:
+                    refused_since = refused_since or time.monotonic()
+                    if time.monotonic() - refused_since > wait_s:
+                        raise FleetError(f"request {rid}: no engine had room for it for rollout.engine.wait_timeout_s="
+                                         f"{wait_s:g}: {error}") from error
+                else:
+                    if result is not None:
+                        return result
+                    failed, refused_since = failed + 1, None
+                sent += 1
                 tally.retries += 1
         raise FleetError(f"request {rid}: no response after {1 + self._config.retries} attempts (rollout.retries="
                          f"{self._config.retries}); {self.describe()}")
@@ -158,12 +169,14 @@ class Fleet:
         return [member for member in self._members if member.client.base_url in urls]
 
     async def _choose(self, rid: str) -> Member:
-        """The serving engine with the fewest requests; waits while there is none."""
+        """The serving engine with the fewest requests; waits while there is none. Those that are full do serve."""
         deadline = time.monotonic() + self._config.engine.wait_timeout_s
         while True:
             ready = self._ready()
             if ready:
                 return min(ready, key=lambda member: member.in_flight)
+            if any(member.version == self._version and member.full for member in self._members):
+                deadline = time.monotonic() + self._config.engine.wait_timeout_s
             if time.monotonic() > deadline:
                 raise FleetError(f"request {rid}: no engine served for rollout.engine.wait_timeout_s="
                                  f"{self._config.engine.wait_timeout_s:g}; {self.describe()}")
@@ -175,7 +188,8 @@ class Fleet:
     async def _attempt(self, member: Member, input_ids: Sequence[int], rid: str,
                        sampling: SamplingParams, tally: Tally,
                        routed_layers: RoutedLayers | None) -> GenerateResult | None:
-        """The result, or None if the engine failed; its Member then records the failure."""
+        """The result, or None if the engine failed; its Member then records the failure. EngineBusyError if the engine
+        has no room."""
         began, oldest, lost = time.monotonic(), self._version, member.gone
         request = asyncio.create_task(member.client.generate(
             input_ids, rid=rid, sampling=sampling, timeout_s=self._config.request_timeout_s,
@@ -190,14 +204,17 @@ class Fleet:
             if lost.is_set() or not request.done():
                 raise EngineHTTPError(f"{member.client.base_url} was lost during request {rid}")
             result = await request
-            self._check(result, rid, oldest)
+            self._check(result, rid, oldest, sampling)
         except asyncio.CancelledError:
             await self._abort(member, rid, request)
             raise
         except RequestRefusedError as error:  # the request's fault: the engine is as good as before
             raise FleetError(f"request {rid} can never succeed: {error}") from error
+        except EngineBusyError as error:
+            member.refused(str(error))
+            raise
         except EngineHTTPError as error:
-            member.failed(str(error), began=began)
+            member.failed(str(error), began=began, about=tuple(input_ids))
             if isinstance(error, EngineDisconnectedError):
                 member.unanswered_since = member.unanswered_since or time.monotonic()
             if isinstance(error, EngineUnreachableError):
@@ -210,12 +227,19 @@ class Fleet:
             request.cancel()
             gone.cancel()
         member.succeeded()
+        for other in self._members:  # an input that can be answered is no excuse for those that failed with it
+            if other.failed_with:
+                other.failed_with.discard(tuple(input_ids))
         return result
 
-    def _check(self, result: GenerateResult, rid: str, oldest: int | None) -> None:
-        """Raises EngineHTTPError for an abort that was not ours and for weights that were not current."""
+    def _check(self, result: GenerateResult, rid: str, oldest: int | None, sampling: SamplingParams) -> None:
+        """Raises EngineHTTPError for an abort that was not ours, for too few or too many tokens, and for weights that
+        were not current."""
         if result.finish is Finish.ABORT:
             raise EngineHTTPError(f"the engine aborted request {rid}: {dict(result.finish_detail)}")
+        if not 1 <= len(result.output_ids) <= sampling.max_new_tokens:
+            raise EngineHTTPError(f"request {rid} has {len(result.output_ids)} tokens; 1 to {sampling.max_new_tokens} "
+                                  "were asked for")
         versions = [span.version for span in result.weight_versions]
         if oldest is not None and not all(oldest <= version <= self._upcoming for version in versions):
             raise EngineHTTPError(f"request {rid} was sampled by weights {versions}; current were {oldest} to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from megatron_rl.rollout.client import EngineClient
@@ -19,6 +20,8 @@ class Member:
 
     - version: the version of the weights that it is known to hold.
     - failures: in a row, since its last success.
+    - failed_with: the inputs of the requests that failed, since its last success.
+    - room: how many requests it may have at a time; None until it has refused one for want of room.
     - gone: set if those who wait for it must go elsewhere.
     - unanswered_since: the time of the first of its requests, or checks, without an answer.
     """
@@ -31,8 +34,10 @@ class Member:
     update_began: float = 0.0
     in_flight: int = 0
     failures: int = 0
+    failed_with: set[Hashable] = field(default_factory=set)
     failed_at: float = 0.0
     resting_until: float = 0.0
+    room: int | None = None
     unanswered_since: float | None = None
     last_failure: str = ""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -46,10 +51,15 @@ class Member:
         return self.resting_until > time.monotonic()
 
     @property
+    def full(self) -> bool:
+        """Whether it works on as many requests as it has room for."""
+        return self.room is not None and self.in_flight >= self.room
+
+    @property
     def free(self) -> bool:
         """Whether it may get a request now, if its weights are the right ones."""
         return (self.reachable and self.unanswered_since is None and not self.resting
-                and not (self.quarantined and self.in_flight))
+                and not self.full and not (self.quarantined and self.in_flight))
 
     def describe(self, newest: int | None) -> str:
         state = ("does not answer" if not self.reachable
@@ -65,7 +75,8 @@ class Member:
     def end_update(self, version: int) -> None:
         """It has proven that it holds `version`: its earlier failures are forgotten."""
         self.version, self.updating, self.unanswered_since = version, False, None
-        self.failures, self.resting_until = 0, 0.0
+        self.succeeded()
+        self.resting_until, self.room = 0.0, None
         if self.gone.is_set() or not self.reachable:
             self.found()
 
@@ -77,16 +88,30 @@ class Member:
 
     def succeeded(self) -> None:
         self.failures, self.last_failure = 0, ""
+        self.failed_with.clear()
+        if self.room is not None:
+            self.room += 1
 
-    def failed(self, why: str, *, began: float) -> None:
+    def refused(self, why: str) -> None:
+        """Notes that it has no room for more than it is working on. If it works on nothing, it rests."""
+        self.last_failure = why
+        self.room = max(1, self.in_flight - 1)
+        if self.in_flight <= 1:
+            self.resting_until = time.monotonic() + FIRST_REST_S
+
+    def failed(self, why: str, *, began: float, about: Hashable = None) -> None:
         """Notes a failure.
 
         Requests that were under way together fail together, so they count once, with the first reason.
+
+        about: the input of the request. An input that fails again counts once, until this engine answers something or
+        another engine answers that input: the input may be at fault. The engine then rests as long as before.
         """
         if began < self.failed_at:
             return
         self.last_failure = why
-        self.failures += 1
+        self.failures += about is None or about not in self.failed_with
+        self.failed_with.add(about)
         self.failed_at = time.monotonic()
         self.resting_until = self.failed_at + min(FIRST_REST_S * 2 ** (self.failures - 1), LONGEST_REST_S)
 

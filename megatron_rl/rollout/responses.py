@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads, load_environment
+from megatron_rl.rollout.environment import (
+    CHARACTERS_PER_TOKEN,
+    EnvironmentFailed,
+    EnvironmentThreads,
+    load_environment,
+)
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import SamplingParams
@@ -121,7 +126,9 @@ class Responder:
     """Samples and judges. It may be reused for many steps; the engines' weights may change between calls."""
 
     def __init__(self, fleet: Fleet, config: RolloutConfig, tokenizer: Tokenizer, scorer: Scorer, *, seed: int,
-                 eos_token_id: int, routed_layers: RoutedLayers | None = None, agents: Agents | None = None):
+                 eos_token_id: int, routed_layers: RoutedLayers | None = None, agents: Agents | None = None,
+                 vocabulary: int | None = None):
+        """vocabulary: how many token ids the model has; None: token ids are not checked."""
         self.fleet = fleet
         self._agents = agents
         self.tally = Tally()
@@ -130,10 +137,11 @@ class Responder:
         self._tokenizer = tokenizer
         self._scorer = scorer
         self._seed = seed
-        self._eos_token_id = eos_token_id
+        self._eos_token_id, self._vocabulary = eos_token_id, vocabulary
         environment = load_environment(config.environment)
         self._environment = environment and EnvironmentThreads(
-            environment, threads=config.environment_threads, timeout_s=config.environment_timeout_s)
+            environment, threads=config.environment_threads, timeout_s=config.environment_timeout_s,
+            longest=CHARACTERS_PER_TOKEN * config.max_response_tokens)
 
     def apart(self) -> Responder:
         """A copy with a tally of its own, for requests whose tokens have an account of their own."""
@@ -218,6 +226,9 @@ class Responder:
         result = await self.fleet.generate([*ticket.prompt.token_ids, *so_far.token_ids.tolist()],
                                            rid=f"{ticket.rid}-{begin}", sampling=sampling,
                                            tally=self.tally, routed_layers=plan.routed_layers)
+        if self._vocabulary is not None and result.output_ids.max() >= self._vocabulary:
+            raise FleetError(f"request {ticket.rid}: the engine answered with token {result.output_ids.max()}, but the "
+                             f"model's vocabulary has {self._vocabulary}")
         sampled = len(result.output_ids)
         goes_on = (result.finish is Finish.LENGTH and sampled == max_tokens
                    and begin + sampled < plan.max_response_tokens)

@@ -72,7 +72,7 @@ class GenerateResult:
 
 
 def read_result(answer: Mapping[str, Any]) -> GenerateResult:
-    """Reads an answer of /generate. EngineHTTPError if tokens are missing, unequal or not finite."""
+    """Reads an answer of /generate. EngineHTTPError if it is not complete, or not what the API says."""
     with well_formed():
         return _read(answer)
 
@@ -85,6 +85,8 @@ def _read(answer: Mapping[str, Any]) -> GenerateResult:
         raise EngineHTTPError(f"POST /generate: {len(pairs)} log-probabilities for {len(output_ids)} tokens "
                               f"of request {meta['id']}, or not of the same tokens")
     logprobs = np.asarray([pair[0] for pair in pairs], dtype=np.float32)
+    if (output_ids < 0).any():
+        raise EngineHTTPError(f"POST /generate: request {meta['id']} has a negative token id: {output_ids.min()}")
     if not np.isfinite(logprobs).all():
         raise EngineHTTPError(f"POST /generate: request {meta['id']} has log-probabilities that are not finite")
     spans = tuple(
@@ -92,6 +94,9 @@ def _read(answer: Mapping[str, Any]) -> GenerateResult:
         for span in meta["weight_versions"]
         if span["end"] > span["start"]
     )
+    if [0, *(span.end for span in spans)] != [*(span.start for span in spans), len(output_ids)]:
+        raise EngineHTTPError(f"POST /generate: request {meta['id']} has versions of the weights for other tokens than "
+                              f"its {len(output_ids)}: {meta['weight_versions']}")
     reason = meta["finish_reason"]
     return GenerateResult(
         output_ids=output_ids,

@@ -1,8 +1,12 @@
 """One process of a run that kills itself at a set moment: `python -m tests.engine.killed_program PROGRAM CONFIG.json`.
 
-PROGRAM is `rank` (of torchrun) or `orchestrator`; apart from its death it is what `megatron-rl rl` starts. The run's
-folder holds kills.json, a list of kills.Kill; the first of them that has not struck yet and is meant for PROGRAM is
-carried out, and noted in killed-N.json. Without any, the seconds of each phase are written to phases-PROGRAM.json.
+PROGRAM is `rank` (of torchrun) or `orchestrator`; apart from its death it is what `megatron-rl rl` starts. It reads and
+writes in the run's folder:
+
+    kills.json             a list of kills.Kill; the first for PROGRAM that has not struck yet is carried out
+    killed-N.json          the phases in which kill N struck
+    pids-PROGRAM-RANK.txt  the process id of every start
+    phases-PROGRAM.json    the seconds of each phase, if there is no kill
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 
 from megatron_rl.config.load import from_json
 from megatron_rl.rollout.die_with_parent import die_with_parent
-from tests.engine.kills import Kill
+from tests.engine.kills import Kill, note_pid
 
 
 class Killer:
@@ -131,6 +135,7 @@ def main(program: str, config_path: str) -> None:
             if kill.program == program and not (run_dir / f"killed-{number}.json").exists()]
     number = left[0] if left else -1
     mine = int(os.environ.get("RANK", "0"))
+    note_pid(run_dir, program, mine)
     killer = Killer(kills[number] if left else None, number, mine, run_dir)
     run = {"rank": rank, "orchestrator": orchestrator}[program](killer)
     run(config)

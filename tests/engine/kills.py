@@ -3,7 +3,8 @@
 `python -m tests.engine.kills [--chains N] [--seed S]` (make test-kills) prints one line for each kill; the engine is
 real. Two tables. A rank that is killed ends the run: a chain is one run that is killed once in each phase, in random
 order, and goes on from its newest checkpoint after each. An orchestrator that is killed is started again while the
-ranks wait: one run survives a kill in each phase. Exit code 1 when anything differs.
+ranks wait: one run survives a kill in each phase, and its ranks keep their process ids. Exit code 1 when anything
+differs.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
+import re
 import statistics
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +68,7 @@ def run_programs(config: Config, *kills: Kill) -> str:
     """Both programs to the end of the run, or until a kill ends it; "", or why it failed."""
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    for path in run_dir.glob("killed-*.json"):
+    for path in (*run_dir.glob("killed-*.json"), *run_dir.glob("pids-*.txt")):
         path.unlink()
     (run_dir / "kills.json").write_text(json.dumps([dataclasses.asdict(kill) for kill in kills]))
     module = "tests.engine.killed_program"
@@ -82,6 +87,17 @@ def was_killed(config: Config, number: int = 0) -> dict | None:
     """Where the kill of this number struck: {"step", "inside": phases}; None if it did not."""
     path = Path(config.run.dir) / f"killed-{number}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def note_pid(run_dir: Path, program: str, number: int) -> None:
+    """By the program itself, at its start. number: which rank."""
+    with (run_dir / f"pids-{program}-{number}.txt").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def starts(config: Config, program: str) -> list[int]:
+    """How often each process of `program` was started in the last call of run_programs, by rank."""
+    return [len(set(path.read_text().split())) for path in sorted(Path(config.run.dir).glob(f"pids-{program}-*.txt"))]
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -162,15 +178,19 @@ def orchestrator_kills(phases: Sequence[str], seconds: Mapping[str, Sequence[flo
     for phase in phases:
         every = {"evaluating": EVALUATE_EVERY, "saving": SAVE_EVERY, "finishing": STEPS}.get(phase, 1)
         step = every * rng.randrange(1, STEPS // every + 1) - 1
-        kills.append(Kill(phase, step, delay_s=rng.random() * statistics.median(seconds[phase]),
-                          program="orchestrator"))
+        kills.append(Kill(phase, step, delay_s=rng.random() * min(seconds[phase]), program="orchestrator"))
     return sorted(kills, key=lambda kill: (kill.step, ORCHESTRATOR_PHASES.index(kill.phase)))
 
 
 def survive(config: Config, engine: Engine, kills: Sequence[Kill]) -> list[list[str]]:
-    """One run whose orchestrator is killed so often. A row (phase, kill, started again) for each kill."""
+    """One run whose orchestrator is killed so often, and whose ranks are not started again. A row (phase, kill, started
+    again) for each kill."""
     if said := run_programs(with_url(config, engine.url()), *kills):
         raise RuntimeError(f"the run did not survive: {said}")
+    if starts(config, "rank") != [1] * config.parallel.world_size:
+        raise RuntimeError(f"ranks were started again: {starts(config, 'rank')}")
+    if starts(config, "orchestrator") != [1 + len(kills)]:
+        raise RuntimeError(f"{len(kills)} kills; the orchestrator was started {starts(config, 'orchestrator')} times")
     rows = []
     for number, kill in enumerate(kills):
         struck = was_killed(config, number)
@@ -194,8 +214,8 @@ def main() -> int:
     parser.add_argument("--only", choices=("rank", "orchestrator"), help="one of the two tables")
     parser.add_argument("--folder", type=Path, help="where the runs go, and stay (default: a temporary folder)")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    failed = False
+    rng, began = random.Random(options.seed), time.monotonic()
+    failed, struck, inside = False, Counter(), Counter()
     with tempfile.TemporaryDirectory(prefix="kills_") as scratch:
         folder = options.folder or Path(scratch)
         make_random_model(folder / "init", seed=0, num_hidden_layers=2)
@@ -218,12 +238,18 @@ def main() -> int:
                     differing = differences(folder / "alone", folder / f"{program}{number}")
                     failed |= bool(differing)
                     for phase, kill, start in rows:
+                        struck[program, phase] += 1
+                        inside[program, phase] += phase in re.search(r"\((.*?)\)", kill)[1].split("+")
                         print(f"{phase:18}{kill:70}{start:14}{'no' if differing else 'yes'}", flush=True)
                     print(f"  {program} {number}, {'background' if in_background else 'waiting'} saves: "
                           f"{'; '.join(differing) or 'every checkpoint, metric and weight equal bit for bit'}",
                           flush=True)
         finally:
             engine.close()
+    print("\n| killed | in | times | struck inside it |\n| --- | --- | --- | --- |")
+    for (program, phase), times in struck.items():
+        print(f"| {program} | {phase} | {times} | {inside[program, phase]} |")
+    print(f"{'Some runs differ' if failed else 'All runs ended alike'}; {time.monotonic() - began:.0f} s")
     return int(failed)
 
 

@@ -28,6 +28,7 @@ from tests.engine.kills import (
     differences,
     orchestrator_kills,
     run_programs,
+    starts,
     was_killed,
 )
 from tests.stub_engine import StubEngine
@@ -66,6 +67,7 @@ def test_an_orchestrator_that_is_killed_leaves_no_trace(seed, alone, configured,
     seconds, rng = json.loads((alone / "phases-orchestrator.json").read_text()), random.Random(seed)
     kills = orchestrator_kills(rng.sample(ORCHESTRATOR_PHASES, 3), seconds, rng)
     assert run_programs(configured(tmp_path), *kills) == ""
+    assert (starts(configured(tmp_path), "orchestrator"), starts(configured(tmp_path), "rank")) == ([4], [1])
     assert all(was_killed(configured(tmp_path), number) is not None for number in range(len(kills)))
     assert differences(alone, tmp_path) == []
 
