@@ -32,11 +32,6 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def _kill_with_the_fork_server() -> None:
-    os.kill(os.getppid(), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _busy() -> None:
     end = time.monotonic() + 5
     while time.monotonic() < end:
@@ -76,7 +71,6 @@ JUDGES: dict[str, Callable[[], Any]] = {
     "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "ends its process": lambda: os._exit(0),
     "ends its process with a code": lambda: os._exit(7),
-    "takes those that start judges along": _kill_with_the_fork_server,
     "breaks its memory": lambda: ctypes.string_at(0),
     "takes all memory": lambda: bytearray(64 << 30),
     "returns nothing": lambda: None,
@@ -97,6 +91,12 @@ HANGING_JUDGES: dict[str, Callable[[], Any]] = {"hangs": lambda: time.sleep(60),
 """Not failed: a response that cannot be judged in time earns 0 (status `timeout`), since its own text may be why."""
 
 
+def take_all_along() -> None:
+    """A judge that kills the process which starts judges, and itself."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def environment(prompt: Prompt, turns: Sequence[str]) -> str | None:
     """Ends the episode at the first turn, unless the prompt's metadata names one of ENVIRONMENTS."""
     fault = prompt.metadata.get("environment")
@@ -106,7 +106,8 @@ def environment(prompt: Prompt, turns: Sequence[str]) -> str | None:
 def judge(prompt: Prompt, response_text: str) -> Any:
     """1 for a text of an even length, unless the prompt's metadata names a fault."""
     fault = prompt.metadata.get("judge")
-    return (JUDGES | HANGING_JUDGES)[fault]() if fault else float(len(response_text) % 2 == 0)
+    faults = {**JUDGES, **HANGING_JUDGES, "takes all along": take_all_along}
+    return faults[fault]() if fault else float(len(response_text) % 2 == 0)
 
 
 def changed(answer: dict[str, Any], **meta: Any) -> dict[str, Any]:
