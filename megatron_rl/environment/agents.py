@@ -26,6 +26,7 @@ from megatron_rl.environment.gateway.parsing import Parser
 from megatron_rl.environment.gateway.probe import checked
 from megatron_rl.environment.gateway.server import Gateway, Limits
 from megatron_rl.environment.gateway.session import Model, Session
+from megatron_rl.observe.failures import told
 from megatron_rl.rollout.background import in_thread
 from megatron_rl.rollout.environment import EnvironmentFailed, load_function
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
@@ -181,7 +182,7 @@ class AgentPrograms:
             raise EnvironmentFailed(f"{where}: no end within rollout.agent.timeout_s={self._config.timeout_s:g}")
         error = call.exception()
         if error is not None:  # the user's own code: of any kind
-            raise EnvironmentFailed(f"{where}: {type(error).__name__}: {error}"[:500]) from error
+            raise EnvironmentFailed(f"{where}: {told(error)}") from error
         if call.result() is not None:
             try:
                 session.give_reward(call.result())

@@ -66,9 +66,9 @@ def _clipped(text: str) -> str:
 
 
 def _number(result: Any) -> float | None:
-    """A float from anything that is one number of at most LARGEST_REWARD: truth values, numpy's and torch's numbers too.
+    """A float from anything that is one number: truth values, and numpy's or torch's numbers too.
 
-    None for the rest.
+    None for the rest, and for numbers beyond LARGEST_REWARD.
     """
     try:
         value = float(result) if isinstance(result, SupportsFloat) else math.nan
