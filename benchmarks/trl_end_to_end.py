@@ -79,7 +79,7 @@ def write_prompts(path: Path, count: int, vocab: int) -> list[str]:
 
 
 def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list[Phases]:
-    """Of each step."""
+    """What TRL measures of each step."""
     import torch
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -125,7 +125,7 @@ def run_trl(model: Path, prompts: list[str], *, steps: int, length: int) -> list
 
 
 def run_ours(model: Path, prompts: Path, *, steps: int, length: int) -> list[Phases]:
-    """Of each step."""
+    """What our trainer measures of each step."""
     from megatron_rl.launch.local import rank_environment
 
     run_dir = model.parent / "run"

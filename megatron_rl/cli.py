@@ -10,7 +10,7 @@ from megatron_rl import usage
 
 SHELLS = ("bash", "zsh")
 RANK_KEYS = ("rank", "ranks")
-"""Of `rehearse`: written as keys of the configuration are, and none of them."""
+"""Options of `rehearse` that are written like keys of the configuration, and are none."""
 LAUNCHERS = ("basic", "submitit_slurm")
 
 

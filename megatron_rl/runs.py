@@ -92,7 +92,7 @@ def prepare_smollm2(target: Path) -> None:
 
 
 def write_run_report(runs: list[Path], out: Path | None = None) -> None:
-    """Of several runs beside the first one's own report, which stays."""
+    """A report of several runs beside the first one's own report, which stays."""
     from megatron_rl.observe.report import write_report
 
     default = runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")

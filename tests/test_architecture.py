@@ -186,6 +186,27 @@ def test_files_stay_readable(path):
             assert node.end_lineno - node.lineno <= 80, f"{node.name} is {node.end_lineno - node.lineno} lines long"
 
 
+BEGINS_WITH_OF = re.compile(r"(?:^|[.;:|] |\n)\s*(Of [a-z][^.\n]*)")
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "*/README.md", "*/*/*/README.md", "examples/*/*.md")
+               for path in ROOT.glob(pattern))
+
+
+def prose(path: Path) -> list[str]:
+    """The docstrings of a module, those of constants too; the whole of a page."""
+    if path.suffix == ".md":
+        return [path.read_text(encoding="utf-8")]
+    constants = (node.value for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    return [constant.value for constant in constants if isinstance(constant.value, str)]
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_sentence_begins_with_of(path):
+    """A sentence names its subject first: "The ranks of stage 0", not "Of stage 0 the ranks"."""
+    found = [sentence for text in prose(path) for sentence in BEGINS_WITH_OF.findall(text)]
+    assert found == []
+
+
 def test_the_loop_fits_on_a_screen_or_two():
     assert len((ROOT / "megatron_rl" / "loop.py").read_text().splitlines()) <= 150
     assert len((ROOT / "megatron_rl" / "train.py").read_text().splitlines()) <= 100

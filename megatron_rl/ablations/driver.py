@@ -142,7 +142,7 @@ def continued(run: Run) -> Config:
 
 
 def engine_log(todo: Plan) -> Path:
-    """Of a plan of one run, which may have neighbours at work, in that run's folder."""
+    """The engine's log for a plan of one run, in that run's folder, because it may have neighbours at work."""
     folder = todo.root if len(todo.runs) > 1 else todo.runs[0].folder
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "engine.log"

@@ -16,7 +16,7 @@ ENGINE_KEEPS = 6
 get_worker_info, managers/utils.py: validate_input_length), a whole sequence 2 (scheduler.py: init_req_max_new_tokens).
 A request that goes on has up to rollout.max_context_tokens - 1 tokens, so the engine's context is 6 longer."""
 PROBE_TOLERANCES = {"float32": 0.01, "bfloat16": 2.0}
-"""Of rollout.probe_tolerance, in nats: far above rounding, far below what other weights do to a fixed prompt."""
+"""Defaults of rollout.probe_tolerance, in nats: far above rounding, far below what other weights do to a prompt."""
 RESERVED_FLAGS = {"--api-key": "rollout.engine.api_key_env", "--tp": "rollout.engine.tp",
                   "--tp-size": "rollout.engine.tp", "--tensor-parallel-size": "rollout.engine.tp",
                   "--base-gpu-id": "rollout.engine.first_gpu", "--host": "rollout.engine.host",

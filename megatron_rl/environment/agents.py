@@ -35,7 +35,7 @@ from megatron_rl.rollout.transcript import Transcript
 from megatron_rl.types import Finish, Score
 
 TAIL_BYTES = 2000
-"""Of what a program wrote, the end that its failure shows."""
+"""How much of the end of a program's output its failure shows."""
 LEFT_BEHIND_S = 5.0
 """How long the output of a program that has ended is waited for: another that it started may hold it open."""
 

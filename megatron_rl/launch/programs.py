@@ -50,7 +50,7 @@ HEALTH_EVERY_S = 2.0
 END_GRACE_S = 75.0  # observe/sinks.py: WANDB_CLOSE_S, and a little more
 HANG_GRACE_S = 3.0
 KILLED_CODES = (137, 265)
-"""Of a shell and of srun, whose program was killed by SIGKILL; Popen says -9."""
+"""The exit code of a shell or srun whose program was killed by SIGKILL; Popen says -9."""
 
 _LOG = logging.getLogger(__name__)
 

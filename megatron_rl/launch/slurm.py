@@ -20,7 +20,7 @@ from megatron_rl.observe.files import write_json, write_whole
 
 CARRIED = ("PYTHONPATH", "TORCHDYNAMO_DISABLE", "HF_HUB_OFFLINE", "PYTHONWARNINGS", "TORCH_CPP_LOG_LEVEL",
            "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", *SAME_IN_RANKS_AND_ENGINES)
-"""Of rank_environment(): what the job needs besides what Slurm gives it."""
+"""The part of rank_environment() that the job needs besides what Slurm gives it."""
 
 
 def job_folder(config: Config) -> Path:

@@ -17,7 +17,7 @@ __all__ = ["Drawing", "Key", "Line", "Rows", "axes_of", "css", "draw", "draw_acc
 DASHES = ("solid", "dashed", "dotted", "double")
 """The dash of a line in a comparison, by its place among the metrics of a plot (page.js, and the legend's border)."""
 FIRST, AREAS = ("correct", "wrong"), (2, 1, 0, 3, 4, 5, 6, 7)
-"""Of stacked areas those that are the lowest, and the colours in that order: what is right is green."""
+"""The lowest of the stacked areas, and the colours in that order: what is right is green."""
 SMOOTH_FROM_STEPS = 40
 COLOURS = 8  # page.css: --series-0 to --series-7
 

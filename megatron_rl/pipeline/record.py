@@ -64,9 +64,10 @@ def read(stage: Stage) -> Record | None:
 
 
 def records(plan: Plan) -> list[Record | None]:
-    """Of every stage in order, checked: ValueError when one was made with another configuration or from another model.
+    """The records of every stage in order, checked.
 
-    Only what is there is compared: a stage that began after one that is missing or unfinished counts as stale.
+    ValueError if a stage was made with another configuration or from another model. Only what is there is compared: a
+    stage that began after one that is missing or unfinished counts as stale.
     """
     found = [read(stage) for stage in plan.stages]
     for place, (stage, record) in enumerate(zip(plan.stages, found, strict=True)):

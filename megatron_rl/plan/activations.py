@@ -15,7 +15,7 @@ FP32, INT64 = 4, 8
 
 
 def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, element: int) -> float:
-    """Of one whole layer, per token of this context-parallel rank."""
+    """What autograd saves of one whole layer, in bytes per token of this context-parallel rank."""
     tp, hidden = parallel.tp, model.hidden_size
     query, key_value = (heads * model.head_dim / tp for heads in (model.num_attention_heads, model.num_key_value_heads))
     head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0

@@ -131,7 +131,7 @@ def _data_seconds(model: Network, parallel: ParallelConfig, hardware: Hardware) 
 
 
 def _share(ranks: int) -> float:
-    """Of what a group exchanges, what leaves a rank."""
+    """The share of what a group exchanges that leaves a rank."""
     return (ranks - 1) / ranks
 
 

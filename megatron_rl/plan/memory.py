@@ -23,7 +23,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of the pipeline stage that needs most. *_parameters are elements, everything else bytes on one rank."""
+    """The pipeline stage that needs most. *_parameters are elements, everything else bytes on one rank."""
 
     stage: int
     dense_parameters: int
@@ -82,7 +82,7 @@ def _expected(responses: int, longest: int, prompt: int, tokens_per_microbatch: 
 
 
 def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int, engine_bytes: int = 0) -> MemoryPlan:
-    """Of one rank of pipeline stage `stage`."""
+    """The plan of one rank of pipeline stage `stage`."""
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
     chunks = stage_chunks(model, parallel, stage)
     parameters = sum(chunk.num_parameters for chunk in chunks)

@@ -16,9 +16,10 @@ _LINE = re.compile(r":\d+ ")
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of summary.summary: by phase peak bytes and host reads, by phase, operation and group [calls, bytes].
+    """The figures of summary.summary that the budget compares.
 
-    where, census: what the messages compare with; file and function without the line, which moves with every edit.
+    By phase: peak bytes and host reads. By phase, operation and group: [calls, bytes]. where, census: what the messages
+    compare with; file and function without the line, which moves with every edit.
     """
     phases = found["phases"]
     return {

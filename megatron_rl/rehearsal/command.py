@@ -60,9 +60,9 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
 
 
 def compare_layouts(config: Config, network: Network, *, count: int, json_file: str | None = None) -> None:
-    """The layouts that `plan` proposes and the one asked about, rehearsed and put into the order of their seconds.
+    """The layouts that `plan` proposes and the one asked about, rehearsed and ordered by their seconds.
 
-    Of each layout the ranks of its first and its last stage are rehearsed; the slower one sets the pace.
+    The ranks of the first and the last stage of each layout are rehearsed; the slower one sets the pace.
     """
     check_layout(network, config.parallel)
     check_rehearsable(config)

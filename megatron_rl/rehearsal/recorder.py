@@ -70,7 +70,7 @@ class Operation:
 class Recorder(TorchDispatchMode):
     """operations, collectives and host_reads count calls; peaks has the fullest moment of each phase.
 
-    fake: the mode that this one goes around; None where tensors are real. Of a fake tensor the host reads 1, or False.
+    fake: the mode that this one goes around; None if tensors are real. From a fake tensor the host reads 1, or False.
     """
 
     def __init__(self, fake: FakeTensorMode | None = None):

@@ -43,7 +43,7 @@ def link(ranks: tuple[int, ...], rates: Rates) -> str:
 
 
 def collective_seconds(call: Collective, rates: Rates) -> float:
-    """Of one call: a ring moves (n-1)/n of the bytes, an all-reduce twice as much, a message all."""
+    """Seconds of one call: a ring moves (n-1)/n of the bytes, an all-reduce twice as much, a message all."""
     size = len(call.ranks)
     if size <= 1 or call.operation == "barrier":
         return 0.0
@@ -60,7 +60,7 @@ def collective_seconds(call: Collective, rates: Rates) -> float:
 
 
 def operation_seconds(each: Operation, rates: Rates) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     return max(each.flops / (rates.flops * rates.matrix_share), each.bytes / (rates.memory * rates.bandwidth_share),
                rates.kernel)
 

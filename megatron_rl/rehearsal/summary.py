@@ -86,7 +86,7 @@ def _operations(recorder: Recorder) -> list[dict[str, Any]]:
 
 
 def step_seconds(config: Config, workload: Workload, seconds: dict[str, Counter[str]]) -> dict[str, float]:
-    """Of one whole optimiser step at this rank's pace.
+    """Seconds of one whole optimiser step at this rank's pace.
 
     scoring: both passes; update: both with the pipeline's bubble; once: what comes once a step.
     """

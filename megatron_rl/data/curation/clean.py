@@ -1,4 +1,4 @@
-"""Rule-based cleansing (Sec. 2.3): problems that a rule-based verifier cannot judge, or that are not whole."""
+"""Rule-based cleansing (Sec. 2.3): removes problems that a rule-based verifier cannot judge, or that are incomplete."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _NUMERIC_TASK = re.compile(r"\b(?:find|determine|compute|calculate|evaluate|what
 
 
 def clean(items: Sequence[Item]) -> Split:
-    """Removes what a rule of RULES objects to; a problem is removed for the first one."""
+    """Removes problems that a rule of RULES rejects; the first such rule is the reason."""
     objections = {place: objection(item) for place, item in enumerate(items)}
     return Split(items, {place: removal for place, removal in objections.items() if removal is not None})
 

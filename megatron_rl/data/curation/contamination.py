@@ -27,12 +27,12 @@ class _Text:
 
 def decontaminate(items: Sequence[Item], benchmarks: Iterable[Problem], *, ngram: int = 10,
                   share: float = 0.5) -> Split:
-    """Removes a problem that shares at least `share` of the n-grams of the shorter of it and some benchmark problem.
+    """Removes a problem that shares at least `share` of its n-grams with a benchmark problem.
 
-    That is share of the benchmark's text found in the problem, or the other way round. A text of fewer than two n-grams
-    may be a phrase that many problems have ("What is the area of the shaded region?"). So it must also make up two
-    thirds of the longer text, or hold a number and be a sentence of the problem. A benchmark problem of fewer than
-    `ngram` words counts as one n-gram; below 3 words it is not looked for.
+    The shorter of the two texts counts: the share is of the benchmark's text found in the problem, or the other way
+    round. A text of fewer than two n-grams may be a phrase that many problems have ("What is the area of the shaded
+    region?"). It must therefore also make up two thirds of the longer text, or hold a number and be a sentence of the
+    problem. A benchmark problem of fewer than `ngram` words counts as one n-gram; below 3 words it is not looked for.
     """
     if ngram < 1 or not 0 < share <= 1:
         raise ValueError(f"ngram={ngram} must be at least 1, and share={share} must lie in (0, 1]")
@@ -66,7 +66,7 @@ def decontaminate(items: Sequence[Item], benchmarks: Iterable[Problem], *, ngram
 
 
 def _is_telling(benchmark: Sequence[str], text: Sequence[str], item: Item, enough: int) -> bool:
-    """Whether what two texts share says that they are one problem."""
+    """Whether the shared text shows that the two are one problem."""
     shorter, longer = sorted((benchmark, text), key=len)
     if len(shorter) >= enough or len(shorter) >= MOST * len(longer):
         return True

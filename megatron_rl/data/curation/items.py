@@ -1,4 +1,4 @@
-"""What every step of curation reads and writes: rows with their problems, and for each that goes the reason."""
+"""What every step of curation reads and writes: rows with their problems, and the reason for each removed row."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Split:
 
 
 def read_items(config: DataConfig) -> tuple[list[Item], list[tuple[Row, Removal]]]:
-    """(the rows of data.path that hold a problem, the others). All splits: curation comes before the split.
+    """(the rows of data.path that hold a problem, the others). All splits, because curation comes before the split.
 
-    Rows that hold none stop the load, or are logged and handed back, as data.on_error says. ValueError for a source
+    Rows without a problem stop the load, or are logged and returned, as data.on_error says. ValueError for a source
     that is not a file.
     """
     if config.source not in FILE_SOURCES:
@@ -82,10 +82,11 @@ def read_items(config: DataConfig) -> tuple[list[Item], list[tuple[Row, Removal]
 
 
 def write_split(folder: Path, split: Split, bad: Sequence[tuple[Row, Removal]] = ()) -> dict[str, int]:
-    """kept.jsonl and removed.jsonl with the rows as they were read, and report.json with the counts, which it returns.
+    """Writes kept.jsonl and removed.jsonl with the rows as they were read, and report.json with the counts, which it
+    returns.
 
-    All three appear when all are whole; an error before that leaves what was there.
-    A removed row has one more column, removed: {"why", "detail", "from"}.
+    All three files appear once all are whole; after an earlier error nothing has changed. A removed row has one more
+    column, removed: {"why", "detail", "from"}.
     """
     kept, removed = [], [_removed(row, removal, {}) for row, removal in bad]
     for place, item in enumerate(split.items):
@@ -138,7 +139,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def problem_text(problem: Problem) -> str:
-    """The text of a problem; of chat messages, what the user says."""
+    """The text of a problem; for chat messages, what the user says."""
     return asked(problem.text)
 
 

@@ -36,7 +36,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request."""
+    """What one request may hold."""
 
     body_bytes: int
     messages: int

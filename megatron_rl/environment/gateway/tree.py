@@ -90,7 +90,7 @@ class Tree:
     def deepest(self, digests: Sequence[bytes], messages: Sequence[Message]) -> tuple[Turn | None, int]:
         """(the last turn of the longest history that is ours, how many messages that is).
 
-        Of turns that said the same, the one whose ids of calls were sent back, else the latest.
+        If several turns said the same, it takes the one whose ids of calls were sent back, else the latest.
         """
         for place in range(len(messages) - 1, -1, -1):
             same = self._by_history.get(digests[place]) if messages[place]["role"] == "assistant" else None

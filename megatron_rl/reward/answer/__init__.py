@@ -1,6 +1,9 @@
-"""One answer against its reference, in steps of which each can be tested alone.
+"""Compares one answer with its reference, in steps that can each be tested alone.
 
-latex takes the dressing off. formula reads a tree, value says what it is worth and whether it is worked out. words and
-units know what is no algebra. read says of which kind an answer is, compare when two are the same, copies whether an
-answer only repeats the question.
+- latex removes markup that only changes the look.
+- formula reads a tree; value computes it and says whether it is worked out.
+- words and units know what is not algebra.
+- read says what kind of answer it is.
+- compare says when two answers are the same.
+- copies says whether an answer only repeats the question.
 """

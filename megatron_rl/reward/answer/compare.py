@@ -1,4 +1,4 @@
-"""When two readings are the same: the reference's kind decides (docs/rewards.md says it for users)."""
+"""When two readings are the same. The kind of the reference decides (docs/rewards.md says it for users)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDED_DIGITS = 3  # significant digits of a reference that may be a rounded va
 LETTERS = 3  # of a run that is a product in an equation: nRT, and not the order BDAC
 
 def same(found: list[Answer], wanted: list[Answer], rules: Rules) -> bool:
-    """Whether any reading of an answer is any reading of the reference."""
+    """Whether any reading of the answer equals any reading of the reference."""
     return any(_same(ours, theirs, rules) for theirs in wanted for ours in found)
 
 
@@ -140,7 +140,7 @@ def _same_matrix(found: Answer, wanted: Answer, rules: Rules) -> bool:
 
 
 def _same_ratio(found: Answer, wanted: Answer, rules: Rules) -> bool:
-    """Parts in proportion, each a number that is worked out, or a formula."""
+    """Whether the parts are in proportion. Each must be a number that is worked out, or a formula."""
     if len(found.parts) != len(wanted.parts) or not all(is_final(part) for part in found.parts if not names(part)):
         return False
     first, base = found.parts[0], wanted.parts[0]
@@ -163,7 +163,10 @@ def _is_count(node: Node) -> bool:
 
 
 def _same_measure(found: Any, unit: str, wanted: Any, their_unit: str, rules: Rules, *, count: bool) -> bool:
-    """Within the tolerance, in the reference's unit; a unit that the reference lacks is ignored, but for percent."""
+    """Within the tolerance, in the reference's unit.
+
+    If the reference has no unit, the answer's is ignored, except percent.
+    """
     tolerance = 0.0 if count and not their_unit else rules.tolerance or 0.0
     if their_unit and not units.is_unit(their_unit):
         return units.same_unit(unit, their_unit) and _close(found, wanted, tolerance)
@@ -179,7 +182,7 @@ def _close(found: Any, wanted: Any, tolerance: float) -> bool:
 
 
 def _in_one_unit(node: Node, unit: str, reference: Node, their_unit: str) -> list[tuple[Node, Node]]:
-    """The pairs of numbers of which one must agree: as written if a unit is missing, else both in one unit."""
+    """Pairs of numbers, one of which must agree: as written if a unit is missing, else both in one unit."""
     number_of = {"%": "percent", "^\\circ": "degrees"}
     ours, theirs = (number_of.get(text.strip()) for text in (unit, their_unit))
     as_written = (node, reference)
@@ -210,7 +213,7 @@ def _converted(node: Node, unit: str, their_unit: str) -> Node | None:
 
 
 def _same_exactly(ours: Node, theirs: Node) -> bool:
-    """Equal; or six digits, rounded or cut off, of an irrational reference; or what rounds to a decimal reference."""
+    """Equal; or six digits, rounded or cut off, for an irrational reference; or what rounds to a decimal reference."""
     found, wanted = value(ours), value(theirs)
     if agree(found, wanted):
         return True
@@ -245,7 +248,7 @@ def _terminates(number: Any) -> bool:
 
 
 def _decimal(node: Node) -> tuple[Fraction, int, Fraction] | None:
-    """(value, significant digits, one unit of the last digit) of a decimal, also times a power of ten; None else."""
+    """(value, significant digits, one unit of the last digit) of a decimal, also times a power of ten; else None."""
     if node.op == "neg":
         inner = _decimal(node.args[0])
         return None if inner is None else (-inner[0], *inner[1:])
@@ -267,7 +270,7 @@ def _decimal(node: Node) -> tuple[Fraction, int, Fraction] | None:
 
 
 def _same_text(found: Answer, wanted: Answer, _: Rules) -> bool:
-    """As text, or as Math-Verify reads both if they hold the same letters and digits."""
+    """Equal as text, or as Math-Verify reads both if they hold the same letters and digits."""
     ours, theirs = found.parts[0], wanted.parts[0]
     if words.same_words(ours, theirs):
         return True

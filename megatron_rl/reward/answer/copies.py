@@ -25,11 +25,11 @@ _PARTS = {  # what a question may ask to work out, as it is written there
 
 
 def is_copy(box: str, found: list[Answer], wanted: list[Answer], question: str) -> bool:
-    """Whether a number or formula stands in the question, and not in the reference.
+    """Whether the question contains the number or formula, and the reference does not.
 
-    A copy is the whole of a formula there, in brackets or not; or a number with a fraction that is not in lowest
-    terms, a power, root, factorial or binomial of numerals that stands there. A numeral and a fraction in lowest
-    terms are none: a question may well name its answer.
+    A copy is a whole formula of the question, in brackets or not. It may also be a number with a power, root, factorial
+    or binomial of numerals, or with a fraction that is not in lowest terms. Numerals and fractions in lowest terms are
+    not copies, because a question may well name its answer.
     """
     ours = found[0]
     if not question or len(box) > MAX_COPY or (ours.kind == "number" and _is_simple(ours.parts[0])):
@@ -54,7 +54,7 @@ def _normal(text: str) -> str:
 
 
 def _undressed(box: str) -> Iterator[str]:
-    """The box, and what is left of it without brackets, a name or a plus sign before it."""
+    """The box, and what is left of it without brackets, and without a name or a plus sign before it."""
     match: re.Match[str] | None
     while box:
         yield box
@@ -85,7 +85,7 @@ def _nodes(node: Node) -> Iterator[Node]:
 
 
 def _stands_in(node: Node, question: str) -> bool:
-    """Whether a part that could be worked out is written in the question."""
+    """Whether the question contains a part that could be worked out."""
     if node.op not in _PARTS or _is_simple(node) or any(part.op != "num" for part in node.args):
         return False
     return re.search(_PARTS[node.op].format(*(re.escape(part.args[1]) for part in node.args)), question) is not None

@@ -1,4 +1,4 @@
-"""Reads a closed form or a formula from LaTeX into a tree; no value is computed here.
+"""Reads a closed form or a formula from LaTeX into a tree. It computes no value.
 
 The library behind Math-Verify (latex2sympy2_extended 1.11.0) computes while it reads: 8/2 arrives as 4, V as v, 180
 degrees as 180, 1 1/2 as 1 and 6.02e-23 as 6.02 e - 23. A verdict needs what was written.
@@ -37,7 +37,7 @@ class Node(NamedTuple):
 
 
 def read_formula(text: str) -> Node:
-    """The tree of an undressed text. Unreadable if it is anything but one formula."""
+    """The tree of an undressed text. Unreadable if the text is not exactly one formula."""
     parser = _Parser(_tokens(text))
     node = parser.sum(0)
     if parser.peek():
@@ -46,7 +46,7 @@ def read_formula(text: str) -> Node:
 
 
 def names(node: Node) -> frozenset[str]:
-    """The variables in a tree, and functions of no known name."""
+    """The variables in a tree, and functions with unknown names."""
     if node.op == "sym":
         return frozenset(node.args)
     own = frozenset(node.args[:1]) if node.op == "call" else frozenset()
@@ -54,7 +54,7 @@ def names(node: Node) -> frozenset[str]:
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    """(kind, text) of each token; a space is kept, since 1 1/2 is not 11/2."""
+    """(kind, text) of each token. Spaces are kept, because 1 1/2 is not 11/2."""
     tokens, place = [], 0
     while place < len(text):
         match = _TOKEN.match(text, place)

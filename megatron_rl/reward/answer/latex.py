@@ -1,4 +1,4 @@
-"""Takes the dressing off a LaTeX answer: everything that changes how it looks and not what it says."""
+"""Removes markup from a LaTeX answer: everything that changes how it looks and not what it says."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class Unreadable(ValueError):
 
 
 def closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at `start`, of whatever form: [0,1). Unreadable without one."""
+    """The index of the bracket that closes the one at `start`. Any shape may close it: [0,1).
+
+    Unreadable without one.
+    """
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] in OPEN) - (text[place] in CLOSE)
@@ -112,7 +115,7 @@ def undress(text: str) -> str:
 
 
 def simplify(text: str) -> str:
-    """The text with one spelling for each thing, wherever in a longer text it stands."""
+    """The text with one spelling for each thing, at any place in a longer text."""
     text = re.sub(r"(?<!\\)(?:\$|\\[()\[\]])", " ", _unicode(text))
     text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = _texts(text)
@@ -177,7 +180,7 @@ def _argument(text: str, start: int, *, plain: bool) -> tuple[str, int]:
 
 
 def plain(text: str) -> str:
-    """What is left of an undressed text of words or symbols: no commands for type, no braces, single spaces."""
+    """An undressed text of words or symbols without type commands and braces, with single spaces."""
     text = re.sub(_TEXT, "{", text)
     text = re.sub(r"(?<!\\)[{}]", "", text)
     return " ".join(text.split()).strip(" .,;")
@@ -192,7 +195,7 @@ def _unicode(text: str) -> str:
 
 
 def _outside(text: str) -> str:
-    """Without a box around the whole, or a sign that says "this is mathematics"."""
+    """The text without a box around the whole, and without a sign that says "this is mathematics"."""
     text = re.sub(r"^(?:\$|\\[\[(])+|(?<!\\)(?:\$|\\[\])])+$", "", text).strip()
     box = re.match(r"\\(?:boxed|fbox|framebox)\s*\{", text)
     return _outside(text[box.end():-1].strip()) if box and closing_brace(text, box.end() - 1) == len(text) - 1 else text

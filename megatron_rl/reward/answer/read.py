@@ -1,4 +1,4 @@
-"""What an answer is: its readings, each of one kind. Reading computes nothing but whether a number has a value."""
+"""What an answer is: its readings, each of one kind. Reading only computes whether a number has a value."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ class Answer:
     """An answer that was read. kind: number, formula, list, pair, relation, matrix, ratio, clock, based, words, text.
 
     parts, by kind:
-    number: its tree and unit. formula: its tree. list, matrix, ratio: its items.
-    pair (tuple, interval or vector): opening bracket, items, closing bracket.
-    relation: its sign and its two sides as texts. clock, based, words, text: what it is.
-    name: x if it was written as x in ..., or of an interval as an inequality of x; of a list "and" if that joins it.
+
+    - number: its tree and unit. formula: its tree. list, matrix, ratio: its items.
+    - pair (tuple, interval or vector): opening bracket, items, closing bracket.
+    - relation: its sign and its two sides as texts. clock, based, words, text: what it is.
+
+    name: x if it was written as x in ...; for an interval, x if it was written as an inequality of x; for a list, "and"
+    if that joins it.
     """
 
     kind: str
@@ -57,19 +60,22 @@ def read_reference(text: str, rules: Rules) -> list[Answer]:
 
 
 def is_undone(text: str) -> bool:
-    """Whether a reference may be one that no answer can meet: quick, and true for some that can be met."""
+    """Whether no answer may be able to meet a reference. It is quick, and also true for some that can be met."""
     return _UNDONE.search(text) is not None or re.search(r"[A-Za-z0-9]", text.replace("\\text", "")) is None
 
 
 def _is_closed(text: str) -> bool:
-    """Whether every letter in an integral, sum or limit is bound by it, so that it stands for a number."""
+    """Whether an integral, sum or limit binds all of its letters, so that it stands for a number."""
     bound = {name for pair in re.findall(r"d\s*([a-z])(?![a-z])|_\{?\s*([a-z])\s*(?:=|\\to)", text) for name in pair}
     letters = re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+|d\s*[a-z](?![a-z])", "", text))
     return set(letters) <= bound | {"e", "i"}
 
 
 def read(text: str, rules: Rules) -> list[Answer]:
-    """All that an answer can mean, the likelier first: 100,200 is a number and a list. Unreadable if it is nothing."""
+    """Everything that an answer can mean, the likeliest first: 100,200 is a number and a list.
+
+    Unreadable if it is nothing.
+    """
     text = undress(text)
     if rules.tolerance is not None:
         text = re.sub(r"(?<=\d)e(?=-?\d)", "E", text)  # 5e-6 m is no 5 e - 6 m
@@ -100,7 +106,7 @@ def read_one(text: str, rules: Rules) -> Answer:
 
 
 def is_name(text: str) -> bool:
-    """Whether the left side of an equation only names what is on the right: x, f(x), \\angle ABC, P(A), (x,y)."""
+    """Whether the left side of an equation only names the right side: x, f(x), \angle ABC, P(A), (x,y)."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -197,7 +203,7 @@ def _relation(text: str, rules: Rules) -> list[Answer]:
 
 
 def _interval(sides: list[str], signs: list[str], rules: Rules) -> Answer | None:
-    """a < x <= b, or a part of it, as the interval that it is; None for other relations."""
+    """a < x <= b, or a part of it, as an interval; None for other relations."""
     if any(sign not in ("<", ">", "\\le", "\\ge") for sign in signs) or len(sides) > 3:
         return None
     read_sides = [read_one(side, rules) for side in sides]
@@ -235,7 +241,7 @@ def _ratio(text: str) -> list[Answer]:
 
 
 def _quantity(text: str, rules: Rules) -> list[Answer]:
-    """A number with a unit if that can be, and else a number or a formula; a unit may be both (5m)."""
+    """A number with a unit if possible, else a number or a formula. A letter may be a unit or a variable (5m)."""
     readings = []
     parted = units.split_unit(text, letters=rules.tolerance is not None)
     if parted is not None:

@@ -1,4 +1,4 @@
-"""Units of measure: where the number ends and the unit begins, and what it is to pint (0.26.2)."""
+"""Units of measure: where the number ends and the unit begins, and which unit of pint (0.26.2) it is."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def is_unit(text: str) -> bool:
 
 
 def ratio(found: str, wanted: str, number: float) -> float | None:
-    """`number` of the unit `found`, in `wanted`; an empty text is no unit. None if the kinds differ."""
+    """`number` in the unit `found`, converted to `wanted`. An empty text is no unit. None if the kinds differ."""
     registry = _registry()
     ours, theirs = (_unit(text) if text else registry.dimensionless for text in (found, wanted))
     if ours is None or theirs is None:
@@ -99,7 +99,7 @@ def ratio(found: str, wanted: str, number: float) -> float | None:
 
 
 def same_unit(found: str, wanted: str) -> bool:
-    """Two units that pint does not know, such as apples and apple."""
+    """Whether two units that pint does not know are the same, such as apples and apple."""
     return _word(found) == _word(wanted)
 
 

@@ -1,4 +1,4 @@
-"""What a formula is worth: exact fractions as far as they go, beyond that 80 digits; and whether it was worked out."""
+"""The value of a formula: exact fractions as far as they go, beyond that 80 digits. Also whether it was worked out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Number = Any  # Fraction, mpmath.mpf or mpmath.mpc
 
 
 def value(node: Node, at: Mapping[str, Number] | None = None) -> Number:
-    """The number that a tree stands for, its variables at `at`. Unreadable outside of its domain (1/0, ln 0).
+    """The number that a tree stands for, with its variables at `at`. Unreadable outside of its domain (1/0, ln 0).
 
-    Real numbers only unless i is written: the square root of -4 is refused, -4 has a real cube root. A decimal is an
-    exact fraction. No time limit: 9^{9^9} is computed.
+    Real numbers only, unless i is written: the square root of -4 is refused, and -4 has a real cube root. A decimal is
+    an exact fraction. No time limit: 9^{9^9} is computed.
     """
     import mpmath  # here, because only workers need it
 
@@ -36,7 +36,7 @@ def value(node: Node, at: Mapping[str, Number] | None = None) -> Number:
 
 
 def rational(number: Number) -> Fraction | None:
-    """The fraction with a denominator up to a million that a number is to 60 digits; None if there is none."""
+    """The fraction with a denominator up to a million that equals the number to 60 digits; None if there is none."""
     if isinstance(number, Fraction):
         return number
     import mpmath
@@ -64,13 +64,13 @@ def agree(one: Number, other: Number) -> bool:
 
 
 def is_final(node: Node) -> bool:
-    """Whether nothing is left to be worked out in a tree without variables (docs/rewards.md says what may stay)."""
+    """Whether a tree without variables leaves nothing to be worked out (docs/rewards.md says what may stay)."""
     rule = _FINAL.get(node.op)
     return rule is not None and rule(node)
 
 
 def same_formula(one: Node, other: Node) -> bool:
-    """Whether two trees agree wherever both have a value, at points drawn from the trees' own names.
+    """Whether two trees agree at every point at which both have a value. Points are drawn from the trees' own names.
 
     Points are positive first, then of either sign; whole numbers if the domain has no others, as with (-1)^n.
     """
@@ -251,7 +251,7 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
 
 
 def _final_sum(node: Node) -> bool:
-    """Unlike terms, those of sums in brackets too: at most one is rational, none a rational multiple of another."""
+    """Whether no terms are alike, those of inner sums too: one rational at most, no rational multiple of another."""
     terms = _terms(node)
     if not all(is_final(term) for term in terms):
         return False

@@ -1,4 +1,4 @@
-"""Answers that are no algebra: words, letters, orders, acronyms, chemistry, clock times, numbers in a base."""
+"""Answers that are not algebra: words, letters, orders, acronyms, chemistry, clock times, numbers in a base."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _CHOICE = re.compile(r"(?:option|choice|answer)?\s*(?:\(\s*([A-J])\s*\)|([A-J])\
 
 
 def is_words(text: str) -> bool:
-    """Whether an undressed answer is text and no algebra.
+    """Whether an undressed answer is text and not algebra.
 
-    A run of letters with nothing else is text, but for a product such as xy: two small letters without e, i, o, u, or
-    three without a vowel, one of them beyond h (orders of options begin at a).
+    A run of letters alone is text, unless it is a product such as xy: two small letters without e, i, o, u, or three
+    without a vowel, one of them beyond h (orders of options begin at a).
     """
     said = plain(text)
     run = said.replace(" ", "")
@@ -64,7 +64,7 @@ def _is_chemistry(run: str, said: str) -> bool:
 
 
 def _is_compound(term: str) -> bool:
-    """More than one element, or a number of one: C stands for a carbon atom and for a capacity."""
+    """Whether it has more than one element, or a number of one. C alone stands for a carbon atom and for a capacity."""
     bare = term.replace("_", "")
     symbols = re.findall(r"[A-Z][a-z]?", re.sub(r"\((?:aq|s|l|g)\)$", "", bare))
     return _COMPOUND.fullmatch(bare) is not None and all(symbol in _ELEMENTS for symbol in symbols) \
@@ -73,7 +73,7 @@ def _is_compound(term: str) -> bool:
 
 
 def same_words(answer: str, wanted: str) -> bool:
-    """Whether two undressed texts say the same: letter by letter, dressing and white space aside.
+    """Whether two undressed texts say the same, letter by letter, apart from markup and white space.
 
     The case of an ordinary word does not count (yes, Yes), that of a symbol does (Co, CO). A letter from A to J is a
     choice: (A), A. and "A) newton" mean it too.
@@ -125,7 +125,7 @@ def _is_ordinary(word: str) -> bool:
 
 
 def _terms(run: str) -> list[str]:
-    """The terms of a sum of compounds; the sign of a charge is none between terms."""
+    """The terms of a sum of compounds. The sign of a charge does not separate terms."""
     return re.split(r"(?<![\^\d])\+(?=\d*[\[(A-Z\\])|(?<=[A-Za-z)\]]\d)\+(?=\d*[\[(A-Z\\])|"
                     r"(?<=[A-Za-z]_\d)\+(?=\d*[\[(A-Z\\])", run)
 
@@ -145,7 +145,10 @@ def clock(text: str) -> tuple[int, int, int, str] | None:
 
 
 def same_clock(found: tuple[int, int, int, str], wanted: tuple[int, int, int, str]) -> bool:
-    """A reference that names the half of the day wants it, or the hour of 24; one that does not takes either."""
+    """Whether the times are equal.
+
+    A reference that names the half of the day needs it, or the hour of 24; others accept both.
+    """
     if not wanted[3]:
         return found[:3] == wanted[:3] or _of_24(found) == wanted[:3]
     return _of_24(found) == _of_24(wanted)

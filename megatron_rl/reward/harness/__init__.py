@@ -1,1 +1,1 @@
-"""Sources that run inside the sandbox, beside the program that is judged. They import the standard library only."""
+"""Source files that run inside the sandbox, beside the judged program. They import the standard library only."""

@@ -1,8 +1,8 @@
-"""In the solution's sandbox: calls a function of solution.py for somebody outside.
+"""Runs in the solution's sandbox and calls a function of solution.py for somebody outside.
 
-`serve.py calls f`: each line of standard input holds [[positional...], {named...}]. The answers are a line each,
-{"ok": value} or {"error": [type, message]}, as wire.encode. A function that returns nothing is judged by what it did to
-its first argument, which the answer brings too: {"ok": null, "first": value}.
+`serve.py calls f`: each line of standard input holds [[positional...], {named...}]. Each answer is one line, {"ok":
+value} or {"error": [type, message]}, as wire.encode writes it. A function that returns nothing is judged by what it did
+to its first argument, which the answer then brings too: {"ok": null, "first": value}.
 `serve.py unit f`: answers what the tests in another sandbox ask (peer.py).
 What the solution itself prints or reads goes nowhere.
 """

@@ -1,7 +1,7 @@
-"""In a sandbox of its own: runs tests.py against a solution that sits in another sandbox.
+"""Runs tests.py in a sandbox of its own, against a solution in another sandbox.
 
-Standard output leads to the solution's standard input and the reverse (peer.py). No line of the solution runs in
-this process, so it cannot end it, patch it, or print the verdict. The exit code is the verdict.
+Standard output leads to the solution's standard input and the reverse (peer.py). No line of the solution runs in this
+process, so it cannot end it, patch it, or print the verdict. The exit code is the verdict.
 """
 
 import builtins

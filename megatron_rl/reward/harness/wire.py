@@ -1,7 +1,7 @@
-"""Values between two sandboxes, or a sandbox and the judge: JSON, with tags for what JSON does not know.
+"""Values between two sandboxes, or between a sandbox and the judge: JSON, with tags for what JSON does not know.
 
-Only plain values pass. A subclass of int arrives as the int, whatever its == says. What to do with other values is up
-to `other`, which peer.py has and the judge has not.
+Only plain values pass. A subclass of int arrives as an int, whatever its == says. `other` decides about other values;
+peer.py has it, and the judge has not.
 """
 
 import json
@@ -21,7 +21,7 @@ def encode(value):
 
 
 def decode(line):
-    """The value again. ValueError, TypeError or RecursionError if the line is none of encode's."""
+    """The value again. ValueError, TypeError or RecursionError if encode did not write the line."""
     return value_of(json.loads(line))
 
 

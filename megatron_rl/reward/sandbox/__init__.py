@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote: isolated by bubblewrap, or not at all where the user says so."""
+"""Runs programs that a model wrote: isolated by bubblewrap, or without isolation if the user says so."""
 
 from megatron_rl.reward.sandbox.box import Bubblewrap
 from megatron_rl.reward.sandbox.limits import Limits, Outcome, out_of_memory

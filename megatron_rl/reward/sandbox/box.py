@@ -1,10 +1,12 @@
-"""bubblewrap: a program in name spaces of its own, with limits, without a network and without the host's files.
+"""bubblewrap: runs a program in namespaces of its own, with limits, without a network and without the host's files.
 
-What each part holds off was tried one by one (tests/megatron_rl/reward/attacks.py). Four of them are easily
-missed: bwrap's root and /dev are writable, unlimited memory until they are remounted read-only; the first process in
-there is bwrap's own, has no seccomp filter, and lets the program write to its memory until /proc/1 is covered;
---clearenv leaves the parent's environment in it, so bwrap itself starts with an empty one; nested user namespaces
-are open without --disable-userns.
+We tried one by one what each part prevents (tests/megatron_rl/reward/attacks.py). Four points are easily missed:
+
+- bwrap's root and /dev are writable, unlimited memory until they are remounted read-only.
+- The first process inside is bwrap's own. It has no seccomp filter, and the program can write to its memory until
+  /proc/1 is covered.
+- --clearenv leaves the parent's environment in it, so bwrap itself starts with an empty one.
+- Nested user namespaces are open without --disable-userns.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ GET_IT = ("install bubblewrap 0.8 or later (apt-get install bubblewrap) and allo
 
 @dataclass
 class Running:
-    """A started sandbox. outcome() waits for its end; kill() brings that about.
+    """A started sandbox. outcome() waits for its end; kill() ends it.
 
     report: a descriptor with what bwrap itself says about the run (--json-status-fd); None without bwrap.
     """
@@ -52,7 +54,7 @@ class Running:
     killed: bool = False
 
     def outcome(self, beside: Running | None = None) -> Outcome:
-        """RuntimeError if it is the sandbox that failed, not the program. beside: a sandbox that it works with."""
+        """RuntimeError if the sandbox failed, not the program. beside: a sandbox that it works with."""
         outcome = watch(self.process, self.ended, self.limits, None if beside is None else beside.process.pid)
         if outcome.status == "runtime_error" and not self.killed and not self._program_ran():
             raise RuntimeError(f"the sandbox failed: {outcome.message}")
@@ -63,7 +65,10 @@ class Running:
         kill(self.process, self.ended)
 
     def _program_ran(self) -> bool:
-        """bwrap reports an exit code only of a program that it started; the program cannot reach this pipe."""
+        """Whether the program ran.
+
+        bwrap only reports an exit code if it started the program, which cannot reach this pipe.
+        """
         if self.report is None:
             return True
         return bool(select.select([self.report], [], [], 0.0)[0]) and b'"exit-code"' in os.read(self.report, 4096)
@@ -77,7 +82,7 @@ class Bubblewrap:
     folder: str = field(default="/box", init=False)
 
     def check(self) -> None:
-        """RuntimeError that says what to do where the sandbox cannot run."""
+        """RuntimeError that says what to do if the sandbox cannot run."""
         failure = _failure(self.command)
         if failure:
             raise RuntimeError(f"the sandbox of code rewards cannot run here: {failure}; {GET_IT}")
@@ -126,7 +131,7 @@ def _end(process: subprocess.Popen[bytes], ended: int) -> None:
 
 
 def _as_user(uid: int | None) -> list[str]:
-    """By a command: subprocess's own `user` makes it fork, which copies the page tables of a large worker."""
+    """Changes the user by a command: subprocess's own `user` forks, which copies the page tables of a large worker."""
     return [] if uid is None else ["/usr/bin/setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
 
 
@@ -157,7 +162,7 @@ def _placed(data: Mapping[str, int]) -> list[str]:
 
 @contextmanager
 def _sealed(content: bytes) -> Iterator[int]:
-    """A descriptor to read `content` from; nobody can write to it, the sandbox neither."""
+    """A descriptor to read `content` from. Nobody can write to it, not even the sandbox."""
     descriptor = os.memfd_create("box", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(descriptor, "wb", closefd=False) as file:

@@ -1,4 +1,4 @@
-"""What one sandboxed run may use, and what came of it."""
+"""What one sandboxed run may use, and how it ended."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ OUT_OF_MEMORY = (b"MemoryError", b"std::bad_alloc", b"OutOfMemoryError", b"Canno
 class Limits:
     """What one run may use.
 
-    cpu_s: processor seconds of all its processes together.
-    wall_s: seconds in which none of its processes has work to do (asleep, waiting); by default three times cpu_s and
-        2 s. A program that waits for a processor of a busy machine is not charged for that.
-    memory_mb: of all processes together, and of the address space of each.
-    address_space: False for programs that reserve far more than they use, such as a Java machine.
-    stack_mb: of the first thread. output_bytes: of standard output.
-    files_mb: of all files that it writes, which lie in memory.
+    - cpu_s: processor seconds of all its processes together.
+    - wall_s: seconds in which none of its processes has work to do (asleep, waiting); by default three times cpu_s plus
+      2 s. A program that waits for a processor of a busy machine is not charged for that.
+    - memory_mb: of all processes together, and of the address space of each.
+    - address_space: False for programs that reserve far more than they use, such as a Java machine.
+    - stack_mb: of the first thread. output_bytes: of standard output.
+    - files_mb: of all files that it writes, which lie in memory.
     """
 
     cpu_s: float = 4.0
@@ -41,13 +41,13 @@ class Limits:
 
     @property
     def end_s(self) -> float:
-        """Seconds by the clock after which it is over however busy the machine is."""
+        """Seconds by the clock after which the run ends, however busy the machine is."""
         return BUSY_FACTOR * self.idle_s
 
     def commands(self) -> list[str]:
         """The start of a command line that sets the resource limits (prlimit(1)) and runs the rest of the line.
 
-        The kernel counts whole seconds of each process; the exact limit is kept by watch.py.
+        The kernel counts whole seconds of each process; watch.py keeps the exact limit.
         """
         whole_s = math.ceil(self.cpu_s) + 1
         limits = {"cpu": f"{whole_s}:{whole_s + 1}", "nproc": self.processes, "nofile": 128, "core": 0,

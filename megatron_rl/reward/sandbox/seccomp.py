@@ -1,8 +1,8 @@
 """The system calls that a sandboxed program may not make, as a classic BPF program (seccomp(2)), x86-64.
 
-A deny list of some 80 numbers needs no library: libseccomp and its bindings are not on every cluster, and the
-trainer runs on x86-64 only. The list is what reaches the kernel's less trodden parts, other processes' memory, name
-spaces, sockets, and memory that no resource limit counts. The namespaces already confine most of it; this is the
+A deny list of some 80 numbers needs no library: libseccomp and its bindings are not on every cluster, and the trainer
+runs on x86-64 only. The list holds the calls that reach rarely used parts of the kernel, other processes' memory,
+namespaces, sockets, and memory that no resource limit counts. The namespaces already confine most of it; this is the
 second wall.
 """
 

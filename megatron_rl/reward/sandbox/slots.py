@@ -1,7 +1,7 @@
-"""A user id of its own for each sandbox that runs at the same time.
+"""Leases a user id to each sandbox that runs at the same time.
 
-The limit on processes counts by user id, and does not bind root: of two sandboxes under one id, a fork bomb in one
-would keep the other from forking.
+The limit on processes counts by user id and does not bind root. If two sandboxes shared an id, a fork bomb in one would
+keep the other from forking.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SLOTS = 1000
 
 @contextmanager
 def leased_uid() -> Iterator[int | None]:
-    """A user id that no other sandbox on this machine has until the end of the block; None where we are not root.
+    """A user id that no other sandbox on this machine has until the end of the block; None if we are not root.
 
-    Not being root we cannot change our id; from Linux 5.14 on, processes are counted by user namespace too, which
-    each sandbox has. The lease is a file lock, so it ends with the process whatever happens to it.
+    Without root we cannot change our id. From Linux 5.14 on, processes are counted by user namespace too, and each
+    sandbox has its own. The lease is a file lock, so it ends with the process, whatever happens to it.
     """
     if os.geteuid() != 0:
         yield None

@@ -1,4 +1,4 @@
-"""Programs run as they are, for users who ask for that: with limits on resources and without any isolation."""
+"""Runs programs as they are, for users who ask for that: with limits on resources and without any isolation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PROCESSES = 4096  # counted with all others of this user
 
 
 class Unsafe:
-    """Bubblewrap's interface without its walls: /box and /tmp in the command line become a folder, removed after."""
+    """Bubblewrap's interface without isolation.
+
+    /box and /tmp in the command line become a folder, which is removed after.
+    """
 
     def check(self) -> None:
         """It runs everywhere."""

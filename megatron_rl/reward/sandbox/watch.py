@@ -1,4 +1,4 @@
-"""Reads what a running sandbox writes, and kills it when it passes a limit that the kernel does not keep for us."""
+"""Reads what a running sandbox writes, and kills it if it passes a limit that the kernel does not enforce."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class _Stream:
 
 
 def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits, beside: int | None = None) -> Outcome:
-    """Waits for the end of the run, which is when the descriptor `ended` becomes readable.
+    """Waits for the end of the run, at which the descriptor `ended` becomes readable.
 
-    process.stdout may be None: its output goes elsewhere. Memory and processor time are sampled from outside every
-    30 ms, because the kernel's limits bind each process by itself. beside: a process that this run works with; while
-    that one has work to do, this one may wait.
+    process.stdout may be None if its output goes elsewhere. Memory and processor time are sampled from outside every 30
+    ms, because the kernel's limits bind each process by itself. beside: a process that this run works with; while that
+    one has work to do, this one may wait.
     """
     started = time.monotonic()
     output = {"stdout": _Stream(limits.output_bytes), "stderr": _Stream(STDERR_FLOOD_BYTES, STDERR_BYTES)}
@@ -92,10 +92,10 @@ def watch(process: subprocess.Popen[bytes], ended: int, limits: Limits, beside: 
 
 
 def kill(process: subprocess.Popen[bytes], ended: int) -> None:
-    """Kills a run by its process group, in which bwrap's process outside is and its first one inside.
+    """Kills a run by its process group, which holds bwrap's outer process and its first inner one.
 
-    While bwrap still puts its walls up, the one inside does not yet go with the one outside. Nothing is done once the
-    run has ended.
+    While bwrap sets up the isolation, the inner process does not yet end with the outer one. Does nothing if the run
+    has ended.
     """
     if not select.select([ended], [], [], 0.0)[0]:
         with suppress(ProcessLookupError):
