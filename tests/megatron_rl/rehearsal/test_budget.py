@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_rl.model.adam_state import DistributedOptimizer  # megatron_rl is imported before megatron.core
 from megatron_rl.model.spec import RMSNorm
 from megatron_rl.rehearsal.budget import figures, grown
 from tests.megatron_rl.rehearsal.tiny import rehearsed, tiny_config
