@@ -1,8 +1,8 @@
 """An engine that costs nothing: answers of SGLang 0.5.23's shape and of a step's lengths, cut from ready bytes.
 
-`with StubProcess(lengths) as url:` serves in a process of its own. The tokens of a response are a stretch of one ring of
-random tokens; its place, its length and its boxed answer follow from the request's seed. Only bytes are joined for an
-answer, so the stub takes a small part of the time of whoever reads it.
+`with StubProcess(tokenizer_file, lengths) as stub:` serves in a process of its own. The tokens of a response are a
+stretch of one ring of random tokens; its place, its length and its boxed answer follow from the request's seed. Only
+bytes are joined for an answer, so the stub takes a small part of the time of whoever reads it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tests.stub_engine import StubEngine
 
 RING_TOKENS = 1 << 16
+LETTERS = 256
+"""Tokens of one byte, which come first."""
 EOS = "<|endoftext|>"
 
 
@@ -68,7 +70,8 @@ class ScaleStub(StubEngine):
         super().__init__(tokenizer.get_vocab_size())
         self.label, self._lengths, self._tokenizer = 0, lengths, tokenizer
         rng = np.random.default_rng(1)
-        tokens = rng.integers(256, self._vocabulary - 1, RING_TOKENS).tolist()
+        words = self._vocabulary - 1 - LETTERS
+        tokens = (LETTERS + words ** rng.random(RING_TOKENS)).astype(int).tolist()  # by Zipf's law, as in texts
         logprobs = (-rng.exponential(0.5, RING_TOKENS)).astype(np.float32).tolist()
         texts = [tokenizer.decode([token]) for token in tokens]
         self._ids = _Ring([b"%d," % token for token in tokens])
@@ -107,7 +110,7 @@ def _serve(tokenizer_file: str, lengths: Lengths, ready: Connection) -> None:
 
 
 class StubProcess:
-    """`with StubProcess(tokenizer_file, lengths) as url:`"""
+    """`with StubProcess(tokenizer_file, lengths) as stub:` then stub.url."""
 
     def __init__(self, tokenizer_file: Path, lengths: Lengths):
         context = multiprocessing.get_context("spawn")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from tokenizers import decoders
 
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.schema import ModelConfig
@@ -25,3 +29,62 @@ def load_tokenizer(model: ModelConfig):
         why = str(error).strip().splitlines()[0]
         raise ValueError(f"model.path={folder}: no tokenizer can be read there (files: {', '.join(files) or 'none'}); "
                          f"copy tokenizer.json and tokenizer_config.json into it ({why})") from error
+
+
+class QuickText:
+    """A Hugging Face tokenizer whose decode() takes a small part of the time if the tokens are strings of bytes.
+
+    They are for a tokenizer that ends with the decoder ByteLevel alone, as those of the supported models do: the text
+    is then the tokens' bytes end to end, and those are copied out of one table. decode() gives exactly what the
+    tokenizer's own gives, which is asked for any other kind of tokenizer, and for token ids beyond the vocabulary.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        table = _bytes_of_tokens(tokenizer)
+        self._is_quick, self._size = table is not None, len(table or ())
+        self._lengths = np.array([len(each) for each in table or ()], dtype=np.int64)
+        self._begins = np.cumsum(self._lengths) - self._lengths
+        self._bytes = np.frombuffer(b"".join(table or ()), dtype=np.uint8)
+
+    def decode(self, token_ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool) -> str:
+        ids = np.asarray(token_ids, dtype=np.int64)
+        if not self._is_quick or not skip_special_tokens or (len(ids) and ids.max() >= self._size):
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        lengths = self._lengths[ids]
+        ends = np.cumsum(lengths)
+        # byte i of the text is byte (its token's begin in the table - its token's begin in the text + i) of the table
+        places = np.repeat(self._begins[ids] - ends + lengths, lengths) + np.arange(lengths.sum())
+        return self._bytes[places].tobytes().decode(errors="replace")
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _bytes_of_tokens(tokenizer) -> list[bytes] | None:
+    """By token id, nothing for special tokens and for ids without a token; None if tokens are no strings of bytes.
+
+    As tokenizers does it (src/pre_tokenizers/byte_level.rs, `decode_chain`): each character of a token stands for one
+    byte, but a token that has any other character is text as it is.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.clean_up_tokenization_spaces:
+        return None
+    kind = type(tokenizer)
+    if (kind.decode, kind._decode) != (PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode):
+        return None
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        return None
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokens = backend.get_vocab(with_added_tokens=True)
+    table = [b""] * (1 + max(tokens.values(), default=-1))
+    for token, token_id in tokens.items():
+        known = all(character in byte_of for character in token)
+        table[token_id] = bytes(byte_of[character] for character in token) if known else token.encode()
+    for token_id, added in backend.get_added_tokens_decoder().items():
+        if added.special:
+            table[token_id] = b""
+    return table

@@ -10,6 +10,7 @@ from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
 from megatron_rl.environment.agents import AgentPrograms
 from megatron_rl.model.architectures import read_config
+from megatron_rl.model.tokenizer import QuickText
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.user import score_of
 from megatron_rl.rollout.background import cancel_others
@@ -67,7 +68,7 @@ class Serving:
             self._agents = AgentPrograms(
                 config.rollout, self.fleet, tokenizer, seed=config.run.seed, secrets=secret_variables(config),
                 verdict=partial(score_of, correct_from=config.reward.correct_from))
-        return Responder(self.fleet, config.rollout, tokenizer, rewards, seed=config.run.seed,
+        return Responder(self.fleet, config.rollout, QuickText(tokenizer), rewards, seed=config.run.seed,
                          eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers, agents=self._agents,
                          vocabulary=read_config(config.model.path).vocab_size)
 

@@ -43,7 +43,7 @@ class MathVerifyScorer:
         box, answer = last_boxed(response_text), prompt.answer.strip()
         if box is not None and _INTEGER.fullmatch(box) and _INTEGER.fullmatch(answer):
             return verdict(int(box) == int(answer))
-        return prepared(prompt, response_text, _EXACT)
+        return _prepared(prompt, response_text, box, _EXACT)
 
     def check(self, prompt: Prompt) -> None:
         needs_answer(prompt)
@@ -54,7 +54,11 @@ class MathVerifyScorer:
 
 def prepared(prompt: Prompt, response_text: str, rules: Rules) -> Score | Job:
     """The verdict if it needs no worker, else the job that finds it."""
-    answer, box = prompt.answer.strip(), last_boxed(response_text)
+    return _prepared(prompt, response_text, last_boxed(response_text), rules)
+
+
+def _prepared(prompt: Prompt, response_text: str, box: str | None, rules: Rules) -> Score | Job:
+    answer = prompt.answer.strip()
     if box is None and is_choice(answer):
         letter = final_letter(response_text)
         return Score(0.0, "no_answer") if letter is None else verdict(letter == answer.strip("()"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
@@ -26,6 +27,17 @@ def in_thread(call: Callable[..., Any], *args: Any, daemon: bool) -> asyncio.Fut
 
     threading.Thread(target=work, daemon=daemon).start()
     return asyncio.wrap_future(future)
+
+
+_BESIDE = ThreadPoolExecutor(1, thread_name_prefix="beside-the-loop")
+
+
+async def aside[T](call: Callable[..., T], *args: Any, **options: Any) -> T:
+    """call(...) in the one thread that works beside the loop, after what it was given before.
+
+    One, because each thread that computes keeps the loop from the interpreter for up to sys.getswitchinterval().
+    """
+    return await asyncio.get_running_loop().run_in_executor(_BESIDE, functools.partial(call, *args, **options))
 
 
 async def cancel_others(but: asyncio.Task | None = None) -> None:

@@ -6,8 +6,8 @@ Weight versions are integers on our side and str(n) on the wire.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from megatron_rl.rollout.connection import EngineHTTPError, JsonConnection, well
 from megatron_rl.rollout.engine_command import engine_key
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams, read_result
-from megatron_rl.types import Finish
 
 ABORT_TIMEOUT_S = 5.0
 
@@ -54,32 +53,16 @@ class EngineClient:
 
         routed_layers: also ask for the experts that every token took (an engine with --enable-return-routed-experts).
         """
-        answer = await self._post(
-            "/generate",
-            {
-                "rid": rid,
-                "input_ids": list(input_ids),
-                "sampling_params": sampling.to_wire(),
-                "return_logprob": True,
-                "return_routed_experts": routed_layers is not None,
-            },
-            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-        )
-        result = read_result(answer)
-        if routed_layers is None or result.finish is Finish.ABORT:
-            return result
-        return replace(result, routed_experts=self._experts(answer, routed_layers, len(input_ids)))
-
-    def _experts(self, answer: Mapping[str, Any], layers: RoutedLayers, prompt_tokens: int) -> np.ndarray:
-        encoded = answer["meta_info"].get("routed_experts")
-        if encoded is None:
-            raise EngineHTTPError(f"POST {self.base_url}/generate: no routed_experts in the answer; "
-                                  "algo.router_replay=rollout needs an SGLang server that was started with "
-                                  "--enable-return-routed-experts")
-        try:
-            return layers.decode(encoded, num_tokens=prompt_tokens + len(answer["output_ids"]))
-        except ValueError as error:
-            raise EngineHTTPError(f"POST {self.base_url}/generate: {error}") from error
+        asked = {
+            "rid": rid,
+            "input_ids": list(input_ids),
+            "sampling_params": sampling.to_wire(),
+            "return_logprob": True,
+            "return_routed_experts": routed_layers is not None,
+        }
+        parse = partial(read_result, prompt_tokens=len(input_ids), routed_layers=routed_layers)
+        return await self._connection.read("POST", "/generate", asked, parse,
+                                           timeout_s=self.timeout_s if timeout_s is None else timeout_s)
 
     async def is_healthy(self, *, timeout_s: float = 5.0) -> bool:
         """True if the engine has started and its scheduler has answered recently."""

@@ -5,16 +5,21 @@ Ignores the environment's proxies.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import aiohttp
 import orjson
 
+from megatron_rl.rollout.background import aside
+
 # The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
 KEEP_ALIVE_S = 3.0
 ERROR_TEXT_CHARACTERS = 600
+LARGE_ANSWERS = 4
+"""Of one engine, that are read or parsed at a time."""
 
 
 class EngineHTTPError(RuntimeError):
@@ -52,6 +57,7 @@ class JsonConnection:
         self.base_url = base_url.rstrip("/")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
+        self._large: asyncio.Semaphore  # with the session
 
     async def close(self) -> None:
         if self._session is not None:
@@ -61,18 +67,31 @@ class JsonConnection:
     async def request(self, method: str, path: str, body: Any, *, timeout_s: float) -> Any:
         """The answer's JSON, or its text. Raises EngineHTTPError."""
         where = f"{method} {self.base_url}{path}"
-        read = b""
+        async with self._answered(where, body, timeout_s) as response:
+            read = await _read_whole(where, response)
+            try:
+                return orjson.loads(read) if response.content_type == "application/json" else read.decode()
+            except ValueError as error:  # not JSON, or not text
+                raise EngineHTTPError(f"{where}: {error}; it answered {_beginning(read)!r}") from error
+
+    async def read[T](self, method: str, path: str, body: Any, parse: Callable[[bytes], T], *, timeout_s: float) -> T:
+        """parse(the answer), done beside the loop: for large answers. Raises EngineHTTPError.
+
+        So few of them are in memory at a time as one thread can parse; the others wait in their sockets.
+        """
+        where = f"{method} {self.base_url}{path}"
+        async with self._answered(where, body, timeout_s) as response, self._large:
+            return await aside(parse, await _read_whole(where, response))
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, where: str, body: Any, timeout_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+        """From here on the answer comes; what breaks meanwhile gets its name."""
+        method, url = where.split(" ", 1)
         try:
             async with self._open_session().request(
-                method, self.base_url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+                method, url, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
             ) as response:
-                read = await response.read()
-                if not 200 <= response.status < 300:
-                    raise REFUSALS.get(response.status, EngineHTTPError)(
-                        f"{where}: HTTP {response.status}: {_beginning(read)}")
-                return orjson.loads(read) if response.content_type == "application/json" else read.decode()
-        except ValueError as error:  # not JSON, or not text
-            raise EngineHTTPError(f"{where}: {error}; it answered {_beginning(read)!r}") from error
+                yield response
         except TimeoutError as error:
             raise EngineHTTPError(f"{where}: no answer within {timeout_s:g} s") from error
         except aiohttp.ClientConnectorError as error:
@@ -83,8 +102,18 @@ class JsonConnection:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers)
+            self._large = asyncio.Semaphore(LARGE_ANSWERS)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers,
+                                                  json_serialize=lambda value: orjson.dumps(value).decode())
         return self._session
+
+
+async def _read_whole(where: str, response: aiohttp.ClientResponse) -> bytes:
+    read = await response.read()
+    if not 200 <= response.status < 300:
+        raise REFUSALS.get(response.status, EngineHTTPError)(
+            f"{where}: HTTP {response.status}: {_beginning(read)}")
+    return read
 
 
 def _beginning(read: bytes) -> str:
@@ -92,9 +121,10 @@ def _beginning(read: bytes) -> str:
 
 
 @contextlib.contextmanager
-def well_formed() -> Iterator[None]:
-    """Turns an answer that does not have the shape of the API into an EngineHTTPError."""
+def well_formed(body: bytes = b"") -> Iterator[None]:
+    """An answer that is not shaped as the API says becomes an EngineHTTPError, which shows how `body` begins."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        answered = f"; it answered {_beginning(body)!r}" if body else ""
+        raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}{answered}") from error

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.environment import (
     CHARACTERS_PER_TOKEN,
@@ -28,7 +30,7 @@ from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
 
 class Tokenizer(Protocol):
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool) -> str: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -138,6 +140,8 @@ class Responder:
         self._scorer = scorer
         self._seed = seed
         self._eos_token_id, self._vocabulary = eos_token_id, vocabulary
+        self._turn = asyncio.Lock()
+        """One request sets out in one round of the event loop: thousands at once would block it for seconds."""
         environment = load_environment(config.environment)
         self._environment = environment and EnvironmentThreads(
             environment, threads=config.environment_threads, timeout_s=config.environment_timeout_s,
@@ -179,7 +183,7 @@ class Responder:
                 transcript = await self.sample(ticket, plan, transcript, plan.max_response_tokens - begin)
                 assert transcript.finish is not None
                 if self._environment is not None and transcript.finish is Finish.STOP:
-                    said = transcript.token_ids[begin:].tolist()
+                    said = transcript.token_ids[begin:]
                     turns.append(self._tokenizer.decode(said, skip_special_tokens=True))
                     transcript = await self._next_turn(ticket.prompt, plan, transcript, turns)
             except (FleetError, EnvironmentFailed) as failure:
@@ -190,14 +194,14 @@ class Responder:
         """The answer is judged by itself: a tool's output may hold the reference."""
         if episode.failure is not None:
             return self.failed(episode.prompt, episode.transcript, episode.failure)
-        text = self._tokenizer.decode(episode.transcript.token_ids.tolist(), skip_special_tokens=True)
+        text = self._tokenizer.decode(episode.transcript.token_ids, skip_special_tokens=True)
         score = episode.verdict or await self._scorer.score(prompt, episode.answer)
         return Judged(episode.transcript.rollout(episode.prompt), text, score)
 
     def failed(self, prompt: Prompt, so_far: Transcript, failure: FleetError | EnvironmentFailed) -> Judged:
         """A response that ends here, without a verdict. Its detail says why."""
         status = "engine_error" if isinstance(failure, FleetError) else "environment_error"
-        text = self._tokenizer.decode(so_far.token_ids.tolist(), skip_special_tokens=True)
+        text = self._tokenizer.decode(so_far.token_ids, skip_special_tokens=True)
         return Judged(replace(so_far, finish=Finish.ERROR).rollout(prompt), text, Score(0.0, status, str(failure)))
 
     async def _next_turn(self, prompt: Prompt, plan: SamplingPlan, transcript: Transcript,
@@ -218,6 +222,8 @@ class Responder:
 
         finish stays None if max_tokens ended it before the plan's limit did.
         """
+        async with self._turn:
+            await asyncio.sleep(0)
         begin = len(so_far.token_ids)
         assert so_far.finish is None and 0 < max_tokens <= plan.max_response_tokens - begin
         sampling = SamplingParams(
@@ -236,7 +242,7 @@ class Responder:
         return so_far.extended(result, finish=finish)
 
     async def judge(self, prompt: Prompt, transcript: Transcript) -> Judged:
-        text = self._tokenizer.decode(transcript.token_ids.tolist(), skip_special_tokens=True)
+        text = self._tokenizer.decode(transcript.token_ids, skip_special_tokens=True)
         return Judged(transcript.rollout(prompt), text, await self._scorer.score(prompt, text))
 
     def check_length(self, prompt: Prompt, plan: SamplingPlan) -> None:

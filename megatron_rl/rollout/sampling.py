@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import simdjson
 
 from megatron_rl.rollout.connection import EngineHTTPError, well_formed
+from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.types import Finish, VersionSpan
 
 
@@ -71,39 +73,99 @@ class GenerateResult:
     routed_experts: np.ndarray | None = None
 
 
-def read_result(answer: Mapping[str, Any]) -> GenerateResult:
-    """Reads an answer of /generate. EngineHTTPError if it is not complete, or not what the API says."""
-    with well_formed():
-        return _read(answer)
+def read_result(body: bytes, *, prompt_tokens: int = 0, routed_layers: RoutedLayers | None = None) -> GenerateResult:
+    """The result in an answer of /generate, with no Python object per token: these are most of what a step moves.
+
+    prompt_tokens, routed_layers: of the request, if it asked for the experts that its tokens took. EngineHTTPError if
+    the answer is not whole: no JSON, lost, unequal or non-finite tokens, or other experts than can be.
+    """
+    with well_formed(body):
+        answer = simdjson.Parser().parse(without_nulls(body))
+        return _read(answer, prompt_tokens, routed_layers)
 
 
-def _read(answer: Mapping[str, Any]) -> GenerateResult:
+def without_nulls(body: bytes) -> bytes:
+    """`body` with ",null]" as blanks and a bracket: [log-probability, token id, null] becomes an array of numbers.
+
+    Arrays of numbers can be copied out as they are. A text that the engine quotes loses these characters too; none of
+    it is read here.
+    """
+    characters = np.frombuffer(bytearray(body), dtype=np.uint8)
+    ends = np.flatnonzero(characters == ord("]"))
+    ends = ends[ends >= len(_NULL)]
+    for back, character in enumerate(reversed(_NULL), start=1):
+        ends = ends[characters[ends - back] == character]
+    for back in range(1, len(_NULL) + 1):
+        characters[ends - back] = ord(" ")
+    return characters.tobytes()
+
+
+_NULL = b",null"
+
+
+def _read(answer: simdjson.Object, prompt_tokens: int, routed_layers: RoutedLayers | None) -> GenerateResult:
     meta = answer["meta_info"]
-    output_ids = np.asarray(answer["output_ids"], dtype=np.int32)
-    pairs = meta["output_token_logprobs"] if len(output_ids) else []
-    if [pair[1] for pair in pairs] != output_ids.tolist():
+    output_ids = _numbers(answer["output_ids"], "i", np.int64)
+    pairs = _pairs(meta["output_token_logprobs"]) if len(output_ids) else np.zeros((0, 2))
+    if not np.array_equal(pairs[:, 1], output_ids):
         raise EngineHTTPError(f"POST /generate: {len(pairs)} log-probabilities for {len(output_ids)} tokens "
                               f"of request {meta['id']}, or not of the same tokens")
-    logprobs = np.asarray([pair[0] for pair in pairs], dtype=np.float32)
-    if (output_ids < 0).any():
-        raise EngineHTTPError(f"POST /generate: request {meta['id']} has a negative token id: {output_ids.min()}")
+    if len(output_ids) and not 0 <= output_ids.min() <= output_ids.max() <= np.iinfo(np.int32).max:
+        raise EngineHTTPError(f"POST /generate: request {meta['id']} has a negative token id, or one above 2**31: "
+                              f"{output_ids.min()} to {output_ids.max()}")
+    with np.errstate(over="ignore"):
+        logprobs = pairs[:, 0].astype(np.float32)
     if not np.isfinite(logprobs).all():
         raise EngineHTTPError(f"POST /generate: request {meta['id']} has log-probabilities that are not finite")
+    reason = _plain(meta["finish_reason"])
+    finish = Finish(reason["type"])
+    experts = None
+    if routed_layers is not None and finish is not Finish.ABORT:
+        experts = _experts(meta, routed_layers, prompt_tokens + len(output_ids))
     spans = tuple(
         VersionSpan(version=int(span["version"]), start=span["start"], end=span["end"])
-        for span in meta["weight_versions"]
+        for span in _plain(meta["weight_versions"])
         if span["end"] > span["start"]
     )
     if [0, *(span.end for span in spans)] != [*(span.start for span in spans), len(output_ids)]:
         raise EngineHTTPError(f"POST /generate: request {meta['id']} has versions of the weights for other tokens than "
-                              f"its {len(output_ids)}: {meta['weight_versions']}")
-    reason = meta["finish_reason"]
+                              f"its {len(output_ids)}: {_plain(meta['weight_versions'])}")
     return GenerateResult(
-        output_ids=output_ids,
+        output_ids=output_ids.astype(np.int32),
         logprobs=logprobs,
-        finish=Finish(reason["type"]),
+        finish=finish,
         finish_detail=reason,
         weight_versions=spans,
         cached_tokens=meta["cached_tokens"],
         num_retractions=meta["num_retractions"],
+        routed_experts=experts,
     )
+
+
+def _pairs(entries: simdjson.Array) -> np.ndarray:
+    """(log-probability, token id) of each entry, float64 [R, 2]."""
+    try:
+        return _numbers(entries, "d", np.float64).reshape(-1, 2)
+    except TypeError:  # a third part that is still there: white space before its null, or a token's text
+        return np.array([[entry[0], entry[1]] for entry in _plain(entries)], dtype=np.float64)
+
+
+def _numbers(array: simdjson.Array, kind: Literal["i", "d"], dtype: type) -> np.ndarray:
+    """A flat copy of an array of numbers, or of arrays of them. TypeError if anything else is in it."""
+    if not isinstance(array, simdjson.Array):
+        raise TypeError(f"{type(array).__name__} instead of an array")
+    return np.frombuffer(array.as_buffer(of_type=kind), dtype=dtype) if len(array) else np.zeros(0, dtype)
+
+
+def _plain(value: Any) -> Any:
+    """The Python value of a small part of the answer."""
+    if isinstance(value, simdjson.Object):
+        return value.as_dict()
+    return value.as_list() if isinstance(value, simdjson.Array) else value
+
+
+def _experts(meta: simdjson.Object, layers: RoutedLayers, num_tokens: int) -> np.ndarray:
+    if "routed_experts" not in meta or meta["routed_experts"] is None:
+        raise EngineHTTPError("POST /generate: no routed_experts in the answer; algo.router_replay=rollout needs an "
+                              "SGLang server that was started with --enable-return-routed-experts")
+    return layers.decode(meta["routed_experts"], num_tokens=num_tokens)
