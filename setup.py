@@ -66,6 +66,7 @@ setup(
             "hydra-core==1.3.8",
             "aiohttp==3.14.5",
             "orjson==3.13.0",
+            "pysimdjson==7.0.2",
             "rich==15.0.0",
             "pyarrow==26.0.1",
             "datasketch==2.0.0",

@@ -97,9 +97,10 @@ def pull(config: Config) -> tuple[float, list[tuple[int, int, int]]]:
     """What the ranks do: processor seconds of this thread, and by data-parallel rank (bytes that it reads, bytes of its
     tokens' arrays, its tokens)."""
     began, read = time.thread_time(), []
+    key = {"Authorization": f"Bearer {os.environ[RUN_KEY]}"}
     connection = HTTPConnection(config.orchestrator.host, config.orchestrator.port)
     for dp_rank in range(config.parallel.dp):
-        connection.request("GET", f"/step/0/shard/{dp_rank}", headers={"Authorization": f"Bearer {os.environ[RUN_KEY]}"})
+        connection.request("GET", f"/step/0/shard/{dp_rank}", headers=key)
         body = connection.getresponse().read()
         samples = [sample for update in read_shard(body) for sample in update.samples]
         arrays = [each for sample in samples
@@ -141,7 +142,8 @@ def measured_step(folder: Path, url: str, fraction: float, collector: str) -> di
     tokens = sum(count for _, _, count in read)
     late = np.array(parts.lateness)
     return {"fraction": fraction, "responses": config.rollout.prompts_per_step * config.rollout.responses_per_prompt,
-            "ranks": config.parallel.dp, "tokens": tokens, "seconds": seconds, "cpu_s": cpu, "judges_cpu_s": judged, "ranks_cpu_s": ranks_cpu,
+            "ranks": config.parallel.dp, "tokens": tokens, "seconds": seconds, "cpu_s": cpu, "judges_cpu_s": judged,
+            "ranks_cpu_s": ranks_cpu,
             "cpu_s_per_mtoken": cpu / tokens * 1e6, "bytes_per_token": growth / tokens,
             "late_ms_p999": 1000 * float(np.quantile(late, 0.999)), "late_ms_max": 1000 * float(late.max()),
             "late_looks": len(late), "read_over_own": max(body / own for body, own, _ in read),

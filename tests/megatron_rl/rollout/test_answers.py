@@ -15,7 +15,7 @@ from megatron_rl.types import Finish, VersionSpan
 
 
 def answer(ids: list[int], logprobs: list[float], **changed: Any) -> dict[str, Any]:
-    """As SGLang 0.5.23 answers (managers/tokenizer_manager.py), with the keys of meta_info that are read, and others."""
+    """As SGLang 0.5.23 answers (managers/tokenizer_manager.py), with keys of meta_info that are read and others."""
     meta = {"id": "r", "finish_reason": {"type": "stop", "matched": 7}, "prompt_tokens": 3, "weight_version": "4",
             "input_token_logprobs": [], "output_token_logprobs_length": len(ids), "completion_tokens": len(ids),
             "output_token_logprobs": [[p, token, None] for p, token in zip(logprobs, ids, strict=True)],
