@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import threading
 import time
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -130,14 +131,16 @@ def measured_step(folder: Path, url: str, fraction: float, collector: str) -> di
     config = step_config(folder, url, fraction, collector)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=EOS)
     with RewardPool(config.reward) as rewards, asyncio.Runner() as runner:
+        before = set(threading.enumerate())
         rewards.warm_up()
+        pools = {thread.native_id for thread in set(threading.enumerate()) - before}
         parts = Orchestrator(config, tokenizer, rewards, folder)
         runner.run(parts.open())
-        judged, began, cpu = _children_cpu_s(), time.perf_counter(), _own_cpu_s()
+        judged, began, cpu = _judges_cpu_s(pools), time.perf_counter(), _own_cpu_s(pools)
         growth = peak_growth_bytes(lambda: runner.run(parts.step()))
         seconds = time.perf_counter() - began
         ranks_cpu, read = runner.run(parts.pulled())
-        cpu, judged = _own_cpu_s() - cpu - ranks_cpu, _children_cpu_s() - judged
+        cpu, judged = _own_cpu_s(pools) - cpu - ranks_cpu, _judges_cpu_s(pools) - judged
         runner.run(parts.close())
     tokens = sum(count for _, _, count in read)
     late = np.array(parts.lateness)
@@ -150,12 +153,17 @@ def measured_step(folder: Path, url: str, fraction: float, collector: str) -> di
             "largest_share_read": max(body for body, _, _ in read) / sum(body for body, _, _ in read)}
 
 
-def _own_cpu_s() -> float:
+def _own_cpu_s(pools: set[int]) -> float:
+    """Of this process without the threads that hand responses to the judges."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime + usage.ru_stime - _threads_cpu_s(pools)
 
 
-def _children_cpu_s() -> float:
-    """The judges."""
+def _judges_cpu_s(pools: set[int]) -> float:
+    """Of the judges' processes, and of the threads here that hand responses to them."""
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(each.user + each.system for each in times)
+    return sum(each.user + each.system for each in times) + _threads_cpu_s(pools)
+
+
+def _threads_cpu_s(ids: set[int]) -> float:
+    return sum(each.user_time + each.system_time for each in psutil.Process().threads() if each.id in ids)
