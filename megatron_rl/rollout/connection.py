@@ -125,6 +125,6 @@ def well_formed(body: bytes = b"") -> Iterator[None]:
     """An answer that is not shaped as the API says becomes an EngineHTTPError, which shows how `body` begins."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         answered = f"; it answered {_beginning(body)!r}" if body else ""
         raise EngineHTTPError(f"the engine's answer is malformed: {type(error).__name__}: {error}{answered}") from error
