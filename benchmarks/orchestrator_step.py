@@ -154,13 +154,13 @@ def measured_step(folder: Path, url: str, fraction: float, collector: str) -> di
 
 
 def _own_cpu_s(pools: set[int]) -> float:
-    """Of this process without the threads that hand responses to the judges."""
+    """Processor seconds of this process, without the threads that hand responses to the judges."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime - _threads_cpu_s(pools)
 
 
 def _judges_cpu_s(pools: set[int]) -> float:
-    """Of the judges' processes, and of the threads here that hand responses to them."""
+    """Processor seconds of the judges' processes, and of the threads here that hand responses to them."""
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return sum(each.user + each.system for each in times) + _threads_cpu_s(pools)
 

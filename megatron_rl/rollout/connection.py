@@ -19,7 +19,7 @@ from megatron_rl.rollout.background import aside
 KEEP_ALIVE_S = 3.0
 ERROR_TEXT_CHARACTERS = 600
 LARGE_ANSWERS = 4
-"""Of one engine, that are read or parsed at a time."""
+"""How many answers of one engine are read or parsed at a time."""
 
 
 class EngineHTTPError(RuntimeError):
