@@ -160,7 +160,7 @@ def _own_cpu_s(pools: set[int]) -> float:
 
 
 def _judges_cpu_s(pools: set[int]) -> float:
-    """Processor seconds of the judges' processes, and of the threads here that hand responses to them."""
+    """Processor seconds of the processes that judge, and of the threads here that feed them."""
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return sum(each.user + each.system for each in times) + _threads_cpu_s(pools)
 
