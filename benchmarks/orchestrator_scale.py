@@ -28,7 +28,7 @@ VOCABULARY = 126_464
 LENGTHS = Lengths(median=11_720, spread=0.5)
 """Cut at rollout.max_response_tokens = 22,528, the mean is 12,800."""
 RANK_0_CPU_S_PER_MTOKEN = 2.11
-"""Measured at commit adb3946 and 1/32 of a step: the lowest of four measurements, 2.11 to 3.75 as the machine's load changed.
+"""Measured at commit adb3946 and 1/32 of a step: the lowest of four figures, 2.11 to 3.75 as the load changed.
 That one still counts the threads that feed the judges; docs/performance.md has all four."""
 
 
