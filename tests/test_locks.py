@@ -19,7 +19,7 @@ ELSEWHERE = {"cpu": {"engine", "te"}, "gpu": {"engine-cpu", "te"}}
 BROUGHT = {"jinja2": "sglang", "tokenizers": "transformers", "yaml": "hydra-core", "omegaconf": "hydra-core",
            "triton": "torch"}
 """Modules that we import and that come with a package that we declare."""
-NAMED = {"megatron": "megatron-core", "hydra": "hydra-core"}
+NAMED = {"simdjson": "pysimdjson", "megatron": "megatron-core", "hydra": "hydra-core"}
 WHERE_FOUND = {"liger_kernel"}
 
 
