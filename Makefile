@@ -37,8 +37,10 @@ test-gpu: setup  ## the kernels' tests on this machine's GPU (`make test` hides 
 test-kills: setup  ## kill -9 of ranks and of the orchestrator in every phase, three times each: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills
 
-test-faults: setup  ## two engines, six kinds of faults at ten moments each: a table of recovery times (minutes)
-	@FAULT_SEEDS=10 $(VENV)/python -m pytest -s tests/engine/test_faults.py
+test-faults: setup  ## engines (ten moments each: a table), environments, judges, prompts, queues, ranks fail (minutes)
+	@FAULT_SEEDS=10 $(VENV)/python -m pytest -s tests/megatron_rl/orchestrator/test_faults.py tests/engine/test_faults.py \
+		tests/engine/test_programs.py::test_a_rank_that_hangs_is_named_within_a_minute \
+		tests/engine/test_programs.py::test_an_orchestrator_that_hangs_is_killed_and_started_again $(ARGS)
 
 bench: setup  ## run every benchmark, print ours, anchor, ratio, limit (ARGS=--quick smoke, ARGS=--stored last results)
 	@$(VENV)/python -m benchmarks $(ARGS)

@@ -1,6 +1,7 @@
 """Two engines, one of which fails in the middle of a step: the run ends as if nothing had happened.
 
-FAULT_SEEDS says how often each fault is tried, at how many different moments (`make test-faults`: 10).
+FAULT_SEEDS says how often each fault is tried, at how many different moments (`make test-faults`: 10). In a whole run,
+with ranks, environments and judges fail; tests/megatron_rl/orchestrator/test_faults.py has every kind of them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.config.load import load
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config, ModelConfig, RunConfig
+from megatron_rl.launch.programs import run_rl
+from megatron_rl.loop import End
 from megatron_rl.model.architectures import read_config
+from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.orchestrator.serving import Serving, build_collector
 from megatron_rl.orchestrator.weights import PublishedWeights
 from megatron_rl.rollout.engines import EngineProcess
@@ -48,6 +53,9 @@ ENGINE = EngineConfig(count=2, max_running_requests=8, max_total_tokens=4096, de
 ROLLOUT = RolloutConfig(prompts_per_step=PROMPTS, responses_per_prompt=SAMPLES, max_response_tokens=24,
                         max_context_tokens=128, concurrency=16, request_timeout_s=120.0, probe_tolerance=1e-4,
                         engine=ENGINE)
+FAULTY_ROWS = ({}, {}, {"environment": "raises"}, {}, {"environment": "hangs"}, {"judge": "is killed"},
+               {"environment": "returns a text that is not UTF-8"}, {"judge": "returns NaN"})
+"""What goes wrong with each problem of a whole run (tests/faults.py)."""
 HTTP_FAULTS = ("error", "garbage", "cut", "full")
 
 
@@ -218,3 +226,33 @@ def test_a_run_survives(fault, seed, engines, undisturbed, table):
     if fault in HTTP_FAULTS:
         assert engines.proxy.spoiled > before
     table.append((fault, seed, at, outcome.recovery_s))
+
+
+def test_a_whole_run_of_which_environments_and_judges_fail(engines, tmp_path):
+    """It trains each step in full on the other responses, counts those that failed, evaluates, saves and exports."""
+    rows = [{"problem": f"{i} + 1 = ", "answer": str(i + 1), **fault} for i, fault in enumerate(FAULTY_ROWS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir = tmp_path / "run"
+    ended = run_rl(load([
+        "experiment=quickstart", "parallel=single", f"model.path={engines.folder}", f"run.dir={run_dir}", "run.steps=3",
+        "run.save_every_steps=3", "eval.every_steps=0", "eval.problems=2",
+        f"rollout.engine.urls=[{','.join(engines.direct)}]",
+        "rollout.engine.deterministic=true", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4",
+        "rollout.max_response_tokens=16", "rollout.max_context_tokens=96", "rollout.max_failed_fraction=0.9",
+        "rollout.stop=[a,e,i,o,u,A,E,I,O,U,s,t,S,T]", "rollout.environment=tests.faults.environment",
+        "rollout.environment_timeout_s=0.5", "reward.routes.math=tests.faults.judge", "reward.correct_from=1",
+        "data.source=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.prompt_key=problem", "data.split=all",
+        "algo.phi=40", "observe.wandb=off", "observe.progress=false", "observe.metrics=[]",
+        "observe.samples_per_step=4"]))
+    assert ended.how is End.FINISHED and (run_dir / "hf" / "model.safetensors").is_file()
+    steps = read_jsonl(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert row["budget/selected_tokens"] == 40 and row["train/skipped_steps"] == 0
+        assert row["rollout/failed_fraction"] == pytest.approx(
+            row.get("reward/status/error", 0.0) + row.get("reward/status/environment_error", 0.0))
+        assert "reward/status/engine_error" not in row
+    for status in ("error", "environment_error"):
+        assert sum(row.get(f"reward/status/{status}", 0.0) for row in steps) > 0
+    assert {row["label"] for row in read_jsonl(run_dir / "eval.jsonl")} == {"before_rl", "after_rl"}
+    assert all(row["reward"] == 0 for row in read_jsonl(run_dir / "samples.jsonl") if row["finish"] == "error")

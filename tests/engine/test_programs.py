@@ -72,7 +72,7 @@ def test_an_orchestrator_that_is_killed_leaves_no_trace(seed, alone, configured,
     assert differences(alone, tmp_path) == []
 
 
-def with_process(argument: str, run_dir: Path, act: Callable[[psutil.Process], None]) -> None:
+def with_process(argument: str, run_dir: Path, act: Callable[[psutil.Process], None], rank: int = 0) -> None:
     """From a thread: act(the process of this run with `argument` in its command line), once two steps are logged."""
 
     def work() -> None:
@@ -81,21 +81,23 @@ def with_process(argument: str, run_dir: Path, act: Callable[[psutil.Process], N
             time.sleep(0.05)
         act(next(process for process in psutil.process_iter(["cmdline"])
                  if {argument, str(run_dir / "launch.json")} <= set(process.info["cmdline"] or ())
-                 and "--nnodes=1" not in process.info["cmdline"]))  # torchrun's own
+                 and "--nnodes=1" not in process.info["cmdline"]  # torchrun's own
+                 and process.environ().get("RANK", "0") == str(rank)))
 
     threading.Thread(target=work, daemon=True).start()
 
 
-def test_a_rank_that_hangs_is_named_within_a_minute(configured, tmp_path):
+@pytest.mark.parametrize("layout, rank", [("single", 0), *([("ep2", 1)] if "FAULT_SEEDS" in os.environ else [])])
+def test_a_rank_that_hangs_is_named_within_a_minute(layout, rank, configured, tmp_path):
     struck: list[float] = []
 
     def stop(process: psutil.Process) -> None:
         process.send_signal(signal.SIGSTOP)
         struck.append(time.monotonic())
 
-    with_process("megatron_rl.train", tmp_path, stop)
-    with pytest.raises(RunFailed, match=r"rank 0 \(pid \d+ on \S+\) of the trainer hangs"):
-        run_rl(configured(tmp_path, "run.steps=400", "orchestrator.hang_timeout_s=15"))
+    with_process("megatron_rl.train", tmp_path, stop, rank)
+    with pytest.raises(RunFailed, match=rf"rank {rank} \(pid \d+ on \S+\) of the trainer hangs"):
+        run_rl(configured(tmp_path, "run.steps=400", "orchestrator.hang_timeout_s=15", f"parallel={layout}"))
     assert time.monotonic() - struck[0] < 60
 
 
