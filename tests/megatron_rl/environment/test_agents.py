@@ -11,15 +11,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 
 from megatron_rl.config.agent import AgentConfig
 from megatron_rl.config.orchestrator import RUN_KEY
-from megatron_rl.config.rollout import ENGINE_KEY, RolloutConfig
+from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.environment.agents import AgentPrograms, check_agent
-from megatron_rl.orchestrator.serving import secret_variables
+from megatron_rl.orchestrator.serving import Serving, secret_variables
 from megatron_rl.reward.user import score_of
 from megatron_rl.rollout.collectors import SyncCollector
 from megatron_rl.rollout.responses import Responder
@@ -260,3 +261,26 @@ def test_settings_that_cannot_be_meant_are_refused(options, why):
 def test_what_an_agent_cannot_be_combined_with_is_named(other):
     with pytest.raises(ValueError, match="rollout.agent.kind=command with rollout.|rollout.environment=a.b with"):
         RolloutConfig(agent=command("talks"), **other)
+
+
+def test_a_runs_responders_speak_through_one_gateway_that_closes_with_its_engines():
+    """Training and evaluation share it (orchestrator/serving.py)."""
+    async def story():
+        async with world(says) as it:
+            rollout = replace(it.config, agent=python("python_talks"), engine=EngineConfig(urls=(it.engine.url,)))
+            config = Config(rollout=rollout)
+            async with Serving(config) as serving:
+                assert serving.agent_metrics() == {}
+                training, evaluation = (serving.responder(config, it.tokenizer, Judge()) for _ in range(2))
+                groups = await training.groups([PROMPT], step=0)
+                plan = replace(evaluation.plan, samples_per_prompt=1, temperature=0.5)
+                groups += await evaluation.groups([PROMPT], step=0, tag="eval", plan=plan)
+                assert [len(group.rollouts) for group in groups] == [2, 1]
+                assert it.engine.asked[-1]["sampling_params"]["temperature"] == 0.5
+                assert serving.agent_metrics()["agent/sessions"] == 3
+                url = serving._agents.gateway.url
+            with pytest.raises(aiohttp.ClientConnectorError):
+                async with aiohttp.ClientSession() as http:
+                    await http.get(f"{url}/v1/models")
+
+    run(story())

@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 
+from megatron_rl.environment.gateway.session import Asked
 from megatron_rl.types import Finish, VersionSpan
 from tests.megatron_rl.environment.templates import QWEN3
 from tests.megatron_rl.environment.world import CONFIG, CUT, OWN_KEY, World, run, world
@@ -302,6 +303,30 @@ def test_a_session_that_ends_takes_its_requests_with_it():
             assert it.engine.aborted == [it.engine.asked[0]["rid"]]
             with pytest.raises(openai.AuthenticationError):
                 await chat(async_client(it, session), HI)
+
+    run(story())
+
+
+def test_a_request_that_is_given_up_twice_is_aborted_once_and_to_the_end():
+    """A program that is killed hangs up, and its session ends: the engine must hear of it all the same."""
+    async def story():
+        async with world(counting) as it:
+            session, aborted = it.session(), []
+
+            async def endless(*args, **options):
+                try:
+                    await asyncio.sleep(30)
+                finally:
+                    await asyncio.sleep(0.5)  # as the fleet, which tells the engine
+                    aborted.append(True)
+
+            it.fleet.generate = endless
+            request = asyncio.create_task(session.answer(Asked(HI)))
+            await asyncio.sleep(0.05)
+            request.cancel()
+            await asyncio.sleep(0.1)
+            await session.close()
+            assert aborted == [True] and request.cancelled()
 
     run(story())
 
