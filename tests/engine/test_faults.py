@@ -230,12 +230,12 @@ def test_a_run_survives(fault, seed, engines, undisturbed, table):
 
 def test_a_whole_run_of_which_environments_and_judges_fail(engines, tmp_path):
     """It trains each step in full on the other responses, counts those that failed, evaluates, saves and exports."""
-    rows = [{"problem": f"{i} + 1 = ", "answer": str(i + 1), **fault} for i, fault in enumerate(FAULTY_ROWS)]
+    rows = [{"problem": f"{i} + 1 = ", "answer": str(i + 1), **fault} for i, fault in enumerate(10 * FAULTY_ROWS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_dir = tmp_path / "run"
     ended = run_rl(load([
         "experiment=quickstart", "parallel=single", f"model.path={engines.folder}", f"run.dir={run_dir}", "run.steps=3",
-        "run.save_every_steps=3", "eval.every_steps=0", "eval.problems=2",
+        "run.save_every_steps=3", "eval.every_steps=0", "eval.problems=6",
         f"rollout.engine.urls=[{','.join(engines.direct)}]",
         "rollout.engine.deterministic=true", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4",
         "rollout.max_response_tokens=16", "rollout.max_context_tokens=96", "rollout.max_failed_fraction=0.9",
