@@ -64,7 +64,7 @@ COMMANDS = {
         "one optimiser step of a cluster's rank, run on fake tensors: memory, traffic, host reads, FLOPs; needs no GPU",
         "Runs the step's own code as one rank of parallel.world_size and prints what it holds, sends and waits for.\n"
         "rank=N names the rank (default 0); ranks=stages takes one of each distinct kind. Seconds come from assumed\n"
-        "rates (docs/rehearsal.md). A rank of a 16.8B model takes about half a minute of one core and 1 GB.",
+        "rates (docs/rehearsal.md). A rank of a 16.8B model takes about a minute and a half of one core and 1 GB.",
         """\
   megatron-rl rehearse experiment=ring_lite_rl_stage1 rank=137
   megatron-rl rehearse experiment=ring_lite_rl_stage1 parallel.tp=2 parallel.pp=4 ranks=stages --json stages.json

@@ -64,9 +64,9 @@ def _phases(found: dict[str, Any]) -> list[str]:
 
 
 def _collectives(found: dict[str, Any]) -> list[str]:
-    rows = [f"{'collectives of phase':<29}{'operation':<16}{'group':<20}{'ranks':>6}  {'link':<8}{'calls':>6}{'GB':>9}"]
+    rows = [f"{'collectives of phase':<31}{'operation':<16}{'group':<20}{'ranks':>6}  {'link':<8}{'calls':>6}{'GB':>9}"]
     for each in found["collectives"][:COLLECTIVE_ROWS]:
-        rows.append(f"  {each['phase']:<27}{each['operation']:<16}{each['group']:<20}{each['size']:>6}  "
+        rows.append(f"  {each['phase']:<29}{each['operation']:<16}{each['group']:<20}{each['size']:>6}  "
                     f"{each['link']:<8}{each['calls']:>6}{each['bytes'] / GB:>9.3f}")
     return rows + _more(found["collectives"], COLLECTIVE_ROWS)
 
