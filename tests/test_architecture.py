@@ -12,20 +12,21 @@ SOURCES = [path for folder in ("c3po", "kernels/rl_kernels", "megatron_rl")
 
 # Inside megatron_rl: what each package may import besides itself. Two programs stand side by side, orchestrator and
 # trainer, and neither imports the other; what both need stands below both.
-LEAVES = {"types", "signals", "config", "observe", "compat"}
+LEAVES = {"types", "signals", "foreign", "config", "observe", "compat"}
 ENGINES = {"rollout", "environment", "reward", "data", "prompts"}
 LAUNCHED = {"orchestrator", "trainer", "loop", "recipes", "launch"}
 FLOORS = {
     "types": set(),
     "signals": set(),
+    "foreign": set(),
     "config": set(),
     "observe": {"types", "config"},
     "compat": set(),
     "topology": {"config", "compat"},
     "data": {"types", "config", "observe"},
-    "rollout": {"types", "config", "observe", "compat"},
-    "environment": {"types", "config", "observe", "rollout"},
-    "reward": {"types", "signals", "config", "observe", "compat"},
+    "rollout": {"types", "foreign", "config", "observe", "compat"},
+    "environment": {"types", "foreign", "config", "observe", "rollout"},
+    "reward": {"types", "signals", "foreign", "config", "observe", "compat"},
     "batch": {"types", "config", "observe"},
     "handoff": {"types", "config", "observe", "batch"},
     "prompts": {"config", "data", "model", "reward"},

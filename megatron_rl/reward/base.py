@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_rl.observe.failures import told
+from megatron_rl.foreign import told
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["Job", "STATUSES", "Scorer", "needs_answer", "run", "verdict"]

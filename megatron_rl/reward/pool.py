@@ -34,7 +34,7 @@ import pebble
 
 from megatron_rl.compat.pebble_exits import notice_every_exit
 from megatron_rl.config.reward import RewardConfig
-from megatron_rl.observe.failures import told
+from megatron_rl.foreign import told
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.route import Routes
 from megatron_rl.reward.user import UserScorer

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, SupportsFloat
 
-from megatron_rl.observe.failures import LONGEST_MESSAGE, as_utf8
+from megatron_rl.foreign import LONGEST_MESSAGE, as_utf8
 from megatron_rl.reward.base import STATUSES, Job, run
 from megatron_rl.types import Prompt, Score
 

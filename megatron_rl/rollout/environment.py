@@ -12,7 +12,7 @@ import asyncio
 import importlib
 from collections.abc import Callable, Sequence
 
-from megatron_rl.observe.failures import as_utf8, told
+from megatron_rl.foreign import as_utf8, told
 from megatron_rl.rollout.background import in_thread
 from megatron_rl.types import Prompt
 

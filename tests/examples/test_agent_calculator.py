@@ -37,7 +37,8 @@ class Judge:
 
 
 def test_the_agent_solves_a_problem_that_needs_two_calls():
-    agent = AgentConfig(kind="command", command=(sys.executable, str(AGENT)), tool_call_parser="qwen25", timeout_s=60.0)
+    agent = AgentConfig(kind="command", command=(sys.executable, str(AGENT)), tool_call_parser="qwen25",
+                        timeout_s=240.0)
 
     async def story():
         async with world(model) as it:

@@ -96,7 +96,7 @@ REFUSED = {
         ["data.source=chains", "reward.routes.math=tests.rewards.raises"],
         "reward.routes.math=tests.rewards.raises cannot judge a response to problem chains-"),
     "a reward that is text": (["data.source=chains", "reward.routes.math=tests.rewards.in_words"],
-                              "returned 'right': not a finite number"),
+                              "returned 'right': not a number between"),
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 from megatron_rl.config.agent import AgentConfig
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.environment.agents import AgentPrograms, check_agent
 from megatron_rl.orchestrator.serving import Serving, secret_variables
 from megatron_rl.reward.user import score_of
@@ -27,6 +27,7 @@ from megatron_rl.rollout.responses import Responder
 from megatron_rl.types import Finish, Score
 from tests.megatron_rl.environment.templates import CHATML, QWEN3, tokenizer_with
 from tests.megatron_rl.environment.world import CONFIG, PROMPT, World, run, world
+from tests.tiny_models import write_tiny_bailing
 
 HERE = "tests.megatron_rl.environment.agents_of_tests"
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -263,12 +264,12 @@ def test_what_an_agent_cannot_be_combined_with_is_named(other):
         RolloutConfig(agent=command("talks"), **other)
 
 
-def test_a_runs_responders_speak_through_one_gateway_that_closes_with_its_engines():
+def test_a_runs_responders_speak_through_one_gateway_that_closes_with_its_engines(tmp_path):
     """Training and evaluation share it (orchestrator/serving.py)."""
     async def story():
         async with world(says) as it:
             rollout = replace(it.config, agent=python("python_talks"), engine=EngineConfig(urls=(it.engine.url,)))
-            config = Config(rollout=rollout)
+            config = Config(rollout=rollout, model=ModelConfig(path=str(write_tiny_bailing(tmp_path / "model"))))
             async with Serving(config) as serving:
                 assert serving.agent_metrics() == {}
                 training, evaluation = (serving.responder(config, it.tokenizer, Judge()) for _ in range(2))

@@ -114,5 +114,5 @@ async def world(script: Script, *, template: str = CHATML, history: History = "a
 
 
 def run(coroutine) -> Any:
-    """To its end, within a minute."""
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    """To its end, within five minutes: programs and parsers start slowly on a busy machine."""
+    return asyncio.run(asyncio.wait_for(coroutine, 300))
