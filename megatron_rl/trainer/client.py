@@ -122,10 +122,10 @@ class Heartbeat(threading.Thread):
         about = {"host": os.uname().nodename, "pid": os.getpid()}
         while True:
             try:
-                self._client.try_once("POST", self._path, {**about, "doing": self.doing}, timeout_s=HEARTBEAT_S)
+                heard = self._client.try_once("POST", self._path, {**about, "doing": self.doing}, timeout_s=HEARTBEAT_S)
             except OrchestratorLost:
                 return  # rank 0 says so
-            if self._over.wait(HEARTBEAT_S):
+            if self._over.wait(RETRY_S if heard is None else HEARTBEAT_S):
                 return
 
     def stop(self) -> None:
