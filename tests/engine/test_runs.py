@@ -327,7 +327,7 @@ def test_a_missing_answer_column_is_named_with_file_and_line(model, tmp_path, en
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "anwser": "3"}\n')
     failed = run(f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=jsonl", "data.split=all",
-                 f"data.path={problems}", f"rollout.engine.urls=[{engine_url}]")
+                 f"data.path={problems}", f"rollout.engine.urls=[{engine_url}]", "reward.routes.math=math_verify")
     assert failed.returncode != 0
     assert f"{problems}:2" in failed.stderr
 
