@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -99,14 +100,15 @@ def collector_tokens_per_s(url: str, config: RolloutConfig, tokenizer, output_to
     return asyncio.run(with_responder(url, config, tokenizer, lambda seed: output_tokens, use))
 
 
-def sglang_tokens_per_s(url: str, model: Path, requests: int, concurrency: int, output_tokens: int) -> float:
+def sglang_tokens_per_s(url: str, key: str, model: Path, requests: int, concurrency: int, output_tokens: int) -> float:
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as out:
         subprocess.run(
             [sys.executable, "-c", SGLANG_BENCHMARK, "--backend", "sglang", "--base-url", url, "--model",
              str(model), "--tokenizer", str(model), "--dataset-name", "random-ids", "--random-input-len",
              str(PROMPT_TOKENS), "--random-output-len", str(output_tokens), "--random-range-ratio", "1",
              "--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--disable-stream",
-             "--warmup-requests", "0", "--output-file", out.name], check=True, stdout=subprocess.DEVNULL)
+             "--warmup-requests", "0", "--output-file", out.name], check=True, stdout=subprocess.DEVNULL,
+            env=os.environ | {"OPENAI_API_KEY": key})  # which it sends as the engine's key
         return json.loads(Path(out.name).read_text().splitlines()[-1])["output_throughput"]
 
 
@@ -159,7 +161,8 @@ def measure(*, quick: bool, steps: int, rounds: int) -> tuple[list[Row], dict]:
             collector_tokens_per_s(url, config, tokenizer, 8)  # warm
             for _ in range(rounds):
                 ours.append(collector_tokens_per_s(url, config, tokenizer, output))
-                theirs.append(sglang_tokens_per_s(url, model, prompts * samples, config.concurrency, output))
+                theirs.append(sglang_tokens_per_s(url, engine_key(config.engine), model, prompts * samples,
+                                                  config.concurrency, output))
             seconds = {name: seconds_per_1000_training_tokens(url, config, tokenizer, name, steps)
                        for name in ("sync", "budgeted", "partial")}
     rows = [Row("rollouts: collector against SGLang's serving benchmark", median(ours), median(theirs), "tokens/s",
