@@ -91,12 +91,6 @@ HANGING_JUDGES: dict[str, Callable[[], Any]] = {"hangs": lambda: time.sleep(60),
 """Not failed: a response that cannot be judged in time earns 0 (status `timeout`), since its own text may be why."""
 
 
-def take_all_along() -> None:
-    """A judge that kills the process which starts judges, and itself."""
-    os.kill(os.getppid(), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def environment(prompt: Prompt, turns: Sequence[str]) -> str | None:
     """Ends the episode at the first turn, unless the prompt's metadata names one of ENVIRONMENTS."""
     fault = prompt.metadata.get("environment")
@@ -106,7 +100,7 @@ def environment(prompt: Prompt, turns: Sequence[str]) -> str | None:
 def judge(prompt: Prompt, response_text: str) -> Any:
     """1 for a text of an even length, unless the prompt's metadata names a fault."""
     fault = prompt.metadata.get("judge")
-    faults = {**JUDGES, **HANGING_JUDGES, "takes all along": take_all_along}
+    faults = {**JUDGES, **HANGING_JUDGES}
     return faults[fault]() if fault else float(len(response_text) % 2 == 0)
 
 

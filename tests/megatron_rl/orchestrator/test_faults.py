@@ -239,15 +239,6 @@ def test_a_judge_without_an_end_costs_its_response_the_reward(fault, folder, eng
     assert slow.metrics[0]["rollout/failed_fraction"] == 0
 
 
-@pytest.mark.slow
-def test_a_judge_that_takes_those_that_start_judges_along_fails_alone():
-    prompts = [Prompt(f"p{i}", (5,), "", "", "math", {"judge": "takes all along"} if i == 1 else {}) for i in range(4)]
-    config = RewardConfig(routes={"math": "tests.faults.judge"}, workers=2, timeout_s=20.0, correct_from=1.0)
-    with RewardPool(config) as pool:
-        scores = pool.score_many([(prompt, "xx") for prompt in prompts])
-    assert [score.status for score in scores] == ["correct", "error", "correct", "correct"]
-
-
 def spoiled_for(bad: Callable[[dict], bool], spoil: Callable) -> Callable:
     async def answer(request: web.Request, body: dict, answer: dict) -> web.StreamResponse | None:
         return await spoil(request, answer) if bad(body) else None
