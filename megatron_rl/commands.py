@@ -62,10 +62,10 @@ def rl(options) -> int:
     sizes = validate(config, start=not options.check)
     if options.check:
         looked_at = _look_at(config, check_start)
-    print_summary(config, sizes)
-    if options.check:
+        print_summary(config, sizes)
         _print_valid(config, looked_at)
         return 0
+    print_summary(config, sizes)
     ended = train_rl(config)
     if ended.why:
         Console(stderr=True).print(f"megatron-rl: the run ended early: {ended.why}", soft_wrap=True)
@@ -113,13 +113,14 @@ def sft(options) -> int:
     check_backends(config)
     sizes = sizes_of(network)
     check_sft(config, sizes)
+    rows = sft_summary(config, sizes)
     if options.check:
         looked_at = _look_at(config, check_sft_start)
-    print_rows(config.run.name, sft_summary(config, sizes))
-    if options.check:
+        print_rows(config.run.name, rows)
         _print_valid(config, looked_at)
-    else:
-        train_sft(config)
+        return 0
+    print_rows(config.run.name, rows)
+    train_sft(config)
     return 0
 
 

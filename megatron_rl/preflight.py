@@ -44,7 +44,7 @@ def network_of(config: Config) -> Network:
 
     ValueError when neither is there, or when they disagree.
     """
-    at_hand = (Path(config.model.path) / "config.json").is_file()
+    at_hand = model_is_here(config)
     if config.model.architecture is None:
         if not config.model.path:
             raise ValueError("model.path is not set: give a checkpoint's folder, "

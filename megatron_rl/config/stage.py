@@ -15,8 +15,8 @@ class StageConfig:
     """One training stage, called `name`: `steps` steps with the keys of `set` changed, e.g. {algo.phi: 8192}.
 
     - steps: the steps of all stages add up to run.steps.
-    - plateau_steps, plateau_gain: the stage ends sooner if the mean reward of its last plateau_steps steps is less than
-      plateau_gain above that of the plateau_steps steps before. 0: it never does.
+    - plateau_steps, plateau_gain: the stage ends sooner if its mean reward grows by less than plateau_gain from one
+      plateau_steps steps to the next plateau_steps steps. 0: it never ends sooner.
     - optimizer: `keep` keeps AdamW's moments and the place in the learning-rate schedule from the stage before; `reset`
       begins both anew. The schedule spans all stages up to the next reset.
 

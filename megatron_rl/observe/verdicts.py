@@ -1,8 +1,8 @@
 """Statistics of correctness: over what the scorers call right (Score.correct), never over rewards.
 
 A reward may be -1 or 1, a grade, or shaped by length; whether a response is right does not change with it.
-A group with a response of which nobody can say whether it is right (correct=None) is left out of these statistics,
-and so is every failed response, which has no verdict.
+These statistics leave out a group if nobody can say whether one of its responses is right (correct=None), and
+every failed response, which has no verdict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["correctness_metrics", "is_mixed", "judged", "known", "number_right",
 
 
 def known(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups that have a verdict, and of which it is known, for every response, whether it is right."""
+    """The groups that have a verdict for every response, each right or wrong."""
     return [group for group in groups if judged(group) and all(score.correct is not None for score in group.scores)]
 
 

@@ -15,7 +15,7 @@ from megatron_rl.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place in the grid of dense parameters (tp, cp, dp, pp) and in that of the experts (etp, ep, edp)."""
+    """A rank's place in two grids: dense parameters (tp, cp, dp, pp) and experts (etp, ep, edp)."""
 
     tp: int
     cp: int

@@ -17,7 +17,7 @@ from megatron_rl.rehearsal.step import PHASES, Rehearsed, Workload
 CENSUS_SHARE = 0.005
 """Tensors of the census take at least this share of the peak."""
 PER_MICROBATCH = PHASES[:3]
-"""Phases whose work is that of the micro-batches; the others come once a step."""
+"""Phases that repeat for every micro-batch; the others come once a step."""
 
 
 def summary(config: Config, network: Network, workload: Workload, seen: Rehearsed, rates: Rates) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def _answers(parallel: ParallelConfig, network: Network) -> Iterator[None]:
     def all_gather_object(box, value, group=None):
         """Every rank says what this one says, but for what only other stages have.
 
-        A report without a loss gets that of the last stage beside it. The keys of parameter groups (Megatron's
-        optimizer._get_param_groups, pairs of overrides and "is an expert's") get the experts' of other stages.
+        If this rank's report has no loss, the last stage's report stands beside it. The keys of parameter groups
+        (Megatron's optimizer._get_param_groups: pairs of overrides and "is an expert's") get the other stages' experts.
         """
         box[:] = [value] * len(box)
         is_keys = isinstance(value, list) and all(isinstance(key, tuple) and isinstance(key[-1], bool) for key in value)

@@ -13,6 +13,8 @@ from typing import Any
 
 import orjson
 
+from megatron_rl.foreign import told
+
 
 def main() -> None:
     tool_parser, reasoning_parser = (name or None for name in sys.argv[1:3])
@@ -46,7 +48,7 @@ def main() -> None:
         try:
             answer = parse(orjson.loads(line))
         except Exception as error:  # noqa: BLE001 -- a parser's fault is the answer; the sampled tokens stay
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+            answer = {"error": told(error)}
         answers.write(orjson.dumps(answer) + b"\n")
 
 

@@ -1,6 +1,6 @@
 """Whether a chat template only ever appends, tried before a run on short conversations.
 
-A template is append-only if the text of a longer conversation begins with that of a shorter one and goes on with what
+A template is append-only if a longer conversation's text begins with the shorter one's text and goes on with what
 Rendering.after says. Many cut the thinking out of earlier answers, so that a model would read other tokens than it
 sampled. Such a template is refused with the place where it differs, or used with history=keep_thinking: the earlier
 thinking stays where it was sampled, and only what comes after an answer must be as the template writes it.

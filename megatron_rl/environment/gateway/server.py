@@ -151,8 +151,8 @@ class Gateway:
         """The session whose key the request has. RequestError without one."""
         found = self._sessions.get(_digest(_key_of(request)))
         if found is None:
-            raise RequestError("no valid API key: it is that of a session, in the header Authorization (Bearer KEY) or "
-                               "x-api-key; a session's key ends with it", status=401, code="invalid_api_key")
+            raise RequestError("no valid API key: send the key of an open session in the header Authorization (Bearer "
+                               "KEY) or x-api-key", status=401, code="invalid_api_key")
         return found
 
     def _named(self, request: web.Request) -> Session:

@@ -65,7 +65,7 @@ class Session:
     """One sample of one prompt. key: the API key that is this session.
 
     cut: the agent wanted more than there was room for. failure: an engine's, after which no request is answered.
-    unparsed: turns of which calls or reasoning could not be read.
+    unparsed: turns whose calls or reasoning the parsers could not read.
     """
 
     model: Model
