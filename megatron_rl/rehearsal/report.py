@@ -7,9 +7,12 @@ from typing import Any
 from megatron_rl.config.schema import Config
 from megatron_rl.plan.report import layout
 from megatron_rl.rehearsal.roofline import Rates
+from megatron_rl.rehearsal.step import PHASES
 
 GB = 1e9
 CENSUS_ROWS, COLLECTIVE_ROWS, READ_ROWS, OPERATION_ROWS = 12, 24, 12, 10
+PHASE = max(map(len, PHASES)) + 2
+"""Width of the column of phases."""
 LIMITS = ("not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, "
           "overlap; seconds are a roofline over assumed rates, none was measured")
 
@@ -55,18 +58,20 @@ def _census(found: dict[str, Any]) -> list[str]:
 
 
 def _phases(found: dict[str, Any]) -> list[str]:
-    rows = [f"{'phase':<29}{'peak GB':>9}{'TFLOP':>10}{'TB moved':>10}{'kernels':>9}{'host reads':>12}{'seconds':>9}"]
+    rows = [f"{'phase':<{PHASE + 2}}{'peak GB':>9}{'TFLOP':>10}{'TB moved':>10}{'kernels':>9}{'host reads':>12}"
+            f"{'seconds':>9}"]
     for phase, each in found["phases"].items():
-        rows.append(f"  {phase:<27}{each['peak_bytes'] / GB:>9.2f}{each['flops'] / 1e12:>10.2f}"
+        rows.append(f"  {phase:<{PHASE}}{each['peak_bytes'] / GB:>9.2f}{each['flops'] / 1e12:>10.2f}"
                     f"{each['traffic_bytes'] / 1e12:>10.3f}{each['kernels']:>9,}{each['host_reads']:>12}"
                     f"{sum(each['seconds'].values()):>9.3f}")
     return rows
 
 
 def _collectives(found: dict[str, Any]) -> list[str]:
-    rows = [f"{'collectives of phase':<31}{'operation':<16}{'group':<20}{'ranks':>6}  {'link':<8}{'calls':>6}{'GB':>9}"]
+    rows = [f"{'collectives of phase':<{PHASE + 2}}{'operation':<16}{'group':<20}{'ranks':>6}  {'link':<8}{'calls':>6}"
+            f"{'GB':>9}"]
     for each in found["collectives"][:COLLECTIVE_ROWS]:
-        rows.append(f"  {each['phase']:<29}{each['operation']:<16}{each['group']:<20}{each['size']:>6}  "
+        rows.append(f"  {each['phase']:<{PHASE}}{each['operation']:<16}{each['group']:<20}{each['size']:>6}  "
                     f"{each['link']:<8}{each['calls']:>6}{each['bytes'] / GB:>9.3f}")
     return rows + _more(found["collectives"], COLLECTIVE_ROWS)
 
@@ -79,9 +84,9 @@ def _host_reads(found: dict[str, Any]) -> list[str]:
 
 
 def _operations(found: dict[str, Any]) -> list[str]:
-    rows = [f"{'operations that move most':<29}{'name':<46}{'calls':>7}{'TB':>8}{'TFLOP':>9}"]
+    rows = [f"{'operations that move most':<{PHASE + 2}}{'name':<46}{'calls':>7}{'TB':>8}{'TFLOP':>9}"]
     for each in found["operations"][:OPERATION_ROWS]:
-        rows.append(f"  {each['phase']:<27}{each['name']:<46}{each['calls']:>7,}{each['bytes'] / 1e12:>8.3f}"
+        rows.append(f"  {each['phase']:<{PHASE}}{each['name']:<46}{each['calls']:>7,}{each['bytes'] / 1e12:>8.3f}"
                     f"{each['flops'] / 1e12:>9.2f}")
     return rows + _more(found["operations"], OPERATION_ROWS)
 
@@ -91,7 +96,7 @@ def _seconds(found: dict[str, Any], rates: Rates) -> list[str]:
             f"{'phase, as rehearsed':<29}{'matrix':>9}{'memory':>9}{'nvlink':>9}{'network':>9}"]
     for phase, each in found["phases"].items():
         parts = "".join(f"{each['seconds'].get(part, 0.0):>9.3f}" for part in ("matrix", "memory", "nvlink", "network"))
-        rows.append(f"  {phase:<27}{parts}")
+        rows.append(f"  {phase:<{PHASE}}{parts}")
     step = found["step_seconds"]
     return [*rows, f"one optimiser step at this rank's pace: {sum(step.values()):.1f} s: "
                    f"scoring {step['scoring']:.1f}, update {step['update']:.1f}, once a step {step['once']:.1f}"]
