@@ -32,11 +32,11 @@ def load_tokenizer(model: ModelConfig):
 
 
 class QuickText:
-    """A Hugging Face tokenizer whose decode() takes a small part of the time if the tokens are strings of bytes.
+    """A Hugging Face tokenizer with a fast decode() for byte-level vocabularies, which all supported models have.
 
-    They are for a tokenizer that ends with the decoder ByteLevel alone, as those of the supported models do: the text
-    is then the tokens' bytes end to end, and those are copied out of one table. decode() gives exactly what the
-    tokenizer's own gives, which is asked for any other kind of tokenizer, and for token ids beyond the vocabulary.
+    If the tokenizer's decoder is ByteLevel alone, a text is its tokens' bytes end to end, and decode() copies them out
+    of one table. For any other decoder, and for token ids beyond the vocabulary, it asks the tokenizer. Both ways give
+    the same text.
     """
 
     def __init__(self, tokenizer):
@@ -62,7 +62,7 @@ class QuickText:
 
 
 def _bytes_of_tokens(tokenizer) -> list[bytes] | None:
-    """By token id, nothing for special tokens and for ids without a token; None if tokens are no strings of bytes.
+    """The bytes of each token id, empty for special tokens and for ids without a token; None for other vocabularies.
 
     As tokenizers does it (src/pre_tokenizers/byte_level.rs, `decode_chain`): each character of a token stands for one
     byte, but a token that has any other character is text as it is.
