@@ -1,4 +1,4 @@
-"""What each rank of torchrun runs: `python -m megatron_rl.train RECIPE CONFIG.json`.
+"""What each rank runs: `python -m megatron_rl.train RECIPE CONFIG.json`.
 
 The launcher has composed and checked the configuration; here it is only read.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import ModuleType
 
 from megatron_rl.compat.quick_imports import quick_imports
-from megatron_rl.rollout.die_with_parent import die_with_parent
+from megatron_rl.rollout.die_with_parent import die_with_parent, name_process
 from megatron_rl.signals import ignore
 
 RECIPES = ("rl", "sft", "convert", "replay")
@@ -20,16 +21,24 @@ def main() -> None:
     recipe, config_path = sys.argv[1:]
     if recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} must be one of {', '.join(RECIPES)}")
-    die_with_parent()  # no rank outlives its torchrun, whatever ends it
+    die_with_parent()  # no rank outlives the process that started it, whatever ends it
     if os.getppid() == 1:
         sys.exit("the launcher is gone")
+    name_process(f"rank{os.environ.get('RANK', '0')}")
     ignore([signal.SIGUSR1])  # a request to stop is the orchestrator's business; it may come at any time
     with quick_imports():
+        recipes = import_recipes()
         from megatron_rl.config.load import from_json
-        from megatron_rl.recipes import convert, replay, sft
-        from megatron_rl.trainer import main as rl
 
-    {"rl": rl, "sft": sft, "convert": convert, "replay": replay}[recipe].run(from_json(config_path))
+    recipes[recipe].run(from_json(config_path))
+
+
+def import_recipes() -> dict[str, ModuleType]:
+    """The modules of RECIPES by name. Their imports take seconds."""
+    from megatron_rl.recipes import convert, replay, sft
+    from megatron_rl.trainer import main as rl
+
+    return {"rl": rl, "sft": sft, "convert": convert, "replay": replay}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def _packages(distribution: importlib.metadata.Distribution) -> set[str]:
     declared = distribution.read_text("top_level.txt")
     if declared is not None and declared.split():
         return declared.split()
-    firsts = {line.partition(",")[0].partition("/") for line in (distribution.read_text("RECORD") or "").splitlines()}
-    names = {first if slash else inspect.getmodulename(first) or first for first, slash, _ in firsts
+    files = (line.partition(",")[0] for line in (distribution.read_text("RECORD") or "").splitlines())
+    firsts = {file.partition("/")[:2] for file in files}
+    names = {first if slash else inspect.getmodulename(first) or first for first, slash in firsts
              if Path(distribution.locate_file(first)).exists()}  # a vendored wheel lists what was left out
     return {name for name in names if "." not in name}

@@ -1,4 +1,4 @@
-"""One machine: SGLang engines and torchrun's ranks, started together and stopped together."""
+"""One machine: SGLang engines and the trainer's ranks, started together and stopped together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import torch
 
 from megatron_rl.compat.cuda import SAME_IN_RANKS_AND_ENGINES
 from megatron_rl.config.load import to_dict
@@ -86,8 +88,9 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
 
 
 def run_ranks(recipe: str, config: Config) -> None:
-    """torchrun parallel.world_size ranks of `recipe` (not of rl: programs.py) and wait. RunFailed or RunInterrupted; no
-    rank is left.
+    """Starts parallel.world_size ranks of `recipe` (not of rl: programs.py) and waits for them.
+
+    RunFailed or RunInterrupted; no rank is left.
 
     Their output goes to <run.dir>/trainer.log; progress is shown from the metrics they write.
     """
@@ -140,10 +143,12 @@ def after_start() -> Iterator[None]:
 
 
 def ranks_command(config: Config) -> list[str]:
-    """torchrun's command line up to the module that its ranks run."""
-    return [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1",
-            f"--nproc-per-node={config.parallel.world_size}", "--master-addr=127.0.0.1",
-            f"--master-port={choose_port(None)}", "-m"]
+    """The command line that starts the ranks, up to the module that they run: torchrun's, or on CPU forked_ranks'."""
+    ranks, port = config.parallel.world_size, choose_port(None)
+    if not torch.cuda.is_available():
+        return [sys.executable, "-m", "megatron_rl.launch.forked_ranks", str(ranks), str(port)]
+    return [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1", f"--nproc-per-node={ranks}",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "-m"]
 
 
 def guarded(command: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,18 +18,33 @@ def load_tokenizer(model: ModelConfig):
     """The tokenizer of the Hugging Face folder model.path; the model's own class is not needed for it."""
     folder = model.path
     refuse_code(folder, trusted=model.trust_remote_code)
-    with quick_imports():
-        from transformers import AutoTokenizer  # here, because ranks other than 0 have no use for it, and it is slow
+    with quick_imports():  # here, because ranks other than 0 have no use for it, and it is slow
         from transformers.utils import logging
 
     logging.set_verbosity_error()  # it has no class for a bailing_moe, and says so in every process
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        with quick_imports():
+            kind = _class_of(Path(folder))
+        return kind.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (ValueError, OSError) as error:
         files = sorted(path.name for path in Path(folder).glob("*token*"))
         why = str(error).strip().splitlines()[0]
         raise ValueError(f"model.path={folder}: no tokenizer can be read there (files: {', '.join(files) or 'none'}); "
                          f"copy tokenizer.json and tokenizer_config.json into it ({why})") from error
+
+
+def _class_of(folder: Path) -> type:
+    """AutoTokenizer, or the class that it chooses for a bailing_moe without code: its own import takes seconds more."""
+    config, options = (json.loads(path.read_text()) if (path := folder / name).is_file() else {}
+                       for name in ("config.json", "tokenizer_config.json"))
+    plain = options.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if plain and "auto_map" not in options and config.get("model_type") == "bailing_moe":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 class QuickText:

@@ -12,14 +12,23 @@ import os
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
 def die_with_parent() -> None:
     """From now on the kernel kills this process when its parent ends. This survives exec, but not fork."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def name_process(name: str) -> None:
+    """From now on `top` and `ps -o comm` show this process under `name`: ASCII, at most 15 characters."""
+    _prctl(PR_SET_NAME, name.encode())
+
+
+def _prctl(option: int, value: int | bytes) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if libc.prctl(option, value) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def main(argv: list[str]) -> None:

@@ -74,7 +74,7 @@ class GenerateResult:
 
 
 def read_result(body: bytes, *, prompt_tokens: int = 0, routed_layers: RoutedLayers | None = None) -> GenerateResult:
-    """Reads an answer of /generate without making a Python object per token, since tokens are most of what a step moves.
+    """Reads an answer of /generate without a Python object per token, since tokens are most of what a step moves.
 
     prompt_tokens, routed_layers: of the request, if it asked for the experts that its tokens took. EngineHTTPError if
     the answer is not whole: no JSON, lost, unequal or non-finite tokens, or other experts than can be.

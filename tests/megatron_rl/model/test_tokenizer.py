@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_rl.model.tokenizer import QuickText
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.model.tokenizer import QuickText, load_tokenizer
+from tests.tiny_models import write_tiny_bailing
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 ADDED = ["<think>", "<\uff5cuser\u2581says\uff5c>", "two words", "\u00e9t\u00e9", "\u0120"]
@@ -63,3 +67,20 @@ def test_another_kind_of_tokenizer_decodes_itself(tokenizer):
     ids = [rng.integers(0, len(tokenizer), 20).tolist() for _ in range(200)]
     assert [quick.decode(each, skip_special_tokens=True) for each in ids] == [
         tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+
+
+@pytest.mark.parametrize("said", [
+    {}, {"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"},
+    {"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "Qwen2TokenizerFast"}, {"model_type": "qwen3_moe"},
+    {"model_type": "deepseek_v3", "tokenizer_class": "PreTrainedTokenizerFast"}], ids=str)
+def test_the_tokenizer_of_a_folder_is_the_one_that_transformers_chooses(said, tmp_path):
+    folder = write_tiny_bailing(tmp_path / "model")
+    for name in ("config.json", "tokenizer_config.json"):
+        chosen = {key: value for key, value in said.items() if (key == "model_type") == (name == "config.json")}
+        options = json.loads((folder / name).read_text())
+        options.pop("tokenizer_class", None)
+        (folder / name).write_text(json.dumps(options | chosen))
+    ours, theirs = load_tokenizer(ModelConfig(path=str(folder))), AutoTokenizer.from_pretrained(folder)
+    assert type(ours) is type(theirs)
+    text = "1+2=\n<think> caf\u00e9"
+    assert ours.encode(text) == theirs.encode(text) and ours.special_tokens_map == theirs.special_tokens_map
