@@ -1,45 +1,13 @@
-"""Checkpoints pass through every layout unchanged, and the network they make is the reference's."""
+"""A Hugging Face folder that does not hold what its config.json says is refused, and each tensor is named."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-import tests.distributed.cases as cases
-from tests.distributed.reference_step import token_outputs
-from tests.distributed.test_gradients import in_layouts
-
-
-@in_layouts()
-def test_round_trip_returns_every_tensor_bit_for_bit(layouts, layout):
-    assert layouts[layout]["loaded"] == {name: cases.sha256(tensor) for name, tensor in layouts.start.items()}
-
-
-@in_layouts()
-def test_passes_without_an_optimiser_step_leave_weights_alone(layouts, layout):
-    assert layouts[layout]["after_gradients"] == layouts[layout]["loaded"]
-
-
-@pytest.mark.parametrize("norm_head", [True, False], ids=["norm_head", "plain_head"])
-@in_layouts()
-def test_logprobs_equal_the_reference(layouts, layout, norm_head):
-    weights = {name: tensor.double() for name, tensor in layouts.start.items()}
-    found = layouts[layout]["logprobs"][norm_head]
-    assert sorted(found) == list(range(len(layouts.step.token_ids)))
-    for index, tokens in enumerate(layouts.step.token_ids):
-        with torch.no_grad():
-            expected = token_outputs(weights, layouts.configs[norm_head], tokens)[0]
-        np.testing.assert_allclose(found[index].double(), expected, rtol=0, atol=1e-5)
-
-
-def test_norm_head_changes_the_logprobs(layouts):
-    found = layouts["one"]["logprobs"]
-    assert (found[True][0] - found[False][0]).abs().max() > 0.1
 
 
 def broken_checkpoint(layouts, folder, change) -> str:

@@ -1,5 +1,7 @@
 """One C3PO step gives the same gradients, weights and report however it is split over processes and micro-batches.
 
+Checkpoints pass through every layout unchanged, and the network that they make is the reference's.
+
 The reference is plain torch in float64 (reference_step.py); each layout runs Megatron's own classes in float32. The
 loss carries the clipped surrogate, KL, exact entropy, balance and z-losses, on ragged packed sequences with padding,
 a dense first layer and a NormHead. The mutation tests show that the comparison sees a lost factor. A table of the
@@ -8,10 +10,13 @@ largest errors follows the tests' results (table.py; `make test-layouts`).
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 import tests.distributed.cases as cases
 from tests.distributed.cases import TOLERANCE
+from tests.distributed.reference_step import token_outputs
 
 
 def in_layouts(name: str = "layout", names=tuple(cases.LAYOUTS)):
@@ -87,3 +92,30 @@ def test_step_report_does_not_depend_on_layout(layouts, layout):
 def test_a_broken_factor_shows(layouts, layout, mutation):
     errors = too_different(layouts[layout]["mutated"][mutation], layouts.reference.gradients)
     assert max(errors.values(), default=0.0) > 100 * TOLERANCE
+
+
+@in_layouts()
+def test_round_trip_returns_every_tensor_bit_for_bit(layouts, layout):
+    assert layouts[layout]["loaded"] == {name: cases.sha256(tensor) for name, tensor in layouts.start.items()}
+
+
+@in_layouts()
+def test_passes_without_an_optimiser_step_leave_weights_alone(layouts, layout):
+    assert layouts[layout]["after_gradients"] == layouts[layout]["loaded"]
+
+
+@pytest.mark.parametrize("norm_head", [True, False], ids=["norm_head", "plain_head"])
+@in_layouts()
+def test_logprobs_equal_the_reference(layouts, layout, norm_head):
+    weights = {name: tensor.double() for name, tensor in layouts.start.items()}
+    found = layouts[layout]["logprobs"][norm_head]
+    assert sorted(found) == list(range(len(layouts.step.token_ids)))
+    for index, tokens in enumerate(layouts.step.token_ids):
+        with torch.no_grad():
+            expected = token_outputs(weights, layouts.configs[norm_head], tokens)[0]
+        np.testing.assert_allclose(found[index].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_norm_head_changes_the_logprobs(layouts):
+    found = layouts["one"]["logprobs"]
+    assert (found[True][0] - found[False][0]).abs().max() > 0.1
