@@ -8,10 +8,11 @@ import sys
 
 from megatron_rl import signals
 from megatron_rl.compat.quick_imports import quick_imports
-from megatron_rl.rollout.die_with_parent import die_with_parent
+from megatron_rl.rollout.die_with_parent import die_with_parent, name_process
 
 
 def main(config_path: str, *, stop_signals: tuple[signal.Signals, ...] = (signal.SIGUSR1,)) -> None:
+    name_process("orchestrator")
     signals.listen(stop_signals)  # before the slow imports: the signal may come at any time
     with quick_imports():
         from megatron_rl.config.load import from_json

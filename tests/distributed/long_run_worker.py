@@ -1,6 +1,6 @@
 """Optimiser steps of the real learner on judged responses made up here, some spoilt on purpose, for test_long_run.py.
 
-torchrun ranks of `python -m tests.distributed.long_run_worker CONFIG.json`. Rank 0 writes <run.dir>/steps.pt: the
+Ranks of `python -m tests.distributed.long_run_worker CONFIG.json`. Rank 0 writes <run.dir>/steps.pt: the
 weights before the first step and after each, whether it was skipped, and on every rank whether a moment changed.
 """
 

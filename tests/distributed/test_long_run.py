@@ -13,8 +13,7 @@ import torch
 
 import tests.distributed.long_run_worker as worker
 from megatron_rl.config.load import load, to_dict
-from megatron_rl.launch.local import rank_environment
-from megatron_rl.rollout.ports import choose_port
+from megatron_rl.launch.local import rank_environment, ranks_command
 from tests.tiny_models import write_tiny_bailing
 
 pytestmark = pytest.mark.slow
@@ -34,9 +33,8 @@ def start(run_dir: Path, model: Path, *overrides: str) -> subprocess.CompletedPr
     path = run_dir / "config.json"
     path.write_text(json.dumps(to_dict(config)))
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={config.parallel.world_size}",
-         "--master-addr=127.0.0.1", f"--master-port={choose_port(None)}", "-m", "tests.distributed.long_run_worker",
-         str(path)], cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=600)
+        [*ranks_command(config), "tests.distributed.long_run_worker", str(path)], cwd=ROOT, env=rank_environment(),
+        capture_output=True, text=True, timeout=600)
 
 
 def replay(folder: Path) -> subprocess.CompletedProcess:

@@ -72,17 +72,15 @@ def test_an_orchestrator_that_is_killed_leaves_no_trace(seed, alone, configured,
     assert differences(alone, tmp_path) == []
 
 
-def with_process(argument: str, run_dir: Path, act: Callable[[psutil.Process], None], rank: int = 0) -> None:
-    """From a thread: act(the process of this run with `argument` in its command line), once two steps are logged."""
+def with_process(name: str, run_dir: Path, act: Callable[[psutil.Process], None]) -> None:
+    """From a thread: act(the process of this run that is called `name`), once two steps are logged."""
 
     def work() -> None:
         metrics = run_dir / "metrics.jsonl"
         while not (metrics.exists() and len(read_jsonl(metrics)) >= 2):
             time.sleep(0.05)
-        act(next(process for process in psutil.process_iter(["cmdline"])
-                 if {argument, str(run_dir / "launch.json")} <= set(process.info["cmdline"] or ())
-                 and "--nnodes=1" not in process.info["cmdline"]  # torchrun's own
-                 and process.environ().get("RANK", "0") == str(rank)))
+        act(next(process for process in psutil.process_iter(["name", "cmdline"])
+                 if process.info["name"] == name and str(run_dir / "launch.json") in process.info["cmdline"]))
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -95,14 +93,14 @@ def test_a_rank_that_hangs_is_named_within_a_minute(layout, rank, configured, tm
         process.send_signal(signal.SIGSTOP)
         struck.append(time.monotonic())
 
-    with_process("megatron_rl.train", tmp_path, stop, rank)
+    with_process(f"rank{rank}", tmp_path, stop)
     with pytest.raises(RunFailed, match=rf"rank {rank} \(pid \d+ on \S+\) of the trainer hangs"):
         run_rl(configured(tmp_path, "run.steps=400", "orchestrator.hang_timeout_s=15", f"parallel={layout}"))
     assert time.monotonic() - struck[0] < 60
 
 
 def test_an_orchestrator_that_hangs_is_killed_and_started_again(configured, tmp_path, caplog):
-    with_process("megatron_rl.orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGSTOP))
+    with_process("orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGSTOP))
     ended = run_rl(configured(tmp_path, "orchestrator.hang_timeout_s=10"))
     assert ended.how is End.FINISHED
     assert "the orchestrator did not answer for orchestrator.hang_timeout_s=10: starting it again" in caplog.text
@@ -115,7 +113,7 @@ def test_an_orchestrator_that_is_killed_too_often_ends_the_run(configured, tmp_p
 
 
 def test_a_request_to_stop_saves_and_the_same_run_goes_on(alone, configured, tmp_path):
-    with_process("megatron_rl.orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGUSR1))
+    with_process("orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGUSR1))
     config = configured(tmp_path, "rollout.engine.wait_timeout_s=60")
     assert run_rl(config).how is End.STOPPED
     assert 0 < saved_steps(tmp_path / "checkpoints")[-1] < config.run.steps
