@@ -28,11 +28,16 @@ class SumCount:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest value so far, 0-dim tensor or plain number. `merge` keeps the larger, and NaN. It does not add."""
+    """The largest value so far, 0-dim tensor or plain number. `merge` keeps the larger, and NaN. It does not add.
+
+    Tensors stay on their device: the host does not wait for them.
+    """
 
     value: torch.Tensor | float
 
     def merge(self, other: Max) -> Max:
+        if isinstance(self.value, torch.Tensor) and isinstance(other.value, torch.Tensor):
+            return Max(torch.maximum(self.value, other.value))
         is_nan = self.value != self.value
         return self if is_nan or self.value >= other.value else other
 

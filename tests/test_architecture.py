@@ -44,6 +44,7 @@ FLOORS = {
     "preflight_gpu": {*LEAVES, "model"},
     "preflight": {*LEAVES, *ENGINES, "model", "plan", "orchestrator"},
     "train": {"compat", "config", "rollout", "signals", "recipes", "trainer"},
+    "forked_ranks": {"compat", "train"},
     "runs": {*LEAVES, "rollout", "model", "preflight", "preflight_gpu", *LAUNCHED},
     "pipeline": {*LEAVES, *ENGINES, "model", "preflight", "runs", *LAUNCHED},
     "ablations": {*LEAVES, "preflight", "runs", *LAUNCHED},

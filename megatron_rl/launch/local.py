@@ -146,7 +146,7 @@ def ranks_command(config: Config) -> list[str]:
     """The command line that starts the ranks, up to the module that they run: torchrun's, or on CPU forked_ranks'."""
     ranks, port = config.parallel.world_size, choose_port(None)
     if not torch.cuda.is_available():
-        return [sys.executable, "-m", "megatron_rl.launch.forked_ranks", str(ranks), str(port)]
+        return [sys.executable, "-m", "megatron_rl.forked_ranks", str(ranks), str(port)]
     return [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1", f"--nproc-per-node={ranks}",
             "--master-addr=127.0.0.1", f"--master-port={port}", "-m"]
 

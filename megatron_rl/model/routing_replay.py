@@ -78,9 +78,28 @@ class LayerReplay:
         return scores.gather(1, chosen), chosen
 
 
+MADE_ONCE = ("sort_input_by_local_experts", "restore_output_by_local_experts")
+"""Tensors that a dispatcher has from its construction on."""
+
+
 class RoutedTransformerLayer(TransformerLayer):
-    """A layer with experts, whose router follows the micro-batch that this forward is about."""
+    """A layer with experts, whose router follows the micro-batch that this forward is about.
+
+    Nothing of the micro-batch stays here afterwards. Megatron-Core 0.19.2's dispatcher keeps the router's
+    probabilities, whose graph holds all of the layer, until the layer's next forward (transformer/moe/
+    token_dispatcher.py: dispatch_preprocess; Megatron-LM issue 3221). Delete `_forget` when it lets go of them.
+    """
 
     def forward(self, *args, **kwargs):
         self.mlp.router.router_replay.microbatch = kwargs["packed_seq_params"].routing
-        return super().forward(*args, **kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.mlp.router.router_replay.microbatch = None
+        dispatcher = self.mlp.token_dispatcher
+        for name, value in list(vars(dispatcher).items()):
+            if isinstance(value, torch.Tensor) and name not in MADE_ONCE:
+                setattr(dispatcher, name, None)

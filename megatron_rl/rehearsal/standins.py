@@ -195,12 +195,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_parameters() -> Iterator[None]:
-    """Two places that fake tensors break.
-
-    Module.bfloat16 swaps fake parameters, which weak references forbid. torch.tensor of a list of fake tensors
-    (megatron.core.utils.local_multi_tensor_l2_norm) reads each of them on the host, and so it does here.
-    """
-    factory = torch.tensor
+    """Module.bfloat16 swaps fake parameters, which weak references forbid: here it converts their data."""
 
     def bfloat16(self):
         for parameter in self.parameters():
@@ -212,13 +207,5 @@ def fake_parameters() -> Iterator[None]:
                     module._buffers[name] = buffer.bfloat16()
         return self
 
-    def read(data):
-        if isinstance(data, torch.Tensor):
-            return data.item()
-        return [read(each) for each in data] if isinstance(data, list | tuple) else data
-
-    def tensor(data, *args, **kwargs):
-        return factory(read(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
-
-    with replaced(torch.nn.Module, bfloat16=bfloat16), replaced(torch, tensor=tensor):
+    with replaced(torch.nn.Module, bfloat16=bfloat16):
         yield

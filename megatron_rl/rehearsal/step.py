@@ -161,7 +161,7 @@ def run_step(config: Config, network: Network, here: Topology, batches: list[Pac
     with recorder.phase("metrics", "activations"):
         step.measure()
     with recorder.phase("optimiser step", "temporaries"):
-        optimizer.step()
+        step.apply()
     return policy
 
 

@@ -7,9 +7,13 @@ import math
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from megatron_rl.compat import multi_tensor
 from megatron_rl.config.schema import OptimizerConfig, ParallelConfig
 from megatron_rl.model.build import Policy
+
+multi_tensor.use_foreach()
 
 
 def build_optimizer(policy: Policy, options: OptimizerConfig, parallel: ParallelConfig):
@@ -24,7 +28,24 @@ def build_optimizer(policy: Policy, options: OptimizerConfig, parallel: Parallel
     for group in optimizer.param_groups:
         # only Megatron's OptimizerParamScheduler.step, which we do not use, spares vectors (wd_mult 0) from the decay
         group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    for each in optimizer.chained_optimizers:
+        each._defer_param_sync = True  # apply_gradients gathers
     return optimizer
+
+
+def apply_gradients(optimizer, policy: Policy, norm: float) -> None:
+    """Clips by `norm`, steps, and gathers the weights: ChainedOptimizer.step from where it knows the norm.
+
+    Megatron's own takes the norm a second time, and there each of the two optimisers gathers all weights, its own and
+    the other's (Megatron-Core 0.19.2, DistributedOptimizer.step_with_ready_grads; Megatron-LM issue 3284).
+    """
+    for each in optimizer.chained_optimizers:
+        if optimizer.config.clip_grad > 0 and (parameters := each.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    for chunk in policy.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync()
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerConfig) -> float:

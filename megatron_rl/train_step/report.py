@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+
+import torch
 
 from c3po import Max, SumCount
 
@@ -20,11 +23,20 @@ class RankReport:
     """
 
     stage: int
-    sums: dict[str, list[float]]
+    sums: dict[str, tuple[float, float]]
     maxima: dict[str, float]
     router: list[float]
     loads: dict[int, float]
     entropies: dict[int, float]
+
+
+def read_together(*groups: Sequence[torch.Tensor | float]) -> list[list[float]]:
+    """The numbers of all groups, each of 0-dim tensors or numbers. The host waits for the device once."""
+    numbers = [number for group in groups for number in group]
+    device = next((number.device for number in numbers if isinstance(number, torch.Tensor)), None)
+    found = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+    read = iter(found.tolist())
+    return [list(islice(read, len(group))) for group in groups]
 
 
 def merge_reports(reports: Sequence[RankReport], num_moe_layers: int) -> tuple[dict[str, SumCount], dict[str, float]]:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import batched
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -21,7 +22,8 @@ from megatron_rl.model.routing_replay import MicrobatchRouting
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
-from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports
+from megatron_rl.train_step.optimizer import apply_gradients
+from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports, read_together
 from megatron_rl.types import PackedMicrobatch, StepResult
 
 TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
@@ -101,7 +103,7 @@ class TrainStep:
         if not result.skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self.apply()
         return dataclasses.replace(result, gauges={**result.gauges, "train/lr": lr})
 
     def measure(self) -> StepResult:
@@ -111,13 +113,18 @@ class TrainStep:
         no check of their own (MixedPrecisionOptimizer.prepare_grads), and DDP's (check_for_nan_in_grad) raises on one
         rank and leaves the others waiting.
         """
-        self.optimizer.prepare_grads()  # main_grad to where the norm is read; step() does it again
-        norms = self.topology.gather_objects(float(self.optimizer.get_grad_norm()))
+        self.optimizer.prepare_grads()  # main_grad to where the norm is read
+        self._norm = float(self.optimizer.get_grad_norm())
+        norms = self.topology.gather_objects(self._norm)
         grad_norm = next((norm for norm in norms if not math.isfinite(norm)), norms[0])
         sums, gauges = self._metrics()
         finite = math.isfinite(grad_norm) and math.isfinite(gauges["train/loss"])
         return StepResult(sums, {**gauges, "train/grad_norm": grad_norm, "train/skipped_steps": float(not finite)},
                           skipped=not finite)
+
+    def apply(self) -> None:
+        """The optimiser step, with the gradients and the norm that measure() has seen."""
+        apply_gradients(self.optimizer, self.policy, self._norm)
 
     def backward(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, balance_coef: float,
                  z_loss_coef: float, counts: RoutingCounts | None) -> None:
@@ -158,8 +165,7 @@ class TrainStep:
 
     def _step_tokens(self, microbatches: Sequence[PackedMicrobatch]) -> float:
         """Real tokens of the whole step, over all data-parallel ranks (prompt and response, padding excluded)."""
-        tokens = torch.tensor(float(sum(int(batch.real.sum()) for batch in microbatches)), dtype=torch.float64,
-                              device=self.topology.device)
+        tokens = torch.stack([batch.real.sum(dtype=torch.float64) for batch in microbatches]).sum()
         self.topology.sum_over_data(tokens)
         return max(1.0, float(tokens))
 
@@ -224,19 +230,22 @@ class TrainStep:
     def _metrics(self) -> tuple[dict[str, SumCount], dict[str, float]]:
         """The step's sums and gauges over all ranks and pipeline stages; equal on every rank."""
         here, losses, counts = self.topology, self.policy.router_losses, self._counts
-        keys = sorted(self._sums)
-        sums = torch.tensor([[float(self._sums[k].sum), float(self._sums[k].count)] for k in keys] or [[0.0, 0.0]],
-                            dtype=torch.float64, device=here.device)
+        keys, layers = sorted(self._sums), sorted(counts.experts)
+        none = torch.zeros((), device=here.device)
+        sums = torch.stack([torch.as_tensor(part, device=here.device).double() for key in keys
+                            for part in (self._sums[key].sum, self._sums[key].count)] or [none.double()])
         here.sum_over_data(sums)
-        router = torch.stack([losses.loss_sums.get(k, torch.zeros((), device=here.device)).double()
-                              for k in ROUTER_SUMS])
+        router = torch.stack([losses.loss_sums.get(key, none).double() for key in ROUTER_SUMS])
         torch.distributed.all_reduce(router, group=here.tp_dp_cp_group)
+        loads = [counts.experts[layer].max() / counts.experts[layer].mean().clamp(min=1e-9) for layer in layers]
+        entropies = [counts.entropies[layer] / counts.experts[layer].sum() for layer in layers]
+        sums, router, maxima, loads, entropies = read_together(
+            sums, router, [largest.value for largest in self._maxima.values()], loads, entropies)
+        top_k = self.policy.config.num_experts_per_tok
         reports = here.gather_objects(RankReport(
-            stage=here.pp_rank,
-            sums=dict(zip(keys, sums.tolist(), strict=True)) if here.is_last_stage and keys else {},
-            maxima={k: float(m.value) for k, m in self._maxima.items()}, router=router.tolist(),
-            loads={layer: float(c.max() / c.mean().clamp(min=1e-9)) for layer, c in counts.experts.items()},
-            entropies={layer: float(counts.entropies[layer] / c.sum()) * self.policy.config.num_experts_per_tok
-                       for layer, c in counts.experts.items()}))
+            stage=here.pp_rank, router=router, maxima=dict(zip(self._maxima, maxima, strict=True)),
+            sums=dict(zip(keys, batched(sums, 2), strict=True)) if here.is_last_stage and keys else {},
+            loads=dict(zip(layers, loads, strict=True)),
+            entropies={layer: entropy * top_k for layer, entropy in zip(layers, entropies, strict=True)}))
         measured = losses.balance_coef or losses.z_coef  # without a coefficient the router does not compute its losses
         return merge_reports(reports, self.policy.config.num_moe_layers if measured else 0)

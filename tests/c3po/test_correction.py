@@ -160,6 +160,9 @@ def test_sum_counts_add_and_maxima_merge():
     assert Max(1.0).merge(Max(3.0)) == Max(3.0) == Max(3.0).merge(Max(1.0))
     # Even a NaN is not lost: a maximum over slices must show it whichever side it is on.
     assert math.isnan(Max(1.0).merge(Max(math.nan)).value) and math.isnan(Max(math.nan).merge(Max(1.0)).value)
+    one, three, nan = (Max(torch.tensor(value)) for value in (1.0, 3.0, math.nan))
+    assert one.merge(three).value == three.merge(one).value == 3
+    assert torch.isnan(one.merge(nan).value) and torch.isnan(nan.merge(one).value)
 
 
 def test_counts_stay_exact_beyond_float32():

@@ -1,6 +1,6 @@
 """One process of a run that kills itself at a set moment: `python -m tests.engine.killed_program PROGRAM CONFIG.json`.
 
-PROGRAM is `rank` (of torchrun) or `orchestrator`; apart from its death it is what `megatron-rl rl` starts. It reads and
+PROGRAM is `rank` or `orchestrator`; apart from its death it is what `megatron-rl rl` starts. It reads and
 writes in the run's folder:
 
     kills.json             a list of kills.Kill; the first for PROGRAM that has not struck yet is carried out
@@ -54,7 +54,7 @@ class Killer:
     def _die(self, kill: Kill) -> None:
         self._report.write_text(json.dumps({"step": self.step, "inside": self._inside}))
         if kill.everything:
-            os.kill(os.getppid(), signal.SIGKILL)  # torchrun: the kernel then kills all its ranks
+            os.kill(os.getppid(), signal.SIGKILL)  # the kernel then kills all its ranks
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self, owner: type, method: str, phase: str,

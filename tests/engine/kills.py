@@ -53,7 +53,7 @@ WORKING_FILES = ("random.pt",)  # Python's own generator is drawn from by librar
 class Kill:
     """SIGKILL delay_s after `rank` of the trainer, or the orchestrator, enters `phase` of `step`.
 
-    everything: for torchrun too, and hence for all ranks.
+    everything: for the process that started the ranks too, and hence for all of them.
     """
 
     phase: str
@@ -163,7 +163,7 @@ def chain(config: Config, engine: Engine, phases: Sequence[str], seconds: Mappin
         if struck is None:
             raise RuntimeError(f"{kill} did not strike: {said}")
         first = max(saved_steps(Path(config.run.dir) / "checkpoints"), default=0)
-        whom = "torchrun and all ranks" if kill.everything else f"rank {kill.rank}"
+        whom = "all ranks" if kill.everything else f"rank {kill.rank}"
         where = "+".join(struck["inside"]) or "just after"
         rows.append([phase, f"step {step}, {kill.delay_s * 1000:.0f} ms in ({where}), {whom}",
                      f"step {first}" if first else "the start"])

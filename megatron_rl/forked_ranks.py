@@ -1,8 +1,8 @@
-"""The ranks of a run on a machine without GPUs: `python -m megatron_rl.launch.forked_ranks RANKS PORT MODULE ARGS...`.
+"""The ranks of a run on a machine without GPUs: `python -m megatron_rl.forked_ranks RANKS PORT MODULE ARGS...`.
 
 One process imports torch and Megatron, which takes seconds, and forks the ranks. Each of them then runs MODULE as
-`python -m` would, with the variables that torchrun sets. On GPUs torchrun starts the ranks (local.py): a process in
-which CUDA has been looked for cannot fork processes that use it.
+`python -m` would, with the variables that torchrun sets. On GPUs torchrun starts the ranks (launch/local.py), because
+a process that has looked for CUDA cannot fork processes that use it.
 """
 
 from __future__ import annotations

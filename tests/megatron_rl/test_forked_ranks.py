@@ -1,0 +1,40 @@
+"""Ranks that are forked see what torchrun's see, and end as torchrun's do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from megatron_rl.config.load import load
+from megatron_rl.launch.local import last_words, rank_environment, ranks_command
+from megatron_rl.rollout.ports import choose_port
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others_and_its_traceback_is_what_a_user_sees(tmp_path):
+    log = tmp_path / "trainer.log"
+    with log.open("wb") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", "megatron_rl.forked_ranks", "2", str(choose_port(None)),
+             "tests.megatron_rl.rank_of_tests", "told"],
+            env=rank_environment(), stdout=file, stderr=file, timeout=300).returncode
+    text = log.read_text()
+    assert code == 1 and {"told 0 0 2 127.0.0.1", "told 1 1 2 127.0.0.1"} <= set(text.splitlines())
+    assert "ValueError: made up" in last_words(log, 0)
+    assert re.search(r"rank 1 \(pid \d+\) failed; the other ranks were ended with it", text)
+    assert not [one for one in psutil.process_iter(["cmdline"])
+                if "tests.megatron_rl.rank_of_tests" in (one.info["cmdline"] or ())]
+
+
+@pytest.mark.parametrize(("gpus", "module"), [(True, "megatron_rl.compat.loopback_store"),
+                                              (False, "megatron_rl.forked_ranks")])
+def test_torchrun_starts_the_ranks_of_a_machine_with_gpus(gpus, module, monkeypatch):
+    """A process that has looked for a GPU cannot fork processes that use one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    command = ranks_command(load(["parallel=ep2", "model.path=here"]))
+    assert command[1:3] == ["-m", module] and any("2" in part for part in command[3:])
