@@ -1,11 +1,11 @@
-"""Four layers of Ling-lite at their real size on one GPU: C3PO steps with Megatron's operations and with ours.
+"""Four layers of Ling-lite at their real size on one GPU: C3PO steps with model.backend=megatron and =torch.
 
 Packed sequences of 8k to 24k tokens, random weights, bfloat16. A step is what the learner does with one batch: the pass
 for old log-probabilities, then forward, backward and AdamW. Both arms train one model in one process and take turns:
-`megatron` is SequentialMLP, the eager router and chunked log-probabilities, `ours` what --experts, --router and
---logprob name (model.kernels). Reported: tokens/s, model TFLOP/s (observe/flops.py), peak memory. --trace FOLDER leaves
-a profile of one update of each arm. `--quick` is the same program on a small network, for machines without a GPU, where
-Triton gives way to plain torch.
+`megatron` is SDPA by sequence, SequentialMLP, the eager router and chunked log-probabilities. `ours` is the torch
+backend with what --experts, --router and --logprob name (model.kernels). Reported: tokens/s, model TFLOP/s (observe/flops.py),
+peak memory. --trace FOLDER leaves a profile of one update of each arm. `--quick` is the same program on a small
+network, for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from megatron_rl.batch import plan_microbatches
 from megatron_rl.batch.pack import pack
 from megatron_rl.config.schema import AlgoConfig, KernelConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.architectures import HF_FILES, parse_config
+from megatron_rl.model.attention import PackedSelfAttention, attend_at_once, attend_by_run
+from megatron_rl.model.backend import Backend, resolve
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.kernel_layers import KernelExperts, KernelRouter
 from megatron_rl.model.router import BudgetRouter
@@ -65,11 +67,14 @@ def initialise(policy, deviation: float) -> None:
                 torch.nn.init.normal_(parameter, std=deviation)
 
 
-def choose(policy: Policy, step: TrainStep, kernels: KernelConfig) -> None:
-    """Turns a policy that was built with any choice to `kernels`: the layers' parameters are the same."""
+def choose(policy: Policy, step: TrainStep, backend: Backend) -> None:
+    """Turns a policy that was built with any choice to `backend`: the layers' parameters are the same."""
+    kernels = backend.kernels
     for gpt in policy.gpt_models:
         for module in gpt.modules():
-            if isinstance(module, SequentialMLP):
+            if isinstance(module, PackedSelfAttention):
+                module.attend = attend_at_once if backend.attention_at_once else attend_by_run
+            elif isinstance(module, SequentialMLP):
                 module.__class__ = SequentialMLP if kernels.experts == "megatron" else KernelExperts
                 module.impl = kernels.experts
             elif isinstance(module, BudgetRouter):
@@ -117,12 +122,14 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts:
         raise ValueError("the slice at its real size needs a CUDA device; --quick runs without one")
     shortest, longest = (128, 383) if quick else (8_192, 24_575)
     sequences, steps = (3, 1) if quick else (sequences, steps)
-    ours = KernelConfig(experts, router, logprob) if on_gpu else KernelConfig("loop", "reference", "chunked")
-    arms = {"megatron": KernelConfig("megatron", "megatron", "chunked"), "ours": ours}
+    options = ModelConfig(dtype="bfloat16", recompute=recompute, backend="torch",
+                          kernels=KernelConfig(experts, router, logprob))
+    ours = resolve(options, gpu=on_gpu)
+    arms = {"megatron": resolve(ModelConfig(backend="megatron"), gpu=on_gpu), "ours": ours}
     raw, parallel = network(small=quick), ParallelConfig()
     here = topology.start(parallel, seed=0)
     model = parse_config(raw, "the slice")
-    policy = build_policy(model, ModelConfig(dtype="bfloat16", recompute=recompute), parallel, with_gradients=True)
+    policy = build_policy(model, options, parallel, with_gradients=True)
     initialise(policy, model.initializer_range)
     optimizer = build_optimizer(policy, OptimizerConfig(), parallel)
     step = TrainStep(policy, optimizer, here, temperature=1.0, chunk_tokens=1024)
@@ -176,5 +183,5 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts:
 
 
 if __name__ == "__main__":
-    main("ling_lite_slice", measure, recompute="full", sequences=8, steps=3, experts="triton", router="triton",
-         logprob="triton", trace="")
+    main("ling_lite_slice", measure, recompute="full", sequences=8, steps=3, experts="auto", router="auto",
+         logprob="auto", trace="")

@@ -110,7 +110,7 @@ def sft(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
     check_layout(network, config.parallel)
-    check_backends(config)
+    check_backends(config, network)
     sizes = sizes_of(network)
     check_sft(config, sizes)
     rows = sft_summary(config, sizes)
@@ -189,8 +189,9 @@ def convert(options) -> int:
         prepare_smollm2(Path(options.target))
     else:
         config = load(options.overrides)
-        check_layout(network_of(config), config.parallel)
-        check_backends(config)
+        network = network_of(config)
+        check_layout(network, config.parallel)
+        check_backends(config, network)
         check_folders(config, exports=True)
         run_ranks("convert", config)
         Console().print(f"{config.model.path} -> Megatron ({config.parallel.world_size} ranks) -> {config.run.dir}/hf: "

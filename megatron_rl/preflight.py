@@ -18,6 +18,7 @@ from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
+from megatron_rl.model.backend import check_backend
 from megatron_rl.model.checkpoint_files import check_resume, choose
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export, refuse_code
 from megatron_rl.model.network import Network, check_layout
@@ -75,7 +76,7 @@ def validate(config: Config, *, start: bool, exports: bool = True) -> Sizes:
     if start or (config.model.path and any(Path(config.model.path).glob("*.safetensors"))):
         check_folders(config, exports=exports and config.run.export_hf)
     check_layout(network, config.parallel)
-    check_backends(config)
+    check_backends(config, network)
     sizes = sizes_of(network)
     for each in stages.stage_configs(config):
         check_rl(each, sizes)
@@ -107,7 +108,17 @@ def sizes_of(network: Network) -> Sizes:
     return Sizes(network.max_position_embeddings, *count_parameters(network))
 
 
-def check_backends(config: Config) -> None:
+def check_backends(config: Config, network: Network) -> None:
+    """ValueError for a backend that cannot take the network, and for what needs GPUs.
+
+    There are GPUs if there are some here or slurm.gpus_per_node is set.
+    """
+    check_backend(config.model, network, config.parallel,
+                  gpu=torch.cuda.is_available() or config.slurm.gpus_per_node > 0)
+    check_gpu_parts(config)
+
+
+def check_gpu_parts(config: Config) -> None:
     """ValueError for a kernel or a layout that needs GPUs, unless there are some here or slurm.gpus_per_node is set."""
     if torch.cuda.is_available() or config.slurm.gpus_per_node:
         return
@@ -123,7 +134,7 @@ def check_devices(config: Config) -> None:
     check_tmpdir()
     ranks = config.parallel.world_size
     if not torch.cuda.is_available():
-        check_backends(config)
+        check_gpu_parts(config)
         return
     found = torch.cuda.device_count()
     require(ranks <= found, f"parallel.world_size={ranks} ranks need a GPU each, and this machine has {found}: choose "

@@ -14,8 +14,8 @@ PASSING = ("run.resume", "run.resume_from", "run.accept_changes", "run.dir", "or
 FREE = (
     "run.name", "run.save_every_steps", "run.keep_checkpoints", "run.async_save", "run.export_hf",
     "run.max_skipped_in_a_row", "run.keep_dumps", "run.dump_steps", "parallel.", "batch.", "model.recompute",
-    "model.kernels.", "model.architecture", "rollout.concurrency", "rollout.request_timeout_s", "rollout.retries",
-    "rollout.max_failed_fraction", "rollout.environment_threads", "rollout.agent.concurrency",
+    "model.backend", "model.kernels.", "model.architecture", "rollout.concurrency", "rollout.request_timeout_s",
+    "rollout.retries", "rollout.max_failed_fraction", "rollout.environment_threads", "rollout.agent.concurrency",
     "rollout.agent.host", "rollout.agent.port", "rollout.publish", "rollout.verify_checksums",
     "rollout.probe_tolerance", "rollout.bucket_bytes", "rollout.engine.", "orchestrator.", "reward.workers", "eval.",
     "select.", "observe.", "slurm.", "pipeline.", "sft.export_epochs",

@@ -64,13 +64,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Which implementation computes a part of the step (docs/performance.md). None silently falls back to another.
+    """Another implementation of one part of the step than model.backend takes (docs/performance.md).
 
-    experts: `megatron` is Megatron's SequentialMLP, the others are in rl_kernels.grouped_experts. router: `megatron` is
-    Megatron's TopKRouter, the others are in rl_kernels.router_topk. logprob: all are in rl_kernels.linear_logprob;
-    `liger` and `reference` need parallel.tp=1. `triton` needs a GPU. `auto` is the fastest that was measured, so far on
-    a CPU: `megatron`, `megatron` and `chunked`, on a GPU too. Parameters and checkpoints are the same under every
-    choice.
+    - experts: `megatron` is Megatron's SequentialMLP, the others are in rl_kernels.grouped_experts. `auto` is
+      `grouped_mm` with model.backend=torch and `megatron` with model.backend=megatron.
+    - router: `megatron` is Megatron's TopKRouter, the others are in rl_kernels.router_topk. `auto` is `megatron`.
+    - logprob: all are in rl_kernels.linear_logprob. `liger` and `reference` need parallel.tp=1. `auto` is `chunked`.
+
+    `triton` needs a GPU. No choice falls back to another. Parameters and checkpoints are the same under every choice.
     """
 
     experts: Literal["auto", "megatron", "triton", "grouped_mm", "loop", "reference"] = "auto"
@@ -83,6 +84,10 @@ class ModelConfig:
     """A Hugging Face folder, path (docs/models.md lists the kinds of model), and how the trainer holds it.
 
     - dtype: of weights and activations. The optimiser's state is float32.
+    - backend: what computes attention and experts (docs/performance.md). `torch`: one call of flash attention for a
+      micro-batch (on a CPU SDPA, sequence by sequence) and a grouped product for all experts. `megatron`: SDPA sequence
+      by sequence and one expert after the other, in any dtype. `auto`: torch for bfloat16 on a GPU, otherwise
+      megatron. `transformer_engine` is not built yet and refused.
     - fp32_lm_head: trainer and engines sum the products of the head in float32 and keep the logits in float32. false:
       both round the logits to dtype.
     - recompute: `full` keeps only the inputs of layers and computes the rest again in the backward pass.
@@ -96,10 +101,15 @@ class ModelConfig:
     architecture: str | None = None
     reference_path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    backend: Literal["auto", "torch", "megatron", "transformer_engine"] = "auto"
     fp32_lm_head: bool = True
     recompute: Literal["none", "full"] = "none"
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
+
+    def __post_init__(self):
+        require(self.backend != "transformer_engine",
+                "model.backend=transformer_engine is not built yet; use torch, or leave it at auto")
 
 
 @dataclass(frozen=True)

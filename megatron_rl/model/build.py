@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_rl.model import backend
 from megatron_rl.model.config import transformer_config
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.router import BudgetRouter, RouterLosses
@@ -24,7 +25,8 @@ class Policy:
     """One rank's share of the network.
 
     chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
-    DistributedDataParallel. gpt_models: the GPTModel inside each chunk. kernels, fp32_lm_head: as configured.
+    DistributedDataParallel. gpt_models: the GPTModel inside each chunk. backend: what computes the layers' parts.
+    fp32_lm_head: as configured.
     """
 
     config: Network
@@ -32,7 +34,7 @@ class Policy:
     chunks: list[torch.nn.Module]
     gpt_models: list[GPTModel]
     router_losses: RouterLosses
-    kernels: KernelConfig
+    backend: backend.Backend
     fp32_lm_head: bool
 
     @property
@@ -54,11 +56,14 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
     check_layout(model, parallel)
+    gpu = backend.on_gpu()
+    backend.check_backend(options, model, parallel, gpu=gpu)
     _check_triton(options.kernels)
+    chosen = backend.resolve(options, gpu=gpu)
     config = transformer_config(model, options, parallel)
     losses = RouterLosses()
     stages = range(parallel.vpp) if parallel.vpp else (None,)
-    gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, options.kernels, stage), stage)
+    gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, chosen, stage), stage)
                   for stage in stages]
     chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
     if with_gradients:
@@ -66,7 +71,7 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     else:
         for chunk in chunks:
             chunk.requires_grad_(False)
-    return Policy(model, config, chunks, gpt_models, losses, options.kernels, options.fp32_lm_head)
+    return Policy(model, config, chunks, gpt_models, losses, chosen, options.fp32_lm_head)
 
 
 def _check_triton(kernels: KernelConfig) -> None:

@@ -1,7 +1,8 @@
 """Megatron's router and experts with the arithmetic of rl_kernels in the middle; parameters and interfaces are theirs.
 
-Both are subclasses that replace one forward: names, shapes and sharding of the parameters, and with them checkpoints,
-conversion, publishing and gradient buffers, do not know which of the two ran.
+Router and experts are subclasses that replace one forward: names, shapes and sharding of the parameters, and with them
+checkpoints, conversion, publishing and gradient buffers, do not know which of the two ran. The layer around them keeps
+the experts' row counts on the device if the experts can.
 """
 
 from __future__ import annotations
@@ -10,10 +11,51 @@ from functools import partial
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_rl.model.router import BudgetRouter
 from rl_kernels.grouped_experts import sorted_experts
 from rl_kernels.router_topk import router_topk
+
+WITH_DEVICE_COUNTS = ("grouped_mm", "triton")
+"""Implementations of the experts that take their rows' counts from the device."""
+
+
+class DeviceCountsMoELayer(MoELayer):
+    """A MoELayer whose all-to-all dispatcher is DeviceCounts."""
+
+    def __init__(self, config, *args, pg_collection=None, **kwargs):
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        if config.moe_token_dispatcher_type == "alltoall":
+            self.token_dispatcher = DeviceCounts(self.num_local_experts, self.local_expert_indices, config=self.config,
+                                                 pg_collection=pg_collection)
+
+
+class DeviceCounts(MoEAlltoAllTokenDispatcher):
+    """The all-to-all dispatcher, whose counts of rows by expert stay on the device.
+
+    One rank that holds all experts whole has its rows sorted by the first permutation, so the host reads nothing. Among
+    several ranks the host reads how many rows they exchange, once a layer, which all-to-all asks for.
+    """
+
+    @property
+    def alone(self) -> bool:
+        return self.ep_size == self.tp_size == 1
+
+    def _maybe_dtoh_and_synchronize(self, point, tokens_per_expert=None):
+        if not self.alone:
+            super()._maybe_dtoh_and_synchronize(point)
+        return tokens_per_expert
+
+    def dispatch_postprocess(self, global_input_tokens, global_probs):
+        if not self.alone:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        counts_E, self.tokens_per_expert = self.tokens_per_expert, None
+        return global_input_tokens, counts_E, global_probs
+
+    def combine_preprocess(self, hidden_states):
+        return hidden_states if self.alone else super().combine_preprocess(hidden_states)
 
 
 class KernelExperts(SequentialMLP):

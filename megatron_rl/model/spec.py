@@ -1,4 +1,4 @@
-"""Megatron layer specs without Transformer Engine: RMSNorm under sequence parallelism, packed SDPA attention.
+"""Megatron layer specs without Transformer Engine: RMSNorm under sequence parallelism, packed attention.
 
 Megatron's WrappedTorchNorm refuses sequence parallelism and its local DotProductAttention refuses packed (thd)
 input, so these two modules are ours; everything else is megatron.core's own (SelfAttention, MoELayer, MLP).
@@ -21,18 +21,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from torch import nn
 
 from megatron_rl.config.schema import KernelConfig
-from megatron_rl.model.attention import PackedSelfAttention
-from megatron_rl.model.kernel_layers import KernelExperts, KernelRouter
+from megatron_rl.model import attention
+from megatron_rl.model.backend import Backend
+from megatron_rl.model.kernel_layers import WITH_DEVICE_COUNTS, DeviceCountsMoELayer, KernelExperts, KernelRouter
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.routing_replay import RoutedTransformerLayer
 
-MEGATRON = ("auto", "megatron")
-"""What "auto" stands for: on a CPU Megatron's own are as fast or faster, on a GPU nothing was measured yet."""
-
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight in fp32; marks its weight so that Megatron reduces its gradient under SP."""
+    """x / rms(x) * weight, computed in fp32 and rounded once: one kernel on CUDA, which keeps no fp32 copy of x.
+
+    Marks its weight so that Megatron reduces its gradient under SP.
+    """
 
     def __init__(self, config, hidden_size, eps=1e-6, **_):
         super().__init__()
@@ -41,40 +42,42 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
 def _moe(losses: RouterLosses, kernels: KernelConfig):
     """Experts and router are Megatron's own unless `kernels` names an implementation of ours."""
-    backend = LocalSpecProvider()
-    mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear(),
-                        activation_func=backend.activation_func())
-    experts = backend.grouped_mlp_modules(False) if kernels.experts in MEGATRON else \
+    local = LocalSpecProvider()
+    mlp = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear(),
+                        activation_func=local.activation_func())
+    experts = local.grouped_mlp_modules(False) if kernels.experts == "megatron" else \
         partial(KernelExperts, submodules=mlp, impl=kernels.experts)
-    router = BudgetRouter if kernels.router in MEGATRON else partial(KernelRouter, impl=kernels.router)
-    return partial(MoELayer, submodules=MoESubmodules(
+    router = BudgetRouter if kernels.router == "megatron" else partial(KernelRouter, impl=kernels.router)
+    layer = DeviceCountsMoELayer if kernels.experts in WITH_DEVICE_COUNTS else MoELayer
+    return partial(layer, submodules=MoESubmodules(
         experts=experts, shared_experts=partial(SharedExpertMLP, submodules=mlp),
         router=partial(router, losses=losses)))
 
 
-def _layer(model: Network, layer: int, losses: RouterLosses, kernels: KernelConfig) -> ModuleSpec:
+def _layer(model: Network, layer: int, losses: RouterLosses, backend: Backend) -> ModuleSpec:
     num_experts = None if model.is_dense_layer(layer) else model.num_experts
     submodules = get_gpt_layer_local_submodules(num_experts=num_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
-    attention = submodules.self_attention.submodules
-    attention.core_attention = PackedSelfAttention
-    attention.q_layernorm = attention.k_layernorm = RMSNorm if model.qk_norm else None
+    parts = submodules.self_attention.submodules
+    parts.core_attention = partial(attention.PackedSelfAttention, attend=(
+        attention.attend_at_once if backend.attention_at_once else attention.attend_by_run))
+    parts.q_layernorm = parts.k_layernorm = RMSNorm if model.qk_norm else None
     if num_experts is None:
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    submodules.mlp = _moe(losses, kernels)
+    submodules.mlp = _moe(losses, backend.kernels)
     return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
 
 
-def block_spec(model: Network, config, losses: RouterLosses, kernels: KernelConfig,
+def block_spec(model: Network, config, losses: RouterLosses, backend: Backend,
                vp_stage: int | None) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, dense or MoE by their global number."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [_layer(model, layer, losses, kernels) for layer in range(first, first + count)]
+    layers = [_layer(model, layer, losses, backend) for layer in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -67,7 +67,7 @@ def _check_stage(stage: Stage, network: Network) -> None:
     if stage.recipe == "base":
         return
     check_layout(network, config.parallel)
-    check_backends(config)
+    check_backends(config, network)
     if stage.recipe == "sft":
         check_sft(config, sizes)
         return

@@ -21,8 +21,9 @@ def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, elemen
     head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
     norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
     inputs = 2 * element * hidden / tp  # of the attention and of the MLP, after their norms
-    # the fused projection, which holds the values, and the rotated keys; or those of all context-parallel ranks
-    keys = query + 2 * key_value + key_value if parallel.cp == 1 else 2 * key_value * parallel.cp
+    # the fused projection, which holds the values, and the rotated keys; or those of all context-parallel ranks that
+    # two chunks see, cp + 1/2 times this rank's
+    keys = query + 2 * key_value + key_value if parallel.cp == 1 else 2 * key_value * (parallel.cp + 0.5)
     attention = element * (
         keys + query  # and the rotated queries
         + query + query  # the output, of each sequence and of all together

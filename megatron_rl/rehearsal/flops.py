@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.attention import varlen
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 FLASH, FLASH_BACKWARD = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
@@ -11,6 +13,10 @@ CPU_FLASH = aten._scaled_dot_product_flash_attention_for_cpu
 CPU_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 ADD_PRODUCT = "megatron_rl.add_product"
 """The stand-in for torch.addmm with out_dtype (standins.py)."""
+VARLEN, VARLEN_BACKWARD = torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
+assert varlen.varlen_attn  # its module registers the two
+LENGTHS = WeakIdKeyDictionary()
+"""Offsets of packed sequences, on the device -> their lengths. torch's own formula reads the offsets."""
 
 
 def operation_flops(func, args, kwargs, out) -> int:
@@ -27,6 +33,12 @@ def operation_flops(func, args, kwargs, out) -> int:
     if packet is CPU_FLASH_BACKWARD:
         shapes = [tensor.shape for tensor in args[:4]]
         return _causal(sdpa_backward_flop_count(*shapes), args[1], args[2], args[7])
+    if packet is VARLEN:
+        return _varlen(sdpa_flop_count, *args[:2], *args[3:5])
+    if packet is VARLEN_BACKWARD:
+        return _varlen(lambda query, *shapes: sdpa_backward_flop_count(query, query, *shapes), *args[1:3], *args[6:8])
+    if packet is aten._grouped_mm:  # rows of groups times a matrix each, or a matrix of each group
+        return 2 * args[0].numel() * args[1].shape[-1]
     if packet is aten.addmm_ or str(packet) == ADD_PRODUCT:  # torch counts addmm, not its form in place
         (rows, inner), columns = args[1].shape, args[2].shape[1]
         return 2 * rows * inner * columns
@@ -37,6 +49,16 @@ def _causal(flops: int, query: torch.Tensor, key: torch.Tensor, is_causal: bool)
     """The share of flops that falls on pairs of a query and a key that it sees; queries are the last positions."""
     if not is_causal:
         return flops
-    queries, keys = query.shape[2], key.shape[2]
+    return _seen(flops, query.shape[2], key.shape[2])
+
+
+def _varlen(count, query, key, query_offsets, key_offsets) -> int:
+    """count: FLOPs of [1, H, L, D] queries, keys and values."""
+    shapes = [[(1, tensor.shape[1], length, tensor.shape[2]) for length in LENGTHS[offsets]]
+              for tensor, offsets in ((query, query_offsets), (key, key_offsets))]
+    return sum(_seen(count(q, k, k), q[2], k[2]) for q, k in zip(*shapes, strict=True))
+
+
+def _seen(flops: int, queries: int, keys: int) -> int:
     pairs = queries * (keys - queries) + queries * (queries + 1) // 2
     return flops * pairs // (queries * keys)

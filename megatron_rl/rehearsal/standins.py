@@ -16,7 +16,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_rl.model import attention
+from megatron_rl.model import attention, backend
+from megatron_rl.model.kernel_layers import DeviceCounts
+from megatron_rl.rehearsal.flops import LENGTHS
+from rl_kernels.grouped_experts import op as experts_op
 from rl_kernels.linear_logprob import chunked, op, products
 
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py (MoEAlltoAllTokenDispatcher)"
@@ -70,12 +73,12 @@ def known_experts(read_by_host: Callable[[str], None], imbalance: float = 1.0) -
 
     Router, top-k, permutation and the collective of the counts run as they are; only the counts themselves, which the
     host needs to size the buffers, are said here. read_by_host: told once per dispatch, for the copy to the host that
-    Megatron makes of them (_maybe_dtoh_and_synchronize).
+    Megatron makes of them (_maybe_dtoh_and_synchronize), unless the dispatcher needs none (kernel_layers.DeviceCounts).
     """
     original, original_init = MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__
 
     def preprocess(self, routing_map):
-        original(self, routing_map)  # for its operations and its collective
+        on_device = original(self, routing_map)  # and its operations and its collective
         experts, peers = len(self.local_expert_indices), self.ep_size * self.tp_size
         first = self.local_expert_indices[0]
         rows = rows_of_experts(routing_map.size(0) * self.config.moe_router_topk, self.num_experts,
@@ -88,8 +91,12 @@ def known_experts(read_by_host: Callable[[str], None], imbalance: float = 1.0) -
             self.output_splits_tp = _on_host([sum(mine) * self.ep_size] * self.tp_size)
         if experts > 1:
             self.num_global_tokens_per_local_expert = _on_host([mine] * peers)
-        read_by_host(DISPATCHER)
-        return _on_host([count * peers for count in mine])
+        if not isinstance(self, DeviceCounts):
+            read_by_host(DISPATCHER)
+            return _on_host([count * peers for count in mine])
+        if not self.alone:
+            read_by_host(DISPATCHER)
+        return on_device
 
     def init(self, *args, **kwargs):
         original_init(self, *args, **kwargs)
@@ -175,18 +182,26 @@ def parts(left: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Flash attention without a mask, the fused RMSNorm, the head's products of 16-bit factors in blocks of a GPU's
-    size, no look at the labels."""
-    def attend(self, q, k, v):
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=self.scale)[0]
+    """The backend of a GPU, flash attention without a mask, the fused RMSNorm, the head's products of 16-bit factors
+    in blocks of a GPU's size, no look at labels and counts."""
+    at_once = attention.attend_at_once
+
+    def attend_at_once(query, key, value, runs, scale):
+        LENGTHS[runs.query_offsets], LENGTHS[runs.key_offsets] = runs.query_lengths, runs.key_lengths
+        return at_once(query, key, value, runs, scale)
+
+    def attend_to(query, key, value, scale):
+        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[0]
         return out[0].transpose(0, 1)
 
     def rms_norm(x, shape, weight, eps):
         return fused_rms_norm(x, weight, eps)[0]
 
     blocks = chunked.BLOCK_ELEMENTS
-    with (replaced(attention.PackedSelfAttention, _attend=attend), replaced(F, rms_norm=rms_norm),
+    with (replaced(backend, on_gpu=lambda: True),
+          replaced(attention, attend_at_once=attend_at_once, attend_to=attend_to), replaced(F, rms_norm=rms_norm),
+          replaced(experts_op, _check_sum=lambda *_: None),
           replaced(chunked, BLOCK_ELEMENTS={**blocks, "cpu": blocks["cuda"]}),
           replaced(products, add_product=add_product, parts=parts),
           replaced(op, add_product=add_product, parts=parts, _validate=lambda *_: None)):

@@ -42,7 +42,7 @@ class TrainStep:
         self.policy, self.optimizer, self.topology = policy, optimizer, topology
         self._head = HeadOptions(temperature=temperature, norm_head=policy.config.norm_head, chunk_tokens=chunk_tokens,
                                  tp_group=topology.tp_group, sequence_parallel=policy.transformer.sequence_parallel,
-                                 fp32=policy.fp32_lm_head, impl=policy.kernels.logprob)
+                                 fp32=policy.fp32_lm_head, impl=policy.backend.kernels.logprob)
         self._schedule = get_forward_backward_func()
         config = policy.transformer
         config.finalize_model_grads_func = finalize_model_grads
@@ -214,7 +214,8 @@ class TrainStep:
             padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
         output = chunk(
             batch.input_ids[None], batch.position_ids[None], None, labels=batch.labels[None],
-            packed_seq_params=packed_sequences(batch, policy.config, routing),
+            packed_seq_params=packed_sequences(batch, policy.config, routing, cp_size=self.topology.cp_size,
+                                               cp_rank=self.topology.cp_rank),
             padding_mask=padding,
             output_processor=head_outputs,
             output_processor_context=dataclasses.replace(self._head, with_entropy=not forward_only))

@@ -63,15 +63,17 @@ VARIANTS = {
 gradient on the rank that owns it only, so for these the weights after one step are compared."""
 UPDATE_MICROBATCHES = 2
 KERNELS = {
-    "megatron": KernelConfig(),
-    "reference": KernelConfig(experts="reference", router="reference"),
-    "grouped_mm": KernelConfig(experts="grouped_mm", router="reference", logprob="chunked"),
-    "triton": KernelConfig(experts="triton", router="triton", logprob="triton"),
+    "megatron": {},
+    "reference": {"kernels": KernelConfig(experts="reference", router="reference")},
+    "torch": {"backend": "torch"},
+    "triton": {"kernels": KernelConfig(experts="triton", router="triton", logprob="triton")},
 }
-KERNELS_IN = {"ep2": ("megatron", "reference", "grouped_mm"), "ep2_allgather": ("reference",),
+"""Keys of `model`. torch is what it is on a GPU, with its attention's call answered on the CPU (varlen.py)."""
+KERNELS_IN = {"ep2": ("megatron", "reference", "torch"), "ep2_allgather": ("reference",),
               "tp2_ep2": ("reference",), "tp2_etp2": ("reference",), "cp2": ("reference",), "one": ("triton",)}
 """Choices of model/kernel_layers.py that are held against the same float64 reference, by layout. Triton runs in its
-interpreter (TRITON_INTERPRET), where one step takes seconds: it makes the gradients only."""
+interpreter (TRITON_INTERPRET), where one step takes seconds: it makes the gradients only. torch gives its gradients in
+every layout (test_gradients.py)."""
 MUTATIONS: dict[str, tuple[str, ...]] = {
     "one": ("loss_without_microbatches", "router_scale_without_microbatches", "more_kl", "more_entropy", "wider_clip",
             "larger_phi", "more_balance_loss", "more_z_loss", "padding_is_real", "load_of_each_microbatch",
@@ -86,7 +88,7 @@ MUTATIONS: dict[str, tuple[str, ...]] = {
 """Faults that the worker puts in on purpose (mutations.py), by the layout that must show them."""
 
 
-BFLOAT16_KERNELS = ("megatron", "grouped_mm")
+BFLOAT16_KERNELS = ("megatron", "torch")
 BFLOAT16_MUTATIONS = ("loss_without_microbatches", "more_entropy", "sequences_see_each_other", "loss_without_dp",
                       "head_gradient_of_own_vocabulary", "rotation_by_place_on_the_rank")
 """Faults that must show above the roundings of bfloat16."""

@@ -29,12 +29,12 @@ class Case:
 
 
 SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2", dtype="bfloat16"),
-           Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="reference"))
+           Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="torch"))
 TARGETS = {
     "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
     "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS if "token_dispatcher" not in cases.LAYOUTS[name]),
             Case("tp2_ep2", distributed=False),
-            Case("ep2", kernels="reference")),
+            Case("ep2", kernels="torch")),
     "ep2_plain": (Case("tp2_ep2"), Case("pp2_ep2", distributed=False)),
     "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16")),
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),

@@ -38,7 +38,7 @@ class Trainer:
         parallel = ParallelConfig(**cases.LAYOUTS[case.layout], distributed_optimizer=case.distributed)
         model = data / "norm_head_True"
         self.here = topology.start(parallel, seed=run.seed)
-        options = ModelConfig(path=str(model), dtype=case.dtype, kernels=cases.KERNELS[case.kernels])
+        options = ModelConfig(path=str(model), dtype=case.dtype, **cases.KERNELS[case.kernels])
         self.policy = build_policy(read_config(model), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, model)
         self.optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)

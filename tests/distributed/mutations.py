@@ -137,13 +137,14 @@ def step_tokens_of_own_rank(runner):
 @breaks
 def sequences_see_each_other(runner):
     """The attention takes the micro-batch for one sequence."""
-    original = attention.PackedSelfAttention.forward
+    original = attention.runs_of
 
-    def broken(self, *args, packed_seq_params=None, **kwargs):
-        whole = dataclasses.replace(packed_seq_params, spans=(sum(packed_seq_params.spans),))
-        return original(self, *args, packed_seq_params=whole, **kwargs)
+    def broken(batch, cp_size, cp_rank):
+        ends = batch.cu_seqlens[[0, -1]]
+        return dataclasses.replace(original(batch, cp_size, cp_rank), query_lengths=(batch.num_tokens,),
+                                   key_lengths=(batch.num_tokens,), query_offsets=ends, key_offsets=ends)
 
-    return patch.object(attention.PackedSelfAttention, "forward", broken)
+    return patch.object(attention, "runs_of", broken)
 
 
 # ---- tensor and sequence parallelism ----------------------------------------------------------------------

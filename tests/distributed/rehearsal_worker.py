@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from megatron_rl import topology
 from megatron_rl.config.load import build
 from megatron_rl.config.schema import Config
+from megatron_rl.model import attention
 from megatron_rl.model.architectures import parse_config
-from megatron_rl.model.attention import PackedSelfAttention
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network
@@ -69,16 +69,16 @@ def case(name: str) -> tuple[Config, Network, Workload]:
     return config, network, Workload((tokens // 2, tokens // 4, tokens // 4), config.parallel.pp)
 
 
-def attend(self, q, k, v):
-    """PackedSelfAttention._attend with the mask as a tensor: torch's CausalBias works under no dispatch mode."""
-    mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+def attend(query, key, value, scale):
+    """attention.attend_to with the mask as a tensor: torch's CausalBias works under no dispatch mode."""
+    mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return out[0].transpose(0, 1)
 
 
-def attention(config: Config):
-    return replaced(PackedSelfAttention, _attend=attend) if config.parallel.cp > 1 else contextlib.nullcontext()
+def with_mask(config: Config):
+    return replaced(attention, attend_to=attend) if config.parallel.cp > 1 else contextlib.nullcontext()
 
 
 def seen(recorder: Recorder) -> dict[str, dict]:
@@ -98,7 +98,7 @@ def real(name: str) -> dict[str, dict]:
     here = topology.start(config.parallel, seed=0)
     recorder = Recorder()
     batches = packed(workload, config, here.cp_rank)
-    with attention(config), forgotten_loss_scale(), known_experts(recorder.read_by_host), recorder:
+    with with_mask(config), forgotten_loss_scale(), known_experts(recorder.read_by_host), recorder:
         run_step(config, network, here, batches, recorder)
     topology.stop(keep_processes=True)
     return seen(recorder)
@@ -106,7 +106,7 @@ def real(name: str) -> dict[str, dict]:
 
 def rehearsed(name: str, rank: int) -> dict[str, dict]:
     config, network, workload = case(name)
-    with attention(config):
+    with with_mask(config):
         return seen(rehearse(config, network, rank, workload, gpu=False).recorder)
 
 

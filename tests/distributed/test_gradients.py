@@ -55,6 +55,15 @@ def test_gradient_does_not_depend_on_the_number_of_microbatches(layouts, layout)
         assert max(errors.values()) < 3e-6, max(errors, key=errors.get)
 
 
+@in_layouts()
+def test_backend_torch_gives_these_gradients_and_calls_its_attention_once_a_layer(layouts, layout):
+    """Its attention is asked only what its documentation lets one ask (varlen.py), in the counting pass and the update.
+    """
+    found = layouts[layout]["torch"]
+    assert too_different(found["gradients"], layouts.reference.gradients) == {}
+    assert found["calls"] == 2 * cases.UPDATE_MICROBATCHES * found["layers"] > 0
+
+
 @in_layouts(names=[name for name in cases.LAYOUTS if cases.microbatch_multiple(name) == 1])
 def test_without_a_counting_pass_one_microbatch_per_rank_still_sees_the_load_of_all_ranks(layouts, layout):
     assert too_different(layouts[layout]["without_counting_pass"], layouts.reference.gradients) == {}

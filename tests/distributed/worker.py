@@ -13,15 +13,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 import tests.distributed.cases as cases
+import tests.distributed.varlen as varlen
 from c3po import c3po_loss
 from megatron_rl import topology
 from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.model import attention, backend
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
@@ -66,6 +69,16 @@ def token_loss(batch, logprobs_T, entropy_T):
                      config=cases.LOSS, ref_logprobs=batch.ref_logprobs, entropy=entropy_T)
 
 
+attention.varlen_attn = varlen.varlen_attn
+_resolve = backend.resolve
+
+
+def attends_at_once(options: ModelConfig, *, gpu: bool) -> backend.Backend:
+    """backend.resolve, with the attention that model.backend=torch has on a GPU."""
+    found = _resolve(options, gpu=gpu)
+    return replace(found, attention_at_once=found.name == "torch")
+
+
 class Runner:
     """The policy of one layout, freshly loaded, and what can be asked of it."""
 
@@ -77,8 +90,9 @@ class Runner:
                                   overlap=overlap)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
-        options = ModelConfig(path=str(checkpoint), recompute=recompute, kernels=cases.KERNELS[kernels], dtype=dtype)
-        self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
+        options = ModelConfig(path=str(checkpoint), recompute=recompute, dtype=dtype, **cases.KERNELS[kernels])
+        with patch.object(backend, "resolve", attends_at_once):
+            self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
         optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
         self.train_step = self._train_step(self.policy, optimizer)
@@ -164,6 +178,10 @@ def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     for mutation in cases.mutations(layout):
         with BREAK[mutation](runner):
             result["mutated"][mutation] = runner.gradients(cases.UPDATE_MICROBATCHES)
+    runner = Runner(folder, layout, here, distributed_optimizer=False, kernels="torch")
+    varlen.CALLS.clear()
+    result["torch"] = {"gradients": runner.gradients(cases.UPDATE_MICROBATCHES), "calls": len(varlen.CALLS),
+                       "layers": sum(len(gpt.decoder.layers) for gpt in runner.policy.gpt_models)}
     for variant, options in cases.VARIANTS.items():
         result["updated"][variant] = Runner(folder, layout, here, **options).update(cases.UPDATE_MICROBATCHES)
     if here.is_main:
@@ -234,7 +252,7 @@ def run_kernels(folder: Path, layout: str, here: topology.Topology) -> None:
 def run_bfloat16(folder: Path, layout: str, here: topology.Topology) -> None:
     """The step of bfloat16.pt in bfloat16, with each choice of kernels; rank 0 saves LAYOUT.bfloat16.pt."""
     result: dict = {"mutated": {}, "gradients": {}}
-    for kernels in cases.BFLOAT16_KERNELS if layout in cases.KERNELS_IN else ("megatron",):
+    for kernels in cases.BFLOAT16_KERNELS:
         runner = Runner(folder, layout, here, distributed_optimizer=False, checkpoint="bfloat16", step="bfloat16.pt",
                         dtype="bfloat16", kernels=kernels)
         result["gradients"][kernels] = runner.gradients(cases.UPDATE_MICROBATCHES)

@@ -115,15 +115,16 @@ def test_a_slot_of_no_expert_touches_nothing_even_when_it_holds_nan(impl):
 def test_what_torch_leaves_unwritten_on_a_gpu_touches_nothing(tokens, monkeypatch):
     """As is reported of CUDA: torch._grouped_mm writes no row of no expert, no gradient of an expert without rows, and
     refuses to contract over no rows at all."""
-    real = torch._grouped_mm
+    real, calls = torch._grouped_mm, []
 
-    def as_on_a_gpu(rows, weights, offs):
-        assert len(rows) > 0
-        unwritten = torch.arange(len(rows))[:, None] >= offs[-1]
-        empty = offs.diff(prepend=offs.new_zeros(1))[:, None, None] == 0
-        rows.register_hook(lambda grad: torch.where(unwritten, torch.nan, grad))
-        weights.register_hook(lambda grad: torch.where(empty, torch.nan, grad))
-        return torch.where(unwritten, torch.nan, real(rows, weights, offs=offs))
+    def as_on_a_gpu(left, right, offs):
+        assert left.numel() > 0 and (left.is_contiguous() or left.t().is_contiguous())
+        if right.dim() == 3:
+            unwritten = torch.arange(len(left))[:, None] >= offs[-1]
+        else:
+            unwritten = offs.diff(prepend=offs.new_zeros(1))[:, None, None] == 0
+        calls.append(right.dim())
+        return torch.where(unwritten, torch.nan, real(left, right, offs=offs))
 
     hidden_TH, gate_up, down, indices_TK, weights_TK = problem(*fitting("grouped_mm", SHAPES[1]))
     tensors = hidden_TH[:tokens], gate_up, down, indices_TK[:tokens], weights_TK[:tokens]
@@ -131,6 +132,20 @@ def test_what_torch_leaves_unwritten_on_a_gpu_touches_nothing(tokens, monkeypatc
     monkeypatch.setattr(torch, "_grouped_mm", as_on_a_gpu)
     for actual, truth in zip(results(grouped_experts, *tensors, impl="grouped_mm"), expected, strict=True):
         torch.testing.assert_close(actual, truth, rtol=2e-5, atol=2e-5)
+    assert sorted(calls) == ([2, 2, 3, 3, 3, 3] if tokens else [])  # of two matrices: forward, to rows, to weights
+
+
+def test_the_stack_of_separate_matrices_is_not_kept():
+    """Autograd holds the parameters themselves: a stack of each layer's experts would be their weights once more."""
+    hidden_NH, gate_up, down, _, weights_N1 = problem(*fitting("grouped_mm", (20, 1, 3, 16, 16)))
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    rows, *matrices = (tensor.to(dtype).requires_grad_() for tensor in (hidden_NH, *gate_up, *down))
+    counts_E, kept = torch.tensor([12, 0, 8], device=DEVICE), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        sorted_experts(rows, matrices[:3], matrices[3:], counts_E, weights_N1[:, 0], impl="grouped_mm")
+    parameters = {matrix.data_ptr() for matrix in matrices}
+    assert parameters <= {tensor.data_ptr() for tensor in kept}
+    assert not [tensor.shape for tensor in kept if tensor.dim() == 3]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])

@@ -19,7 +19,7 @@ __all__ = ["grouped_experts", "sorted_experts"]
 
 Implementation = Literal["auto", "triton", "grouped_mm", "loop", "reference"]
 Matrices = torch.Tensor | Sequence[torch.Tensor]
-"""One tensor [E, ...], or E of them: separate parameters, of which only "grouped_mm" makes a stacked copy."""
+"""One tensor [E, ...], or E of them: separate parameters. Only "grouped_mm" stacks these, for the time of a product."""
 
 
 def grouped_experts(
@@ -61,12 +61,12 @@ def sorted_experts(
 ) -> torch.Tensor:
     """[N, H]: grouped_experts of rows that lie sorted by expert already, as Megatron's dispatchers leave them.
 
-    counts_E int64: how many rows each expert has, N in sum (on the CPU, where "loop" reads them, no synchronisation).
+    counts_E int64: how many rows each expert has, N in sum. "loop" and "reference" read them, so they want them on the
+    CPU; "grouped_mm" and "triton" leave them on the device.
     """
     if counts_E.shape != (len(down_EHF),) or counts_E.dtype != torch.int64:
         raise ValueError(f"counts_E must be int64 [{len(down_EHF)}], not {counts_E.dtype} {tuple(counts_E.shape)}")
-    if counts_E.device.type == "cpu" and int(counts_E.sum()) != len(rows_NH):
-        raise ValueError(f"counts_E adds up to {int(counts_E.sum())} rows, rows_NH has {len(rows_NH)}")
+    _check_sum(counts_E, rows_NH)
     _validate(rows_NH, gate_up_E2FH, down_EHF, None, weights_N[:, None])
     if impl == "reference":
         expert_E = torch.arange(len(counts_E), device=rows_NH.device)
@@ -131,40 +131,45 @@ def _loop_product(rows_NX, weights_EYX, ends_E):
 
 
 def _grouped_mm_product(rows_NX, weights_EYX, ends_E):
-    if not len(rows_NX):  # on CUDA the backward of torch._grouped_mm refuses to contract over no rows
-        return _loop_product(rows_NX, weights_EYX, ends_E)
-    weights_EYX = weights_EYX if isinstance(weights_EYX, torch.Tensor) else torch.stack(tuple(weights_EYX))
-    ends_E = ends_E.to(rows_NX.device)
-    weights_EYX = _ZeroWithoutRows.apply(weights_EYX, ends_E)
-    return _Contiguous.apply(torch._grouped_mm(rows_NX, weights_EYX.transpose(-2, -1), offs=ends_E))
+    matrices = (weights_EYX,) if isinstance(weights_EYX, torch.Tensor) else tuple(weights_EYX)
+    return _GroupedProduct.apply(rows_NX, ends_E.to(rows_NX.device, non_blocking=True), *matrices)
 
 
-class _ZeroWithoutRows(torch.autograd.Function):
-    """The identity; an expert without rows gets a zero gradient, which torch._grouped_mm may leave unwritten on CUDA
-    (reported for Blackwell)."""
+class _GroupedProduct(torch.autograd.Function):
+    """torch._grouped_mm of rows and of E matrices, which are one tensor [E, Y, X] or separate parameters [Y, X].
 
-    @staticmethod
-    def forward(ctx, weights_EYX, ends_E):
-        ctx.save_for_backward(ends_E)
-        return weights_EYX.view_as(weights_EYX)
+    Separate ones are stacked for a product, in the forward and again in the backward pass, and the stack is not kept.
+    An expert without rows gets a zero gradient, which torch._grouped_mm may leave unwritten on CUDA (reported for
+    Blackwell), and no rows at all are not contracted over, which it refuses there. Gradients are made contiguous: it
+    takes no others (torch 2.14.1).
+    """
 
     @staticmethod
-    def backward(ctx, grad_EYX):
-        ends_E, = ctx.saved_tensors
+    def forward(ctx, rows_NX, ends_E, *matrices):
+        ctx.save_for_backward(rows_NX, ends_E, *matrices)
+        if not len(rows_NX):
+            return rows_NX.new_zeros(0, matrices[0].shape[-2])
+        return torch._grouped_mm(rows_NX, _stacked(matrices).transpose(-2, -1), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_NY):
+        rows_NX, ends_E, *matrices = ctx.saved_tensors
+        if not len(rows_NX):
+            return rows_NX, None, *(torch.zeros_like(matrix) for matrix in matrices)
+        grad_NY, grad_rows = grad_NY.contiguous(), None
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch._grouped_mm(grad_NY, _stacked(matrices), offs=ends_E)
+        if not any(ctx.needs_input_grad[2:]):
+            return grad_rows, None, *(None for _ in matrices)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        return torch.where(counts_E[:, None, None] > 0, grad_EYX, torch.zeros_like(grad_EYX[:1])), None
+        grad_EYX = torch._grouped_mm(grad_NY.t(), rows_NX, offs=ends_E)
+        grad_EYX = grad_EYX.masked_fill((counts_E == 0)[:, None, None], 0.0)
+        return grad_rows, None, *((grad_EYX,) if matrices[0].dim() == 3 else grad_EYX.unbind())
 
 
-class _Contiguous(torch.autograd.Function):
-    """The identity with a contiguous gradient: the backward of torch._grouped_mm (2.14) refuses any other."""
-
-    @staticmethod
-    def forward(ctx, values):
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.contiguous()
+def _stacked(matrices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[E, Y, X]"""
+    return matrices[0] if matrices[0].dim() == 3 else torch.stack(matrices)
 
 
 def _require_grouped_mm(hidden_TH, down_HF):
@@ -174,6 +179,12 @@ def _require_grouped_mm(hidden_TH, down_HF):
     if any(size * hidden_TH.element_size() % 16 for size in down_HF.shape):
         raise ValueError("grouped_experts: impl='grouped_mm' wants rows of a multiple of 16 bytes, not H="
                          f"{down_HF.shape[0]}, F={down_HF.shape[1]} of {hidden_TH.dtype}")
+
+
+def _check_sum(counts_E, rows_NH):
+    """ValueError unless counts on the CPU add up to the rows; on CUDA the host does not ask."""
+    if counts_E.device.type == "cpu" and int(counts_E.sum()) != len(rows_NH):
+        raise ValueError(f"counts_E adds up to {int(counts_E.sum())} rows, rows_NH has {len(rows_NH)}")
 
 
 def _validate(hidden_TH, gate_up_E2FH, down_EHF, indices_TK, weights_TK):

@@ -13,7 +13,8 @@ def names(rows) -> list[str]:
 @pytest.mark.parametrize("override", [
     "parallel=tp2", "batch.tokens_per_microbatch=4096", "model.recompute=full", "rollout.publish=disk",
     "rollout.engine.count=2", "rollout.concurrency=7", "observe.wandb=off", "run.save_every_steps=3", "eval.problems=5",
-    "slurm.nodes=2", "reward.workers=5", "model.kernels.logprob=reference", "run.steps=90"])
+    "slurm.nodes=2", "reward.workers=5", "model.kernels.logprob=reference", "model.backend=torch",
+    "run.steps=90"])
 def test_how_a_run_is_done_may_change_and_is_said(override):
     before, now = load(["run.steps=60"]), load(["run.steps=60", override])
     assert len(changed(before, now)) >= 1

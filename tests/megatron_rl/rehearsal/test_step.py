@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.flops import forward_flops
 from megatron_rl.rehearsal.command import full_microbatches
-from megatron_rl.rehearsal.standins import rows_of_experts
-from megatron_rl.rehearsal.step import Workload, check_rehearsable
+from megatron_rl.rehearsal.standins import DISPATCHER, rows_of_experts
+from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
 from tests.megatron_rl.rehearsal.tiny import NETWORK, rehearsed, tiny_config
 
-OLD = "old log-probabilities"
+OLD, TRAIN_STEP = "old log-probabilities", "megatron_rl/train_step/step.py"
 LAYOUTS = {"ep2": ({"world_size": 4, "ep": 2}, [3]), "tp2_pp2": ({"world_size": 4, "tp": 2, "pp": 2}, [0, 1, 2, 3]),
            "cp2": ({"world_size": 2, "cp": 2}, [0, 1])}
 
@@ -35,6 +35,22 @@ def test_flops_of_the_ranks_of_one_replica_are_the_closed_form(name):
             each["parameters"]["whole"] + each["parameters"]["experts"] for each in found[::2]
         ) == count_parameters(NETWORK)[0]
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("parallel", "reads"), [
+    ({}, 0), ({"world_size": 2, "tp": 2}, 0), ({"world_size": 2, "cp": 2}, 0), ({"world_size": 4, "ep": 2}, 1)])
+def test_backend_torch_calls_attention_once_a_layer_and_reads_nothing_in_it(parallel, reads):
+    """But for the rows that expert-parallel ranks exchange, which the host must know: once a layer with experts."""
+    config = tiny_config(**parallel)
+    recorder = rehearse(config, NETWORK, 0, full_microbatches(config)).recorder
+    calls = {phase: sum(count for each, count in recorder.operations.items()
+                        if each.phase == phase and each.name == "torch_attn._varlen_attn") for phase in (OLD, "update")}
+    assert calls == {OLD: NETWORK.num_hidden_layers, "update": NETWORK.num_hidden_layers}
+    expected = {DISPATCHER: reads * NETWORK.num_moe_layers} if reads else {}
+    assert {where: count for (phase, where), count in recorder.host_reads.items() if phase == OLD} == expected
+    in_update = {where: count for (phase, where), count in recorder.host_reads.items() if phase == "update"}
+    assert any(where.startswith(TRAIN_STEP) for where in in_update)  # a micro-batch's tokens, before its layers
+    assert {where: count for where, count in in_update.items() if not where.startswith(TRAIN_STEP)} == expected
 
 
 def test_weights_gradients_and_optimiser_are_what_plan_says():

@@ -1,0 +1,68 @@
+"""model.backend and model.kernels resolved for a machine: what computes each part of a layer there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_rl.config.rules import require
+from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_rl.model.network import Network
+
+FLASH_HEAD_DIM = 256
+"""The largest of torch's flash attention (flash_attn/flash_api.cpp), which also wants multiples of 8."""
+GROUPED_BYTES = 16
+"""A row of a matrix of torch._grouped_mm is a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """name: torch or megatron. attention_at_once: one call for the micro-batch, else one per run of it
+    (model/attention.py). kernels: without `auto` for experts and router."""
+
+    name: str
+    attention_at_once: bool
+    kernels: KernelConfig
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def resolve(options: ModelConfig, *, gpu: bool) -> Backend:
+    """`auto` is torch for bfloat16 on a GPU and megatron elsewhere. On a CPU torch has no call for a whole micro-batch.
+    """
+    name = options.backend
+    if name == "auto":
+        name = "torch" if gpu and options.dtype == "bfloat16" else "megatron"
+    kernels = options.kernels
+    if kernels.experts == "auto":
+        kernels = replace(kernels, experts="grouped_mm" if name == "torch" else "megatron")
+    if kernels.router == "auto":
+        kernels = replace(kernels, router="megatron")
+    return Backend(name, name == "torch" and gpu, kernels)
+
+
+def check_backend(options: ModelConfig, network: Network, parallel: ParallelConfig, *, gpu: bool) -> None:
+    """ValueError, naming the key, if the parts that were chosen cannot take this network in this dtype."""
+    backend = resolve(options, gpu=gpu)
+    if gpu and backend.name == "torch":
+        require(options.dtype == "bfloat16",
+                f"model.backend=torch with model.dtype={options.dtype}: its attention takes bfloat16 on a GPU; set "
+                "model.dtype=bfloat16, or model.backend=megatron")
+        require(network.head_dim % 8 == 0 and network.head_dim <= FLASH_HEAD_DIM,
+                f"model.path: head_dim={network.head_dim}, and the attention of model.backend={options.backend} takes "
+                f"multiples of 8 up to {FLASH_HEAD_DIM} on a GPU; set model.backend=megatron")
+    if network.num_experts and backend.kernels.experts == "grouped_mm":
+        key = "model.kernels.experts=grouped_mm" if options.kernels.experts == "grouped_mm" else \
+            f"model.backend={options.backend}"
+        width = network.moe_intermediate_size // parallel.etp
+        unit = GROUPED_BYTES // (2 if options.dtype == "bfloat16" else 4)
+        require(network.hidden_size % unit == 0 and width % unit == 0,
+                f"{key}: its product wants rows of {GROUPED_BYTES} bytes, multiples of {unit} in {options.dtype}, not "
+                f"hidden_size={network.hidden_size} and moe_intermediate_size/parallel.etp={width}; set "
+                "model.kernels.experts=megatron")
+        require(not gpu or options.dtype == "bfloat16",
+                f"{key} with model.dtype={options.dtype}: on a GPU it takes bfloat16; set model.dtype=bfloat16, or "
+                "model.kernels.experts=megatron")

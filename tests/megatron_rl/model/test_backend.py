@@ -1,0 +1,77 @@
+"""What model.backend takes on which machine, and which networks it refuses there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_rl.config.load import build
+from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_rl.model.architectures import parse_config
+from megatron_rl.model.backend import check_backend, resolve
+from megatron_rl.model.families import FAMILIES
+from megatron_rl.model.fresh import bailing_config
+
+NETWORK = parse_config({**bailing_config(**FAMILIES["bailing_moe"].tiny), "hidden_size": 64, "head_dim": 16,
+                        "moe_intermediate_size": 32}, "the test's network")
+
+
+@pytest.mark.parametrize(("backend", "dtype", "gpu", "name", "at_once", "experts"), [
+    ("auto", "bfloat16", True, "torch", True, "grouped_mm"),
+    ("auto", "float32", True, "megatron", False, "megatron"),
+    ("auto", "bfloat16", False, "megatron", False, "megatron"),
+    ("torch", "bfloat16", True, "torch", True, "grouped_mm"),
+    ("torch", "float32", False, "torch", False, "grouped_mm"),
+    ("megatron", "bfloat16", True, "megatron", False, "megatron"),
+])
+def test_auto_is_the_fast_parts_for_bfloat16_on_a_gpu(backend, dtype, gpu, name, at_once, experts):
+    options = ModelConfig(backend=backend, dtype=dtype)
+    check_backend(options, NETWORK, ParallelConfig(), gpu=gpu)
+    found = resolve(options, gpu=gpu)
+    assert (found.name, found.attention_at_once, found.kernels.experts) == (name, at_once, experts)
+    assert found.kernels.router == "megatron"
+
+
+def test_a_part_that_is_named_is_taken_under_every_backend():
+    options = ModelConfig(backend="torch", dtype="bfloat16", kernels=KernelConfig(experts="triton", router="triton"))
+    assert resolve(options, gpu=True).kernels == options.kernels
+    assert resolve(options, gpu=True).attention_at_once
+
+
+BFLOAT16 = {"dtype": "bfloat16"}
+GROUPED = {"kernels": KernelConfig(experts="grouped_mm")}
+
+
+@pytest.mark.parametrize(("options", "sizes", "gpu", "message"), [
+    ({"backend": "torch"}, {}, True, r"model\.backend=torch with model\.dtype=float32: .*model\.backend=megatron"),
+    (BFLOAT16, {"head_dim": 20}, True, r"head_dim=20, .*model\.backend=auto .* 8 up to 256 .*model\.backend=megatron"),
+    (BFLOAT16, {"head_dim": 264}, True, r"head_dim=264"),
+    (BFLOAT16, {"moe_intermediate_size": 36}, True, r"model\.backend=auto: .* multiples of 8 in bfloat16, .*=36"),
+    (BFLOAT16, {"hidden_size": 68}, True, r"model\.backend=auto: .*hidden_size=68"),
+    ({"backend": "torch"}, {"hidden_size": 66}, False, r"model\.backend=torch: .* multiples of 4 in float32"),
+    (GROUPED, {"hidden_size": 66}, False, r"model\.kernels\.experts=grouped_mm: its product wants rows of 16 bytes"),
+    (GROUPED, {}, True, r"model\.kernels\.experts=grouped_mm with model\.dtype=float32: on a GPU it takes bfloat16"),
+])
+def test_what_a_part_cannot_take_is_refused_by_its_key(options, sizes, gpu, message):
+    network = dataclasses.replace(NETWORK, **sizes)
+    with pytest.raises(ValueError, match=message):
+        check_backend(ModelConfig(**options), network, ParallelConfig(), gpu=gpu)
+
+
+def test_a_slice_of_an_expert_has_rows_of_its_own():
+    wide = dataclasses.replace(NETWORK, moe_intermediate_size=24)
+    check_backend(ModelConfig(**BFLOAT16), wide, ParallelConfig(), gpu=True)
+    with pytest.raises(ValueError, match=r"moe_intermediate_size/parallel\.etp=12"):
+        check_backend(ModelConfig(**BFLOAT16), wide, ParallelConfig(world_size=2, tp=2, etp=2), gpu=True)
+
+
+def test_what_the_megatron_backend_takes_is_not_refused():
+    odd = dataclasses.replace(NETWORK, head_dim=20, hidden_size=66, moe_intermediate_size=36)
+    for dtype in ("float32", "bfloat16"):
+        check_backend(ModelConfig(backend="megatron", dtype=dtype), odd, ParallelConfig(), gpu=True)
+
+
+def test_transformer_engine_is_refused_as_not_built_yet():
+    with pytest.raises(ValueError, match=r"model\.backend=transformer_engine is not built yet; use torch"):
+        build({"model": {"backend": "transformer_engine"}})
