@@ -135,17 +135,25 @@ def test_what_torch_leaves_unwritten_on_a_gpu_touches_nothing(tokens, monkeypatc
     assert sorted(calls) == ([2, 2, 3, 3, 3, 3] if tokens else [])  # of two matrices: forward, to rows, to weights
 
 
-def test_the_stack_of_separate_matrices_is_not_kept():
-    """Autograd holds the parameters themselves: a stack of each layer's experts would be their weights once more."""
-    hidden_NH, gate_up, down, _, weights_N1 = problem(*fitting("grouped_mm", (20, 1, 3, 16, 16)))
+def test_autograd_keeps_neither_a_stack_of_the_experts_nor_what_can_be_computed_again():
+    """The parameters themselves, and of N rows the input, both halves before the SwiGLU, its output and the weights."""
+    hidden_NH, gate_up, down, _, weights_N1 = problem(*fitting("grouped_mm", (20, 1, 3, 16, 24)))
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     rows, *matrices = (tensor.to(dtype).requires_grad_() for tensor in (hidden_NH, *gate_up, *down))
-    counts_E, kept = torch.tensor([12, 0, 8], device=DEVICE), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        sorted_experts(rows, matrices[:3], matrices[3:], counts_E, weights_N1[:, 0], impl="grouped_mm")
+    weights_N = weights_N1[:, 0].clone().requires_grad_()
+    counts_E, kept = torch.tensor([12, 0, 8], device=DEVICE), {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sorted_experts(rows, matrices[:3], matrices[3:], counts_E, weights_N, impl="grouped_mm")
     parameters = {matrix.data_ptr() for matrix in matrices}
-    assert parameters <= {tensor.data_ptr() for tensor in kept}
-    assert not [tensor.shape for tensor in kept if tensor.dim() == 3]
+    assert parameters <= kept.keys()
+    others = sorted(tensor.numel() for address, tensor in kept.items()
+                    if address not in parameters and tensor.is_floating_point())
+    assert others == sorted([20 * 16, 20 * 2 * 24, 20 * 24, 20])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS[1:])

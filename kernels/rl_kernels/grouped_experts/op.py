@@ -116,9 +116,27 @@ def _torch_experts(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order
 
 
 def _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E):
-    gate_NF, up_NF = product(rows_NH, gate_up_E2FH, ends_E).chunk(2, -1)
-    activated_NF = (F.silu(gate_NF) * up_NF * weights_N1).to(rows_NH.dtype)
-    return product(activated_NF, down_EHF, ends_E)
+    return product(_WeightedSwiGLU.apply(product(rows_NH, gate_up_E2FH, ends_E), weights_N1), down_EHF, ends_E)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight, rounded once, [N, F]. It keeps gate_up [N, 2F] and the weights, and computes the rest
+    again, where autograd would keep two more [N, F] and copies of these in float32."""
+
+    @staticmethod
+    def forward(ctx, gate_up_N2F, weights_N1):
+        ctx.save_for_backward(gate_up_N2F, weights_N1)
+        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
+        return (F.silu(gate_NF) * up_NF * weights_N1).to(gate_up_N2F.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_NF):
+        gate_up_N2F, weights_N1 = ctx.saved_tensors
+        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
+        silu_NF = F.silu(gate_NF)
+        weighted_NF = (grad_NF * weights_N1).to(grad_NF.dtype)
+        grad_gate_up = torch.cat([torch.ops.aten.silu_backward(weighted_NF * up_NF, gate_NF), weighted_NF * silu_NF], 1)
+        return grad_gate_up, (grad_NF.to(weights_N1.dtype) * (silu_NF * up_NF)).sum(1, keepdim=True)
 
 
 def _loop_product(rows_NX, weights_EYX, ends_E):
