@@ -24,7 +24,7 @@ from c3po import c3po_loss
 from megatron_rl import topology
 from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.model import attention, backend
+from megatron_rl.model import backend
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
@@ -69,7 +69,6 @@ def token_loss(batch, logprobs_T, entropy_T):
                      config=cases.LOSS, ref_logprobs=batch.ref_logprobs, entropy=entropy_T)
 
 
-attention.varlen_attn = varlen.varlen_attn
 _resolve = backend.resolve
 
 

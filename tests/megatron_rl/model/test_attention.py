@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import varlen as torch_varlen
 
 from megatron_rl.batch import by_sample, pack
 from megatron_rl.model import attention
@@ -47,10 +49,10 @@ def on_rank(batch, values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_attention_of_all_ranks_is_that_of_the_whole_sequences(monkeypatch, way, cp_size):
-    monkeypatch.setattr(attention, "varlen_attn", varlen.varlen_attn)
-    query, key, value = drawn(HEADS, 0), drawn(GROUPS, 1), drawn(GROUPS, 2)
-    ranks = batches(cp_size)
+def test_attention_of_all_ranks_is_that_of_the_whole_sequences(way, cp_size):
+    """With its gradients, of a loss that every position enters with a weight of its own."""
+    query, key, value = (drawn(heads, seed).requires_grad_() for seed, heads in enumerate((HEADS, GROUPS, GROUPS)))
+    ranks, mix = batches(cp_size), drawn(HEADS, 3)
     keys, values = (torch.cat([on_rank(batch, each) for batch in ranks]) for each in (key, value))
     found = [torch.zeros(length, HEADS, DIM, dtype=torch.float64) for length in LENGTHS]
     for rank, batch in enumerate(ranks):
@@ -60,8 +62,39 @@ def test_attention_of_all_ranks_is_that_of_the_whole_sequences(monkeypatch, way,
         out = WAYS[way](on_rank(batch, query), k, v, runs, SCALE)
         assert len(varlen.CALLS) - before == (way == "at_once")
         found = [total + part for total, part in zip(found, by_sample(batch, out), strict=True)]
-    for actual, expected in zip(found, plain(query, key, value), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # its softmax is float32
+    expected = torch.cat(plain(query, key, value))
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad((out * mix).sum(), (query, key, value)) for out in (torch.cat(found), expected)]
+    for actual, truth in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_the_call_gets_what_its_documentation_asks_for(monkeypatch, cp_size):
+    """Above all longest sequences that the host knows: torch would read a tensor, and so wait for the device."""
+    asked = []
+
+    def recorded(*args, **kwargs):
+        asked.append(inspect.signature(torch_varlen.varlen_attn).bind(*args, **kwargs).arguments)
+        return torch_varlen.varlen_attn(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attn", recorded)
+    batch = batches(cp_size)[-1]
+    runs = attention.runs_of(batch, cp_size, cp_size - 1)
+    queries, keys, sequences = batch.num_tokens, sum(runs.key_lengths), len(runs.query_lengths)
+    attention.attend_at_once(*(torch.zeros(rows, heads, DIM) for rows, heads in
+                               ((queries, HEADS), (keys, GROUPS), (keys, GROUPS))), runs, SCALE)
+    (call,) = asked
+    assert {name: call[name].shape for name in ("query", "key", "value")} == {
+        "query": (queries, HEADS, DIM), "key": (keys, GROUPS, DIM), "value": (keys, GROUPS, DIM)}
+    for offsets, longest, total in (("cu_seq_q", "max_q", queries), ("cu_seq_k", "max_k", keys)):
+        assert call[offsets].dtype is torch.int32 and call[offsets].shape == (sequences + 1,)
+        assert call[offsets].device == batch.input_ids.device
+        assert type(call[longest]) is int and call[longest] == int(call[offsets].diff().max())
+        assert (int(call[offsets][0]), int(call[offsets][-1])) == (0, total)
+    assert {name: call[name] for name in call.keys() - {
+        "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}} == {
+        "scale": SCALE, "window_size": (-1, 0), "enable_gqa": True}
 
 
 def wrong(runs: attention.Runs, **values) -> attention.Runs:
@@ -73,11 +106,9 @@ def wrong(runs: attention.Runs, **values) -> attention.Runs:
     lambda runs: wrong(runs, key_offsets=runs.key_offsets[1:]),
     lambda runs: wrong(runs, query_offsets=runs.query_offsets - 1),
     lambda runs: wrong(runs, query_lengths=(max(runs.query_lengths) + 1,)),
-    lambda runs: wrong(runs, key_lengths=tuple(torch.tensor(runs.key_lengths))),
 ])
-def test_an_argument_that_the_documentation_does_not_allow_is_seen(monkeypatch, broken):
-    """The stand-in for torch's call, which every layout of tests/distributed goes through, refuses it."""
-    monkeypatch.setattr(attention, "varlen_attn", varlen.varlen_attn)
+def test_an_argument_that_the_documentation_does_not_allow_is_seen(broken):
+    """The kernels that every layout of tests/distributed goes through refuse it."""
     (batch,) = batches(1)
     tensors = [torch.zeros(batch.num_tokens, heads, DIM) for heads in (HEADS, GROUPS, GROUPS)]
     runs = attention.runs_of(batch, 1, 0)
