@@ -4,8 +4,8 @@ Packed sequences of 8k to 24k tokens, random weights, bfloat16. A step is what t
 for old log-probabilities, then forward, backward and AdamW. Both arms train one model in one process and take turns:
 `megatron` is SDPA by sequence, SequentialMLP, the eager router and chunked log-probabilities. `ours` is the torch
 backend with what --experts, --router and --logprob name (model.kernels). Reported: tokens/s, model TFLOP/s
-(observe/flops.py), peak memory. --trace FOLDER leaves a profile of one update of each arm. `--quick` is the same program
-on a small network, for machines without a GPU.
+(observe/flops.py), peak memory. --trace FOLDER leaves a profile of one update of each arm. `--quick` is the same
+program on a small network, for machines without a GPU.
 """
 
 from __future__ import annotations
