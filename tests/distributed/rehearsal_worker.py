@@ -9,6 +9,7 @@ both.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -101,17 +102,22 @@ def real(name: str) -> dict[str, dict]:
     with with_mask(config), forgotten_loss_scale(), known_experts(recorder.read_by_host), recorder:
         run_step(config, network, here, batches, recorder)
     topology.stop(keep_processes=True)
-    return seen(recorder)
+    found = seen(recorder)
+    gc.collect()
+    return found
 
 
 def rehearsed(name: str, rank: int) -> dict[str, dict]:
     config, network, workload = case(name)
     with with_mask(config):
-        return seen(rehearse(config, network, rank, workload, gpu=False).recorder)
+        found = seen(rehearse(config, network, rank, workload, gpu=False).recorder)
+    gc.collect()
+    return found
 
 
 def run_rank(rank: int, world_size: int, folder: Path, port: int) -> None:
     warnings.simplefilter("ignore")
+    gc.disable()  # a collection at another moment would be another peak
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     layouts = {name: case(name)[0].parallel for name in CASES}
