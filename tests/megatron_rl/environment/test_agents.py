@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import re
 import sys
@@ -138,6 +139,29 @@ def test_nothing_of_a_program_that_hangs_is_left_behind():
             return
         time.sleep(0.05)
     raise AssertionError(f"still there: {left} {orphans}")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_program_ends_with_the_orchestrator_that_is_killed():
+    orchestrator = multiprocessing.get_context("fork").Process(target=respond, args=(command("hangs"),))
+    orchestrator.start()
+    try:
+        program = wait_for(lambda: [each for each in psutil.Process(orchestrator.pid).children()
+                                    if each.cmdline()[-1:] == ["hangs"]])[0]
+    finally:
+        orchestrator.kill()
+        orchestrator.join()
+    psutil.wait_procs([program], timeout=10)
+    assert not program.is_running() or program.status() == psutil.STATUS_ZOMBIE
+
+
+def wait_for(found, seconds: float = 60.0):
+    """What found() gives once there is any."""
+    deadline = time.monotonic() + seconds
+    while not (there := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return there
 
 
 def test_an_engine_that_fails_is_no_fault_of_the_agent():
