@@ -23,6 +23,7 @@ from megatron_rl.launch.programs import EXIT_CODES
 from megatron_rl.model.network import check_layout
 from megatron_rl.orchestrator.stages import stage_configs
 from megatron_rl.preflight import (
+    backend_row,
     check_backends,
     check_data,
     check_folders,
@@ -45,7 +46,7 @@ __all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
 def print_summary(config: Config, sizes: Sizes) -> None:
     names = [f"{config.run.name}: {stage.name}" for stage in config.stages] or [config.run.name]
     for name, each in zip(names, stage_configs(config), strict=True):
-        print_rows(name, summary(each, sizes))
+        print_rows(name, [*summary(each, sizes), backend_row(each)])
 
 
 def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
@@ -113,7 +114,7 @@ def sft(options) -> int:
     check_backends(config, network)
     sizes = sizes_of(network)
     check_sft(config, sizes)
-    rows = sft_summary(config, sizes)
+    rows = [*sft_summary(config, sizes), backend_row(config)]
     if options.check:
         looked_at = _look_at(config, check_sft_start)
         print_rows(config.run.name, rows)

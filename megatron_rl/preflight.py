@@ -18,7 +18,7 @@ from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
-from megatron_rl.model.backend import check_backend
+from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.checkpoint_files import check_resume, choose
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export, refuse_code
 from megatron_rl.model.network import Network, check_layout
@@ -30,8 +30,9 @@ from megatron_rl.reward.route import Routes
 from megatron_rl.rollout.environment import load_environment
 from megatron_rl.rollout.scratch import check_tmpdir
 
-__all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory", "check_sft_data",
-           "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems", "warn_of_shared_gpus"]
+__all__ = ["backend_row", "check_backends", "check_data", "check_devices", "check_folders", "check_memory",
+           "check_sft_data", "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems",
+           "warn_of_shared_gpus"]
 
 GENERATED_LOOKED_AT = 16
 """Problems of a generator that are made before the start: they are made on access, and checked then."""
@@ -113,14 +114,22 @@ def check_backends(config: Config, network: Network) -> None:
 
     There are GPUs if there are some here or slurm.gpus_per_node is set.
     """
-    check_backend(config.model, network, config.parallel,
-                  gpu=torch.cuda.is_available() or config.slurm.gpus_per_node > 0)
+    check_backend(config.model, network, config.parallel, gpu=_on_gpus(config))
     check_gpu_parts(config)
+
+
+def backend_row(config: Config) -> tuple[str, str]:
+    """(name, value) of a summary: what model.backend and model.kernels resolve to where the ranks will run."""
+    return "backend", str(resolve(config.model, gpu=_on_gpus(config)))
+
+
+def _on_gpus(config: Config) -> bool:
+    return torch.cuda.is_available() or config.slurm.gpus_per_node > 0
 
 
 def check_gpu_parts(config: Config) -> None:
     """ValueError for a kernel or a layout that needs GPUs, unless there are some here or slurm.gpus_per_node is set."""
-    if torch.cuda.is_available() or config.slurm.gpus_per_node:
+    if _on_gpus(config):
         return
     check_gloo(config.parallel)
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -25,6 +25,12 @@ class Backend:
     attention_at_once: bool
     kernels: KernelConfig
 
+    def __str__(self) -> str:
+        """For people: what was chosen of each part."""
+        attention = "of a micro-batch at once" if self.attention_at_once else "sequence by sequence"
+        kernels = self.kernels
+        return f"{self.name}: attention {attention}, experts {kernels.experts}, router {kernels.router}"
+
 
 def on_gpu() -> bool:
     return torch.cuda.is_available()

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from megatron_rl import cli, commands
 from megatron_rl.config.check import Sizes, check_gloo, check_rl, summary
@@ -155,10 +156,20 @@ def test_a_wrong_model_or_layout_ends_with_exit_code_2(overrides, message, capsy
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_layout_for_gpus_elsewhere_is_checked_as_one(capsys):
+def test_a_layout_for_gpus_elsewhere_is_checked_as_one(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     overrides = ["experiment=ring_lite_rl_stage1", "parallel.etp=2", "parallel.ep=1", "slurm.gpus_per_node=8"]
     assert cli.main(["rl", "--check", *overrides]) == 0
-    assert "ep 1 x etp 2" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ep 1 x etp 2" in said
+    assert "torch: attention of a micro-batch at once, experts grouped_mm, router megatron" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what is chosen without a GPU")
+def test_the_summary_says_what_auto_is_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["rl", "--check", "experiment=ring_lite_rl_stage1"]) == 0
+    assert "megatron: attention sequence by sequence, experts megatron" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_is_never_written_over(tmp_path):
