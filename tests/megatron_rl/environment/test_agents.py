@@ -146,13 +146,15 @@ def test_a_program_ends_with_the_orchestrator_that_is_killed():
     orchestrator = multiprocessing.get_context("fork").Process(target=respond, args=(command("hangs"),))
     orchestrator.start()
     try:
-        program = wait_for(lambda: [each for each in psutil.Process(orchestrator.pid).children()
-                                    if each.cmdline()[-1:] == ["hangs"]])[0]
+        asleep = wait_for(lambda: [each for each in psutil.Process(orchestrator.pid).children(recursive=True)
+                                   if "import time; time.sleep(600)" in each.cmdline()])[0]
+        program = asleep.parent()
     finally:
         orchestrator.kill()
         orchestrator.join()
-    psutil.wait_procs([program], timeout=10)
-    assert not program.is_running() or program.status() == psutil.STATUS_ZOMBIE
+    asleep.kill()  # what a program itself has started is its own business
+    _, alive = psutil.wait_procs([program], timeout=10)
+    assert not alive
 
 
 def wait_for(found, seconds: float = 60.0):
