@@ -18,6 +18,7 @@ import contextlib
 import inspect
 import sys
 import types
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Finding:
 
 found: Counter[Finding] = Counter()
 """Of this process, since a Watch was last entered. Threads that have no Watch add to it too."""
-nccl_groups: set[dist.ProcessGroup] = set()
+nccl_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 """Groups that would run over NCCL."""
 
 

@@ -22,17 +22,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"parallel.distributed_optimizer": False, "rollout.publish": "broadcast", "run.steps": 2},
     "ep2": {"parallel.ep": 2, "parallel.overlap": True, "model.recompute": "full", "run.async_save": True,
             "run.steps": 2},
-    "ep2_allgather": {"parallel.ep": 2, "parallel.token_dispatcher": "allgather", "algo.router_replay": "rollout"},
-    "tp2": {"parallel.tp": 2, "model.kernels.experts": "grouped_mm", "rollout.publish": "broadcast"},
+    "ep2_allgather": {"parallel.ep": 2, "parallel.token_dispatcher": "allgather", "algo.router_replay": "rollout",
+                      "model.backend": "megatron"},
+    "tp2": {"parallel.tp": 2, "model.backend": "megatron", "model.kernels.experts": "grouped_mm", "rollout.publish": "broadcast"},
     "tp2_ep2": {"parallel.tp": 2, "parallel.ep": 2, "model.recompute": "full", "algo.router_replay": "trainer"},
     "tp2_etp2": {"parallel.tp": 2, "parallel.etp": 2, "algo.updates_per_rollout": 2},
     "pp2": {"parallel.pp": 2, "algo.router_replay": "rollout", "rollout.publish": "disk"},
     "pp2_vpp2": {"parallel.pp": 2, "parallel.vpp": 2, "model.recompute": "full"},
-    "cp2": {"parallel.cp": 2, "algo.router_replay": "trainer"},
+    "cp2": {"parallel.cp": 2, "model.backend": "megatron", "algo.router_replay": "trainer"},
     "cp2_ep2": {"parallel.cp": 2, "parallel.ep": 2, "model.recompute": "full", "algo.router_replay": "rollout"},
 }
-"""Keys of the configuration. If they say nothing: bfloat16, the distributed optimiser, weights through shared memory. A
-name that begins with "one" has one rank, the others have two."""
+"""Keys of the configuration. If they say nothing: bfloat16, model.backend=torch (`auto` on a GPU), the distributed
+optimiser, weights through shared memory. A name that begins with "one" has one rank, the others have two."""
 
 
 def world_size(layout: str) -> int:

@@ -37,6 +37,7 @@ from megatron_rl.trainer import sender
 from megatron_rl.trainer.client import Link
 from megatron_rl.trainer.main import Trainer
 from megatron_rl.types import TrainSample
+from tests.distributed import varlen  # noqa: F401  -- a CPU's kernels for attention that torch has for CUDA alone
 from tests.gpu import pretended
 from tests.gpu.pretended_cases import LAYOUTS, PLANTS, ROOT, RULES, Plant, model_of, world_size
 
@@ -129,6 +130,20 @@ def run_rl(config: Config) -> None:
 RECIPES = {"sft": (sft.run, SFT), "rl": (run_rl, RL)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """port: where its ranks meet. With the groups of all runs at once a rank would have a thousand threads."""
+
+    layout: str
+    recipe: str
+    plants: Sequence[Plant]
+    port: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}.{self.recipe}{'.planted' if self.plants else ''}"
+
+
 def configured(base: dict[str, Any], layout: str, folder: Path, name: str) -> Config:
     """`base` in this layout. Not by load(), which would take longer than the run."""
     keys = {**LAYOUTS[layout], "parallel.world_size": world_size(layout), "run.dir": str(folder / name),
@@ -142,21 +157,17 @@ def configured(base: dict[str, Any], layout: str, folder: Path, name: str) -> Co
     return build(values)
 
 
-def run_layout(folder: Path, bases: dict[str, dict[str, Any]], layout: str, recipe: str, rank: int,
-               plants: Sequence[Plant] = ()) -> None:
-    """Runs the recipe with these faults and writes what was found."""
-    name = f"{layout}.{recipe}{'.planted' if plants else ''}"
-    config = configured(bases[recipe], layout, folder, name)
+def run_layout(run: Run, config: Config) -> dict[str, Any]:
+    """What was found while the recipe ran, with the run's faults planted."""
     Path(config.run.dir).mkdir(exist_ok=True)
     sender.engine_clients = lambda config: [Engine(config)]
     with contextlib.ExitStack() as faults:
-        for plant in plants:
+        for plant in run.plants:
             faults.enter_context(planted(plant))
         with pretended.Watch() as watch:
-            RECIPES[recipe][0](config)
-    (folder / f"{name}.{rank}.json").write_text(json.dumps({
-        "findings": [dataclasses.asdict(finding) | {"times": times} for finding, times in pretended.found.items()],
-        "operations": watch.operations, "collectives": watch.collectives}))
+            RECIPES[run.recipe][0](config)
+    return {"findings": [dataclasses.asdict(finding) | {"times": times} for finding, times in pretended.found.items()],
+            "operations": watch.operations, "collectives": watch.collectives}
 
 
 def judge_rules() -> dict[str, list[str]]:
@@ -191,24 +202,22 @@ def planted(plant: Plant) -> Iterator[None]:
         function.__code__ = before
 
 
-def run_rank(rank: int, folder: Path, size: int, port: int, bases: dict[str, dict[str, Any]],
-             layouts: Sequence[str]) -> None:
+def run_rank(rank: int, folder: Path, size: int, bases: dict[str, dict[str, Any]], runs: Sequence[Run]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), **{RUN_KEY: "a key"})
-    topology.stop = functools.partial(topology.stop, keep_processes=True)
+                      **{RUN_KEY: "a key"})
     if size == 1:
         (folder / "rules.json").write_text(json.dumps(judge_rules()))
-    runs = [(layout, recipe) for layout in layouts for recipe in RECIPES]
-    for layout, recipe in runs:
-        run_layout(folder, bases, layout, recipe, rank)
-    for layout, recipe in runs:  # after all others: a planted adaptation stays
-        plants = [plant for plant in PLANTS.values() if (plant.layout, plant.recipe) == (layout, recipe)]
-        if plants:
-            run_layout(folder, bases, layout, recipe, rank, plants)
+    for run in runs:
+        os.environ["MASTER_PORT"] = str(run.port)
+        found = run_layout(run, configured(bases[run.recipe], run.layout, folder, run.name))
+        (folder / f"{run.name}.{rank}.json").write_text(json.dumps(found))
 
 
 def main(folder: str, size: str, *layouts: str) -> None:
+    plain = [Run(layout, recipe, (), choose_port(None)) for layout in layouts for recipe in RECIPES]
+    faulty = [dataclasses.replace(run, plants=plants, port=choose_port(None)) for run in plain
+              if (plants := [plant for plant in PLANTS.values()
+                             if (plant.layout, plant.recipe) == (run.layout, run.recipe)])]
     bases = {recipe: to_dict(load([*overrides, *COMMON])) for recipe, (_, overrides) in RECIPES.items()}
-    torch.multiprocessing.start_processes(
-        run_rank, args=(Path(folder), int(size), choose_port(None), bases, layouts), nprocs=int(size),
-        start_method="fork")
+    torch.multiprocessing.start_processes(  # the faulty last: a planted adaptation stays
+        run_rank, args=(Path(folder), int(size), bases, [*plain, *faulty]), nprocs=int(size), start_method="fork")

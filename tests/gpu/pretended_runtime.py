@@ -172,8 +172,9 @@ def _install_groups() -> None:
         if backend != "nccl":
             return make(size, rank, ranks, backend, store, *args, **kwargs)
         made = make(size, rank, ranks, dist.Backend("gloo"), store, *args, **kwargs)
-        nccl_groups.add(made[0])
-        c10d._world.pg_map[made[0]] = (dist.Backend("nccl"), store)
+        if made[0] != dist.GroupMember.NON_GROUP_MEMBER:
+            nccl_groups.add(made[0])
+            c10d._world.pg_map[made[0]] = (dist.Backend("nccl"), store)
         return made
 
     c10d._new_process_group_helper = new_process_group

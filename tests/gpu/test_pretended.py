@@ -69,6 +69,7 @@ def test_the_layouts_cover_what_the_configuration_offers():
         *((f"parallel.{size}", 2) for size in ("tp", "pp", "vpp", "ep", "etp", "cp")),
         ("parallel.token_dispatcher", "allgather"), ("parallel.overlap", True),
         ("parallel.distributed_optimizer", False), ("model.recompute", "full"), ("model.kernels.experts", "grouped_mm"),
-        *(("algo.router_replay", source) for source in ("rollout", "trainer")),
+        ("model.backend", "megatron"), *(("algo.router_replay", source) for source in ("rollout", "trainer")),
         *(("rollout.publish", transport) for transport in ("broadcast", "disk"))}
-    assert any("rollout.publish" not in keys for keys in LAYOUTS.values())  # rollout.publish=tensor
+    defaults = [keys.keys() for keys in LAYOUTS.values() if "model.dtype" not in keys]  # torch, shared memory
+    assert any("model.backend" not in keys for keys in defaults) and any("rollout.publish" not in keys for keys in defaults)
