@@ -24,7 +24,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             "run.steps": 2},
     "ep2_allgather": {"parallel.ep": 2, "parallel.token_dispatcher": "allgather", "algo.router_replay": "rollout",
                       "model.backend": "megatron"},
-    "tp2": {"parallel.tp": 2, "model.backend": "megatron", "model.kernels.experts": "grouped_mm", "rollout.publish": "broadcast"},
+    "tp2": {"parallel.tp": 2, "model.backend": "megatron", "model.kernels.experts": "grouped_mm",
+            "rollout.publish": "broadcast"},
     "tp2_ep2": {"parallel.tp": 2, "parallel.ep": 2, "model.recompute": "full", "algo.router_replay": "trainer"},
     "tp2_etp2": {"parallel.tp": 2, "parallel.etp": 2, "algo.updates_per_rollout": 2},
     "pp2": {"parallel.pp": 2, "algo.router_replay": "rollout", "rollout.publish": "disk"},
@@ -133,7 +134,7 @@ PLANTS: dict[str, Plant] = {
         "masked = torch.where("),
     "the router's sums on the CPU": Plant(
         NCCL, "one", "sft", "megatron_rl/train_step/step.py", "TrainStep._metrics",
-        "for k in ROUTER_SUMS])", "for k in ROUTER_SUMS]).cpu()", "torch.distributed.all_reduce(router"),
+        "for key in ROUTER_SUMS])", "for key in ROUTER_SUMS]).cpu()", "torch.distributed.all_reduce(router"),
     "the number of tokens on the CPU": Plant(
         NCCL, "dp2", "sft", "megatron_rl/train_step/step.py", "TrainStep._step_tokens",
         "self.topology.sum_over_data(tokens)", "self.topology.sum_over_data(tokens.cpu())",
@@ -150,7 +151,7 @@ PLANTS: dict[str, Plant] = {
         NUMPY, "one", "sft", "megatron_rl/model/checkpoint_shards.py", "write_tensors",
         "memoryview(tensor.cpu().contiguous().numpy())", "memoryview(tensor.contiguous().numpy())",
         "file.write(memoryview(tensor"),
-    "the CPU's dispatcher on every machine": Plant(
+    "the CPU's random states on every machine": Plant(
         LEAK, "one", "sft", "megatron_rl/compat/megatron_cpu.py", "patch_megatron",
-        "if not _installed:", "if False:", "", "megatron/core/transformer/moe/token_dispatcher.py"),
+        "if not _installed:", "if False:", "", "megatron/core/tensor_parallel/random.py"),
 }

@@ -15,7 +15,7 @@ from tests.gpu.pretended_cases import LAYOUTS, PLANTS, RECIPES, RULES, world_siz
 
 pytestmark = pytest.mark.slow
 
-LEAST_OPERATIONS = 800
+LEAST_OPERATIONS = 500
 """On CUDA tensors, on each rank. A step of the tiny model has more; with fewer, torch did not believe in the device."""
 
 
@@ -71,5 +71,6 @@ def test_the_layouts_cover_what_the_configuration_offers():
         ("parallel.distributed_optimizer", False), ("model.recompute", "full"), ("model.kernels.experts", "grouped_mm"),
         ("model.backend", "megatron"), *(("algo.router_replay", source) for source in ("rollout", "trainer")),
         *(("rollout.publish", transport) for transport in ("broadcast", "disk"))}
-    defaults = [keys.keys() for keys in LAYOUTS.values() if "model.dtype" not in keys]  # torch, shared memory
-    assert any("model.backend" not in keys for keys in defaults) and any("rollout.publish" not in keys for keys in defaults)
+    in_bfloat16 = [keys for keys in LAYOUTS.values() if "model.dtype" not in keys]
+    for key in ("model.backend", "rollout.publish"):  # their defaults
+        assert any(key not in keys for keys in in_bfloat16)
