@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import importlib
 import json
 import os
@@ -219,5 +220,6 @@ def main(folder: str, size: str, *layouts: str) -> None:
               if (plants := [plant for plant in PLANTS.values()
                              if (plant.layout, plant.recipe) == (run.layout, run.recipe)])]
     bases = {recipe: to_dict(load([*overrides, *COMMON])) for recipe, (_, overrides) in RECIPES.items()}
+    gc.freeze()  # what was imported is not looked through again in every rank
     torch.multiprocessing.start_processes(  # the faulty last: a planted adaptation stays
         run_rank, args=(Path(folder), int(size), bases, [*plain, *faulty]), nprocs=int(size), start_method="fork")
