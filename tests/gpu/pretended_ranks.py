@@ -133,7 +133,7 @@ RECIPES = {"sft": (sft.run, SFT), "rl": (run_rl, RL)}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """port: where its ranks meet. With the groups of all runs at once a rank would have a thousand threads."""
+    """port: where its ranks meet."""
 
     layout: str
     recipe: str
@@ -215,11 +215,12 @@ def run_rank(rank: int, folder: Path, size: int, bases: dict[str, dict[str, Any]
 
 
 def main(folder: str, size: str, *layouts: str) -> None:
-    plain = [Run(layout, recipe, (), choose_port(None)) for layout in layouts for recipe in RECIPES]
-    faulty = [dataclasses.replace(run, plants=plants, port=choose_port(None)) for run in plain
-              if (plants := [plant for plant in PLANTS.values()
-                             if (plant.layout, plant.recipe) == (run.layout, run.recipe)])]
     bases = {recipe: to_dict(load([*overrides, *COMMON])) for recipe, (_, overrides) in RECIPES.items()}
     gc.freeze()  # what was imported is not looked through again in every rank
-    torch.multiprocessing.start_processes(  # the faulty last: a planted adaptation stays
-        run_rank, args=(Path(folder), int(size), bases, [*plain, *faulty]), nprocs=int(size), start_method="fork")
+    for layout in layouts:  # in ranks of its own: threads of groups that are left over poll on
+        runs = [Run(layout, recipe, (), choose_port(None)) for recipe in RECIPES]
+        for recipe in RECIPES:  # last: a planted adaptation stays
+            if plants := [plant for plant in PLANTS.values() if (plant.layout, plant.recipe) == (layout, recipe)]:
+                runs.append(Run(layout, recipe, plants, choose_port(None)))
+        torch.multiprocessing.start_processes(run_rank, args=(Path(folder), int(size), bases, runs), nprocs=int(size),
+                                              start_method="fork")
