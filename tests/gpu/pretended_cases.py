@@ -16,10 +16,12 @@ from tests.gpu.pretended import GLOO, LEAK, MIXED, NCCL, NUMPY
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ("sft", "rl")
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {"model.recompute": "full", "algo.router_replay": "trainer", "run.steps": 2},
+    "one": {"model.recompute": "full", "algo.router_replay": "trainer", "run.steps": 2,
+            "run.dump_steps": [1]},
     "one_float32": {"model.dtype": "float32", "model.kernels.experts": "loop", "model.kernels.router": "reference",
                     "rollout.publish": "disk"},
-    "dp2": {"parallel.distributed_optimizer": False, "rollout.publish": "broadcast", "run.steps": 2},
+    "dp2": {"parallel.distributed_optimizer": False, "rollout.publish": "broadcast", "run.steps": 2,
+            "run.dump_steps": [1]},
     "ep2": {"parallel.ep": 2, "parallel.overlap": True, "model.recompute": "full", "run.async_save": True,
             "run.steps": 2},
     "ep2_allgather": {"parallel.ep": 2, "parallel.token_dispatcher": "allgather", "algo.router_replay": "rollout",

@@ -44,7 +44,7 @@ from tests.gpu.pretended_cases import LAYOUTS, PLANTS, ROOT, RULES, Plant, model
 
 SFT = ["experiment=quickstart_sft", "sft.examples=4", "sft.batch_size=4", "sft.epochs=1", "sft.schedule_epochs=1",
        "sft.balance_coef=0.01"]
-RL = ["experiment=quickstart", "algo.phi=120", "run.steps=1", "run.dump_steps=[1]", "orchestrator.port=1",
+RL = ["experiment=quickstart", "algo.phi=120", "run.steps=1", "orchestrator.port=1",
       "rollout.engine.urls=[http://127.0.0.1:1]"]
 COMMON = ["parallel=single", "model.dtype=bfloat16", "batch.tokens_per_microbatch=128", "optimizer.warmup_steps=1",
           "observe.progress=false"]
