@@ -38,7 +38,7 @@ TARGETS = {
     "ep2_plain": (Case("tp2_ep2"), Case("pp2_ep2", distributed=False)),
     "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16")),
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),
-    "ep2_reference": (Case("tp2_ep2"),),
+    "ep2_torch": (Case("tp2_ep2"),),
     "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
 }
 PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS[source.name]]
