@@ -87,8 +87,6 @@ class Killer:
 
 
 def rank(killer: Killer) -> Callable[..., None]:
-    from megatron.core.optimizer import ChainedOptimizer
-
     from megatron_rl.model.checkpoint import Checkpoints
     from megatron_rl.train_step.step import TrainStep
     from megatron_rl.trainer import main
@@ -98,7 +96,7 @@ def rank(killer: Killer) -> Callable[..., None]:
     killer.watch(main.Trainer, "_train", "train", lambda given: given["step"])
     killer.watch(TrainStep, "count_routing", "logprobs")
     killer.watch(TrainStep, "backward", "forward_backward")
-    killer.watch(ChainedOptimizer, "step", "optimiser")
+    killer.watch(TrainStep, "apply", "optimiser")
     killer.watch(main.Trainer, "_publish", "publish", lambda given: given["version"] - 1)
     killer.watch(Checkpoints, "_write", "save")
     return main.run
