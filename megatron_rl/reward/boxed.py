@@ -12,8 +12,18 @@ _TOKEN = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)  # each branch begins 
 def last_boxed(text: str) -> str | None:
     """The content of the \\boxed{...} that opens last among those that close; None if there is none.
 
-    Braces nest, and escaped braces do not count. One pass, so a text full of open boxes costs no more.
+    Braces nest, and escaped braces do not count. A text full of open boxes costs two passes and no more.
     """
+    last = text.rfind("\\boxed")
+    if last < 0:
+        return None
+    escapes = last - len(text[:last].rstrip("\\"))  # an even number: this backslash begins a token
+    if escapes % 2 == 0 and (found := _last_boxed(text[last:])) is not None:
+        return found
+    return _last_boxed(text)
+
+
+def _last_boxed(text: str) -> str | None:
     open_at: list[int | None] = []  # start of the content for a box, None for a plain brace
     best: tuple[int, int] | None = None
     for match in _TOKEN.finditer(text):

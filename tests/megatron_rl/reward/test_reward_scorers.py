@@ -1,11 +1,13 @@
 """The scorers by themselves: what counts as an answer, what as right, and which statuses come out."""
 
+import random
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_rl.reward import boxed
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.reward.exact import ExactScorer
@@ -178,3 +180,12 @@ def test_the_quickstart_reward_example(monkeypatch):
     monkeypatch.syspath_prepend(Path("examples/quickstart").resolve())
     scores = [user_score("my_reward.score", text) for text in ("so\\boxed{5}", "2+2=4", "9", "hm")]
     assert [score.value for score in scores] == [1, 0.5, 0, 0] and scores[3].status == "no_answer"
+
+
+def test_the_last_box_alone_is_looked_at_only_where_that_is_the_same():
+    """Against one pass over the whole text, for texts of what can nest, escape and stay open."""
+    rng, parts = random.Random(0), ["\\boxed{", "\\boxed", "\\boxed {", "{", "}", "\\", "\\\\", "a", " "]
+    texts = ["".join(rng.choices(parts, k=rng.randrange(1, 12))) for _ in range(20_000)]
+    found = [last_boxed(text) for text in texts]
+    assert found == [boxed._last_boxed(text) for text in texts]
+    assert sum(each is not None for each in found) > 2000
