@@ -45,7 +45,7 @@ def record_and_replay(runner: Runner, folder: Path) -> dict:
 @contextmanager
 def fault(name: str):
     """skipped: one router does not ask for its record, once. stale: a layer that runs again in the backward pass keeps
-    the micro-batch of the latest forward, as one global target per layer would."""
+    what the latest forward left, as one global target per layer would."""
     choose, forward, multiple = LayerReplay.get_replay_topk, RoutedTransformerLayer.forward, cases.PACK_MULTIPLE
     skipped = []
 

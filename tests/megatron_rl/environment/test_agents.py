@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -141,17 +141,16 @@ def test_nothing_of_a_program_that_hangs_is_left_behind():
     raise AssertionError(f"still there: {left} {orphans}")
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_program_ends_with_the_orchestrator_that_is_killed():
-    orchestrator = multiprocessing.get_context("fork").Process(target=respond, args=(command("hangs"),))
-    orchestrator.start()
+    story = f"from {__name__} import command, respond\nrespond(command('hangs'))"
+    orchestrator = subprocess.Popen([sys.executable, "-W", "ignore", "-c", story])
     try:
         asleep = wait_for(lambda: [each for each in psutil.Process(orchestrator.pid).children(recursive=True)
                                    if "import time; time.sleep(600)" in each.cmdline()])[0]
         program = asleep.parent()
     finally:
         orchestrator.kill()
-        orchestrator.join()
+        orchestrator.wait()
     asleep.kill()  # what a program itself has started is its own business
     _, alive = psutil.wait_procs([program], timeout=10)
     assert not alive
