@@ -12,7 +12,6 @@ import inspect
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,8 +27,8 @@ from megatron_rl.environment.gateway.probe import checked
 from megatron_rl.environment.gateway.server import Gateway, Limits
 from megatron_rl.environment.gateway.session import Model, Session
 from megatron_rl.foreign import told
-from megatron_rl.rollout import die_with_parent
 from megatron_rl.rollout.background import in_thread
+from megatron_rl.rollout.die_with_parent import with_parent
 from megatron_rl.rollout.environment import EnvironmentFailed, load_function
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 from megatron_rl.rollout.responses import Episode, SamplingPlan, Ticket
@@ -40,8 +39,6 @@ TAIL_BYTES = 2000
 """How much of the end of a program's output its failure shows."""
 LEFT_BEHIND_S = 5.0
 """How long the output of a program that has ended is waited for: another that it started may hold it open."""
-WITH_PARENT = (sys.executable, "-I", "-S", die_with_parent.__file__)
-"""Becomes a program that the kernel ends when this process ends."""
 
 
 def check_agent(config: AgentConfig, tokenizer: Any) -> None:
@@ -59,6 +56,7 @@ def check_agent(config: AgentConfig, tokenizer: Any) -> None:
             await parser.close()
 
     asyncio.run(start())
+
 
 def load_agent(config: AgentConfig) -> Callable | None:
     """The function of kind=python. ValueError for a program or function that is not there."""
@@ -142,7 +140,7 @@ class AgentPrograms:
         """Runs the program with the task on its input. EnvironmentFailed if it fails or takes too long."""
         where = f"rollout.agent, prompt {session.ticket.prompt.id!r}"
         process = await asyncio.create_subprocess_exec(
-            *WITH_PARENT, str(os.getpid()), *self._config.command, env=self._environment(session),
+            *with_parent(self._config.command), env=self._environment(session),
             start_new_session=True, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT)
         tail = asyncio.create_task(_tail(process.stdout))

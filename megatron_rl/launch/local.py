@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,6 +31,7 @@ from megatron_rl.observe import RunProgress
 from megatron_rl.observe.files import write_json
 from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.preflight_gpu import check_engines, on_gpus_here
+from megatron_rl.rollout.die_with_parent import with_parent
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.ports import choose_port
@@ -100,7 +101,7 @@ def run_ranks(recipe: str, config: Config) -> None:
     launch_config = run_dir / "launch.json"
     write_json(launch_config, to_dict(config))
     log_path = run_dir / "trainer.log"
-    command = guarded([*ranks_command(config), "megatron_rl.train", recipe, str(launch_config)])
+    command = with_parent([*ranks_command(config), "megatron_rl.train", recipe, str(launch_config)])
     with after_start(), log_path.open("ab") as log, terminable(), scratch_environment() as temporary:
         begin = log.tell()
         ranks = subprocess.Popen(command, env=rank_environment() | loopback_only(config) | temporary,
@@ -149,11 +150,6 @@ def ranks_command(config: Config) -> list[str]:
         return [sys.executable, "-m", "megatron_rl.forked_ranks", str(ranks), str(port)]
     return [sys.executable, "-m", "megatron_rl.compat.loopback_store", "--nnodes=1", f"--nproc-per-node={ranks}",
             "--master-addr=127.0.0.1", f"--master-port={port}", "-m"]
-
-
-def guarded(command: Sequence[str]) -> list[str]:
-    """`command`, which the kernel ends when this process ends."""
-    return [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid()), *command]
 
 
 def follow(ranks: subprocess.Popen, recipe: str, config: Config, look: Callable[[], None] = lambda: None) -> None:

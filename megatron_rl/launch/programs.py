@@ -27,7 +27,6 @@ from megatron_rl.launch.local import (
     check_disk,
     check_still_there,
     follow,
-    guarded,
     how_to_go_on,
     how_to_resume,
     last_words,
@@ -41,6 +40,7 @@ from megatron_rl.launch.local import (
 from megatron_rl.loop import End, Ended
 from megatron_rl.observe.files import write_json
 from megatron_rl.orchestrator import stages, state
+from megatron_rl.rollout.die_with_parent import with_parent
 from megatron_rl.rollout.ports import choose_port
 
 EXIT_CODES = {End.FINISHED: 0, End.UNFILLABLE: 3, End.STOPPED: 75}
@@ -112,7 +112,7 @@ def _run_stage(config: Config, programs: Programs) -> tuple[Ended, bool]:
 def started(command: Sequence[str], log_path: Path, environment: Mapping[str, str]) -> subprocess.Popen:
     """`command` in a process group of its own, which the kernel ends when this process ends."""
     with log_path.open("ab") as log:
-        return subprocess.Popen(guarded(command), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        return subprocess.Popen(with_parent(command), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                 start_new_session=True)
 
 

@@ -1,4 +1,4 @@
-"""Runs a program that the kernel kills when its parent dies: `python -m ... PARENT_PID PROGRAM ARGS`.
+"""Runs a program that the kernel kills when its parent dies: `python die_with_parent.py PARENT_PID PROGRAM ARGS`.
 
 A `kill -9` of the trainer then leaves no engine behind: SGLang's children die with its main process
 (sglang.srt.utils.common.kill_itself_when_parent_died). Linux only. "Parent" is the thread that started this
@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
@@ -18,6 +19,11 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 def die_with_parent() -> None:
     """From now on the kernel kills this process when its parent ends. This survives exec, but not fork."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def with_parent(command: Sequence[str]) -> list[str]:
+    """`command`, which the kernel ends when this process ends. Python leaves nothing of itself in it."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
 def name_process(name: str) -> None:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Literal
 import psutil
 
 from megatron_rl.config.rollout import ENGINE_KEY, RolloutConfig
+from megatron_rl.rollout.die_with_parent import with_parent
 from megatron_rl.rollout.engine_command import check_gpus, engine_command
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.scratch import check_tmpdir, make_scratch, shared_memory
@@ -105,11 +105,10 @@ class EngineProcess:
         """Returns at once; the server needs some 10 s to answer."""
         assert self._process is None, "the engine has been started already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "megatron_rl.rollout.die_with_parent", str(os.getpid())]
         self._scratch = make_scratch()
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [*guard, *self.argv], env={**self.env, "TMPDIR": str(self._scratch)}, stdin=subprocess.DEVNULL,
+                with_parent(self.argv), env={**self.env, "TMPDIR": str(self._scratch)}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True)
 
     def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
