@@ -30,12 +30,16 @@ class RankReport:
     entropies: dict[int, float]
 
 
+def stacked(numbers: Sequence[torch.Tensor | float], device: torch.device | None) -> torch.Tensor:
+    """float64 [n] on the device, of 0-dim tensors or numbers, without a read by the host."""
+    return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+
+
 def read_together(*groups: Sequence[torch.Tensor | float]) -> list[list[float]]:
     """The numbers of all groups, each of 0-dim tensors or numbers. The host waits for the device once."""
     numbers = [number for group in groups for number in group]
     device = next((number.device for number in numbers if isinstance(number, torch.Tensor)), None)
-    found = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-    read = iter(found.tolist())
+    read = iter(stacked(numbers, device).tolist())
     return [list(islice(read, len(group))) for group in groups]
 
 

@@ -23,7 +23,7 @@ from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
 from megatron_rl.train_step.optimizer import apply_gradients
-from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports, read_together
+from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports, read_together, stacked
 from megatron_rl.types import PackedMicrobatch, StepResult
 
 TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
@@ -232,11 +232,10 @@ class TrainStep:
         """The step's sums and gauges over all ranks and pipeline stages; equal on every rank."""
         here, losses, counts = self.topology, self.policy.router_losses, self._counts
         keys, layers = sorted(self._sums), sorted(counts.experts)
-        none = torch.zeros((), device=here.device)
-        sums = torch.stack([torch.as_tensor(part, device=here.device).double() for key in keys
-                            for part in (self._sums[key].sum, self._sums[key].count)] or [none.double()])
+        sums = stacked([part for key in keys for part in (self._sums[key].sum, self._sums[key].count)] or [0.0],
+                       here.device)
         here.sum_over_data(sums)
-        router = torch.stack([losses.loss_sums.get(key, none).double() for key in ROUTER_SUMS])
+        router = stacked([losses.loss_sums.get(key, 0.0) for key in ROUTER_SUMS], here.device)
         torch.distributed.all_reduce(router, group=here.tp_dp_cp_group)
         loads = [counts.experts[layer].max() / counts.experts[layer].mean().clamp(min=1e-9) for layer in layers]
         entropies = [counts.entropies[layer] / counts.experts[layer].sum() for layer in layers]

@@ -136,7 +136,8 @@ PLANTS: dict[str, Plant] = {
         "masked = torch.where("),
     "the router's sums on the CPU": Plant(
         NCCL, "one", "sft", "megatron_rl/train_step/step.py", "TrainStep._metrics",
-        "for key in ROUTER_SUMS])", "for key in ROUTER_SUMS]).cpu()", "torch.distributed.all_reduce(router"),
+        "for key in ROUTER_SUMS], here.device)", "for key in ROUTER_SUMS], here.device).cpu()",
+        "torch.distributed.all_reduce(router"),
     "the number of tokens on the CPU": Plant(
         NCCL, "dp2", "sft", "megatron_rl/train_step/step.py", "TrainStep._step_tokens",
         "self.topology.sum_over_data(tokens)", "self.topology.sum_over_data(tokens.cpu())",

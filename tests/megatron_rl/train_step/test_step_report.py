@@ -6,8 +6,9 @@ import math
 from itertools import permutations
 
 import pytest
+import torch
 
-from megatron_rl.train_step.report import RankReport, merge_reports
+from megatron_rl.train_step.report import RankReport, merge_reports, read_together
 
 
 def rank(stage: int, *, sums=None, largest: float | None = None, layer: int = 1) -> RankReport:
@@ -41,3 +42,10 @@ def test_a_maximum_is_the_largest_of_all_ranks():
 def test_router_losses_that_nobody_computed_are_left_out():
     _, gauges = merge_reports([rank(0)], num_moe_layers=0)
     assert gauges.keys() == {"router/load_max_over_mean", "router/entropy", "router/load_max_over_mean/layer_1"}
+
+
+def test_numbers_and_tensors_are_read_together_and_exactly():
+    """A step of the paper has 10^8 tokens, and 2^24 + 1 is no float32."""
+    many = 2**24 + 1
+    groups = ([torch.tensor(many), many, 0.1], [], [torch.tensor(0.1, dtype=torch.float64)])
+    assert read_together(*groups) == [[many, many, 0.1], [], [0.1]]
