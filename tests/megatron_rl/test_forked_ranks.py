@@ -37,4 +37,5 @@ def test_torchrun_starts_the_ranks_of_a_machine_with_gpus(gpus, module, monkeypa
     """A process that has looked for a GPU cannot fork processes that use one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
     command = ranks_command(load(["parallel=ep2", "model.path=here"]))
-    assert command[1:3] == ["-m", module] and any("2" in part for part in command[3:])
+    assert command[1:3] == ["-m", module]
+    assert ("--nproc-per-node=2" in command) == gpus and (command[3] == "2") != gpus
