@@ -13,11 +13,11 @@ from megatron_rl.model.network import Network
 from megatron_rl.model.slots import count_parameters
 
 FLASH_HEAD_DIMS = (64, 96, 128, 192, 256)
-"""Of SGLang 0.5.23's attention kernels on CUDA (FlashAttention 3, FlashInfer)."""
+"""Head dimensions that SGLang 0.5.23's attention kernels take on CUDA (FlashAttention 3, FlashInfer)."""
 
 
 def check_gpus_of_run(config: Config, network: Network) -> None:
-    """All of this module, but for the driver, for an RL run whose ranks and engines start here."""
+    """Checks all but the driver, for an RL run whose ranks and engines start on this machine."""
     check_transformer_engine()
     check_engines(config, network)
     if on_gpus_here(config):

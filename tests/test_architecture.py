@@ -188,7 +188,8 @@ def test_files_stay_readable(path):
             assert node.end_lineno - node.lineno <= 80, f"{node.name} is {node.end_lineno - node.lineno} lines long"
 
 
-BEGINS_WITH_OF = re.compile(r"(?:^|[.;:|] |\n)\s*(Of [a-z][^.\n]*)")
+BEGINS_WITH_OF = re.compile(r"(?:^|[.;:|] |\n)\s*(Of [A-Za-z`][^.\n]*)")
+OTHER_CODE = sorted(path for folder in ("tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "*/README.md", "*/*/*/README.md", "examples/*/*.md")
                for path in ROOT.glob(pattern))
 
@@ -202,7 +203,7 @@ def prose(path: Path) -> list[str]:
     return [constant.value for constant in constants if isinstance(constant.value, str)]
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*SOURCES, *OTHER_CODE, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_sentence_begins_with_of(path):
     """A sentence names its subject first: "The ranks of stage 0", not "Of stage 0 the ranks"."""
     found = [sentence for text in prose(path) for sentence in BEGINS_WITH_OF.findall(text)]

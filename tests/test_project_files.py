@@ -44,7 +44,7 @@ def copied(file: str) -> set[str]:
 
 
 def section(name: str) -> list[str]:
-    """Of the Apptainer definition."""
+    """The lines of one section of the Apptainer definition."""
     text = lines(CONTAINERS[1])
     begin = text.index(f"%{name}") + 1
     end = next((place for place in range(begin, len(text)) if text[place].startswith("%")), len(text))

@@ -66,7 +66,10 @@ def resources(launcher: str, config: Config) -> list[str]:
 
 
 def minutes(time_limit: str) -> int:
-    """Of Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """The minutes of a time limit in one of Slurm's forms.
+
+    These are minutes, minutes:seconds, hours:minutes:seconds and days-hours[:minutes[:seconds]].
+    """
     days, dash, clock = time_limit.rpartition("-")
     try:
         parts = [int(part) for part in clock.split(":")]

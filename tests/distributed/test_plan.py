@@ -72,8 +72,11 @@ def test_optimiser_state_is_exact(model, measured, case):
 
 
 def mask_bytes(cp: int) -> float:
-    """Of one layer, the mean of the ranks: the CPU's attention writes out the mask of queries that are not the first
-    positions (model/attention.py), which flash attention on a GPU does not."""
+    """Bytes of one layer's masks, the mean of the ranks.
+
+    The CPU's attention writes out the mask of queries that are not the first positions (model/attention.py). Flash
+    attention on a GPU does not.
+    """
     sizes = [length // (2 * cp) for length in worker.sequence_lengths(cp)]
     return 4 / cp * sum(size * size * (chunk + 1) for size in sizes for chunk in range(1, 2 * cp)) if cp > 1 else 0.0
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_PER_EPOCH = 3
 LAYOUTS = ("single", "ep2", "tp2", "single_small", "dp2_small", "ep2_small", "pp2_small", "tp2_small")
-"""Of parallel=; `_small`: with micro-batches of which several make up a step."""
+"""Values of `parallel`. `_small` has small micro-batches, so that several make up a step."""
 SMALL_TOKENS = 64
 TOLERANCE = 2e-4  # of how far a weight moved in the epoch; measured: at most 5e-5
 

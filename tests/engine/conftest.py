@@ -44,7 +44,7 @@ ATTEMPTS = 10
 
 
 def client_of(url: str, **options) -> EngineClient:
-    """Of an engine of the tests, all of which have one key (tests/conftest.py)."""
+    """The client of one of the tests' engines, which all have one key (tests/conftest.py)."""
     return EngineClient(url, api_key=os.environ[ENGINE_KEY], **options)
 
 

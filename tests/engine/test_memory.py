@@ -41,7 +41,7 @@ def client(live_engine: LiveEngine) -> Recording:
 
 @pytest.fixture()
 def memory() -> EngineMemory:
-    """Of which one byte less is free at every look."""
+    """Memory that has one byte less at every look."""
     return EngineMemory(itertools.count(1000, -1).__next__)
 
 

@@ -56,7 +56,7 @@ class Finding:
 
 
 found: Counter[Finding] = Counter()
-"""Of this process, since a Watch was last entered. Threads that have no Watch add to it too."""
+"""What this process did wrong since it last entered a Watch, and how often. Threads without a Watch add to it too."""
 nccl_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 """Groups that would run over NCCL."""
 

@@ -164,7 +164,7 @@ def test_bfloat16_weight_gradient_accumulates_in_float32():
 
 
 def test_only_the_wanted_gradient_is_made():
-    """Of the log-probabilities and of the entropy, for either operand: that operand's gradient, and no other."""
+    """Both outputs give the gradient of the operand that asks for one, and no other."""
     hidden_TH, weight_VH, labels_T = problem(6, 4, 8)
     for output in (0, 1):
         reference = linear_logprob_reference(hidden_TH, weight_VH, labels_T)[output].sum()

@@ -39,7 +39,7 @@ def problem(tokens, hidden, vocab, deviation, dtype):
 
 
 def outputs_and_gradients(function, hidden_TH, weight_VH, labels_T, **options):
-    """Of a loss whose gradient at each token's outputs is of size 1, as the budget in nats assumes."""
+    """The loss has gradients of size 1 at each token's outputs, as the budget in nats assumes."""
     hidden_TH, weight_VH = hidden_TH.detach().requires_grad_(), weight_VH.detach().requires_grad_()
     logprobs_T, entropy_T = function(hidden_TH, weight_VH, labels_T, **options)
     mix_T = torch.linspace(-1.0, 1.0, labels_T.numel(), device=DEVICE, dtype=torch.float64)

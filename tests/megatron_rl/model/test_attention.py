@@ -21,7 +21,7 @@ WAYS = {"at_once": attention.attend_at_once, "by_run": attention.attend_by_run}
 
 
 def batches(cp_size: int) -> list:
-    """Of all context-parallel ranks, with alignment padding."""
+    """One micro-batch for each context-parallel rank, with alignment padding."""
     samples = [TrainSample(i, np.zeros(n + 1, np.int32), np.ones(n + 1, bool), np.zeros(n + 1, np.float32), 1.0, n)
                for i, n in enumerate(LENGTHS)]
     return [pack(samples, multiple_of=8, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]

@@ -166,7 +166,7 @@ def test_the_axis_is_the_readers_choice(chromium, tmp_path):
     seen = visit.value
 
     def places(axis: str) -> list[float]:
-        """Of the points, between the first and the last one."""
+        """Where each point lies between the first (0) and the last one (1)."""
         along = [x for x, _ in seen[axis]["points"]]
         return [(x - along[0]) / (along[-1] - along[0]) for x in along]
 

@@ -57,7 +57,7 @@ def engine(answer) -> Iterator[str]:
 
 
 def own_address() -> str:
-    """Of this machine, other than loopback."""
+    """An address of this machine other than loopback."""
     found = [each.address for name in psutil.net_if_addrs().values() for each in name
              if each.family is socket.AF_INET and not each.address.startswith("127.")]
     if not found:
