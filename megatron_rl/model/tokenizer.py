@@ -62,16 +62,21 @@ class QuickText:
         self._lengths = np.array([len(each) for each in table or ()], dtype=np.int64)
         self._begins = np.cumsum(self._lengths) - self._lengths
         self._bytes = np.frombuffer(b"".join(table or ()), dtype=np.uint8)
+        self._counted = np.arange(0)
+        """0, 1, 2, ... as far as the longest text so far has bytes."""
 
     def decode(self, token_ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool) -> str:
         ids = np.asarray(token_ids, dtype=np.int64)
         if not self._is_quick or not skip_special_tokens or (len(ids) and ids.max() >= self._size):
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        lengths = self._lengths[ids]
+        lengths = self._lengths.take(ids)
         ends = np.cumsum(lengths)
         # byte i of the text is byte (its token's begin in the table - its token's begin in the text + i) of the table
-        places = np.repeat(self._begins[ids] - ends + lengths, lengths) + np.arange(lengths.sum())
-        return self._bytes[places].tobytes().decode(errors="replace")
+        places = (self._begins.take(ids) - ends + lengths).repeat(lengths)
+        if len(places) > len(self._counted):
+            self._counted = np.arange(2 * len(places))
+        places += self._counted[:len(places)]
+        return self._bytes.take(places).tobytes().decode(errors="replace")
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -80,9 +80,9 @@ def read_result(body: bytes, *, prompt_tokens: int = 0, routed_layers: RoutedLay
     the answer is not whole: no JSON, lost, unequal or non-finite tokens, or other experts than can be.
     """
     # [log-probability, token id, null] becomes an array of numbers, which can be copied out as it is. A text that the
-    # engine quotes loses these characters too; none of it is read here.
+    # engine quotes changes too; none of it is read here.
     with well_formed(body):
-        answer = simdjson.Parser().parse(body.replace(b",null]", b"     ]"))
+        answer = simdjson.Parser().parse(body.replace(b"null]", b"0   ]"))
         return _read(answer, prompt_tokens, routed_layers)
 
 
@@ -128,7 +128,7 @@ def _read(answer: simdjson.Object, prompt_tokens: int, routed_layers: RoutedLaye
 def _pairs(entries: simdjson.Array) -> np.ndarray:
     """(log-probability, token id) of each entry, float64 [R, 2]."""
     try:
-        return _numbers(entries, "d", np.float64).reshape(-1, 2)
+        return _numbers(entries, "d", np.float64).reshape(-1, 3)[:, :2]
     except TypeError:  # a third part that is still there: white space before its null, or a token's text
         return np.array([[entry[0], entry[1]] for entry in _plain(entries)], dtype=np.float64)
 
