@@ -65,7 +65,8 @@ class Orchestrator:
         self._responder, self.port = responder, TrainerPort(config.orchestrator, config.parallel.world_size)
         self._rollouts = Rollouts(config, read_config(config.model.path),
                                   build_collector(config, responder, self.prompts),
-                                  PublishedWeights(config, self.port, self._serving.fleet), self.port, folder)
+                                  PublishedWeights(config, self.port, self._serving.fleet), self.port, folder,
+                                  agent_metrics=self._serving.agent_metrics)
         self.lateness: list[float] = []
 
     async def open(self) -> None:

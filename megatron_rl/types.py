@@ -61,6 +61,8 @@ class Rollout:
 
     token_ids int32 [L]; trainable bool [L], True at sampled tokens; rollout_logprobs fp32 [L], the
     engine's log-probability of each sampled token, 0 elsewhere; routed_experts uint8 [L-1, M, topk] | None.
+    others: further sequences of the same response, an agent's other conversations. They share its reward. No sampled
+    token is trainable in two of them.
     """
 
     token_ids: np.ndarray
@@ -69,15 +71,21 @@ class Rollout:
     finish: Finish
     weight_versions: tuple[VersionSpan, ...]
     routed_experts: np.ndarray | None = None
+    others: tuple[Rollout, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Rollout, ...]:
+        """This one, then the others."""
+        return (self, *self.others)
 
     @property
     def response_tokens(self) -> int:
-        """Sampled tokens, which may carry loss."""
-        return int(self.trainable.sum())
+        """Sampled tokens of all sequences, which may carry loss."""
+        return sum(int(sequence.trainable.sum()) for sequence in self.sequences)
 
     @property
     def tokens_after_prompt(self) -> int:
-        """Sampled tokens and those that an environment gave: what rollout.max_response_tokens limits."""
+        """Sampled tokens of this sequence and those that were given: what rollout.max_response_tokens limits."""
         first_sampled = int(self.trainable.argmax()) if self.trainable.any() else len(self.token_ids)
         return len(self.token_ids) - first_sampled
 
@@ -130,9 +138,9 @@ class RolloutGroup:
 class TrainSample:
     """One sequence as the trainer sees it after the budget cut. Arrays as in Rollout, [L].
 
-    loss_mask marks the kept response tokens; num_response_tokens is |y_i| before the cut (GRPO, Eq. 1);
-    advantage is the response's group-relative advantage; index is its place in the step's N responses;
-    routed_experts uint8 [L-1, M, topk] | None.
+    loss_mask marks the kept response tokens; num_response_tokens is |y_i| before the cut (GRPO, Eq. 1), over all
+    sequences of the response; advantage is the response's group-relative advantage; index is the response's place in
+    the step's N responses; routed_experts uint8 [L-1, M, topk] | None.
     """
 
     index: int

@@ -7,7 +7,7 @@ after the last kept one would change nothing that carries loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from c3po import BudgetSelection, group_advantages, select_within_budget, selection_order
 from megatron_rl.batch.fill import BudgetFill
 from megatron_rl.config.schema import AlgoConfig
-from megatron_rl.types import RolloutGroup, TrainSample
+from megatron_rl.types import Rollout, RolloutGroup, TrainSample
 
 
 class UnfillableStep(ValueError):
@@ -67,8 +67,8 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
         share = order_N[update::algo.updates_per_rollout]
         selection = _select(usable_N[share], algo, fill.phi)
         kept = selection.kept_tokens_N.tolist()
-        samples = tuple(_sample(int(index), rollouts[index], count, float(advantages_N[index]))
-                        for index, count in zip(share.tolist(), kept, strict=True) if count)
+        samples = tuple(sample for index, count in zip(share.tolist(), kept, strict=True)
+                        for sample in _samples(index, rollouts[index], count, float(advantages_N[index])))
         batches.append(StepBatch(samples, selection, int(drawn_N[share].sum()), int(usable_N[share].sum())))
         if algo.has_budget and algo.underfull == "error" and not batches[-1].is_full:
             raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for algo.phi={fill.phi}; "
@@ -83,12 +83,17 @@ def _select(lengths_N: torch.Tensor, algo: AlgoConfig, phi: int) -> BudgetSelect
     return select_within_budget(lengths_N, torch.arange(len(lengths_N)), phi=phi, cutoff=algo.cutoff)
 
 
-def _sample(index: int, rollout, kept_tokens: int, advantage: float) -> TrainSample:
-    """The rollout up to its last kept response token."""
-    trainable = np.flatnonzero(rollout.trainable)
-    end = int(trainable[kept_tokens - 1]) + 1
-    return TrainSample(
-        index=index, token_ids=rollout.token_ids[:end], loss_mask=rollout.trainable[:end],
-        rollout_logprobs=rollout.rollout_logprobs[:end], advantage=advantage,
-        num_response_tokens=len(trainable),
-        routed_experts=None if rollout.routed_experts is None else rollout.routed_experts[:end - 1])
+def _samples(index: int, rollout: Rollout, kept_tokens: int, advantage: float) -> Iterator[TrainSample]:
+    """The rollout's sequences in their order, up to the last kept response token of all."""
+    for sequence in rollout.sequences:
+        trainable = np.flatnonzero(sequence.trainable)
+        kept = min(kept_tokens, len(trainable))
+        if not kept:
+            return
+        kept_tokens -= kept
+        end = int(trainable[kept - 1]) + 1
+        yield TrainSample(
+            index=index, token_ids=sequence.token_ids[:end], loss_mask=sequence.trainable[:end],
+            rollout_logprobs=sequence.rollout_logprobs[:end], advantage=advantage,
+            num_response_tokens=rollout.response_tokens,
+            routed_experts=None if sequence.routed_experts is None else sequence.routed_experts[:end - 1])

@@ -15,6 +15,8 @@ class AgentConfig:
     - kind: `command` starts the program `command`. `python` calls the async function at the dotted path `function`.
       null: no agent.
     - concurrency: how many run at a time. timeout_s: of each.
+    - sequences: what one session trains. `concat`: the path to the turn that was answered last. `individual`: all turns,
+      each once; every further conversation or branch is a sequence of its own with the same advantage.
     - history: `append` needs a chat template under which a longer conversation begins with the text of a shorter one.
       `keep_thinking` takes templates that cut the thinking out of earlier answers, and keeps it.
     - tool_call_parser, reasoning_parser: SGLang's names of its parsers of calls and thinking. null: an answer is handed
@@ -28,6 +30,7 @@ class AgentConfig:
     function: str | None = None
     concurrency: int = 32
     timeout_s: float = 600.0
+    sequences: Literal["concat", "individual"] = "concat"
     history: Literal["append", "keep_thinking"] = "append"
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
@@ -42,6 +45,8 @@ class AgentConfig:
             require(given or self.kind != kind, f"rollout.agent.kind={kind} needs rollout.agent.{key}")
             require(not given or self.kind == kind,
                     f"rollout.agent.{key} is read with rollout.agent.kind={kind}, and that is {self.kind}")
+        require(self.sequences == "concat" or self.kind is not None,
+                f"rollout.agent.sequences={self.sequences} is read with a rollout.agent.kind, and that is None")
         for key in ("concurrency", "max_messages", "max_body_bytes"):
             require(getattr(self, key) >= 1, f"rollout.agent.{key}={getattr(self, key)} must be at least 1")
         require(self.timeout_s > 0, f"rollout.agent.timeout_s={self.timeout_s} must be positive")

@@ -1,7 +1,7 @@
 """Agents: programs and functions of the user's that hold a conversation with the model, one for each response.
 
 Each gets a session of the gateway, which is an API key. When it ends, the path to the turn that was answered last is
-the response. An agent that fails, hangs or asks nothing is a failed response of its own; the run goes on.
+the response, or with rollout.agent.sequences=individual all turns are. An agent that fails, hangs or asks nothing is a failed response of its own; the run goes on.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class AgentPrograms:
                 failure = error
             finally:
                 await self.gateway.end(session)
-        self._ended.append(session)
+        if ticket.tag == "train":
+            self._ended.append(session)
         return self._episode(session, failure)
 
     def _episode(self, session: Session, failure: FleetError | EnvironmentFailed | None) -> Episode:
@@ -134,7 +135,9 @@ class AgentPrograms:
         root, transcript = last.transcript(Finish.LENGTH if session.cut else None)
         answer = self._model.rendering.decode(last.result.output_ids.tolist(), with_special=False)
         verdict = None if session.reward is None else self._verdict(session.reward)
-        return Episode(replace(prompt, token_ids=root), transcript, answer, verdict, failure)
+        others = session.tree.others() if self._config.sequences == "individual" else []
+        return Episode(replace(prompt, token_ids=root), transcript, answer, verdict, failure, tuple(
+            sequence.rollout(replace(prompt, token_ids=begin)) for begin, sequence in others))
 
     async def _command(self, session: Session) -> None:
         """Runs the program with the task on its input. EnvironmentFailed if it fails or takes too long."""
@@ -191,13 +194,16 @@ class AgentPrograms:
             except RequestError as refused:
                 raise EnvironmentFailed(f"{where}: it returned {call.result()!r}: {refused}, or None") from refused
 
-    def take_metrics(self) -> dict[str, float]:
-        """Over the sessions that ended since the last call (docs/metrics.md)."""
-        ended, self._ended = self._ended, []
+    def take_metrics(self, step: int) -> dict[str, float]:
+        """Over the sessions of training up to this step that were not told of yet (docs/metrics.md)."""
+        ended = [session for session in self._ended if session.ticket.step <= step]
+        self._ended = [session for session in self._ended if session.ticket.step > step]
         if not ended:
             return {}
         turns = sum(len(session.tree.turns) for session in ended)
-        trained = sum(len(session.tree.turns[-1].path()) for session in ended if session.tree.turns)
+        individual = self._config.sequences == "individual"
+        trained = turns if individual else sum(len(session.tree.turns[-1].path()) for session in ended
+                                               if session.tree.turns)
         return {"agent/sessions": len(ended), "agent/turns_mean": turns / len(ended),
                 "agent/turns_off_path": turns - trained,
                 "agent/misses": sum(session.tree.misses for session in ended),

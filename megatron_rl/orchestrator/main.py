@@ -82,7 +82,8 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     elif checkpoint is not None and stage.keeps_order:
         collector.load_state_dict(load(files.read_whole(checkpoint, files.ORCHESTRATOR_STATE))["collector"])
     weights = PublishedWeights(config, port, serving.fleet)
-    rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered)
+    rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered,
+                        agent_metrics=serving.agent_metrics)
     if offered is None:
         rollouts.keep_state(first_step)
     ranks, phases = Ranks(port, stage, weights), PhaseFile(log.directory)

@@ -40,8 +40,7 @@ class RunRecord:
             self._rewards = [row["reward/mean"] for row in rows if row["step"] > stage.first_step]
 
     def step(self, step: int, offered: OfferedStep, results: Sequence[StepResult], timers: Timers) -> None:
-        metrics = {**offered.metrics, **update_metrics(results), **self._weights.metrics, **self._fleet_metrics(),
-                   **self._serving.agent_metrics()}
+        metrics = {**offered.metrics, **update_metrics(results), **self._weights.metrics, **self._fleet_metrics()}
         seconds = timers.pop() | {"time/generate": offered.generate_s}
         metrics |= {**seconds, "tokens_per_s/rollout": metrics["rollout/generated_tokens"] / offered.generate_s,
                     "tokens_per_s/train": metrics["budget/selected_tokens"]
@@ -94,7 +93,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version
         fill.rewards(group.rollouts, group.scores).tolist(), group.scores, strict=True) if not score.failed]
     lengths = [rollout.response_tokens for rollout in rollouts]
     statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
-    ages = [(version - span.version, span.end - span.start) for rollout in rollouts for span in rollout.weight_versions]
+    ages = [(version - span.version, span.end - span.start)
+            for rollout in rollouts for sequence in rollout.sequences for span in sequence.weight_versions]
     return {
         "reward/mean": float(np.mean(rewards)),
         "reward/unshaped_mean": float(np.mean([score.value for score in scores if not score.failed])),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -30,10 +30,11 @@ class Rollouts:
     """loop.Rollouts. offered: the step that an orchestrator handed over before it died; it is handed over again."""
 
     def __init__(self, config: Config, network: Network, collector: Collector, weights: PublishedWeights,
-                 port: TrainerPort, folder: Path, offered: OfferedStep | None = None):
+                 port: TrainerPort, folder: Path, offered: OfferedStep | None = None, *,
+                 agent_metrics: Callable[[int], Mapping[str, float]]):
         self._config, self._sizes, self._collector = config, asdict(network), collector
         self._weights, self._port, self._folder, self._again = weights, port, folder, offered
-        self._own = OwnMetrics(config.observe.metrics)
+        self._own, self._agent_metrics = OwnMetrics(config.observe.metrics), agent_metrics
         if offered is not None:
             self._hand_over(offered)
 
@@ -52,19 +53,20 @@ class Rollouts:
 
         groups, batches, ledger, rounds = await collect_budget(self._config, collect, step)
         with timers("assemble"):
-            offered = await asyncio.to_thread(self._offered, step, groups, batches, timers, ledger, rounds)
+            offered = await asyncio.to_thread(self._offered, step, groups, batches, timers, ledger, rounds,
+                                              self._agent_metrics(step))
             await asyncio.to_thread(offered.write, self._folder)
         self._hand_over(offered)
         return offered
 
     def _offered(self, step: int, groups: list[RolloutGroup], batches: list[StepBatch], timers: Timers,
-                 ledger: Ledger, rounds: int) -> OfferedStep:
+                 ledger: Ledger, rounds: int, agents: Mapping[str, float]) -> OfferedStep:
         shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
         fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
-                   **budget_metrics(groups, batches)}
+                   **budget_metrics(groups, batches), **agents}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
         return OfferedStep(step, shards, metrics, samples, train_flops(self._sizes, lengths),
                            timers.seconds("generate"), self._collector.state_dict())

@@ -72,9 +72,9 @@ class Serving:
                          eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers, agents=self._agents,
                          vocabulary=read_config(config.model.path).vocab_size)
 
-    def agent_metrics(self) -> dict[str, float]:
-        """What agents did since the last call."""
-        return {} if self._agents is None else self._agents.take_metrics()
+    def agent_metrics(self, step: int) -> dict[str, float]:
+        """What the agents of this step did; to be asked once."""
+        return {} if self._agents is None else self._agents.take_metrics(step)
 
 
 def secret_variables(config: Config) -> frozenset[str]:

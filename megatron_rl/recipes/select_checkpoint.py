@@ -122,7 +122,8 @@ def sample(config: Config, rewards: RewardPool) -> list[RolloutGroup]:
 
 def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candidate:
     """What `groups`, sampled by the checkpoint in `path`, say of it."""
-    surprises = [np.concatenate([-rollout.rollout_logprobs[rollout.trainable] for rollout in group.rollouts])
+    surprises = [np.concatenate([-sequence.rollout_logprobs[sequence.trainable]
+                                 for rollout in group.rollouts for sequence in rollout.sequences])
                  for group in groups]
     entropy, low, high = bootstrap_interval(surprises, config.eval.bootstrap_resamples, config.eval.seed)
     rollouts = [rollout for group in groups for rollout in group.rollouts]

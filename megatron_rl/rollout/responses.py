@@ -103,8 +103,11 @@ class Judged:
 class Episode:
     """What an agent's conversation with the model came to.
 
-    prompt: with the token ids of the conversation's first request. transcript: what followed; with a failure as far as
-    it came. answer: the model's last turn as text. verdict: of the agent's own reward, or None: the answer is judged.
+    - prompt: with the token ids of the conversation's first request.
+    - transcript: what followed; with a failure as far as it came.
+    - answer: the model's last turn as text.
+    - verdict: of the agent's own reward, or None: the answer is judged.
+    - others: further sequences that are trained on (rollout.agent.sequences=individual).
     """
 
     prompt: Prompt
@@ -112,6 +115,7 @@ class Episode:
     answer: str
     verdict: Score | None
     failure: FleetError | EnvironmentFailed | None
+    others: tuple[Rollout, ...] = ()
 
 
 class Agents(Protocol):
@@ -196,7 +200,7 @@ class Responder:
             return self.failed(episode.prompt, episode.transcript, episode.failure)
         text = self._tokenizer.decode(episode.transcript.token_ids, skip_special_tokens=True)
         score = episode.verdict or await self._scorer.score(prompt, episode.answer)
-        return Judged(episode.transcript.rollout(episode.prompt), text, score)
+        return Judged(replace(episode.transcript.rollout(episode.prompt), others=episode.others), text, score)
 
     def failed(self, prompt: Prompt, so_far: Transcript, failure: FleetError | EnvironmentFailed) -> Judged:
         """A response that ends here, without a verdict. Its detail says why."""

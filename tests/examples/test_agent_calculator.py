@@ -54,7 +54,7 @@ def test_the_agent_solves_a_problem_that_needs_two_calls():
             assert said.count("<tool_call>") == 2 and said.endswith("It is \\boxed{84}.<|im_end|>")
             given = it.text(judged.rollout.token_ids[~judged.rollout.trainable])
             assert "<tool_response>\n42\n</tool_response>" in given and "<tool_response>\n84\n</tool_response>" in given
-            assert programs.take_metrics()["agent/turns_mean"] == 3
+            assert programs.take_metrics(0)["agent/turns_mean"] == 3
 
     run(story())
 

@@ -7,7 +7,7 @@ A retry is a sibling. A history that begins anew, or that we did not sample, is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -62,14 +62,20 @@ class Turn:
     def token_ids(self) -> list[int]:
         return [token for turn in self.path() for token in (*turn.given, *turn.result.output_ids.tolist())]
 
-    def transcript(self, finish: Finish | None = None) -> tuple[tuple[int, ...], Transcript]:
-        """(the root's prompt, everything after it), as the responses without an agent have them."""
-        first, *later = path = self.path()
-        transcript = Transcript().extended(first.result, finish=None)
-        for turn in later:
-            transcript = transcript.given(turn.given).extended(turn.result, finish=None)
+    def transcript(self, finish: Finish | None = None,
+                   known: Container[Turn] = ()) -> tuple[tuple[int, ...], Transcript]:
+        """(the root's prompt, everything after it), as the responses without an agent have them.
+
+        known: turns that are trained in another sequence; here they are context.
+        """
+        path = self.path()
+        transcript = Transcript()
+        for place, turn in enumerate(path):
+            transcript = transcript.given(turn.given) if place else transcript
+            transcript = (transcript.given(turn.result.output_ids.tolist()) if turn in known
+                          else transcript.extended(turn.result, finish=None))
         experts = None if self.experts is None else np.concatenate([turn.experts for turn in path])
-        return first.given, replace(transcript, finish=finish or self.result.finish, routed_experts=experts)
+        return path[0].given, replace(transcript, finish=finish or self.result.finish, routed_experts=experts)
 
 
 @dataclass
@@ -86,6 +92,20 @@ class Tree:
     def add(self, turn: Turn) -> None:
         self.turns.append(turn)
         self._by_history.setdefault(turn.history, []).append(turn)
+
+    def others(self) -> list[tuple[tuple[int, ...], Transcript]]:
+        """Prompt and rest of what the path to the last turn leaves out: a sequence for each other end of a path.
+
+        A turn that several paths share is trained in the first of them.
+        """
+        known = set(self.turns[-1].path())
+        inner = {turn.parent for turn in self.turns}
+        sequences = []
+        for end in self.turns[:-1]:
+            if end not in inner:
+                sequences.append(end.transcript(known=frozenset(known)))
+                known.update(end.path())
+        return sequences
 
     def deepest(self, digests: Sequence[bytes], messages: Sequence[Message]) -> tuple[Turn | None, int]:
         """(the last turn of the longest history that is ours, how many messages that is).

@@ -274,3 +274,31 @@ def test_dynamic_sampling_leaves_out_groups_that_are_not_mixed_before_the_cut(se
     assert batch.num_responses == 12, "responses of equal groups are not drawn from"
     assert {sample.index // 4 for sample in batch.samples} == {1, 2, 4}
     assert all(sample.advantage != 0 for sample in batch.samples)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_response_of_several_sequences_is_one_response_of_the_budget(seed):
+    """Every second response has two sequences more. Phi counts the tokens of all, the cut goes through them in order,
+    and advantage, |y_i| and the number of responses are those of the whole response."""
+    groups = [replace(each, rollouts=tuple(
+        replace(first, others=(rollout(3, 2, first=1000), rollout(2, 4, first=2000))) if sample % 2 else first
+        for sample, first in enumerate(each.rollouts))) for each in random_groups(seed)]
+    total, responses = available(groups), flat(groups)
+    assert total == available(random_groups(seed)) + 12 * 6
+    for phi in (1, total // 2, total // 2 + 3, total):
+        [batch] = run(groups, AlgoConfig(phi=phi), seed=seed)
+        assert sum(int(sample.loss_mask.sum()) for sample in batch.samples) == batch.selection.selected_tokens == phi
+        assert batch.num_responses == len(responses) and batch.available_tokens == total
+        of: dict[int, list] = {}
+        for sample in batch.samples:
+            of.setdefault(sample.index, []).append(sample)
+            assert sample.num_response_tokens == responses[sample.index].response_tokens
+        for index, samples in of.items():
+            whole = responses[index].sequences[:len(samples)]
+            assert len({sample.advantage for sample in samples}) == 1
+            for sample, sequence in zip(samples, whole, strict=True):
+                end = len(sample.token_ids)
+                assert sample.token_ids.tolist() == sequence.token_ids[:end].tolist()
+                assert sample.routed_experts.tolist() == sequence.routed_experts[:end - 1].tolist()
+                assert sample is samples[-1] or end == len(sequence.token_ids), "only the last is cut"
+    assert sorted(map(len, of.values())) == [1] * 12 + [3] * 12, "with all of Phi, all sequences train"

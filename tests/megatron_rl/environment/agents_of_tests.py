@@ -83,6 +83,16 @@ async def python_talks(client, task) -> None:
     await client.chat.completions.create(model="policy", messages=messages)
 
 
+async def python_branches(client, task) -> None:
+    """Two answers to one question, and a conversation of its own in between, all with the last answer's reward."""
+    messages = [{"role": "user", "content": task["text"]}]
+    first = await client.chat.completions.create(model="policy", messages=messages)
+    await client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "Helper?"}])
+    for doubt in ("Sure?", "Really?"):
+        more = [*messages, first.choices[0].message, {"role": "user", "content": doubt}]
+        await client.chat.completions.create(model="policy", messages=more)
+
+
 async def python_rewards(client, task) -> float:
     await python_talks(client, task)
     return 1.0 if task["answer"] == "42" else 0.0

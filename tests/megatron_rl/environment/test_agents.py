@@ -99,9 +99,26 @@ def test_a_conversation_becomes_one_response_whose_answers_are_trained_on(agent)
     assert (rollout.rollout_logprobs < 0).tolist() == rollout.trainable.tolist()
     assert rollout.finish is Finish.STOP and judged.score.status == "correct"
     assert agents.judge.asked == ["answer 2"], "the answer is judged, without what came before"
-    assert agents.programs.take_metrics() == {"agent/sessions": 1, "agent/turns_mean": 2.0, "agent/turns_off_path": 0,
+    assert agents.programs.take_metrics(0) == {"agent/sessions": 1, "agent/turns_mean": 2.0, "agent/turns_off_path": 0,
                                               "agent/misses": 0, "agent/unparsed_turns": 0}
-    assert agents.programs.take_metrics() == {}
+    assert agents.programs.take_metrics(0) == {}
+
+
+@pytest.mark.parametrize("sequences", ["concat", "individual"])
+def test_individual_trains_every_turn_once_and_concat_the_last_path(sequences):
+    """Four answers of 9 tokens: two to the first question's conversation on the last path, one before it, one apart."""
+    judged, it, agents = respond(python("python_branches", sequences=sequences))
+    trained = [it.text(each.token_ids[each.trainable]) for each in judged.rollout.sequences]
+    last = "answer 1<|im_end|>answer 2<|im_end|>"
+    assert trained == ([last] if sequences == "concat" else [last, "answer 1<|im_end|>", "answer 2<|im_end|>"])
+    assert judged.rollout.response_tokens == 9 * (2 if sequences == "concat" else 4)
+    read = [each["input_ids"] for each in it.engine.asked]
+    assert len(read) == 4
+    for each in judged.rollout.sequences:
+        assert any(each.token_ids.tolist()[:-9] == asked for asked in read), "a sequence is what the engine read"
+        assert (each.rollout_logprobs < 0).tolist() == each.trainable.tolist()
+    assert agents.judge.asked == ["answer 2"], "there is one verdict"
+    assert agents.programs.take_metrics(0)["agent/turns_off_path"] == (2 if sequences == "concat" else 0)
 
 
 @pytest.mark.parametrize(("agent", "score"), [
@@ -274,6 +291,7 @@ def test_a_template_that_does_not_fit_is_named_before_the_start():
     ({"kind": "command"}, "rollout.agent.kind=command needs rollout.agent.command"),
     ({"kind": "python", "command": ("a",), "function": "a.b"}, "rollout.agent.command is read with"),
     ({"function": "a.b"}, "rollout.agent.function is read with rollout.agent.kind=python, and that is None"),
+    ({"sequences": "individual"}, "rollout.agent.sequences=individual is read with a rollout.agent.kind"),
     ({"concurrency": 0}, "rollout.agent.concurrency=0 must be at least 1"),
     ({"timeout_s": 0}, "rollout.agent.timeout_s=0 must be positive"),
     ({"port": 70000}, "rollout.agent.port=70000"),
@@ -296,14 +314,15 @@ def test_a_runs_responders_speak_through_one_gateway_that_closes_with_its_engine
             rollout = replace(it.config, agent=python("python_talks"), engine=EngineConfig(urls=(it.engine.url,)))
             config = Config(rollout=rollout, model=ModelConfig(path=str(write_tiny_bailing(tmp_path / "model"))))
             async with Serving(config) as serving:
-                assert serving.agent_metrics() == {}
+                assert serving.agent_metrics(0) == {}
                 training, evaluation = (serving.responder(config, it.tokenizer, Judge()) for _ in range(2))
-                groups = await training.groups([PROMPT], step=0)
+                groups = await training.groups([PROMPT], step=4)
                 plan = replace(evaluation.plan, samples_per_prompt=1, temperature=0.5)
                 groups += await evaluation.groups([PROMPT], step=0, tag="eval", plan=plan)
                 assert [len(group.rollouts) for group in groups] == [2, 1]
                 assert it.engine.asked[-1]["sampling_params"]["temperature"] == 0.5
-                assert serving.agent_metrics()["agent/sessions"] == 3
+                assert serving.agent_metrics(3) == {}, "what was sampled ahead is told with its own step"
+                assert serving.agent_metrics(4)["agent/sessions"] == 2, "evaluation trains nothing"
                 url = serving._agents.gateway.url
             with pytest.raises(aiohttp.ClientConnectorError):
                 async with aiohttp.ClientSession() as http:

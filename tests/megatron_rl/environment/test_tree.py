@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_rl.environment.gateway.tree import Turn
+from megatron_rl.environment.gateway.tree import Tree, Turn
 from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.types import Finish, VersionSpan
 
@@ -41,3 +41,33 @@ def test_siblings_share_what_lies_above_them():
     one, two = (Turn.after(root, (2,), result(first, 1, 0, None), answer={}, history=b"", end="") for first in (20, 30))
     assert one.token_ids() == [1, 10, 2, 20] and two.token_ids() == [1, 10, 2, 30]
     assert one.path()[0] is two.path()[0] is root and one.transcript()[1].routed_experts is None
+
+
+def test_every_turn_is_trained_once_over_all_sequences_of_a_tree():
+    """A root with two branches, the first of which goes on, and another conversation; the second branch came last.
+
+    The last path: root and branch two. Then branch one, in which the root is context; then the other conversation.
+    """
+    def turn(parent, first: int, version: int) -> Turn:
+        known = 0 if parent is None else parent.tokens
+        tree.add(Turn.after(parent, (first,), result(first + 1, 2, version, rows(known + 2, version)), answer={},
+                            history=bytes([first]), end=""))
+        return tree.turns[-1]
+
+    tree = Tree()
+    root = turn(None, 10, 1)
+    one = turn(root, 20, 2)
+    turn(one, 30, 3)
+    turn(None, 40, 4)
+    last = turn(root, 50, 5)
+    first, second = tree.others()
+    trained = [last.transcript(), first, second]
+    assert [prompt for prompt, _ in trained] == [(10,), (10,), (40,)]
+    assert [each.token_ids.tolist() for _, each in trained] == [
+        [11, 12, 50, 51, 52], [11, 12, 20, 21, 22, 30, 31, 32], [41, 42]]
+    assert [each.token_ids[each.sampled].tolist() for _, each in trained] == [
+        [11, 12, 51, 52], [21, 22, 31, 32], [41, 42]]
+    assert first[1].logprobs.tolist() == [0, 0, 0, -21, -22, 0, -31, -32]
+    assert first[1].weight_versions == (VersionSpan(2, 3, 5), VersionSpan(3, 6, 8)), "the root counts once"
+    assert first[1].routed_experts[:, 0, 0].tolist() == [1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(first[1].routed_experts) == 1 + len(first[1].token_ids) - 1
