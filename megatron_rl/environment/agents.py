@@ -1,7 +1,8 @@
 """Agents: programs and functions of the user's that hold a conversation with the model, one for each response.
 
 Each gets a session of the gateway, which is an API key. When it ends, the path to the turn that was answered last is
-the response, or with rollout.agent.sequences=individual all turns are. An agent that fails, hangs or asks nothing is a failed response of its own; the run goes on.
+the response, or with rollout.agent.sequences=individual all turns are. An agent that fails, hangs or asks nothing is a
+failed response of its own; the run goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from megatron_rl.types import Finish, Score
 
 TAIL_BYTES = 2000
 """How much of the end of a program's output its failure shows."""
+FETCH_WAIT_S = 20.0
+"""How long an environment server that fetches a session is kept waiting for one."""
 LEFT_BEHIND_S = 5.0
 """How long the output of a program that has ended is waited for: another that it started may hold it open."""
 
@@ -59,7 +62,12 @@ def check_agent(config: AgentConfig, tokenizer: Any) -> None:
 
 
 def load_agent(config: AgentConfig) -> Callable | None:
-    """The function of kind=python. ValueError for a program or function that is not there."""
+    """The function of kind=python. ValueError for a program, function or key that is not there."""
+    if config.kind == "http":
+        require(bool(os.environ.get(config.key_env)),
+                f"rollout.agent.key_env={config.key_env}: that environment variable is not set; environment servers "
+                "open sessions with the key in it")
+        return None
     if config.kind == "command":
         require(shutil.which(config.command[0]) is not None,
                 f"rollout.agent.command={list(config.command)}: no program {config.command[0]} is on PATH")
@@ -68,13 +76,6 @@ def load_agent(config: AgentConfig) -> Callable | None:
     require(inspect.iscoroutinefunction(function),
             f"rollout.agent.function={config.function} must be an async function of (client, task)")
     return function
-
-
-def task_of(ticket: Ticket) -> dict[str, Any]:
-    """What an agent is told of its prompt."""
-    prompt = ticket.prompt
-    return {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "domain": prompt.domain,
-            "metadata": dict(prompt.metadata), "sample": ticket.sample}
 
 
 class AgentPrograms:
@@ -90,10 +91,14 @@ class AgentPrograms:
         rendering, findings = checked(tokenizer, config.agent.history)
         parser = Parser(config.agent.tool_call_parser, config.agent.reasoning_parser)
         self._model = Model(fleet, rendering, findings, parser, seed, config.max_context_tokens)
+        fetched = {"key": os.environ[config.agent.key_env], "open_session": self._fetched} if (
+            config.agent.kind == "http") else {}
         self.gateway = Gateway(Limits(config.agent.max_body_bytes, config.agent.max_messages), host=config.agent.host,
-                               port=config.agent.port)
+                               port=config.agent.port, **fetched)
+        self._waiting: asyncio.Queue[Session] = asyncio.Queue()
+        self._start = {"command": self._command, "python": self._python, "http": self._http}[config.agent.kind]
         self._free = asyncio.Semaphore(config.agent.concurrency)
-        self._opening, self._open = asyncio.Lock(), False
+        self._opening = asyncio.Lock()
         self._ended: list[Session] = []
 
     async def close(self) -> None:
@@ -103,16 +108,15 @@ class AgentPrograms:
     async def run(self, ticket: Ticket, plan: SamplingPlan, tally: Tally) -> Episode:
         """One agent from its start to its end."""
         async with self._opening:
-            if not self._open:
+            if not self.gateway.is_open:
                 await self._model.parser.start()
                 await self.gateway.start()
-                self._open = True
         async with self._free:
             session = Session(self._model, ticket, plan, tally)
             self.gateway.admit(session)
             failure: EnvironmentFailed | None = None
             try:
-                await (self._command(session) if self._config.kind == "command" else self._python(session))
+                await self._start(session)
             except EnvironmentFailed as error:
                 failure = error
             finally:
@@ -147,7 +151,7 @@ class AgentPrograms:
             start_new_session=True, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT)
         tail = asyncio.create_task(_tail(process.stdout))
-        told = asyncio.create_task(_tell(process.stdin, orjson.dumps(task_of(session.ticket)) + b"\n"))
+        told = asyncio.create_task(_tell(process.stdin, orjson.dumps(session.task()) + b"\n"))
         try:
             code = await asyncio.wait_for(process.wait(), self._config.timeout_s)
         except TimeoutError:
@@ -177,7 +181,7 @@ class AgentPrograms:
     async def _python(self, session: Session) -> None:
         """Calls the function in a thread and loop of its own, so that it holds nobody up."""
         where = f"rollout.agent.function, prompt {session.ticket.prompt.id!r}"
-        call = in_thread(_in_own_loop, self._function, f"{self.gateway.url}/v1", session.key, task_of(session.ticket),
+        call = in_thread(_in_own_loop, self._function, f"{self.gateway.url}/v1", session.key, session.task(),
                          daemon=True)
         try:
             done, _ = await asyncio.wait([call], timeout=self._config.timeout_s)
@@ -193,6 +197,32 @@ class AgentPrograms:
                 session.give_reward(call.result())
             except RequestError as refused:
                 raise EnvironmentFailed(f"{where}: it returned {call.result()!r}: {refused}, or None") from refused
+
+    async def _http(self, session: Session) -> None:
+        """Waits until an environment server has fetched the session, and until it has ended it."""
+        where = f"rollout.agent, prompt {session.ticket.prompt.id!r}"
+        self._waiting.put_nowait(session)
+        for event, what in ((session.taken, "no environment server fetched it"), (session.ended, "it did not end")):
+            try:
+                await asyncio.wait_for(event.wait(), self._config.timeout_s)
+            except TimeoutError:
+                raise EnvironmentFailed(f"{where}: {what} within rollout.agent.timeout_s="
+                                        f"{self._config.timeout_s:g}") from None
+        if session.fault is not None:
+            raise EnvironmentFailed(f"{where}: {session.fault}")
+
+    async def _fetched(self, body: Mapping[str, Any]) -> Session | None:
+        """The session that has waited longest; None if none comes within wait_s of the body."""
+        wait_s = body.get("wait_s", FETCH_WAIT_S)
+        if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s <= FETCH_WAIT_S:
+            raise RequestError(f"wait_s must be a number of seconds from 0 to {FETCH_WAIT_S:g}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while (session := await self._waiting.get()).ended.is_set():  # given up while it waited
+                    pass
+                session.taken.set()
+                return session
+        return None
 
     def take_metrics(self, step: int) -> dict[str, float]:
         """Over the sessions of training up to this step that were not told of yet (docs/metrics.md)."""
@@ -215,8 +245,9 @@ def _in_own_loop(function: Callable[[Any, Mapping[str, Any]], Awaitable[Any]], u
     import openai  # here: only runs with such an agent wait for it
 
     async def talk() -> Any:
-        async with openai.AsyncOpenAI(base_url=url, api_key=key,
-                                      http_client=openai.DefaultAsyncHttpxClient(trust_env=False)) as client:
+        # The gateway speaks plain HTTP. Reading certificates for each client took half of an agent's processor time.
+        http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=False)
+        async with openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http) as client:
             return await function(client, task)
 
     return asyncio.run(talk())

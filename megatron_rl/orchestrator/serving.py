@@ -79,7 +79,8 @@ class Serving:
 
 def secret_variables(config: Config) -> frozenset[str]:
     """Environment variables with keys of the run, which an agent has no use for."""
-    return frozenset({RUN_KEY, ENGINE_KEY, config.rollout.engine.api_key_env, config.reward.remote.key_env} - {None})
+    return frozenset({RUN_KEY, ENGINE_KEY, config.rollout.engine.api_key_env, config.rollout.agent.key_env,
+                      config.reward.remote.key_env} - {None})
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:

@@ -5,10 +5,10 @@
 | POST /v1/chat/completions | a session's | OpenAI, also as a stream |
 | POST /v1/messages | a session's | Anthropic, also as a stream |
 | GET /v1/models | a session's | the one model |
-| POST /sessions | the gateway's | opens a session of {prompt_id, sample}; answers id and api_key |
+| POST /sessions | the gateway's | opens a session; answers id, api_key and task, or 204 if there is none to open |
 | GET /sessions/ID | its own, or the gateway's | how it stands |
 | POST /sessions/ID/reward | its own, or the gateway's | {reward}: a finite number |
-| POST /sessions/ID/end | its own, or the gateway's | no further request is answered |
+| POST /sessions/ID/end | its own, or the gateway's | no further request is answered; {error}: why it failed |
 
 A request without a valid key gets 401, one for another's session 403. What an agent sends is limited before it is read.
 """
@@ -30,6 +30,7 @@ from megatron_rl.environment.gateway.session import Session
 from megatron_rl.rollout.ports import choose_port
 
 DEEPEST_JSON = 64
+LONGEST_FAULT = 500
 MODEL_NAME = "policy"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -45,12 +46,12 @@ class Limits:
 class Gateway:
     """Listens while it is open: `async with Gateway(...) as gateway:`, or start() and close().
 
-    open_session: makes the session that POST /sessions asks for, of a prompt's id and a sample's number; None: there
-    is nothing to open from outside. key: the gateway's own, needed for that.
+    open_session: gives the session that POST /sessions asks for in its body, or None; without it nothing can be opened
+    from outside. key: the gateway's own, needed for that.
     """
 
     def __init__(self, limits: Limits, *, host: str, port: int | None = None, key: str | None = None,
-                 open_session: Callable[[str, int], Session] | None = None):
+                 open_session: Callable[[Mapping[str, Any]], Awaitable[Session | None]] | None = None):
         self._limits, self._host, self._port = limits, host, port
         self._key, self._open_session = key, open_session
         self._sessions: dict[bytes, Session] = {}
@@ -67,6 +68,10 @@ class Gateway:
     def url(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
+
+    @property
+    def is_open(self) -> bool:
+        return self._runner is not None and bool(self._runner.addresses)
 
     async def start(self) -> None:
         app = web.Application(client_max_size=self._limits.body_bytes, middlewares=[_errors_as_json])
@@ -126,13 +131,11 @@ class Gateway:
     async def _start_session(self, request: web.Request) -> web.StreamResponse:
         if not self._is_own(request):
             raise RequestError("POST /sessions needs the gateway's key", status=401, code="invalid_api_key")
-        body = await self._body(request)
-        prompt_id, sample = body.get("prompt_id", ""), body.get("sample", 0)
-        if not isinstance(prompt_id, str) or isinstance(sample, bool) or not isinstance(sample, int):
-            raise RequestError("prompt_id must be a text and sample a whole number")
-        session = self._open_session(prompt_id, sample)
+        session = await self._open_session(await self._body(request) if request.can_read_body else {})
+        if session is None:
+            return web.Response(status=204)
         self.admit(session)
-        return _json({"id": session.id, "api_key": session.key, "prompt_id": prompt_id, "sample": sample})
+        return _json({"id": session.id, "api_key": session.key, "task": session.task()})
 
     async def _tell_session(self, request: web.Request) -> web.StreamResponse:
         return _json(self._named(request).state())
@@ -143,7 +146,9 @@ class Gateway:
         return _json(session.state())
 
     async def _end(self, request: web.Request) -> web.StreamResponse:
-        session = self._named(request)
+        session, body = self._named(request), await self._body(request) if request.can_read_body else {}
+        if body.get("error") is not None:
+            session.fault = str(body["error"])[:LONGEST_FAULT]
         await self.end(session)
         return _json(session.state())
 

@@ -65,7 +65,8 @@ class Session:
     """One sample of one prompt. key: the API key that is this session.
 
     cut: the agent wanted more than there was room for. failure: an engine's, after which no request is answered.
-    unparsed: turns whose calls or reasoning the parsers could not read.
+    unparsed: turns whose calls or reasoning the parsers could not read. taken: an environment server has fetched it.
+    ended: no further request is answered. fault: what an environment server says went wrong.
     """
 
     model: Model
@@ -79,7 +80,9 @@ class Session:
     cut: bool = False
     failure: FleetError | None = None
     unparsed: int = 0
-    closed: bool = False
+    fault: str | None = None
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     requests: int = 0
     _siblings: dict[bytes, int] = field(default_factory=dict)
     _running: set[asyncio.Task] = field(default_factory=set)
@@ -92,7 +95,7 @@ class Session:
 
     async def close(self) -> None:
         """No further request is answered; those under way are aborted."""
-        self.closed = True
+        self.ended.set()
         running = list(self._running)
         for work in running:
             if not work.cancelling():
@@ -101,7 +104,7 @@ class Session:
 
     async def answer(self, asked: Asked) -> Answered:
         """The next turn. RequestError for what the agent did wrong; an engine's failure is a RequestError of 503."""
-        if self.closed:
+        if self.ended.is_set():
             raise _ended()
         if self.failure is not None:
             raise _unavailable(self.failure)
@@ -199,11 +202,17 @@ class Session:
             self.unparsed += 1
         return parsed
 
+    def task(self) -> dict[str, Any]:
+        """What an agent is told of its prompt."""
+        prompt = self.ticket.prompt
+        return {"id": prompt.id, "text": prompt.text, "answer": prompt.answer, "domain": prompt.domain,
+                "metadata": dict(prompt.metadata), "sample": self.ticket.sample}
+
     def state(self) -> dict[str, Any]:
         """What GET /sessions/<id> tells."""
         return {"id": self.id, "prompt_id": self.ticket.prompt.id, "sample": self.ticket.sample,
                 "turns": len(self.tree.turns), "misses": self.tree.misses, "unparsed": self.unparsed,
-                "reward": self.reward, "closed": self.closed,
+                "reward": self.reward, "closed": self.ended.is_set(),
                 "sampled_tokens": sum(len(turn.result.output_ids) for turn in self.tree.turns)}
 
 

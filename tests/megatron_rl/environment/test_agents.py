@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import aiohttp
+import openai
 import psutil
 import pytest
 
-from megatron_rl.config.agent import AgentConfig
+from megatron_rl.config.agent import GATEWAY_KEY, AgentConfig
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config, ModelConfig
@@ -24,10 +25,12 @@ from megatron_rl.environment.agents import AgentPrograms, check_agent
 from megatron_rl.orchestrator.serving import Serving, secret_variables
 from megatron_rl.reward.user import score_of
 from megatron_rl.rollout.collectors import SyncCollector
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.types import Finish, Score
+from tests.megatron_rl.environment.agents_of_tests import python_rewards
 from tests.megatron_rl.environment.templates import CHATML, QWEN3, tokenizer_with
-from tests.megatron_rl.environment.world import CONFIG, PROMPT, World, run, world
+from tests.megatron_rl.environment.world import CONFIG, OWN_KEY, PROMPT, World, run, world
 from tests.tiny_models import write_tiny_bailing
 
 HERE = "tests.megatron_rl.environment.agents_of_tests"
@@ -145,6 +148,86 @@ def test_an_agent_that_fails_fails_its_response_alone(agent, why, turns):
     assert judged.text.count("answer ") == turns, "what was sampled is kept to be looked at"
 
 
+class Server:
+    """An environment server: fetches sessions over HTTP and treats each as `serve` says, until none comes."""
+
+    def __init__(self, url: str, serve):
+        self._url, self._serve, self.tasks = url, serve, []
+
+    async def work(self) -> None:
+        async with aiohttp.ClientSession(self._url, headers={"Authorization": f"Bearer {OWN_KEY}"}) as http:
+            while True:
+                async with http.post("/sessions", json={"wait_s": 2}) as answer:
+                    if answer.status == 204:
+                        return
+                    session = await answer.json()
+                self.tasks.append(session["task"])
+                async with openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key=session["api_key"]) as client:
+                    reward = await python_rewards(client, session["task"])
+                await self._serve(http, f"/sessions/{session['id']}", reward)
+
+
+async def rewards_and_ends(http, where: str, reward: float) -> None:
+    await http.post(f"{where}/reward", json={"reward": reward})
+    await http.post(f"{where}/end")
+
+
+async def gives_up(http, where: str, reward: float) -> None:
+    await http.post(f"{where}/end", json={"error": "the sandbox is gone"})
+
+
+async def forgets_to_end(http, where: str, reward: float) -> None:
+    pass
+
+
+def served(monkeypatch, servers: int, serve, timeout_s: float = 40.0):
+    """(four responses of two prompts, the tasks that servers were given, the agents)"""
+    monkeypatch.setenv(GATEWAY_KEY, OWN_KEY)
+
+    async def story():
+        async with world(says) as it:
+            agents = Agents(it, AgentConfig(kind="http", port=choose_port(None), timeout_s=timeout_s))
+            prompts = [PROMPT, replace(PROMPT, id="q", answer="another")]
+            tasks = []
+            try:
+                responses = asyncio.create_task(agents.responder.groups(prompts, step=0))
+                while not agents.programs.gateway.is_open:
+                    await asyncio.sleep(0.01)
+                works = [Server(agents.programs.gateway.url, serve) for _ in range(servers)]
+                await asyncio.gather(*(server.work() for server in works))
+                tasks = [task for server in works for task in server.tasks]
+                groups = await responses
+            finally:
+                await agents.programs.close()
+            return groups, tasks
+
+    return run(story())
+
+
+def test_environment_servers_fetch_sessions_and_give_rewards(monkeypatch):
+    groups, tasks = served(monkeypatch, 2, rewards_and_ends)
+    assert sorted((task["id"], task["sample"]) for task in tasks) == [("p", 0), ("p", 1), ("q", 0), ("q", 1)]
+    assert [[score.value for score in group.scores] for group in groups] == [[1.0, 1.0], [0.0, 0.0]]
+    assert all(rollout.response_tokens == 18 for group in groups for rollout in group.rollouts)
+
+
+@pytest.mark.parametrize(("servers", "serve", "why"), [
+    (1, gives_up, "prompt 'p': the sandbox is gone"),
+    (1, forgets_to_end, "prompt 'p': it did not end within rollout.agent.timeout_s=3"),
+    (0, gives_up, "prompt 'p': no environment server fetched it within rollout.agent.timeout_s=3"),
+], ids=["gives_up", "forgets", "none"])
+def test_an_environment_server_that_fails_fails_its_responses(monkeypatch, servers, serve, why):
+    groups, _ = served(monkeypatch, servers, serve, timeout_s=3.0)
+    assert {score.status for group in groups for score in group.scores} == {"environment_error"}
+    assert groups[0].scores[0].detail == f"rollout.agent, {why}"
+
+
+def test_the_gateways_key_must_be_set_before_the_start(monkeypatch):
+    monkeypatch.delenv(GATEWAY_KEY, raising=False)
+    with pytest.raises(ValueError, match=f"rollout.agent.key_env={GATEWAY_KEY}: that environment variable is not set"):
+        check_agent(AgentConfig(kind="http", port=8100), tokenizer_with(CHATML))
+
+
 def test_nothing_of_a_program_that_hangs_is_left_behind():
     before = {each.pid for each in psutil.Process().children(recursive=True)}
     respond(command("hangs", timeout_s=6.0))
@@ -200,6 +283,7 @@ def test_a_conversation_without_room_is_cut_and_judged():
 
 def test_a_program_gets_no_key_of_the_run(monkeypatch):
     monkeypatch.setenv(RUN_KEY, "a secret")
+    monkeypatch.setenv(GATEWAY_KEY, "another")
     assert ENGINE_KEY in os.environ
     _, it, _ = respond(command("secrets"))
     assert "user\nMEGATRON_RL_SESSION_URL<" in it.text(it.engine.asked[0]["input_ids"])
@@ -291,6 +375,8 @@ def test_a_template_that_does_not_fit_is_named_before_the_start():
     ({"kind": "command"}, "rollout.agent.kind=command needs rollout.agent.command"),
     ({"kind": "python", "command": ("a",), "function": "a.b"}, "rollout.agent.command is read with"),
     ({"function": "a.b"}, "rollout.agent.function is read with rollout.agent.kind=python, and that is None"),
+    ({"kind": "http"}, "rollout.agent.kind=http needs rollout.agent.port"),
+    ({"kind": "http", "port": 8100, "key_env": ""}, "rollout.agent.key_env is empty"),
     ({"sequences": "individual"}, "rollout.agent.sequences=individual is read with a rollout.agent.kind"),
     ({"concurrency": 0}, "rollout.agent.concurrency=0 must be at least 1"),
     ({"timeout_s": 0}, "rollout.agent.timeout_s=0 must be positive"),

@@ -49,7 +49,7 @@ def test_a_sessions_key_opens_nothing_but_that_session():
                 body = {"reward": 1.0} if method == "POST" else None
                 assert (await status(http, method, f"/sessions/{other.id}{path}", mine.key, body))[0] == 403
             assert (await status(http, "POST", "/sessions", mine.key, {}))[0] == 401
-            assert other.reward is None and not other.closed
+            assert other.reward is None and not other.ended.is_set()
             assert (await status(http, "POST", "/v1/chat/completions", OWN_KEY, {"messages": HI}))[0] == 401
 
     run(story())

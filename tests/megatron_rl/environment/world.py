@@ -103,8 +103,12 @@ async def world(script: Script, *, template: str = CHATML, history: History = "a
         rendering, findings = checked(tokenizer, history)
         model = Model(fleet, rendering, findings, parser or Parser(None, None), 0, config.max_context_tokens)
         opened: list[World] = []
-        gateway = Gateway(limits, host="127.0.0.1", key=OWN_KEY, open_session=lambda prompt_id, sample: Session(
-            model, Ticket(PROMPT, "serve", 0, 0, sample), SamplingPlan.from_config(config), opened[0].tally))
+
+        async def open_session(body) -> Session:
+            return Session(model, Ticket(PROMPT, "serve", 0, 0, body["sample"]), SamplingPlan.from_config(config),
+                           opened[0].tally)
+
+        gateway = Gateway(limits, host="127.0.0.1", key=OWN_KEY, open_session=open_session)
         try:
             async with gateway:
                 opened.append(World(gateway, engine, fleet, model, config, tokenizer))
