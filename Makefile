@@ -2,7 +2,7 @@
 # PROCESSES=... of `make test`: three keep two cores busy, since each waits a good deal, for engines and for Slurm.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart ablations test test-fast test-gpu test-layouts test-kills test-faults bench lint clean
+.PHONY: help setup quickstart ablations test test-fast test-gpu test-te test-layouts test-kills test-faults bench lint clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -33,6 +33,10 @@ test-layouts: setup  ## one step in every parallel layout against a float64 refe
 
 test-gpu: setup  ## the kernels' tests on this machine's GPU (`make test` hides GPUs)
 	@MEGATRON_RL_TEST_GPU=1 $(VENV)/python -m pytest tests/kernels $(ARGS)
+
+test-te: setup  ## Transformer Engine's layers without a GPU; TE_WHEEL=... is its torch extension (docs/gpu.md)
+	@bash .ci/te_folder.sh build/te "$(TE_WHEEL)"
+	@TE_FOLDER=build/te $(VENV)/python -m pytest tests/gpu/test_transformer_engine.py $(ARGS)
 
 test-kills: setup  ## kill -9 of ranks and of the orchestrator in every phase, three times each: a table (minutes)
 	@$(VENV)/python -m tests.engine.kills

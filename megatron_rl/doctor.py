@@ -165,7 +165,7 @@ def check_shared_memory(free_bytes: int) -> Check:
 
 def check_transformer_engine() -> Check:
     installed, fault = transformer_engine()
-    purpose = "fused layers on a GPU; nothing needs it"
+    purpose = "model.backend=transformer_engine; nothing else needs it"
     if fault is not None:
         return Check("Transformer Engine", "missing", f"installed in part: {fault}",
                      "Megatron cannot be imported beside half of it", "make setup VARIANT=gpu TE=1, or pip uninstall "

@@ -26,6 +26,7 @@ from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.sinks import CONFIG
 from megatron_rl.orchestrator import stages
+from megatron_rl.preflight_gpu import check_transformer_engine
 from megatron_rl.reward.route import Routes
 from megatron_rl.rollout.environment import load_environment
 from megatron_rl.rollout.scratch import check_tmpdir
@@ -115,6 +116,8 @@ def check_backends(config: Config, network: Network) -> None:
     There are GPUs if there are some here or slurm.gpus_per_node is set.
     """
     check_backend(config.model, network, config.parallel, gpu=_on_gpus(config))
+    if config.model.backend == "transformer_engine" and torch.cuda.is_available():  # a login node need not have it
+        check_transformer_engine(config.model.backend)
     check_gpu_parts(config)
 
 

@@ -18,7 +18,7 @@ FLASH_HEAD_DIMS = (64, 96, 128, 192, 256)
 
 def check_gpus_of_run(config: Config, network: Network) -> None:
     """Checks all but the driver, for an RL run whose ranks and engines start on this machine."""
-    check_transformer_engine()
+    check_transformer_engine(config.model.backend)
     check_engines(config, network)
     if on_gpus_here(config):
         check_broadcast(config, config.parallel.world_size)
@@ -35,12 +35,18 @@ def check_driver() -> None:
                            "meant: CUDA_VISIBLE_DEVICES=")
 
 
-def check_transformer_engine() -> None:
+def check_transformer_engine(backend: str) -> None:
+    """ValueError if half of it is installed, or if model.backend asks for it and it is not there."""
     installed, fault = transformer_engine()
-    require(not installed or fault is None,
-            f"Transformer Engine is installed in part ({fault}), and Megatron cannot be imported beside that: install "
-            "it whole (`make setup VARIANT=gpu TE=1`), or remove it: pip uninstall transformer-engine "
+    asked = backend == "transformer_engine"
+    key = "model.backend=transformer_engine: " if asked else ""
+    require(fault is None,
+            f"{key}Transformer Engine is installed in part ({fault}), and Megatron cannot be imported beside that: "
+            "install it whole (`make setup VARIANT=gpu TE=1`), or remove it: pip uninstall transformer-engine "
             "transformer-engine-cu13 transformer-engine-torch")
+    require(installed or not asked,
+            f"{key}Transformer Engine is not installed: install it (`make setup VARIANT=gpu TE=1`), use an image that "
+            "brings it, or set model.backend=torch")
 
 
 def check_shared_memory(config: Config, network: Network) -> None:

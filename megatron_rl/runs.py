@@ -65,7 +65,7 @@ def train_sft(config: Config) -> None:
 
 def _train_sft(config: Config) -> None:
     check_driver()
-    check_transformer_engine()
+    check_transformer_engine(config.model.backend)
     check_devices(config)
     check_sft_start(config)
     run_ranks("sft", config)

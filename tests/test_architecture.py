@@ -42,7 +42,7 @@ FLOORS = {
     "recipes": {*LEAVES, *ENGINES, "model", "topology", "train_step", "orchestrator", "trainer", "launch"},
     "doctor": {"observe", "reward", "compat", "config"},
     "preflight_gpu": {*LEAVES, "model"},
-    "preflight": {*LEAVES, *ENGINES, "model", "plan", "orchestrator"},
+    "preflight": {*LEAVES, *ENGINES, "model", "plan", "orchestrator", "preflight_gpu"},
     "train": {"compat", "config", "rollout", "signals", "recipes", "trainer"},
     "forked_ranks": {"compat", "train"},
     "runs": {*LEAVES, "rollout", "model", "preflight", "preflight_gpu", *LAUNCHED},

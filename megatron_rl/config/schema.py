@@ -66,15 +66,16 @@ class RunConfig:
 class KernelConfig:
     """Another implementation of one part of the step than model.backend takes (docs/performance.md).
 
-    - experts: `megatron` is Megatron's SequentialMLP, the others are in rl_kernels.grouped_experts. `auto` is
-      `grouped_mm` with model.backend=torch and `megatron` with model.backend=megatron.
+    - experts: `megatron` is Megatron's SequentialMLP, `transformer_engine` its TEGroupedMLP, which needs
+      model.backend=transformer_engine; the others are in rl_kernels.grouped_experts. `auto` is `grouped_mm` with
+      model.backend=torch and named like the backend with the other two.
     - router: `megatron` is Megatron's TopKRouter, the others are in rl_kernels.router_topk. `auto` is `megatron`.
     - logprob: all are in rl_kernels.linear_logprob. `liger` and `reference` need parallel.tp=1. `auto` is `chunked`.
 
     `triton` needs a GPU. No choice falls back to another. Parameters and checkpoints are the same under every choice.
     """
 
-    experts: Literal["auto", "megatron", "triton", "grouped_mm", "loop", "reference"] = "auto"
+    experts: Literal["auto", "megatron", "transformer_engine", "triton", "grouped_mm", "loop", "reference"] = "auto"
     router: Literal["auto", "megatron", "triton", "reference"] = "auto"
     logprob: Literal["auto", "triton", "chunked", "liger", "reference"] = "auto"
 
@@ -86,8 +87,9 @@ class ModelConfig:
     - dtype: of weights and activations. The optimiser's state is float32.
     - backend: what computes attention and experts (docs/performance.md). `torch`: one call of flash attention for a
       micro-batch (on a CPU SDPA, sequence by sequence) and a grouped product for all experts. `megatron`: SDPA sequence
-      by sequence and one expert after the other, in any dtype. `auto`: torch for bfloat16 on a GPU, otherwise
-      megatron. `transformer_engine` is not built yet and refused.
+      by sequence and one expert after the other, in any dtype. `transformer_engine`: Megatron's Transformer Engine
+      layers, in bfloat16 on a GPU, if Transformer Engine is installed. `auto`: torch for bfloat16 on a GPU, otherwise
+      megatron; never transformer_engine.
     - fp32_lm_head: trainer and engines sum the products of the head in float32 and keep the logits in float32. false:
       both round the logits to dtype.
     - recompute: `full` keeps only the inputs of layers and computes the rest again in the backward pass.
@@ -106,10 +108,6 @@ class ModelConfig:
     recompute: Literal["none", "full"] = "none"
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
-
-    def __post_init__(self):
-        require(self.backend != "transformer_engine",
-                "model.backend=transformer_engine is not built yet; use torch, or leave it at auto")
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,14 @@ class PackedSequences(PackedSeqParams):
 
 def packed_sequences(batch: PackedMicrobatch, model: Network, routing: MicrobatchRouting | None = None, *,
                      cp_size: int = 1, cp_rank: int = 0) -> PackedSequences:
-    """What every layer of `model` needs to know of `batch` on this context-parallel rank."""
+    """What every layer of `model` needs to know of `batch` on this context-parallel rank.
+
+    The bounds are those of whole sequences. Transformer Engine reads them (te_spec.py), our attention reads `runs`.
+    """
+    bounds = batch.cu_seqlens
     return PackedSequences(
-        qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds, pad_between_seqs=False,
         max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen, runs=runs_of(batch, cp_size, cp_rank),
         rotation=rotation(batch.position_ids, model), routing=routing)
 

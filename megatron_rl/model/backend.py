@@ -18,8 +18,8 @@ GROUPED_BYTES = 16
 
 @dataclass(frozen=True)
 class Backend:
-    """name: torch or megatron. attention_at_once: one call for the micro-batch, else one per run of it
-    (model/attention.py). kernels: without `auto` for experts and router."""
+    """name: torch, megatron or transformer_engine. attention_at_once: one call for the micro-batch, else one per run
+    of it (model/attention.py). kernels: without `auto` for experts and router."""
 
     name: str
     attention_at_once: bool
@@ -44,19 +44,24 @@ def resolve(options: ModelConfig, *, gpu: bool) -> Backend:
         name = "torch" if gpu and options.dtype == "bfloat16" else "megatron"
     kernels = options.kernels
     if kernels.experts == "auto":
-        kernels = replace(kernels, experts="grouped_mm" if name == "torch" else "megatron")
+        kernels = replace(kernels, experts="grouped_mm" if name == "torch" else name)
     if kernels.router == "auto":
         kernels = replace(kernels, router="megatron")
-    return Backend(name, name == "torch" and gpu, kernels)
+    return Backend(name, name != "megatron" and gpu, kernels)
 
 
 def check_backend(options: ModelConfig, network: Network, parallel: ParallelConfig, *, gpu: bool) -> None:
     """ValueError, naming the key, if the parts that were chosen cannot take this network in this dtype."""
     backend = resolve(options, gpu=gpu)
-    if gpu and backend.name == "torch":
+    with_te = backend.name == "transformer_engine"
+    require(gpu or not with_te, "model.backend=transformer_engine: its kernels run on a GPU only, and there is none; "
+            "leave it at auto")
+    require(with_te or options.kernels.experts != "transformer_engine",
+            "model.kernels.experts=transformer_engine needs model.backend=transformer_engine")
+    if gpu and backend.name != "megatron":
         require(options.dtype == "bfloat16",
-                f"model.backend=torch with model.dtype={options.dtype}: its attention takes bfloat16 on a GPU; set "
-                "model.dtype=bfloat16, or model.backend=megatron")
+                f"model.backend={backend.name} with model.dtype={options.dtype}: its attention takes bfloat16 on a "
+                "GPU; set model.dtype=bfloat16, or model.backend=megatron")
         require(network.head_dim % 8 == 0 and network.head_dim <= FLASH_HEAD_DIM,
                 f"model.path: head_dim={network.head_dim}, and the attention of model.backend={options.backend} takes "
                 f"multiples of 8 up to {FLASH_HEAD_DIM} on a GPU; set model.backend=megatron")

@@ -60,7 +60,7 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     backend.check_backend(options, model, parallel, gpu=gpu)
     _check_triton(options.kernels)
     chosen = backend.resolve(options, gpu=gpu)
-    config = transformer_config(model, options, parallel)
+    config = transformer_config(model, options, parallel, chosen)
     losses = RouterLosses()
     stages = range(parallel.vpp) if parallel.vpp else (None,)
     gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, chosen, stage), stage)

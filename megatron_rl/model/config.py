@@ -7,21 +7,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.model.backend import Backend
 from megatron_rl.model.network import Network
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(model: Network, options: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(model: Network, options: ModelConfig, parallel: ParallelConfig,
+                       backend: Backend) -> TransformerConfig:
     """Megatron's TransformerConfig of this network and layout.
 
     norm_topk_prob: softmax over the chosen k logits equals softmax, top-k, renormalise, hence
     moe_router_pre_softmax=False; without renormalisation it is the plain softmax taken first.
     Router losses are BudgetRouter's own (router.py), so Megatron's load balancing is off.
+    attention_backend is read by Transformer Engine alone: cuDNN's fused attention, and an error if that does
+    not take the micro-batch. Its `auto` would take a beta of FlashAttention 4, or write all scores, without a word.
+    Transformer Engine's layers come with Megatron's fused SwiGLU and, where its experts run, fused permutation.
     """
-    dtype = DTYPES[options.dtype]
+    dtype, fused = DTYPES[options.dtype], backend.name == "transformer_engine"
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} \
         if options.recompute == "full" else {}
     pipeline = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if parallel.vpp else {}
@@ -32,9 +38,10 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
         add_bias_linear=False, add_qkv_bias=model.qkv_bias, qk_layernorm=model.qk_norm, normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu,
         hidden_dropout=0.0, attention_dropout=0.0, attention_softmax_in_fp32=True,
-        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
+        attention_backend=AttnBackend.fused,
+        bias_activation_fusion=fused, bias_dropout_fusion=False, masked_softmax_fusion=False,
         apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        **_experts(model, parallel),
+        **_experts(model, parallel, grouped=backend.kernels.experts == "transformer_engine"),
         tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp,
@@ -44,7 +51,7 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
         use_cpu_initialization=True, perform_initialization=False, **recompute, **pipeline)
 
 
-def _experts(model: Network, parallel: ParallelConfig) -> dict[str, Any]:
+def _experts(model: Network, parallel: ParallelConfig, *, grouped: bool) -> dict[str, Any]:
     if model.num_experts == 0:
         return {"moe_token_dispatcher_type": "alltoall"}  # the default refuses sequences of varying lengths
     return {
@@ -54,5 +61,6 @@ def _experts(model: Network, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
         "moe_router_score_function": "softmax", "moe_router_pre_softmax": not model.norm_topk_prob,
         "moe_router_dtype": "fp32", "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
-        "moe_grouped_gemm": False, "moe_token_dispatcher_type": parallel.token_dispatcher, "moe_permute_fusion": False,
+        "moe_grouped_gemm": grouped, "moe_token_dispatcher_type": parallel.token_dispatcher,
+        "moe_permute_fusion": grouped,
     }

@@ -20,6 +20,12 @@ from megatron_rl.model.slots import Slot, network_slots
 from megatron_rl.topology import Topology
 
 _LOCAL_EXPERT = re.compile(r"(?<=local_experts\.)\d+")
+_TRANSFORMER_ENGINE = (
+    (re.compile(r"^self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
+    (re.compile(r"^mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    (re.compile(r"^mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
+)
+"""Names of a layer's parameters in te_spec.py, and what they are in spec.py's other layers and in slots.py."""
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -32,6 +38,8 @@ def slots(policy: Policy, topology: Topology) -> list[tuple[Slot, torch.nn.Param
         for name, parameter in gpt.named_parameters():
             if name.startswith("decoder.layers."):
                 _, _, local, rest = name.split(".", 3)
+                for theirs, ours in _TRANSFORMER_ENGINE:
+                    rest = theirs.sub(ours, rest)
                 rest = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), rest)
                 name = f"decoder.layers.{gpt.decoder.layers[int(local)].layer_number - 1}.{rest}"
             elif name == _HEAD and policy.config.tie_word_embeddings:

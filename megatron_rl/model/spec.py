@@ -1,7 +1,8 @@
-"""Megatron layer specs without Transformer Engine: RMSNorm under sequence parallelism, packed attention.
+"""Megatron layer specs for each backend, with our router and routing replay in them.
 
-Megatron's WrappedTorchNorm refuses sequence parallelism and its local DotProductAttention refuses packed (thd)
-input, so these two modules are ours; everything else is megatron.core's own (SelfAttention, MoELayer, MLP).
+model.backend=transformer_engine takes Megatron's Transformer Engine layers (te_spec.py). The other backends take its
+local layers, with two modules of ours: Megatron's WrappedTorchNorm refuses sequence parallelism, and its local
+DotProductAttention refuses packed (thd) input. Everything else is megatron.core's own (SelfAttention, MoELayer, MLP).
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import nn
 
-from megatron_rl.config.schema import KernelConfig
 from megatron_rl.model import attention
 from megatron_rl.model.backend import Backend
 from megatron_rl.model.kernel_layers import WITH_DEVICE_COUNTS, DeviceCountsMoELayer, KernelExperts, KernelRouter
@@ -45,22 +49,43 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-def _moe(losses: RouterLosses, kernels: KernelConfig):
-    """Experts and router are Megatron's own unless `kernels` names an implementation of ours."""
-    local = LocalSpecProvider()
-    mlp = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear(),
-                        activation_func=local.activation_func())
+def _moe(losses: RouterLosses, backend: Backend):
+    """Experts and router are Megatron's own unless the backend's kernels name an implementation of ours."""
+    local, kernels = LocalSpecProvider(), backend.kernels
+    mlp = shared = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear(),
+                                 activation_func=local.activation_func())
     experts = local.grouped_mlp_modules(False) if kernels.experts == "megatron" else \
         partial(KernelExperts, submodules=mlp, impl=kernels.experts)
+    if backend.name == "transformer_engine":
+        grouped, shared = _te_spec().experts_and_shared()
+        experts = grouped if kernels.experts == "transformer_engine" else experts
     router = BudgetRouter if kernels.router == "megatron" else partial(KernelRouter, impl=kernels.router)
     layer = DeviceCountsMoELayer if kernels.experts in WITH_DEVICE_COUNTS else MoELayer
     return partial(layer, submodules=MoESubmodules(
-        experts=experts, shared_experts=partial(SharedExpertMLP, submodules=mlp),
+        experts=experts, shared_experts=partial(SharedExpertMLP, submodules=shared),
         router=partial(router, losses=losses)))
+
+
+def _te_spec():
+    """The module, imported where Transformer Engine is asked for."""
+    from megatron_rl.model import te_spec
+
+    return te_spec
 
 
 def _layer(model: Network, layer: int, losses: RouterLosses, backend: Backend) -> ModuleSpec:
     num_experts = None if model.is_dense_layer(layer) else model.num_experts
+    if backend.name == "transformer_engine":
+        submodules = _te_spec().layer_submodules(num_experts=num_experts, qk_norm=model.qk_norm)
+    else:
+        submodules = _local_submodules(model, num_experts, backend)
+    if num_experts is None:
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    submodules.mlp = _moe(losses, backend)
+    return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
+
+
+def _local_submodules(model: Network, num_experts: int | None, backend: Backend) -> TransformerLayerSubmodules:
     submodules = get_gpt_layer_local_submodules(num_experts=num_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
@@ -68,10 +93,7 @@ def _layer(model: Network, layer: int, losses: RouterLosses, backend: Backend) -
     parts.core_attention = partial(attention.PackedSelfAttention, attend=(
         attention.attend_at_once if backend.attention_at_once else attention.attend_by_run))
     parts.q_layernorm = parts.k_layernorm = RMSNorm if model.qk_norm else None
-    if num_experts is None:
-        return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    submodules.mlp = _moe(losses, backend.kernels)
-    return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
+    return submodules
 
 
 def block_spec(model: Network, config, losses: RouterLosses, backend: Backend,
@@ -80,4 +102,5 @@ def block_spec(model: Network, config, losses: RouterLosses, backend: Backend,
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [_layer(model, layer, losses, backend) for layer in range(first, first + count)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    norm = _te_spec().FINAL_NORM if backend.name == "transformer_engine" else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -82,6 +82,9 @@ def check_rehearsable(config: Config, imbalance: float = 1.0) -> None:
     if not 1.0 <= imbalance <= config.parallel.ep:
         raise ValueError(f"--imbalance {imbalance:g}: between 1 (even experts) and parallel.ep={config.parallel.ep} "
                          "(every row of the group comes to this rank)")
+    if config.model.backend == "transformer_engine":
+        raise ValueError("model.backend=transformer_engine cannot be rehearsed, its kernels take no fake tensors; "
+                         "rehearse model.backend=torch")
     if config.parallel.token_dispatcher != "alltoall":
         raise ValueError(f"parallel.token_dispatcher={config.parallel.token_dispatcher} cannot be rehearsed; "
                          "only alltoall can")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -149,22 +150,36 @@ def half_installed(tmp_path, monkeypatch):
 def test_half_of_transformer_engine_is_told_and_refused_before_ranks_start(half_installed, tmp_path, capsys):
     assert row("Transformer Engine").status == "missing"
     assert "Could not find shared object file: torch" in row("Transformer Engine").found
-    with pytest.raises(ValueError, match="installed in part .*make setup VARIANT=gpu TE=1.*pip uninstall"):
-        check_transformer_engine()
+    for backend, start in (("auto", "^Transformer"), ("transformer_engine", r"^model\.backend=transformer_engine: Tr")):
+        with pytest.raises(ValueError, match=f"{start}.* in part .*make setup VARIANT=gpu TE=1.*pip uninstall"):
+            check_transformer_engine(backend)
     model = write_tiny_bailing(tmp_path / "model")
     for command in ("rl", "sft"):
         assert main([command, f"model.path={model}", f"run.dir={tmp_path / 'run'}"]) == 2
         assert "Transformer Engine is installed in part" in capsys.readouterr().err
     (half_installed / "__init__.py").write_text("")
     assert row("Transformer Engine").status == "ok"
-    check_transformer_engine()
+    check_transformer_engine("transformer_engine")
 
 
 def test_no_transformer_engine_is_fine():
     if cuda.transformer_engine()[0]:
         pytest.skip("Transformer Engine is installed here")
     assert row("Transformer Engine").status == "optional"
-    check_transformer_engine()
+    check_transformer_engine("auto")
+
+
+def test_a_backend_that_is_not_installed_is_refused_on_a_gpu_machine(monkeypatch, capsys):
+    """A login node without GPUs need not have it: its job looks."""
+    if cuda.transformer_engine()[0]:
+        pytest.skip("Transformer Engine is installed here")
+    asked = ["rl", "--check", "experiment=ring_lite_rl_stage1", "model.backend=transformer_engine",
+             "slurm.gpus_per_node=8", "slurm.nodes=32"]
+    assert main(asked) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(asked) == 2
+    assert re.search(r"model\.backend=transformer_engine: Transformer Engine is not installed: .*TE=1.*backend=torch",
+                     capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("mine", [{}, {"NCCL_CUMEM_ENABLE": "1"}])

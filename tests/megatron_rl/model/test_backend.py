@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
-from megatron_rl.config.load import build
 from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
 from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
+from megatron_rl.model.te_spec import layer_submodules
 
 NETWORK = parse_config({**bailing_config(**FAMILIES["bailing_moe"].tiny), "hidden_size": 64, "head_dim": 16,
                         "moe_intermediate_size": 32}, "the test's network")
@@ -24,6 +25,7 @@ NETWORK = parse_config({**bailing_config(**FAMILIES["bailing_moe"].tiny), "hidde
     ("torch", "bfloat16", True, "torch", True, "grouped_mm"),
     ("torch", "float32", False, "torch", False, "grouped_mm"),
     ("megatron", "bfloat16", True, "megatron", False, "megatron"),
+    ("transformer_engine", "bfloat16", True, "transformer_engine", True, "transformer_engine"),
 ])
 def test_auto_is_the_fast_parts_for_bfloat16_on_a_gpu(backend, dtype, gpu, name, at_once, experts):
     options = ModelConfig(backend=backend, dtype=dtype)
@@ -49,6 +51,11 @@ GROUPED = {"kernels": KernelConfig(experts="grouped_mm")}
     (BFLOAT16, {"head_dim": 264}, True, r"head_dim=264"),
     (BFLOAT16, {"moe_intermediate_size": 36}, True, r"model\.backend=auto: .* multiples of 8 in bfloat16, .*=36"),
     (BFLOAT16, {"hidden_size": 68}, True, r"model\.backend=auto: .*hidden_size=68"),
+    ({"backend": "transformer_engine"}, {}, True, r"model\.backend=transformer_engine with model\.dtype=float32"),
+    ({"backend": "transformer_engine", **BFLOAT16}, {}, False, r"model\.backend=transformer_engine: .* GPU only"),
+    ({"backend": "transformer_engine", **BFLOAT16}, {"head_dim": 264}, True, r"head_dim=264, .*transformer_engine"),
+    ({"kernels": KernelConfig(experts="transformer_engine"), **BFLOAT16}, {}, True,
+     r"model\.kernels\.experts=transformer_engine needs model\.backend=transformer_engine"),
     ({"backend": "torch"}, {"hidden_size": 66}, False, r"model\.backend=torch: .* multiples of 4 in float32"),
     (GROUPED, {"hidden_size": 66}, False, r"model\.kernels\.experts=grouped_mm: its product wants rows of 16 bytes"),
     (GROUPED, {}, True, r"model\.kernels\.experts=grouped_mm with model\.dtype=float32: on a GPU it takes bfloat16"),
@@ -72,6 +79,16 @@ def test_what_the_megatron_backend_takes_is_not_refused():
         check_backend(ModelConfig(backend="megatron", dtype=dtype), odd, ParallelConfig(), gpu=True)
 
 
-def test_transformer_engine_is_refused_as_not_built_yet():
-    with pytest.raises(ValueError, match=r"model\.backend=transformer_engine is not built yet; use torch"):
-        build({"model": {"backend": "transformer_engine"}})
+def test_transformer_engine_is_never_what_auto_takes(monkeypatch):
+    """Whatever is installed: resolve asks neither the environment nor Megatron."""
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", True)
+    for dtype, gpu in itertools.product(("float32", "bfloat16"), (True, False)):
+        found = resolve(ModelConfig(dtype=dtype), gpu=gpu)
+        assert "transformer_engine" not in (found.name, found.kernels.experts)
+
+
+def test_transformer_engine_that_is_not_there_is_refused_by_its_key(monkeypatch):
+    """By a rank too, which would otherwise build layers of a mock (megatron.core.extensions.transformer_engine)."""
+    monkeypatch.setattr("megatron_rl.model.te_spec.HAVE_TE", False)
+    with pytest.raises(ValueError, match=r"model\.backend=transformer_engine: .* not installed; .*TE=1.*=torch"):
+        layer_submodules(num_experts=None, qk_norm=False)
