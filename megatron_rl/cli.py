@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=PrintVersion, help="print the version and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: _add(commands, name, text) for name, text in usage.COMMANDS.items()}
-    for name in ("quickstart", "rl", "sft", "pipeline", "plan", "rehearse", "evaluate", "select-checkpoint", "slurm"):
+    for name in ("quickstart", "rl", "sft", "pipeline", "plan", "rehearse", "evaluate", "serve", "select-checkpoint",
+                 "slurm"):
         _overrides(parts[name])
     parts["completion"].set_defaults(top=top)
     for name in ("rl", "sft", "pipeline"):

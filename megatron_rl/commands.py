@@ -154,6 +154,28 @@ def evaluate(options) -> int:
     return 0
 
 
+def serve(options) -> int:
+    from megatron_rl.environment.agents import check_conversation
+    from megatron_rl.model.tokenizer import load_tokenizer
+    from megatron_rl.recipes import serve as recipe
+
+    config = load(options.overrides)
+    validate(config, start=True, exports=False)
+    check_conversation(config.rollout.agent, load_tokenizer(config.model))
+    run_dir = Path(config.run.dir)
+
+    def tell(gateway, key, session) -> None:
+        print(f"export OPENAI_BASE_URL={gateway.url}/v1 OPENAI_API_KEY={session.key}\n"
+              f"export ANTHROPIC_BASE_URL={gateway.url} ANTHROPIC_API_KEY={session.key}\n"
+              f"export {config.rollout.agent.key_env}={key}\n"
+              f"serving {config.model.path}; Ctrl-C ends it and writes {run_dir / recipe.CONVERSATIONS}", flush=True)
+
+    with claimed(run_dir), terminable(), engine_errors(), \
+            engines_for(config, config.model.path, run_dir / "engine.log") as served:
+        recipe.run(served, tell)
+    return 0
+
+
 def data(options) -> int:
     """One step of curation: OUT/kept.jsonl, OUT/removed.jsonl with the reasons, OUT/report.json with the counts."""
     from megatron_rl.recipes import curation
@@ -296,7 +318,7 @@ def completion(options) -> int:
     return 0
 
 
-COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "convert": convert, "plan": plan,
+COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "serve": serve, "convert": convert, "plan": plan,
             "rehearse": rehearse, "replay-step": replay_step,
             "ablate": ablate, "pipeline": pipeline, "quickstart": quickstart, "report": report, "data": data,
             "select-checkpoint": select_checkpoint, "config": config, "slurm": slurm, "doctor": doctor,

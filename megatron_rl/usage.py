@@ -116,6 +116,13 @@ COMMANDS = {
   megatron-rl evaluate experiment=quickstart model.path=runs/quickstart/rl/hf run.dir=runs/evaluation
   megatron-rl evaluate model.path=HF_FOLDER data.source=human_eval reward.routes.code=code run.dir=runs/human_eval
 """),
+    "serve": Help(
+        "the gateway for agents on a checkpoint, without training, to develop an agent against",
+        "Starts an engine on model.path and prints what an SDK needs: base URL and key. Every answer is made as in a\n"
+        "run (section rollout.agent). Ctrl-C ends it. Writes run.dir/conversations.jsonl (docs/agents.md).",
+        """\
+  megatron-rl serve model.path=HF_FOLDER rollout.agent.tool_call_parser=qwen25 run.dir=runs/serve
+"""),
     "report": Help(
         "one HTML file with the plots of one or more runs",
         "",

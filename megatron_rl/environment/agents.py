@@ -46,9 +46,13 @@ LEFT_BEHIND_S = 5.0
 
 def check_agent(config: AgentConfig, tokenizer: Any) -> None:
     """ValueError for an agent that could not start: its program, function, chat template or parsers."""
-    if config.kind is None:
-        return
-    load_agent(config)
+    if config.kind is not None:
+        load_agent(config)
+        check_conversation(config, tokenizer)
+
+
+def check_conversation(config: AgentConfig, tokenizer: Any) -> None:
+    """ValueError for a chat template or parsers that a gateway could not use."""
     checked(tokenizer, config.history)
     parser = Parser(config.tool_call_parser, config.reasoning_parser)
 
@@ -78,6 +82,12 @@ def load_agent(config: AgentConfig) -> Callable | None:
     return function
 
 
+def model_of(config: RolloutConfig, fleet: Fleet, tokenizer: Any, *, seed: int) -> Model:
+    rendering, findings = checked(tokenizer, config.agent.history)
+    parser = Parser(config.agent.tool_call_parser, config.agent.reasoning_parser)
+    return Model(fleet, rendering, findings, parser, seed, config.max_context_tokens)
+
+
 class AgentPrograms:
     """responses.Agents: the gateway and what is started at it. Opens at the first response; close() ends all.
 
@@ -88,9 +98,7 @@ class AgentPrograms:
                  verdict: Callable[[float], Score], secrets: frozenset[str] = frozenset()):
         self._config, self._verdict, self._secrets = config.agent, verdict, secrets
         self._function = load_agent(config.agent)
-        rendering, findings = checked(tokenizer, config.agent.history)
-        parser = Parser(config.agent.tool_call_parser, config.agent.reasoning_parser)
-        self._model = Model(fleet, rendering, findings, parser, seed, config.max_context_tokens)
+        self._model = model_of(config, fleet, tokenizer, seed=seed)
         fetched = {"key": os.environ[config.agent.key_env], "open_session": self._fetched} if (
             config.agent.kind == "http") else {}
         self.gateway = Gateway(Limits(config.agent.max_body_bytes, config.agent.max_messages), host=config.agent.host,

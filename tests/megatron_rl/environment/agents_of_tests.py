@@ -18,8 +18,9 @@ def post(url: str, body: dict) -> dict:
         return json.load(answer)
 
 
-def ask(messages: list[dict]) -> dict:
-    return post(f"{os.environ['OPENAI_BASE_URL']}/chat/completions", {"messages": messages})["choices"][0]["message"]
+def ask(messages: list[dict], **more) -> dict:
+    body = {"messages": messages, **more}
+    return post(f"{os.environ['OPENAI_BASE_URL']}/chat/completions", body)["choices"][0]["message"]
 
 
 def two_turns() -> list[dict]:
@@ -41,6 +42,17 @@ def rewards() -> None:
     task = json.loads(sys.stdin.readline())
     ask([{"role": "user", "content": task["text"]}])
     reward(0.25)
+
+
+def branches() -> None:
+    """What python_branches does, in short answers; the reward depends on the last one."""
+    task = json.loads(sys.stdin.readline())
+    messages = [{"role": "user", "content": task["text"]}]
+    first = ask(messages, max_tokens=6)
+    ask([{"role": "user", "content": "Helper?"}], max_tokens=6)
+    for doubt in ("Sure?", "Really?"):
+        last = ask([*messages, first, {"role": "user", "content": doubt}], max_tokens=6)
+    reward(float(len(set(last["content"])) > 4))
 
 
 def crashes() -> None:
