@@ -10,7 +10,7 @@ from benchmarks.common import BASELINES, format_table, load_rows
 
 BENCHMARKS = ("c3po_step_determinism", "packing", "bare_megatron", "trl_step", "trl_end_to_end", "scaling",
               "linear_logprob", "logprob_memory", "grouped_experts", "router_topk", "weight_sync", "rollout_efficiency",
-              "orchestrator_scale", "sandbox", "verifiers")
+              "orchestrator_scale", "gateway", "sandbox", "verifiers")
 
 
 def main() -> int:

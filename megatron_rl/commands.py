@@ -155,13 +155,11 @@ def evaluate(options) -> int:
 
 
 def serve(options) -> int:
-    from megatron_rl.environment.agents import check_conversation
-    from megatron_rl.model.tokenizer import load_tokenizer
     from megatron_rl.recipes import serve as recipe
 
     config = load(options.overrides)
     validate(config, start=True, exports=False)
-    check_conversation(config.rollout.agent, load_tokenizer(config.model))
+    recipe.check(config)
     run_dir = Path(config.run.dir)
 
     def tell(gateway, key, session) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from megatron_rl.config.schema import Config
-from megatron_rl.environment.agents import model_of
+from megatron_rl.environment.agents import check_conversation, model_of
 from megatron_rl.environment.gateway.errors import RequestError
 from megatron_rl.environment.gateway.messages import Message
 from megatron_rl.environment.gateway.server import Gateway, Limits
@@ -59,6 +59,13 @@ class ServedSession(Session):
         asked = next((message["content"] for message in messages if message["role"] == "user"), "")
         return {"id": f"{prompt.id}-{self.id}", "prompt": prompt.text or asked, "messages": messages,
                 "answer": prompt.answer, "domain": prompt.domain, "reward": self.reward}
+
+
+def check(config: Config) -> None:
+    """ValueError for what would end serving at its start: a chat template, parsers, the first problem of `data`."""
+    tokenizer = load_tokenizer(config.model)
+    check_conversation(config.rollout.agent, tokenizer)
+    next(tasks(config, tokenizer))
 
 
 def tasks(config: Config, tokenizer: Any) -> Iterator[Prompt]:
