@@ -3,6 +3,7 @@
 | path | key | what |
 | --- | --- | --- |
 | POST /v1/chat/completions | a session's | OpenAI, also as a stream |
+| POST /v1/responses | a session's | OpenAI's other protocol, also as a stream; the whole input each time |
 | POST /v1/messages | a session's | Anthropic, also as a stream |
 | GET /v1/models | a session's | the one model |
 | POST /sessions | the gateway's | opens a session; answers id, api_key and task, or 204 if there is none to open |
@@ -23,7 +24,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from megatron_rl.environment.gateway import anthropic_api, openai_api
+from megatron_rl.environment.gateway import anthropic_api, openai_api, responses_api
 from megatron_rl.environment.gateway.errors import RequestError
 from megatron_rl.environment.gateway.messages import depth_of
 from megatron_rl.environment.gateway.session import Session
@@ -76,6 +77,7 @@ class Gateway:
     async def start(self) -> None:
         app = web.Application(client_max_size=self._limits.body_bytes, middlewares=[_errors_as_json])
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/responses", self._responses)
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/sessions", self._start_session)
@@ -122,6 +124,13 @@ class Gateway:
         if not body.get("stream"):
             return _json(anthropic_api.answer(answered, MODEL_NAME))
         return await _streamed(request, anthropic_api.stream(answered, MODEL_NAME))
+
+    async def _responses(self, request: web.Request) -> web.StreamResponse:
+        session, body = self._session(request), await self._body(request)
+        answered = await session.answer(responses_api.read_request(body, max_messages=self._limits.messages))
+        if not body.get("stream"):
+            return _json(responses_api.response(answered, MODEL_NAME))
+        return await _streamed(request, responses_api.stream(answered, MODEL_NAME))
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self._session(request)

@@ -201,6 +201,32 @@ def test_synchronous_clients_of_both_kinds_work_from_environment_variables(monke
     run(story())
 
 
+def test_responses_say_what_a_chat_says_whole_and_as_a_stream():
+    async def story():
+        async with world(counting) as it:
+            session = it.session()
+            client = async_client(it, session)
+            first = await client.responses.create(model="policy", instructions="Be brief.", input="Hi")
+            assert first.output_text == " answer 1 " and first.usage.output_tokens == 11
+            more = [{"role": "user", "content": "Hi"}, *first.output, {"role": "user", "content": "More"}]
+            events = [event async for event in await client.responses.create(
+                model="policy", instructions="Be brief.", input=more, max_output_tokens=3, stream=True)]
+            last = events[-1].response
+            texts = [event.delta for event in events if event.type == "response.output_text.delta"]
+            assert texts == [last.output_text] == [" an"] and events[-1].type == "response.incomplete"
+            assert [event.sequence_number for event in events] == list(range(len(events)))
+            assert (last.status, last.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+            one, two = session.tree.turns
+            assert two.parent is one and session.tree.misses == 0
+            assert it.text(one.given).startswith("<|im_start|>system\nBe brief.")
+            messages = [{"role": "system", "content": "Be brief."}, *HI, {"role": "assistant", "content": " answer 1 "},
+                        {"role": "user", "content": "Again"}]
+            await chat(client, messages)
+            assert session.tree.turns[2].parent is one, "the same conversation by another protocol"
+
+    run(story())
+
+
 def test_both_protocols_speak_in_one_conversation():
     async def story():
         async with world(counting) as it:

@@ -11,7 +11,8 @@ from megatron_rl.environment.gateway.messages import depth_of
 from tests.megatron_rl.environment.world import OWN_KEY, run, world
 
 HI = [{"role": "user", "content": "Hi"}]
-PATHS = [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/messages"), ("POST", "/sessions"),
+PATHS = [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/messages"), ("POST", "/v1/responses"),
+         ("POST", "/sessions"),
          ("GET", "/sessions/x"), ("POST", "/sessions/x/reward"), ("POST", "/sessions/x/end")]
 
 
@@ -131,6 +132,30 @@ def test_what_cannot_be_honoured_is_refused_by_name(asked, says_why):
             code, told = await status(http, "POST", "/v1/chat/completions", it.session().key, asked)
             assert code == 400 and says_why in told["error"]["message"]
             assert told["error"]["type"] == "invalid_request_error" and not it.engine.asked
+
+    run(story())
+
+
+@pytest.mark.parametrize(("asked", "says_why"), [
+    ({"input": []}, "input must be a text or a list of at least one item"),
+    ({"input": 3}, "input must be a text or a list of at least one item"),
+    ({"input": ["Hi"]}, "input[0] must be an object"),
+    ({"input": [{"type": "web_search_call"}]}, "input[0] is of type 'web_search_call'"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "messages[0].content[0] is of type"),
+    ({"input": [{"role": "robot", "content": "a"}]}, "messages[0].role must be one of"),
+    ({"input": [*HI, {"type": "function_call"}, *HI]}, "messages[1].tool_calls[0].function.name"),
+    ({"input": "Hi", "instructions": 3}, "messages[0].content must be a text"),
+    ({"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id='resp_1' is not supported"),
+    ({"input": "Hi", "text": {"format": {"type": "json_schema"}}}, "text={'format'"),
+    ({"input": "Hi", "max_output_tokens": 0}, "max_tokens=0 must be"),
+    ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools[0] must be a function"),
+    ({"input": HI * 101}, "at most 100 are taken"),
+])
+def test_what_responses_cannot_honour_is_refused_by_name(asked, says_why):
+    async def story():
+        async with world(says) as it, aiohttp.ClientSession(it.gateway.url) as http:
+            code, told = await status(http, "POST", "/v1/responses", it.session().key, asked)
+            assert code == 400 and says_why in told["error"]["message"] and not it.engine.asked
 
     run(story())
 

@@ -136,6 +136,31 @@ def test_parallel_calls_go_round_over_anthropic(parsing):
     runner.run(story())
 
 
+def test_parallel_calls_go_round_over_responses(parsing):
+    runner, parser = parsing
+    tool = {"type": "function", "name": "weather", "parameters": TOOL["function"]["parameters"], "strict": None}
+
+    async def story():
+        async with world(both_places, template=QWEN3, history="keep_thinking", parser=parser) as it:
+            session = it.session()
+            client = openai.AsyncOpenAI(base_url=f"{it.gateway.url}/v1", api_key=session.key, max_retries=0)
+            async with client.responses.stream(model="policy", input=HI, tools=[tool]) as events:
+                kinds = [event.type async for event in events]
+                first = await events.get_final_response()
+            assert kinds.count("response.function_call_arguments.done") == 2 and kinds[-1] == "response.completed"
+            assert [item.type for item in first.output] == ["reasoning", "function_call", "function_call"]
+            calls = first.output[1:]
+            assert [json.loads(call.arguments)["place"] for call in calls] == ["Rome", "Oslo"]
+            results = [{"type": "function_call_output", "call_id": call.call_id, "output": text}
+                       for call, text in zip(calls, ("sunny", "snowy"), strict=True)]
+            sent_back = [item.model_dump(exclude={"parsed_arguments"}) for item in first.output]
+            last = await client.responses.create(model="policy", input=[*HI, *sent_back, *results], tools=[tool])
+            assert (last.output_text, last.status) == ("Sun and snow.", "completed")
+            assert session.tree.turns[1].parent is session.tree.turns[0] and session.tree.misses == 0
+
+    runner.run(story())
+
+
 def test_of_turns_that_said_the_same_the_one_whose_calls_are_answered_goes_on(parsing):
     runner, parser = parsing
 
