@@ -11,13 +11,14 @@ from c3po.loss import C3POLossConfig, c3po_loss, grpo_loss, policy_loss
 from c3po.normalisation import Normalisation, StepTotals
 from c3po.sequence_mask import geometric_mean_mask, token_veto_mask
 from c3po.sequences import packed_sequence_ids, padded_sequence_ids
+from c3po.surrogate import SurrogateFunction, SurrogateTerms
 from c3po.truncation import soft_overlong_penalty, truncation_keep_mask
 from c3po.version import __version__
 
 __all__ = [
-    "BudgetSelection", "C3POLossConfig", "Max", "Normalisation", "StepTotals", "SumCount", "__version__", "c3po_loss",
-    "geometric_mean_mask", "group_advantages", "grpo_loss", "icepop_weights", "kpop_weights", "masked_sum_count",
-    "mismatch_diagnostics", "packed_sequence_ids", "padded_sequence_ids", "policy_loss", "select_within_budget",
-    "selection_order", "soft_overlong_penalty", "tis_weights", "token_veto_mask", "truncation_keep_mask",
-    "weight_sums",
+    "BudgetSelection", "C3POLossConfig", "Max", "Normalisation", "StepTotals", "SumCount", "SurrogateFunction",
+    "SurrogateTerms", "__version__", "c3po_loss", "geometric_mean_mask", "group_advantages", "grpo_loss",
+    "icepop_weights", "kpop_weights", "masked_sum_count", "mismatch_diagnostics", "packed_sequence_ids",
+    "padded_sequence_ids", "policy_loss", "select_within_budget", "selection_order", "soft_overlong_penalty",
+    "tis_weights", "token_veto_mask", "truncation_keep_mask", "weight_sums",
 ]

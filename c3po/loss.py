@@ -8,13 +8,13 @@ nor a gradient. The log ratio is not clamped: an overflow at a selected token st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from c3po.diagnostics import SumCount, as_math_dtype, k3, masked_sum_count
-from c3po.surrogate import Surrogate, SurrogateTerms, cispo_terms, clipped_terms, sequence_log_ratio
+from c3po.surrogate import Surrogate, SurrogateFunction, SurrogateTerms, cispo_terms, clipped_terms, sequence_log_ratio
 
 __all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss", "policy_loss"]
 
@@ -64,6 +64,7 @@ def policy_loss(
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    surrogate: SurrogateFunction | None = None,
 ) -> tuple[torch.Tensor, dict[str, SumCount]]:
     """-sum over selected tokens of [w surrogate - kl_coef KL + entropy_coef H] / denominator.
 
@@ -73,13 +74,14 @@ def policy_loss(
     - loss_mask: bool, marks the selected tokens.
     - denominator: of the whole step (StepTotals), so slices of a step add up to the step; one number, or one per token.
     - sequence_ids (sequences.py): needed by surrogate="gspo", whose slices must hold whole sequences.
+    - surrogate: a function of your own instead of config.surrogate (surrogate.py says what it takes).
 
     Returns the 0-dim loss and the sums that README.md lists.
     ValueError: a denominator that is not positive, a shape that differs, a mask that is not bool, or a surrogate or
     coefficient above 0 whose input (sequence_ids, ref_logprobs, entropy) is missing.
     """
     objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config, sequence_ids,
-                                       ref_logprobs, entropy, weights)
+                                       ref_logprobs, entropy, weights, surrogate)
     if not isinstance(denominator, torch.Tensor):
         if not denominator > 0:
             raise ValueError(f"denominator={denominator} must be positive")
@@ -152,11 +154,12 @@ def _token_objective(
     ref_logprobs: torch.Tensor | None,
     entropy: torch.Tensor | None,
     weights: torch.Tensor | None,
+    surrogate: SurrogateFunction | None,
 ) -> tuple[torch.Tensor, dict[str, SumCount]]:
     """What each token adds to the objective (to be maximised), 0 outside the mask, and the detached sums."""
     if loss_mask.dtype != torch.bool:
         raise ValueError(f"loss_mask must be bool, not {loss_mask.dtype}")
-    if config.surrogate == "gspo" and sequence_ids is None:
+    if surrogate is None and config.surrogate == "gspo" and sequence_ids is None:
         raise ValueError("surrogate=gspo needs sequence_ids; pass packed_sequence_ids or padded_sequence_ids")
     if config.kl_coef > 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
@@ -171,7 +174,7 @@ def _token_objective(
     new = _masked(as_math_dtype(logprobs), loss_mask)
     log_ratio = _masked(new - as_math_dtype(old_logprobs).detach(), loss_mask)
     advantage = _masked(as_math_dtype(advantages).detach(), loss_mask)
-    terms = _surrogate(config, new, log_ratio, advantage, loss_mask, sequence_ids)
+    terms = _surrogate(config, new, log_ratio, advantage, loss_mask, sequence_ids, surrogate)
     policy = terms.objective
     if weights is not None:
         policy = policy * _masked(as_math_dtype(weights).detach(), loss_mask)
@@ -202,8 +205,14 @@ def _token_objective(
 
 
 def _surrogate(config: C3POLossConfig, new: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor,
-               loss_mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> SurrogateTerms:
+               loss_mask: torch.Tensor, sequence_ids: torch.Tensor | None,
+               own: SurrogateFunction | None) -> SurrogateTerms:
     bounds = {"eps_low": config.clip_eps_low, "eps_high": config.clip_eps_high}
+    if own is not None:
+        terms = own(new, log_ratio, advantage, loss_mask, **bounds)
+        for name in ("objective", "ratio", "clipped_low", "clipped_high"):
+            _check_shape(f"the surrogate's {name}", getattr(terms, name), new)
+        return replace(terms, objective=_masked(terms.objective, loss_mask))
     if config.surrogate == "cispo":
         return cispo_terms(new, log_ratio, advantage, **bounds)
     if config.surrogate == "gspo":

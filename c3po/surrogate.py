@@ -15,6 +15,7 @@ those of the sequence form. CISPO is MiniMax-M1, arXiv 2506.13585.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ import torch
 
 from c3po.sequences import sequence_mean
 
-__all__ = ["Surrogate", "SurrogateTerms", "cispo_terms", "clipped_terms", "sequence_log_ratio"]
+__all__ = ["Surrogate", "SurrogateFunction", "SurrogateTerms", "cispo_terms", "clipped_terms", "sequence_log_ratio"]
 
 Surrogate = Literal["ppo", "gspo", "cispo"]
 
@@ -35,6 +36,13 @@ class SurrogateTerms:
     ratio: torch.Tensor
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
+
+
+SurrogateFunction = Callable[..., SurrogateTerms]
+"""(logprobs, log_ratio, advantages, loss_mask, *, eps_low, eps_high) -> SurrogateTerms, all tensors of one shape.
+
+logprobs and log_ratio carry the gradient. Outside loss_mask all three are 0, and what is returned there is ignored.
+"""
 
 
 def clipped_terms(log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float,

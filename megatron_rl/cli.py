@@ -116,6 +116,7 @@ def _add_config(config: argparse.ArgumentParser) -> None:
     views = config.add_subparsers(dest="view", required=True, metavar="VIEW")
     parts = {name: _add(views, name, text) for name, text in usage.CONFIG.items()}
     _overrides(parts["show"])
+    parts["explain"].add_argument("key", metavar="KEY")
     parts["diff"].add_argument("left", metavar="LEFT")
     parts["diff"].add_argument("right", metavar="RIGHT", nargs="?", default="defaults",
                                help="default: the schema's defaults")

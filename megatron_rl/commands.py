@@ -79,6 +79,11 @@ def config(options) -> int:
     if options.view == "show":
         print(as_yaml(load(options.overrides)), end="")
         return 0
+    if options.view == "explain":
+        from megatron_rl.config.reference import explained
+
+        Console(highlight=False, markup=False).print(explained(options.key))
+        return 0
     left, right = named(options.left), named(options.right)
     table = Table("key", options.left, options.right)
     for key, *values in differences(left, right):

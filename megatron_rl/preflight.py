@@ -11,12 +11,14 @@ import psutil
 import torch
 from rich.console import Console
 
+from megatron_rl.batch import check_hooks
 from megatron_rl.compat.quick_imports import quick_imports
 from megatron_rl.config.check import Sizes, check_gloo, check_rl
 from megatron_rl.config.load import build, read_json
 from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
+from megatron_rl.foreign import load_function
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.checkpoint_files import check_resume, choose
@@ -74,7 +76,7 @@ def validate(config: Config, *, start: bool, exports: bool = True) -> Sizes:
     exports: the run may end with a Hugging Face folder.
     """
     network = network_of(config)
-    OwnMetrics(config.observe.metrics)
+    check_functions(config)
     if start or (config.model.path and any(Path(config.model.path).glob("*.safetensors"))):
         check_folders(config, exports=exports and config.run.export_hf)
     check_layout(network, config.parallel)
@@ -172,6 +174,16 @@ def check_start(config: Config) -> None:
     check_resume(config.run, asdict(read_config(config.model.path)))
     check_data(config)
     warn_of_seen_problems(config)
+
+
+def check_functions(config: Config) -> None:
+    """Find every function of the user's that runs in the orchestrator or in a rank; try those that take tensors."""
+    OwnMetrics(config.observe.metrics)
+    for key, paths in (("observe.rollouts", config.observe.rollouts), ("observe.loggers", config.observe.loggers),
+                       ("eval.functions", config.eval.functions)):
+        for path in paths:
+            load_function(key, path)
+    check_hooks(config.algo)
 
 
 def check_sft_start(config: Config) -> None:

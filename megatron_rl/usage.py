@@ -191,6 +191,9 @@ CONVERT = {
 CONFIG = {
     "show": Help("every key with its value, as YAML", "",
                  "  megatron-rl config show experiment=quickstart parallel=tp2_ep2\n"),
+    "explain": Help("what one key means, with its type and default",
+                    "KEY: a key, or a section for the list of its keys.",
+                    "  megatron-rl config explain algo.phi\n"),
     "diff": Help("the keys in which two configurations differ",
                  "LEFT and RIGHT: a run's folder, a config.json, overrides in quotes, or `defaults`.",
                  "  megatron-rl config diff runs/quickstart/rl 'experiment=quickstart algo.phi=2048'\n"),

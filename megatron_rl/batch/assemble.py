@@ -15,6 +15,7 @@ import torch
 
 from c3po import BudgetSelection, group_advantages, select_within_budget, selection_order
 from megatron_rl.batch.fill import BudgetFill
+from megatron_rl.batch.hooks import own_advantages
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import Rollout, RolloutGroup, TrainSample
 
@@ -28,7 +29,7 @@ class StepBatch:
     """What one optimiser step trains on.
 
     num_responses counts the responses that the step drew from: its share of the rollout, without those that failed and
-    those that dynamic sampling left out.
+    those of groups that were left out.
     """
 
     samples: tuple[TrainSample, ...]
@@ -54,8 +55,12 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards_PK = torch.stack([fill.rewards(group.rollouts, group.scores) for group in groups])
     judged_PK = torch.tensor([[not score.failed for score in group.scores] for group in groups])
-    advantages_N = group_advantages(rewards_PK, judged_PK=judged_PK, scale=algo.advantage_scale).flatten()
-    drawn_P = torch.tensor([fill.is_drawn_from(group.scores) for group in groups])
+    if algo.hooks.advantage is None:
+        advantages_PK = group_advantages(rewards_PK, judged_PK=judged_PK, scale=algo.advantage_scale)
+    else:
+        advantages_PK = own_advantages(algo.hooks.advantage, rewards_PK, judged_PK)
+    advantages_N = advantages_PK.flatten()
+    drawn_P = torch.tensor([fill.is_drawn_from(group.rollouts, group.scores) for group in groups])
     drawn_N = (judged_PK & drawn_P[:, None]).flatten()
     usable_N = torch.tensor([tokens for group in groups
                              for tokens in fill.usable_tokens(group.rollouts, group.scores)])

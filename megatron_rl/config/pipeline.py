@@ -16,10 +16,10 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 class PipelineStage:
     """One stage of the pipeline.
 
-    recipe: `sft` and `rl` train. `select` takes one epoch of the last sft stage by its entropy on the RL prompts
-    (section select); it composes the overrides of the next rl stage and then its own. title: the name for readers;
-    empty: the stage's name. overrides: they compose the stage's configuration, usually an experiment's name and little
-    else.
+    - recipe: `sft` and `rl` train. `select` takes one epoch of the last sft stage by its entropy on the RL prompts
+      (section select); it composes the overrides of the next rl stage and then its own.
+    - title: the name for readers; empty: the stage's name.
+    - overrides: they compose the stage's configuration, usually an experiment's name and little else.
     """
 
     recipe: Literal["sft", "select", "rl"] = "rl"
@@ -29,12 +29,15 @@ class PipelineStage:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What `megatron-rl pipeline` runs: `stages` in their order. The other sections of the file set its evaluations.
+    """What `megatron-rl pipeline` runs. The other sections of the file set its evaluations.
+
+    - stages: the stages by name, in their order.
+    - random_base: without a model.path, start from the quick start's random model.
+    - note: what the report says at the top.
 
     Stage NAME lives in <run.dir>/NAME and starts from the model of the stage before it, the first from model.path.
     Section eval evaluates the model of every stage. run.seed, observe and rollout.engine hold for all stages, which
-    share one engine. random_base: without a model.path, start from the quick start's random model. note: what the
-    report says at the top.
+    share one engine.
     """
 
     random_base: bool = False

@@ -38,6 +38,7 @@ class CodeConfig:
 class RemoteConfig:
     """A judge on a server that speaks SandboxFusion's protocol (POST url/run_code), for reward.sandbox=remote.
 
+    - url: the address of the server.
     - key_env: the environment variable that holds the server's key, sent as `Authorization: Bearer KEY`. null: no key.
     - timeout_s: how long one request may take beyond the program's own limits.
     - retries: how often a failed request is sent again, with growing pauses.

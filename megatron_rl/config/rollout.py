@@ -30,23 +30,28 @@ def is_loopback(host: str | None) -> bool:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The SGLang servers. If urls are given, these servers are used as they are; otherwise `count` servers are started.
+    """The SGLang servers.
 
-    - urls: servers that run already. Start them with --context-length rollout.max_context_tokens + 6.
+    - count: how many servers the run starts, unless urls are given.
+    - urls: servers that run already, which are used as they are. Start them with --context-length
+      rollout.max_context_tokens + 6.
     - host, port: where a started server listens. Without a port a free one is found.
     - tp: GPUs of one server, which divides the model among them. first_gpu: the first GPU of the first server on a
       machine; the others follow. The trainer's ranks take the GPUs from 0 on, so leave them room, or set colocate.
     - colocate: engines and ranks share the GPUs. The engines give up all GPU memory while the trainer trains. Servers
       of `urls` need --enable-memory-saver.
     - router: `local` starts an sglang-router (a package of its own), a URL names one. It chooses an engine for each
-      request by router_policy. Without one, a request goes to the engine with the fewest requests.
+      request. Without one, a request goes to the engine with the fewest requests. router_policy: how the router
+      chooses.
     - api_key_env: the environment variable that holds the servers' key. Every server asks for a key, on loopback too,
       because any local user could otherwise give it other weights. If the variable is not set, each run draws a key for
       the servers that it starts. For `urls`, set it to the key that they were started with (--api-key). Keys are never
       written down. Whoever can read the network between two machines can read the key, unless the URLs are https.
-    - device, dtype (null: model.dtype), max_running_requests, max_total_tokens (of the key-value cache; null: SGLang's
-      choice), mem_fraction_static (share of GPU memory for weights and cache), threads: the server's own settings.
-      extra_args: more of its flags.
+    - device: where a server computes. `auto`: on GPUs if the machine has them. dtype: the type of its weights; null:
+      model.dtype.
+    - max_running_requests: requests that a server works on at a time. max_total_tokens: tokens of its key-value cache;
+      null: SGLang's choice. mem_fraction_static: share of GPU memory for weights and cache.
+    - threads: threads of a server on a CPU; null: SGLang's choice. extra_args: more of the server's flags.
     - start_timeout_s: how long a server has until it answers. stop_timeout_s: how long it has to end.
     - health_interval_s: how often a server is checked. hang_timeout_s: how long it may be silent before it is killed
       and started again. max_restarts: how often each may be started again without an hour of service in between.
@@ -114,22 +119,27 @@ class RolloutConfig:
 
     - prompts_per_step, responses_per_prompt: what a step samples.
     - max_response_tokens: limit of a response. max_context_tokens: limit of a response with its prompt.
-    - temperature, top_p: of sampling. stop: texts that end a response, besides the end token.
+    - temperature: divides the logits in sampling. top_p: samples among the likeliest tokens of this share. stop: texts
+      that end a response, besides the end token.
     - collector: `sync` samples every response of the step's prompts. `budgeted` stops as soon as the groups first in
-      order fill algo.phi (needs algo.order=groups). `partial` samples budget_tokens per step (null: Phi of the step) in
-      slices of slice_tokens, and carries unfinished responses on for at most retention_steps. `async` samples up to
-      max_staleness steps ahead while the trainer trains.
+      order fill algo.phi (needs algo.order=groups). `partial` samples a fixed number of tokens per step and carries
+      unfinished responses on. `async` samples ahead while the trainer trains.
+    - budget_tokens: response tokens that `partial` samples per step; null: Phi of the step. slice_tokens: the tokens of
+      one request of `partial`. retention_steps: how many steps `partial` carries an unfinished response.
+    - max_staleness: how many steps `async` may sample ahead.
     - overprovision: `budgeted` keeps this many times the groups in flight that it expects to need.
-    - environment: dotted path of a function that answers the model when it stops (rollout/environment.py), at most
-      max_turns - 1 times per response. All turns and answers together have max_response_tokens. It is called in up to
-      environment_threads threads at a time and has environment_timeout_s for an answer.
+    - environment: dotted path of a function that answers the model when it stops (rollout/environment.py). All turns
+      and answers together have max_response_tokens.
+    - max_turns: turns of the model in one response; the environment answers at most max_turns - 1 times.
+    - environment_threads: how many calls of the environment run at a time. environment_timeout_s: seconds for one
+      answer.
     - agent: a program of yours that asks the model, instead of a function that answers it.
-    - concurrency: requests in flight over all engines. Each has request_timeout_s, and is sent again up to `retries`
-      times.
+    - concurrency: requests in flight over all engines. request_timeout_s: seconds that one may take. retries: how often
+      a failed one is sent again.
     - max_failed_fraction: the share of a step's responses that may fail before the run ends. A response fails if an
       engine cannot give it, the environment cannot continue it, or the judge cannot judge it. Below the share, failed
       responses are counted and train nothing.
-    - publish: how weights travel, in buckets of bucket_bytes.
+    - publish: how weights travel. bucket_bytes: bytes that are sent at a time.
     - verify_checksums: each engine proves by checksums what it got. null: only engines that can, which are those with a
       single CPU rank (sync/engines_verified counts them).
     - probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the

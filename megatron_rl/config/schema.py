@@ -22,8 +22,10 @@ from megatron_rl.config.stage import StageConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What one run is called (name), where it writes (dir), how many steps it takes (steps), and how it resumes.
+    """One run: its name, its folder, its length, and how it resumes.
 
+    - name: what the run is called. dir: the folder it writes.
+    - steps: optimiser steps on rollouts that the run takes in all.
     - seed: sets prompts, samples, the order of the cut and random weights.
     - save_every_steps: how often a checkpoint is written, besides at the end. keep_checkpoints: how many stay.
     - export_hf: also write a Hugging Face folder at the end, <dir>/hf.
@@ -82,9 +84,10 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Hugging Face folder, path (docs/models.md lists the kinds of model), and how the trainer holds it.
+    """The model, and how the trainer holds it.
 
-    - dtype: of weights and activations. The optimiser's state is float32.
+    - path: a Hugging Face folder (docs/models.md lists the kinds of model).
+    - dtype: the type of weights and activations. The optimiser's state is float32.
     - backend: what computes attention and experts (docs/performance.md). `torch`: one call of flash attention for a
       micro-batch (on a CPU SDPA, sequence by sequence) and a grouped product for all experts. `megatron`: SDPA sequence
       by sequence and one expert after the other, in any dtype. `transformer_engine`: Megatron's Transformer Engine
@@ -114,9 +117,11 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of Megatron's parallel groups. Data parallelism takes what is left of world_size.
 
-    - tp: tensor. pp: pipeline; vpp: parts of a rank, interleaved. ep: expert. etp: tensor within experts. cp: context;
-      it cuts every sequence over that many ranks, and each holds the keys and values of the whole micro-batch while a
-      layer computes.
+    - world_size: how many ranks train.
+    - tp: tensor-parallel size. pp: pipeline stages. vpp: parts of the model on one pipeline rank, interleaved. ep: how
+      many ranks share a layer's experts. etp: tensor-parallel size within experts.
+    - cp: context-parallel size. It cuts every sequence over that many ranks, and each holds the keys and values of the
+      whole micro-batch while a layer computes.
     - sequence_parallel: null means on if tp > 1, because Megatron refuses MoE under TP without it.
     - distributed_optimizer: data-parallel ranks divide the optimiser's state among them.
     - overlap: reduce gradients while the backward pass goes on.
@@ -174,10 +179,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How sequences are packed. A packed micro-batch holds at most tokens_per_microbatch tokens on a rank.
+    """How sequences are packed.
 
-    Context parallelism spreads a sequence over parallel.cp ranks, so it may be that many times longer.
-    logprob_chunk_tokens: the number of tokens whose logits exist at a time.
+    - tokens_per_microbatch: the most tokens of a packed micro-batch on a rank. Context parallelism spreads a sequence
+      over parallel.cp ranks, so a sequence may be that many times longer.
+    - logprob_chunk_tokens: the number of tokens whose logits exist at a time.
     """
 
     tokens_per_microbatch: int = 8192
@@ -194,9 +200,13 @@ class BatchConfig:
 class OptimizerConfig:
     """AdamW as Megatron runs it, and the learning-rate schedule.
 
-    The rate rises to lr over warmup_steps optimiser steps, or over warmup_fraction of all steps. `cosine` then lets it
-    fall to min_lr_ratio * lr at the end. beta1, beta2, eps and weight_decay are Adam's. clip_grad: the largest norm of
-    the gradient; 0 does not clip.
+    - lr: the highest learning rate.
+    - schedule: after the warm-up the rate stays (`constant`) or falls until the end (`cosine`). min_lr_ratio: `cosine`
+      ends at this times lr.
+    - warmup_steps: the rate rises to lr over this many optimiser steps. warmup_fraction: or over this share of all
+      steps.
+    - beta1, beta2: decay of Adam's moments. eps: Adam's. weight_decay: AdamW's.
+    - clip_grad: the largest norm of the gradient; 0 does not clip.
     """
 
     lr: float = 3e-6
@@ -231,6 +241,7 @@ class SFTConfig:
     - examples: train on the first examples of `data`, in a new order in every epoch. A prompt with its response may
       have batch.tokens_per_microbatch tokens (times parallel.cp).
     - batch_size: examples of one optimiser step.
+    - epochs: how often training goes through the examples.
     - schedule_epochs: length of the learning-rate schedule; null: epochs. If it is longer than epochs, training stops
       early on it, as the report does when it takes an early checkpoint of a long run (Sec. 4.3.2).
     - balance_coef, z_loss_coef: coefficients of the router's losses.
@@ -279,6 +290,10 @@ class ObserveConfig:
     - mismatch_alarm: a step warns if the mean difference of engine and trainer log-probabilities exceeds this, in nats.
     - metrics: dotted paths of your own functions. Each takes the judged groups and returns numbers by name, which are
       logged as extra/<name> for every step and as <name> for every evaluation.
+    - rollouts: dotted paths of your own functions (step, groups), which are called with the judged groups of each step
+      before it trains. If the orchestrator was killed, a step may come twice.
+    - loggers: dotted paths of your own classes, which get the numbers of every step and evaluation in a process of
+      their own (observe/feed.py: Logger). If one fails, the run goes on.
     - samples_per_step: how many judged responses of each step go to samples.jsonl, for the report's table; 0: none.
     - print_samples: every so many steps, print one of them on the terminal; 0: never.
     """
@@ -288,6 +303,8 @@ class ObserveConfig:
     progress: bool = True
     mismatch_alarm: float = 0.05
     metrics: tuple[str, ...] = ()
+    rollouts: tuple[str, ...] = ()
+    loggers: tuple[str, ...] = ()
     samples_per_step: int = 4
     print_samples: int = 0
 
@@ -302,11 +319,13 @@ class ObserveConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """The job that `megatron-rl slurm` submits: `nodes` run trainer ranks, and `engine_nodes` more run engines.
+    """The job that `megatron-rl slurm` submits.
 
     - partition, account, qos, exclude, gpus_per_node, cpus_per_task (of a rank, and of an engine): as in sbatch.
-    - engine_nodes: 0 lets the engines (rollout.engine.count of them) share the trainer's nodes.
-    - time_limit: in Slurm's format. signal_lead_s before it, and on preemption, the run saves and is requeued.
+    - nodes: machines for the ranks. engine_nodes: machines for the engines. 0 lets the engines (rollout.engine.count of
+      them) share the trainer's nodes.
+    - time_limit: in Slurm's format. signal_lead_s: so many seconds before it, and on preemption, the run saves and is
+      requeued.
     - max_restarts: how often the job starts again after a fault of a node, which it then excludes.
     - container: `pyxis` (srun --container-image) or `apptainer` around every rank and engine. container_image: its
       image. container_mounts: the folders it sees (/data:/data).

@@ -12,9 +12,11 @@ STAGED = ("algo", "batch", "data", "eval", "optimizer", "reward", "rollout")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage, called `name`: `steps` steps with the keys of `set` changed, e.g. {algo.phi: 8192}.
+    """One training stage.
 
-    - steps: the steps of all stages add up to run.steps.
+    - name: what the stage is called.
+    - set: the keys that it changes, e.g. {algo.phi: 8192}.
+    - steps: how many steps it takes. The steps of all stages add up to run.steps.
     - plateau_steps, plateau_gain: the stage ends sooner if its mean reward grows by less than plateau_gain from one
       plateau_steps steps to the next plateau_steps steps. 0: it never ends sooner.
     - optimizer: `keep` keeps AdamW's moments and the place in the learning-rate schedule from the stage before; `reset`

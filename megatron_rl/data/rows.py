@@ -10,13 +10,14 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.data.tables import arrow_files, arrow_rows, parquet_files, parquet_rows
+from megatron_rl.foreign import load_function, told
 
 __all__ = ["FILE_SOURCES", "BadRow", "Row", "data_path", "read_file", "read_rows"]
 
@@ -59,6 +60,9 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
 
     ValueError if the file as a whole cannot be read.
     """
+    if config.source == "function":
+        yield from _function_rows(config.path)
+        return
     path = data_path(config)
     if config.source == "jsonl":
         yield from _json_rows(path)
@@ -68,6 +72,23 @@ def read_rows(config: DataConfig) -> Iterator[Row]:
     else:
         for file in arrow_files(path, config.hf_split):
             yield from _numbered(file, arrow_rows(file))
+
+
+def _function_rows(path: str | None) -> Iterator[Row]:
+    """What the user's function gives. ValueError if it raises, or gives anything but rows."""
+    if path is None:
+        raise ValueError("data.source=function needs data.path=package.module.function")
+    where = f"data.path={path}"
+    try:
+        rows = list(load_function("data.path", path)())
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(where):
+            raise
+        raise ValueError(f"{where} raised {told(error)}") from error
+    for number, row in enumerate(rows, 1):
+        bad = BadRow(f"a row is a dict of columns, not {type(row).__name__}")
+        fields = dict(row) if isinstance(row, Mapping) else bad
+        yield Row(f"{path} row {number}", f"{path.rpartition('.')[2]}:{number}", fields)
 
 
 def read_file(config: DataConfig) -> Iterator[Row]:

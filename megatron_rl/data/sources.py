@@ -166,7 +166,7 @@ def _named(problems: FileProblems, index: int, why: str, config: DataConfig) -> 
     """The objection with the row's place and, if the answer is missing, the columns that might hold one."""
     problem = problems[index]
     place = problems.places.get(problem.id, problem.id)
-    if not problem.answer and "answer" in why and config.source in FILE_SOURCES:
+    if not problem.answer and "answer" in why and config.source in (*FILE_SOURCES, "function"):
         why = f"{why}; {missing(problem.metadata, 'answer_key', config.answer_key)}"
     return f"{place}: {why}"
 
@@ -182,7 +182,7 @@ def _in_split(problems: FileProblems, config: DataConfig) -> FileProblems:
 
 
 def _problems(config: DataConfig) -> Problems:
-    if config.source in FILE_SOURCES:
+    if config.source in (*FILE_SOURCES, "function"):
         return _in_split(read_problems(config), config)
     if config.source in BENCHMARKS:
         return _in_split(read_benchmark(config), config)

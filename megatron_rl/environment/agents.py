@@ -27,10 +27,10 @@ from megatron_rl.environment.gateway.parsing import Parser
 from megatron_rl.environment.gateway.probe import checked
 from megatron_rl.environment.gateway.server import Gateway, Limits
 from megatron_rl.environment.gateway.session import Model, Session
-from megatron_rl.foreign import told
+from megatron_rl.foreign import load_function, told
 from megatron_rl.rollout.background import in_thread
 from megatron_rl.rollout.die_with_parent import with_parent
-from megatron_rl.rollout.environment import EnvironmentFailed, load_function
+from megatron_rl.rollout.environment import EnvironmentFailed
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 from megatron_rl.rollout.responses import Episode, SamplingPlan, Ticket
 from megatron_rl.rollout.transcript import Transcript

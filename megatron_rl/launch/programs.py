@@ -47,7 +47,7 @@ EXIT_CODES = {End.FINISHED: 0, End.UNFILLABLE: 3, End.STOPPED: 75}
 """75 is EX_TEMPFAIL of sysexits.h: try again later. 3: over before the last step, and trying again is of no use."""
 HEALTH_TIMEOUT_S = 2.0
 HEALTH_EVERY_S = 2.0
-END_GRACE_S = 75.0  # observe/sinks.py: WANDB_CLOSE_S, and a little more
+END_GRACE_S = 75.0  # observe/sinks.py: LOGGER_CLOSE_S, and a little more
 HANG_GRACE_S = 3.0
 KILLED_CODES = (137, 265)
 """The exit code of a shell or srun whose program was killed by SIGKILL; Popen says -9."""

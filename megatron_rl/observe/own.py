@@ -6,9 +6,9 @@ extra/<name> in metrics.jsonl and as <name> in eval.jsonl. A number that cannot 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron_rl.foreign import load_function
 from megatron_rl.types import RolloutGroup
 
 __all__ = ["OwnMetrics"]
@@ -20,7 +20,7 @@ class OwnMetrics:
     """Imports the functions once. ValueError names observe.metrics and the path that cannot be imported."""
 
     def __init__(self, paths: Sequence[str]):
-        self._functions = {path: _load(path) for path in paths}
+        self._functions = {path: load_function("observe.metrics", path) for path in paths}
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """What all of them say. ValueError if a function returns anything but names without a slash and numbers, or a
@@ -36,16 +36,3 @@ class OwnMetrics:
                 found[name] = value
         return found
 
-
-def _load(path: str) -> Function:
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"observe.metrics: {path} is no dotted path; write module.function")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"observe.metrics: {path} cannot be imported ({error}); start in the folder that holds it, or "
-                         "put that folder on PYTHONPATH") from error
-    if not callable(function):
-        raise ValueError(f"observe.metrics: {path} is no function")
-    return function

@@ -1,4 +1,5 @@
-"""Where metrics go: metrics.jsonl, eval.jsonl and samples.jsonl in the run directory, always, and wandb."""
+"""Where metrics go: metrics.jsonl, eval.jsonl and samples.jsonl in the run directory, always, and wandb and
+other loggers."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from megatron_rl.observe.versions import collect_versions
 
 METRICS, EVALUATIONS, SAMPLES = "metrics.jsonl", "eval.jsonl", "samples.jsonl"
 CONFIG, VERSIONS = "config.json", "versions.json"
-WANDB_CLOSE_S = 60.0
+LOGGER_CLOSE_S = 60.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class MetricsLog:
         write_json(self.directory / VERSIONS, collect_versions())
         self._metrics = metrics_path.open("a", encoding="utf-8")
         self._evaluations = eval_path.open("a", encoding="utf-8")
-        self._wandb = None if config.wandb == "off" else WandbFeed(self.directory, config, config_dict)
+        self._feeds = _feeds(self.directory, config, config_dict)
         self._samples = samples_path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -90,8 +91,8 @@ class MetricsLog:
         self._metrics.close()
         self._evaluations.close()
         self._samples.close()
-        if self._wandb is not None:
-            self._wandb.close(exit_code)
+        for feed in self._feeds:
+            feed.close(exit_code)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -102,34 +103,43 @@ class MetricsLog:
         self.close(exit_code=0 if kind is None else 1)
 
 
-class WandbFeed:
-    """Hands metrics.jsonl and eval.jsonl on to wandb through a process of its own (wandb_feed.py): whatever becomes of
-    that, the run goes on. Its log, and wandb's temporary folders, lie under directory/wandb.
+def _feeds(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> list[LoggerFeed]:
+    feeds = [LoggerFeed(directory, path, directory / "loggers" / path,
+                        {"logger": path, "sys_path": sys.path, "config": dict(config_dict)}) for path in config.loggers]
+    if config.wandb != "off":
+        init = _wandb_init(directory, config, config_dict)
+        feeds.append(LoggerFeed(directory, "wandb", directory / "wandb", {"wandb": init}))
+    return feeds
 
-    wandb's x axis is `step`; a resumed run keeps its id.
-    """
 
-    def __init__(self, directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]):
-        folder = directory / "wandb"
-        folder.mkdir(exist_ok=True)
-        id_path = directory / "wandb_id.txt"
-        if not id_path.exists():
-            write_whole(id_path, uuid.uuid4().hex[:8] + "\n")
-        positions = {name: (directory / name).stat().st_size for name in (METRICS, EVALUATIONS)}
-        write_json(folder / "feed.json", {"directory": str(directory), "positions": positions, "init": {
-            "mode": config.wandb, "project": config.project, "name": directory.resolve().name, "dir": str(directory),
+def _wandb_init(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of wandb.init. A resumed run keeps its id."""
+    id_path = directory / "wandb_id.txt"
+    if not id_path.exists():
+        write_whole(id_path, uuid.uuid4().hex[:8] + "\n")
+    return {"mode": config.wandb, "project": config.project, "name": directory.resolve().name, "dir": str(directory),
             "id": id_path.read_text(encoding="utf-8").strip(),
-            "resume": "allow" if config.wandb == "online" else None, "config": dict(config_dict)}})
-        self._log = folder / "feed.log"
+            "resume": "allow" if config.wandb == "online" else None, "config": dict(config_dict)}
+
+
+class LoggerFeed:
+    """Hands metrics.jsonl and eval.jsonl on to one logger through a process of its own (feed.py): whatever becomes of
+    that, the run goes on. Its settings, its log and its temporary folders lie in `folder`."""
+
+    def __init__(self, directory: Path, name: str, folder: Path, logger: Mapping[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        positions = {each: (directory / each).stat().st_size for each in (METRICS, EVALUATIONS)}
+        write_json(folder / "feed.json", {"directory": str(directory), "positions": positions, **logger})
+        self._name, self._log = name, folder / "feed.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("wandb_feed.py")), str(folder / "feed.json")],
+                [sys.executable, "-P", str(Path(__file__).with_name("feed.py")), str(folder / "feed.json")],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(folder)})
 
     def close(self, exit_code: int) -> None:
-        """Waits until wandb has everything, for WANDB_CLOSE_S at most."""
+        """Waits until the logger has everything, for LOGGER_CLOSE_S at most."""
         try:
-            self._process.communicate(b"" if exit_code else b"0", timeout=WANDB_CLOSE_S)
+            self._process.communicate(b"" if exit_code else b"0", timeout=LOGGER_CLOSE_S)
         except subprocess.TimeoutExpired:
             family = psutil.Process(self._process.pid).children(recursive=True)  # wandb's service, which may hang
             self._process.kill()
@@ -138,5 +148,5 @@ class WandbFeed:
                     one.kill()
             self._process.communicate()
         if self._process.returncode:
-            _LOG.warning("wandb did not get everything (exit code %d); metrics.jsonl has it. See %s",
-                         self._process.returncode, self._log)
+            _LOG.warning("%s did not get everything (exit code %d); metrics.jsonl has it. See %s",
+                         self._name, self._process.returncode, self._log)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble
 from megatron_rl.config.schema import Config
+from megatron_rl.foreign import load_function
 from megatron_rl.handoff import cut_into_shards, dump, write_shard
 from megatron_rl.model.network import Network
 from megatron_rl.observe.failures import bear_failures
@@ -63,6 +64,8 @@ class Rollouts:
                  ledger: Ledger, rounds: int, agents: Mapping[str, float]) -> OfferedStep:
         shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
+        for path in self._config.observe.rollouts:
+            load_function("observe.rollouts", path)(step, groups)
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
         fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
@@ -84,8 +87,8 @@ async def collect_budget(config: Config, collect: Collect | Callable,
                          step: int) -> tuple[list[RolloutGroup], list[StepBatch], Ledger, int]:
     """Collects whole groups until this step has what its optimiser steps need (algo.underfull decides).
 
-    With a budget that is Phi tokens for each optimiser step; without one it is prompts_per_step groups that dynamic
-    sampling keeps. Returns (groups, batches, their account, rounds). UnfillableStep after algo.max_collect_rounds.
+    With a budget that is Phi tokens for each optimiser step; without one it is prompts_per_step groups that are not
+    left out. Returns (groups, batches, their account, rounds). UnfillableStep after algo.max_collect_rounds.
     """
     algo, dp = config.algo, config.parallel.dp
     responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
@@ -104,7 +107,7 @@ async def collect_budget(config: Config, collect: Collect | Callable,
         if algo.has_budget:
             full = all(batch.is_full for batch in batches)
         else:
-            full = not algo.dynamic_sampling or sum(batch.num_responses for batch in batches) >= responses
+            full = not algo.leaves_groups_out or sum(batch.num_responses for batch in batches) >= responses
         if full or algo.underfull != "collect_more":
             return groups, batches, ledger, round_ + 1
     if groups and not batches:
@@ -114,7 +117,7 @@ async def collect_budget(config: Config, collect: Collect | Callable,
         raise UnfillableStep(
             f"step {step}: only {sum(batch.num_responses for batch in batches)} of {responses} responses in mixed "
             f"groups after algo.max_collect_rounds={algo.max_collect_rounds} rounds; raise it, or set "
-            "algo.dynamic_sampling=false or algo.underfull=train_short")
+            "algo.dynamic_sampling=false (or algo.hooks.group_filter=null), or algo.underfull=train_short")
     available = sum(batch.available_tokens for batch in batches)
     needed = BudgetFill(algo, dp, config.rollout.max_response_tokens).tokens
     raise UnfillableStep(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-from collections.abc import Callable
 from typing import Any, SupportsFloat
 
-from megatron_rl.foreign import LONGEST_MESSAGE, as_utf8
+from megatron_rl.foreign import LONGEST_MESSAGE, as_utf8, load_function
 from megatron_rl.reward.base import STATUSES, Job, run
 from megatron_rl.types import Prompt, Score
 
@@ -25,14 +23,7 @@ class UserScorer:
     """
 
     def __init__(self, domain: str, path: str, correct_from: float | None):
-        where = f"reward.routes.{domain}={path}"
-        try:
-            _load(path)
-        except (ImportError, SyntaxError) as error:
-            raise ValueError(f"{where}: cannot import {path.rpartition('.')[0]} ({error}); "
-                             "start in the folder that holds it, or put that folder on PYTHONPATH") from error
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from error
+        load_function(f"reward.routes.{domain}", path)
         self.preload = (path.rpartition(".")[0],)
         self.warm_up = functools.partial(_warm_up, path)
         self._path, self._correct_from = path, correct_from
@@ -50,7 +41,7 @@ class UserScorer:
 def judge_user(path: str, prompt: Prompt, response_text: str, correct_from: float | None) -> Score:
     """The function's Score, its value a plain float. ValueError if it returns no number up to LARGEST_REWARD and no
     valid Score."""
-    result = _load(path)(prompt, response_text)
+    result = load_function("reward.routes", path)(prompt, response_text)
     score = result if isinstance(result, Score) else None
     value = _number(result if score is None else score.value)
     if value is None or (score is not None and (score.status not in STATUSES or not isinstance(score.detail, str))):
@@ -87,14 +78,5 @@ def score_of(reward: float, correct_from: float | None) -> Score:
     return Score(reward, "wrong") if reward <= 0 else Score(reward, "graded", correct=False)
 
 
-@functools.cache
-def _load(path: str) -> Callable[[Prompt, str], Any]:
-    module_name, _, name = path.rpartition(".")
-    function = getattr(importlib.import_module(module_name), name)
-    if not callable(function):
-        raise TypeError(f"{name} of {module_name} is not a function")
-    return function
-
-
 def _warm_up(path: str) -> None:
-    _load(path)
+    load_function("reward.routes", path)

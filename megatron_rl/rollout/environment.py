@@ -9,10 +9,9 @@ context, and nothing trains on it.
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Callable, Sequence
 
-from megatron_rl.foreign import as_utf8, told
+from megatron_rl.foreign import as_utf8, load_function, told
 from megatron_rl.rollout.background import in_thread
 from megatron_rl.types import Prompt
 
@@ -32,23 +31,6 @@ class EnvironmentFailed(RuntimeError):
 def load_environment(path: str | None) -> Environment | None:
     """The function at `package.module.function`. ValueError naming rollout.environment if there is none."""
     return None if path is None else load_function("rollout.environment", path)
-
-
-def load_function(key: str, path: str) -> Callable:
-    """What is at `package.module.function`. ValueError naming `key` when it is no function, or not there."""
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(f"{key}={path} must be package.module.function")
-    try:
-        found = vars(importlib.import_module(module)).get(name)
-    except ImportError as error:
-        raise ValueError(f"{key}={path}: cannot import {module} ({error}); start in the folder that "
-                         "holds it, or put that folder on PYTHONPATH") from error
-    if found is None:
-        raise ValueError(f"{key}={path}: module {module} has no {name}")
-    if not callable(found):
-        raise ValueError(f"{key}={path} is not a function")
-    return found
 
 
 class EnvironmentThreads:

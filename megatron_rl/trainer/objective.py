@@ -20,6 +20,7 @@ from c3po import (
     token_veto_mask,
     weight_sums,
 )
+from megatron_rl.batch import own_function
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import PackedMicrobatch
 
@@ -39,11 +40,17 @@ class TokenObjective:
         sequence_ids_T = packed_sequence_ids(batch.cu_seqlens) if algo.needs_whole_sequences else None
         weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
         loss, sums = policy_loss(
-            logprobs_T, old_T, batch.advantages, mask, config=algo.loss,
-            denominator=self.totals.denominator(algo.objective, batch.response_lengths),
+            logprobs_T, old_T, batch.advantages, mask, config=algo.loss, denominator=self._denominator(batch),
+            surrogate=own_function(algo, "surrogate"),
             sequence_ids=sequence_ids_T, ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
         gap_sums, gap_maxima = mismatch_diagnostics(old_T, batch.rollout_logprobs, mask)
         return loss, {**sums, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
+
+    def _denominator(self, batch: PackedMicrobatch) -> float | torch.Tensor:
+        own = own_function(self.algo, "denominator")
+        if own is not None:
+            return own(self.totals, batch.response_lengths)
+        return self.totals.denominator(self.algo.objective, batch.response_lengths)
 
     def _mismatch_weights(self, old_T: torch.Tensor, batch: PackedMicrobatch, sequence_ids_T: torch.Tensor | None):
         """(the product of all weights that are switched on, or None; their sums)."""

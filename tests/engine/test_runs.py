@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.rollout.engines import EngineProcess
 from tests.engine.faulty_proxy import FaultyProxy
 from tests.engine.kills import Kill, differences, run_programs, timeless, was_killed
+from tests.test_extending import COMMANDS as EXTENDING
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +114,29 @@ def test_a_small_file_as_the_world_has_it_trains_and_nothing_is_evaluated(model,
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "run")) == 1 and not rows(tmp_path / "run", "eval.jsonl")
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_every_function_of_the_page_on_extending_takes_part_in_a_run(model, engine_url, tmp_path):
+    """All commands of docs/extending.md at once, with what the page says that each of them does."""
+    keys = {word.partition("=")[0]: word for line in EXTENDING for word in shlex.split(line)
+            if word.startswith(("algo.hooks", "observe.", "eval.functions", "data."))}
+    environment = {**rank_environment(), "PYTHONPATH": os.pathsep.join(
+        [str(ROOT / "examples" / "extending"), rank_environment().get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*command(f"model.path={model}", f"run.dir={tmp_path / 'run'}", f"rollout.engine.urls=[{engine_url}]"),
+         *keys.values(), "run.steps=2", "eval.problems=4", "algo.max_collect_rounds=50"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    steps, run_dir = rows(tmp_path / "run"), tmp_path / "run"
+    assert len(steps) == 2 and all(0 <= row["extra/brief_share"] <= 1 for row in steps)
+    assert all(0 <= row["own/tables"] <= 1 for row in rows(run_dir, "eval.jsonl"))
+    assert [json.loads(line)["step"] for line in (tmp_path / "longest.jsonl").read_text().splitlines()] == [0, 1]
+    logged = [line.split(",") for line in (run_dir / "numbers.csv").read_text().splitlines()]
+    told = {(int(step), name): float(value) for step, name, value in logged}
+    for row in steps:
+        for name in ("reward/mean", "extra/brief_share", "budget/selected_tokens"):
+            assert told[row["step"], name] == pytest.approx(row[name])
+    assert (2, "eval/own/tables") in told
 
 
 def test_every_step_trains_on_exactly_phi_tokens(whole_run):

@@ -89,7 +89,7 @@ def test_a_run_in_place_of_its_model_is_answered_with_the_folder_of_the_model(tm
 
 REFUSED = {
     "a misspelt scorer": (["reward.routes.math=math_verfy"], "math=math_verfy is no scorer; did you mean"),
-    "a scorer that is not there": (["reward.routes.math=tests.rewards.brief"], "has no attribute 'brief'"),
+    "a scorer that is not there": (["reward.routes.math=tests.rewards.brief"], "module tests.rewards has no brief"),
     "a data file that is not there": (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl is not a file"),
     "a resume of nothing": (["resume=true"], "holds no run: correct run.dir"),
     "a reward that raises for every response": (
@@ -141,25 +141,36 @@ def test_supervised_examples_are_looked_at_before_ranks_start(overrides, said, t
     assert said in capsys.readouterr().err
 
 
+FUNCTIONS = {
+    "rollout.environment": "{}", "observe.metrics": "[{}]", "observe.rollouts": "[{}]", "observe.loggers": "[{}]",
+    "eval.functions": "[{}]", "algo.hooks.advantage": "{}", "algo.hooks.surrogate": "{}",
+    "algo.hooks.denominator": "{}", "algo.hooks.group_filter": "{}", "algo.hooks.reward_shaping": "[{}]",
+    "reward.routes.math": "{}", "data.path": "{}",
+}
+"""Every key that names a function of the user's, and how a value of it is written; rollout.agent has tests of its
+own."""
+
+
 @pytest.mark.parametrize(("path", "said"), [
     ("no_such_module.step", "cannot import no_such_module"), ("os.no_step", "module os has no no_step"),
-    ("step", "must be package.module.function"), ("os.sep", "is not a function")])
-def test_an_environment_that_is_not_there_is_named_before_an_engine_starts(path, said, tmp_path, capsys):
-    model = write_tiny_bailing(tmp_path / "model")
-    assert main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", f"rollout.environment={path}"]) == 2
-    assert f"rollout.environment={path}" in (err := capsys.readouterr().err) and said in err
-
-
-@pytest.mark.parametrize(("path", "said"), [
-    ("no_such_module.words", "no_such_module.words cannot be imported"), ("os.no_words", "has no attribute 'no_words'"),
-    ("words", "words is no dotted path")])
+    ("os.sep", "is not a function"), ("tests.broken_module.step", "cannot import tests.broken_module (NameError: ")])
+@pytest.mark.parametrize("key", FUNCTIONS)
 @pytest.mark.parametrize("options", [["--check"], []])
-def test_a_metric_that_is_not_there_is_named_before_an_engine_starts(path, said, options, tmp_path, capsys):
+def test_a_function_that_is_not_there_is_named_before_an_engine_starts(key, path, said, options, tmp_path, capsys):
     model = write_tiny_bailing(tmp_path / "model")
-    assert main(["rl", *options, "experiment=quickstart", f"model.path={model}", f"run.dir={tmp_path / 'run'}",
-                 f"observe.metrics=[{path}]"]) == 2
-    error = capsys.readouterr().err
-    assert "observe.metrics: " in error and said in error
+    data = ["data.source=function"] if key == "data.path" else ["experiment=quickstart"]
+    assert main(["rl", *options, *data, f"model.path={model}", f"run.dir={tmp_path / 'run'}",
+                 f"{key}={FUNCTIONS[key].format(path)}"]) == 2
+    assert f"{key}={path}" in (error := capsys.readouterr().err) and said in error
+
+
+def test_a_path_without_a_module_is_told_how_a_function_is_named(tmp_path, capsys):
+    model = write_tiny_bailing(tmp_path / "model")
+    for key in FUNCTIONS.keys() - {"reward.routes.math"}:  # a name without a dot is a scorer of the project's there
+        data = ["data.source=function"] if key == "data.path" else ["experiment=quickstart"]
+        assert main(["rl", "--check", *data, f"model.path={model}", f"run.dir={tmp_path / 'run'}",
+                     f"{key}={FUNCTIONS[key].format('step')}"]) == 2
+        assert f"{key}=step must be package.module.function" in capsys.readouterr().err
 
 
 def test_a_generated_prompt_that_has_no_room_is_named_before_an_engine_starts(tmp_path, capsys):

@@ -1,10 +1,10 @@
 """Composition is Hydra's; the schema is strict and says where the mistake is."""
 
 import dataclasses
-import re
 
 import pytest
 
+from megatron_rl.cli import main
 from megatron_rl.config.load import CONF_DIR, build, load, to_dict
 from megatron_rl.config.schema import Config
 
@@ -128,13 +128,23 @@ def test_the_configuration_page_is_written_from_the_schema():
     assert page == markdown(), "run: python -m megatron_rl.config.reference > docs/configuration.md"
 
 
-def test_every_key_is_told_of_in_the_text_of_its_section():
-    from megatron_rl.config.reference import markdown
+def test_every_key_has_sentences_of_its_own():
+    from megatron_rl.config.reference import keys
 
-    sections = re.split(r"^## ", markdown(), flags=re.MULTILINE)[1:]
-    assert len(sections) > 15
-    for section in sections:
-        told, table = section.split("| key |", 1)
-        untold = [key for key in re.findall(r"^\| `\S+?\.?(\w+)` \|", table, flags=re.MULTILINE)
-                  if not re.search(rf"\b{key}\b", told)]
-        assert not untold, f"{section.split()[0]}: the docstring says nothing of {', '.join(untold)}"
+    assert len(keys()) > 200
+    assert [name for name, key in keys().items() if not key.meaning.rstrip().endswith(".")] == []
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("algo.phi", "algo.phi: int, default 4096"), ("eval.benchmarks.<name>.samples", "Responses to each problem"),
+    ("algo.loss", "algo.loss.clip_eps_low")])
+def test_a_key_or_a_section_is_explained(name, said, capsys):
+    assert main(["config", "explain", name]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "said"), [("algo.fi", "did you mean"), ("phi", "did you mean algo.phi?"),
+                                            ("nothing.like.it", "is no key of the configuration")])
+def test_an_unknown_key_is_not_explained(name, said, capsys):
+    assert main(["config", "explain", name]) == 2
+    assert said in capsys.readouterr().err

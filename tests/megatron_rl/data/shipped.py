@@ -49,6 +49,8 @@ def keys_of(source: str, folder: Path) -> dict[str, Any]:
     if source in ("jsonl", "aime"):
         given = [{"problem": row["prompt"], **row} for row in rows()]
         return {"path": str(write_jsonl(folder / f"{source}.jsonl", given))}
+    if source == "function":
+        return {"path": "tests.megatron_rl.data.shipped.rows"}
     if source == "parquet":
         parquet.write_table(pa.Table.from_pylist(rows()), folder / "a.parquet")
         return {"path": str(folder / "a.parquet")}

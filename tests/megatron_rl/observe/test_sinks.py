@@ -178,7 +178,7 @@ def test_whatever_becomes_of_wandb_the_run_goes_on_and_ends(which, blow, tmp_pat
     folder = tmp_path / ("a run of a long name, " * 5) / "l\u00e4uft"  # longer than the path of a socket may be
     body = WANDB_STRUCK.format(which=which, blow=blow)
     script = ("import sys\nfrom megatron_rl.config.schema import ObserveConfig\nfrom megatron_rl.observe import sinks\n"
-              "sinks.WANDB_CLOSE_S = 5.0\n"
+              "sinks.LOGGER_CLOSE_S = 5.0\n"
               "with sinks.MetricsLog(sys.argv[1], ObserveConfig(wandb='offline'), {}) as log:" + body)
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300,
                           cwd=REPOSITORY)

@@ -1,0 +1,87 @@
+"""The user's own functions in the algorithm (algo.hooks): found once, and what they return is checked at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from c3po import C3POLossConfig, StepTotals, policy_loss
+from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.foreign import load_function, told
+from megatron_rl.types import Rollout, Score
+
+
+def own_function(algo: AlgoConfig, name: str) -> Callable[..., Any] | None:
+    """The function that algo.hooks.<name> names, or None. ValueError if it cannot be found."""
+    path = getattr(algo.hooks, name)
+    return None if path is None else load_function(f"algo.hooks.{name}", path)
+
+
+def own_advantages(path: str, rewards_PK: torch.Tensor, judged_PK: torch.Tensor) -> torch.Tensor:
+    """What algo.hooks.advantage returns, float32 [P, K], with 0 where no response was judged."""
+    found = load_function("algo.hooks.advantage", path)(rewards_PK, judged_PK)
+    found = _numbers(f"algo.hooks.advantage={path}", found, tuple(rewards_PK.shape))
+    advantages = torch.where(judged_PK, found, torch.zeros_like(found))
+    if not bool(torch.isfinite(advantages).all()):
+        raise ValueError(f"algo.hooks.advantage={path} returned an advantage that is not finite for a judged response")
+    return advantages
+
+
+def shaped_by(path: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
+    """What one function of algo.hooks.reward_shaping adds to the rewards of a group, float32 [K]."""
+    key = f"algo.hooks.reward_shaping={path}"
+    added = _numbers(key, load_function("algo.hooks.reward_shaping", path)(rollouts, scores), (len(scores),))
+    if not bool(torch.isfinite(added).all()):
+        raise ValueError(f"{key} returned {added.tolist()}: the numbers must be finite")
+    return added
+
+
+def _numbers(key: str, value: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{key} returned {type(value).__name__} instead of numbers of shape {shape}") from error
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} returned numbers of shape {tuple(tensor.shape)} instead of {shape}")
+    return tensor
+
+
+def check_hooks(algo: AlgoConfig) -> None:
+    """Finds every function of algo.hooks, and tries those that take tensors. ValueError names the key."""
+    hooks = algo.hooks
+    own_function(algo, "group_filter")
+    for path in hooks.reward_shaping:
+        load_function("algo.hooks.reward_shaping", path)
+    if hooks.advantage is not None:
+        rewards_PK = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
+        _tried("advantage", hooks.advantage,
+               lambda: own_advantages(hooks.advantage, rewards_PK, torch.ones_like(rewards_PK, dtype=torch.bool)))
+    for name in ("surrogate", "denominator"):
+        if getattr(hooks, name) is not None:
+            own_function(algo, name)
+            _tried(name, getattr(hooks, name), lambda name=name: _try_loss(algo, only=name))
+
+
+def _tried(name: str, path: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except Exception as error:
+        raise ValueError(f"algo.hooks.{name}={path} was tried on a few small tensors: {told(error)}") from error
+
+
+def _try_loss(algo: AlgoConfig, *, only: str) -> None:
+    """The loss of four tokens, the last of them outside the mask, forward and backward."""
+    logprobs = torch.tensor([-0.5, -1.0, -1.5, -2.0], requires_grad=True)
+    mask = torch.tensor([True, True, True, False])
+    totals = StepTotals(phi=8, selected_tokens=3, num_responses=2, max_response_tokens=4)
+    denominator = own_function(algo, "denominator") if only == "denominator" else None
+    loss, _ = policy_loss(
+        logprobs, logprobs.detach() - 0.1, torch.tensor([1.0, -1.0, 0.5, 0.0]), mask,
+        denominator=8 if denominator is None else denominator(totals, torch.tensor([2.0, 2.0, 1.0, 1.0])),
+        config=C3POLossConfig(kl_coef=0.0, entropy_coef=0.0),
+        surrogate=own_function(algo, "surrogate") if only == "surrogate" else None)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    if not bool(torch.isfinite(gradient).all()):
+        raise ValueError(f"the gradient is {gradient.tolist()}")
