@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from examples.agent_calculator.agent import calculate
-from megatron_rl.config.agent import AgentConfig
+from megatron_rl.config.agent import GATEWAY_KEY, AgentConfig
 from megatron_rl.environment.agents import AgentPrograms
+from megatron_rl.reward.user import score_of
+from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.types import Finish, Prompt, Score
 from tests.megatron_rl.environment.world import run, world
@@ -55,6 +59,29 @@ def test_the_agent_solves_a_problem_that_needs_two_calls():
             given = it.text(judged.rollout.token_ids[~judged.rollout.trainable])
             assert "<tool_response>\n42\n</tool_response>" in given and "<tool_response>\n84\n</tool_response>" in given
             assert programs.take_metrics(0)["agent/turns_mean"] == 3
+
+    run(story())
+
+
+def test_the_environment_server_solves_it_from_outside_and_ends_with_the_run(monkeypatch):
+    monkeypatch.setenv(GATEWAY_KEY, "a key of both")
+    agent = AgentConfig(kind="http", port=choose_port(None), tool_call_parser="qwen25", timeout_s=240.0)
+
+    async def story():
+        async with world(model) as it:
+            programs = AgentPrograms(replace(it.config, agent=agent), it.fleet, it.tokenizer, seed=0,
+                                     verdict=partial(score_of, correct_from=1.0))
+            responder = Responder(it.fleet, it.config, it.tokenizer, Judge(), seed=0,
+                                  eos_token_id=it.tokenizer.eos_token_id, agents=programs)
+            server = await asyncio.create_subprocess_exec(
+                sys.executable, str(AGENT.with_name("server.py")), f"http://127.0.0.1:{agent.port}", "2")
+            try:
+                [group] = await responder.groups([PROMPT], step=0)
+            finally:
+                await programs.close()
+            assert await asyncio.wait_for(server.wait(), 60) == 0
+            assert [score.value for score in group.scores] == [1.0, 1.0], group.scores
+            assert it.text(group.rollouts[1].token_ids).count("<tool_response>") == 2
 
     run(story())
 
