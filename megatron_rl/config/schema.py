@@ -146,10 +146,12 @@ class ParallelConfig:
             require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
         model_parallel = self.tp * self.pp * self.cp
         require(self.world_size % model_parallel == 0,
-                f"parallel.tp*pp*cp={model_parallel} does not divide parallel.world_size={self.world_size}")
+                f"parallel.tp*pp*cp={model_parallel} does not divide parallel.world_size={self.world_size}: make it a "
+                f"multiple of {model_parallel}, or change parallel.tp={self.tp}, pp={self.pp} or cp={self.cp}")
         expert_parallel = self.ep * self.etp * self.pp
         require(self.world_size % expert_parallel == 0,
-                f"parallel.ep*etp*pp={expert_parallel} does not divide parallel.world_size={self.world_size}")
+                f"parallel.ep*etp*pp={expert_parallel} does not divide parallel.world_size={self.world_size}: make it "
+                f"a multiple of {expert_parallel}, or change parallel.ep={self.ep}, etp={self.etp} or pp={self.pp}")
         require(not (self.tp > 1 and self.sequence_parallel is False),
                 f"parallel.sequence_parallel=false with parallel.tp={self.tp}: "
                 "Megatron trains MoE under tensor parallelism with sequence parallelism only; leave it unset")

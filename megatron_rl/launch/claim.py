@@ -20,13 +20,13 @@ LOCK = "run.lock"
 def claimed(folder: str | Path, key: str = "run.dir") -> Iterator[None]:
     """ValueError, naming the process, if another one has claimed the folder, on this machine or on one that shares it.
 
-    The kernel gives the claim back when this process ends, however it ends. A folder that was made for the claim and
-    stayed empty is removed again. key: what the user set to this folder.
+    The kernel gives the claim back when this process ends, however it ends. Folders that were made for the claim and
+    stayed empty are removed again. key: what the user set to this folder.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{key}={folder} is a file: name a folder")
-    new = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = _locked(folder / LOCK, key)
     try:
@@ -34,8 +34,8 @@ def claimed(folder: str | Path, key: str = "run.dir") -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone
             (folder / LOCK).unlink()
-            if new:
-                folder.rmdir()
+            for each in made:
+                each.rmdir()
         file.close()
 
 
