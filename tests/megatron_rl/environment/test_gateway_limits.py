@@ -83,6 +83,25 @@ def test_what_is_too_much_is_refused_and_the_gateway_lives(data, code, says_why)
     run(story())
 
 
+def test_every_path_limits_what_it_reads():
+    """With the key that opens it; each sends its refusal in the form of its protocol."""
+    async def story():
+        async with world(says) as it, aiohttp.ClientSession(it.gateway.url) as http:
+            session = it.session()
+            paths = [path.replace("x", session.id) if path.startswith("/sessions/") else path
+                     for method, path in PATHS if method == "POST"]
+            assert len(paths) == 6
+            for path in paths:
+                key = OWN_KEY if path.startswith("/sessions") else session.key
+                for data, code in ((b" " * (2 << 20), 413), (nested(100), 400), (b"[1]", 400), (b"\x00", 400)):
+                    found, told = await status(http, "POST", path, key, data=data)
+                    assert found == code and told["error"]["message"], (path, data[:20])
+                    assert ("type" in told) == (path == "/v1/messages")
+            assert not session.ended.is_set() and not it.engine.asked
+
+    run(story())
+
+
 def test_a_body_without_a_length_is_limited_as_it_comes():
     async def chunks():
         for _ in range(64):
