@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
+import anthropic
 import openai
 import pytest
 
@@ -21,6 +24,7 @@ from tests.megatron_rl.environment.templates import CHATML, tokenizer_with
 from tests.megatron_rl.environment.world import run, world
 from tests.tiny_models import bailing_config, tiny_bailing_weights
 
+ROOT = Path(__file__).resolve().parents[2]
 HI = {"role": "user", "content": "Hi"}
 
 
@@ -28,12 +32,16 @@ def says(read: str) -> str:
     return f"answer {read.count('<|im_start|>assistant')}"
 
 
-def served(tmp_path: Path, use, data: DataConfig | None = None) -> list[dict]:
-    """The conversations that were written down. use(gateway, key, session): a coroutine that talks."""
+def write_model(tmp_path: Path) -> Path:
     tokenizer_with(CHATML).save_pretrained(tmp_path / "tokenizer")
     config = bailing_config(vocab_size=128)
-    write_hf_folder(tmp_path / "model", config, tiny_bailing_weights(config).items(),
-                    tokenizer_from=tmp_path / "tokenizer")
+    return write_hf_folder(tmp_path / "model", config, tiny_bailing_weights(config).items(),
+                           tokenizer_from=tmp_path / "tokenizer")
+
+
+def served(tmp_path: Path, use, data: DataConfig | None = None) -> list[dict]:
+    """The conversations that were written down. use(gateway, key, session): a coroutine that talks."""
+    write_model(tmp_path)
 
     async def story() -> None:
         async with world(says) as it:
@@ -66,6 +74,34 @@ def test_a_conversation_is_kept_whole_when_serving_ends(tmp_path):
     assert [(each["role"], each["content"]) for each in two["messages"]] == [
         ("user", "Hi"), ("assistant", "answer 1"), ("user", "Sure?"), ("assistant", "answer 2")]
     assert (two["prompt"], one["prompt"], two["reward"]) == ("Hi", "Another", None)
+
+
+def test_the_command_prints_what_an_sdk_needs_and_ends_by_ctrl_c(tmp_path):
+    """The command as a process, in front of an engine that runs already."""
+    write_model(tmp_path)
+    words = [sys.executable, "-m", "megatron_rl.cli", "serve", f"model.path={tmp_path / 'model'}",
+             f"run.dir={tmp_path / 'run'}"]
+
+    async def story() -> None:
+        async with world(says) as it:
+            process = await asyncio.create_subprocess_exec(
+                *words, f"rollout.engine.urls=[{it.engine.url}]", stdout=asyncio.subprocess.PIPE, cwd=ROOT)
+            told: dict[str, str] = {}
+            while "MEGATRON_RL_GATEWAY_KEY" not in told:
+                line = (await process.stdout.readline()).decode()
+                assert line, "it ended early"
+                told |= dict(word.split("=", 1) for word in line.split()[1:] if line.startswith("export "))
+            async with openai.AsyncOpenAI(base_url=told["OPENAI_BASE_URL"], api_key=told["OPENAI_API_KEY"]) as client:
+                await client.chat.completions.create(model="policy", messages=[HI])
+            async with anthropic.AsyncAnthropic(base_url=told["ANTHROPIC_BASE_URL"],
+                                                api_key=told["ANTHROPIC_API_KEY"]) as client:
+                await client.messages.create(model="policy", max_tokens=9, messages=[HI])
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 0
+
+    run(story())
+    kept = [json.loads(line) for line in (tmp_path / "run" / CONVERSATIONS).read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in kept] == ["answer 1"] * 2
 
 
 def test_sessions_get_the_problems_of_data_and_what_is_kept_is_a_file_of_problems(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from aiohttp import web
+
 from megatron_rl.config.rollout import ENGINE_KEY, RolloutConfig
 from megatron_rl.environment.gateway.parsing import Parser
 from megatron_rl.environment.gateway.probe import checked
@@ -43,6 +45,11 @@ class ScriptedEngine(StubEngine):
         self._tokenizer, self._script = tokenizer, script
         self.asked: list[dict[str, Any]] = []
         self.aborted: list[str] = []
+
+    async def _info(self, request):
+        if request.headers.get("Authorization") != f"Bearer {os.environ[ENGINE_KEY]}":
+            return web.Response(status=401)
+        return await super()._info(request)
 
     async def _obey(self, request):
         if request.path == "/abort_request":
