@@ -15,6 +15,9 @@ FLASH_HEAD_DIM = 256
 GROUPED_BYTES = 16
 """A row of a matrix of torch._grouped_mm is a multiple of this."""
 
+WITH_DEVICE_COUNTS = ("grouped_mm", "triton")
+"""Implementations of the experts that are one product, and take their rows' counts from the device."""
+
 
 @dataclass(frozen=True)
 class Backend:

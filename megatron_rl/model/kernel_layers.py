@@ -18,9 +18,6 @@ from megatron_rl.model.router import BudgetRouter
 from rl_kernels.grouped_experts import sorted_experts
 from rl_kernels.router_topk import router_topk
 
-WITH_DEVICE_COUNTS = ("grouped_mm", "triton")
-"""Implementations of the experts that take their rows' counts from the device."""
-
 
 class DeviceCountsMoELayer(MoELayer):
     """A MoELayer whose all-to-all dispatcher is DeviceCounts."""

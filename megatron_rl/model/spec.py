@@ -26,8 +26,8 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from megatron_rl.model import attention
-from megatron_rl.model.backend import Backend
-from megatron_rl.model.kernel_layers import WITH_DEVICE_COUNTS, DeviceCountsMoELayer, KernelExperts, KernelRouter
+from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
+from megatron_rl.model.kernel_layers import DeviceCountsMoELayer, KernelExperts, KernelRouter
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.routing_replay import RoutedTransformerLayer

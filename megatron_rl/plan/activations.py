@@ -1,76 +1,144 @@
-"""Bytes that the forward pass keeps for the backward pass, term by term, and how many micro-batches hold them at once.
+"""Bytes of activations, term by term, and how many micro-batches hold them at once.
 
-Counted from the modules of model/spec.py and megatron-core 0.19.2's local layers; tests/ compares the sum with what
-autograd saves. Terms are per token of the micro-batch; experts are taken to be evenly loaded. Under sequence
+Counted from the modules of model/spec.py and megatron-core 0.19.2. tests/distributed/test_plan.py compares what is
+kept with what autograd saves on a CPU; tests/distributed/test_ling_lite_rehearsal.py compares the peak with a
+rehearsal as on a GPU. Terms are per token of the micro-batch; experts are taken to be evenly loaded. Under sequence
 parallelism what lies between the tensor-parallel blocks is kept for 1/t of the tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
 from megatron_rl.model.network import Network
 from megatron_rl.plan.parameters import Chunk
 
 FP32, INT64 = 4, 8
 
 
-def layer_bytes(model: Network, parallel: ParallelConfig, *, dense: bool, element: int) -> float:
+@dataclass(frozen=True)
+class Arithmetic:
+    """What decides how many bytes a layer keeps. element: bytes of a number. backend: what computes its parts. gpu:
+    RMSNorm is one kernel there, which keeps no float32 copy of its input."""
+
+    element: int
+    backend: Backend
+    gpu: bool = True
+
+    @property
+    def grouped(self) -> bool:
+        """The experts of a rank are one product, which keeps its input, the first product and the second's input."""
+        return self.backend.kernels.experts in (*WITH_DEVICE_COUNTS, "transformer_engine")
+
+    @property
+    def with_te(self) -> bool:
+        return self.backend.name == "transformer_engine"
+
+
+def layer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> float:
     """What autograd saves of one whole layer, in bytes per token of this context-parallel rank."""
-    tp, hidden = parallel.tp, model.hidden_size
+    tp, hidden, element = parallel.tp, model.hidden_size, how.element
     query, key_value = (heads * model.head_dim / tp for heads in (model.num_attention_heads, model.num_key_value_heads))
-    head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
-    norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
+    if how.gpu:
+        norms = 2 * (element * hidden + FP32) / tp  # each: its input and the inverse root
+        head_norms = element * (query + key_value) if model.qk_norm else 0
+    else:
+        norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
+        head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
     inputs = 2 * element * hidden / tp  # of the attention and of the MLP, after their norms
-    # the fused projection, which holds the values, and the rotated keys; or those of all context-parallel ranks that
-    # two chunks see, cp + 1/2 times this rank's
-    keys = query + 2 * key_value + key_value if parallel.cp == 1 else 2 * key_value * (parallel.cp + 0.5)
-    attention = element * (
-        keys + query  # and the rotated queries
-        + query + query  # the output, of each sequence and of all together
-    ) + FP32 * model.num_attention_heads / tp  # log-sum-exp
-    mlp = _mlp_bytes(model.intermediate_size / tp, element) if dense else _moe_bytes(model, parallel, element)
+    if how.with_te:
+        keys = 2 * key_value  # rotated keys, and values copied out of the projection
+    elif parallel.cp == 1:
+        keys = query + 2 * key_value + key_value  # the fused projection, which holds the values, and rotated keys
+    else:
+        keys = 2 * key_value * (parallel.cp + 0.5)  # those of all context-parallel ranks that two chunks see
+    outputs = query * (1 if how.backend.attention_at_once else 2)  # run by run: each run's, and all together
+    attention = element * (keys + query + outputs) + FP32 * model.num_attention_heads / tp  # log-sum-exp
+    mlp = _mlp_bytes(model.intermediate_size / tp, how) if dense else _moe_bytes(model, parallel, how)
     return norms + head_norms + inputs + attention + mlp
 
 
-def _mlp_bytes(width: float, element: int) -> float:
-    """Both halves of the first projection, silu(gate), the copy of the other half, their product."""
-    return element * 5 * width
+def _mlp_bytes(width: float, how: Arithmetic) -> float:
+    """Both halves of the first projection and their product; unfused also silu(gate) and a copy of the other half."""
+    return how.element * (3 if how.with_te else 5) * width
 
 
-def _moe_bytes(model: Network, parallel: ParallelConfig, element: int) -> float:
+def expert_rows(model: Network, parallel: ParallelConfig) -> float:
+    """Rows of this rank's experts, per token of the micro-batch."""
+    return model.num_experts_per_tok * parallel.etp / parallel.tp
+
+
+def _moe_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
     experts, chosen = model.num_experts, model.num_experts_per_tok
-    rows = chosen * parallel.etp / parallel.tp  # of this rank's experts, per token
-    routed = rows * element * (
-        model.hidden_size  # the input, sorted by expert
-        + (5 + 1) * model.moe_intermediate_size / parallel.etp  # as an MLP, and the product before the gate's weight
-    )
+    width = model.moe_intermediate_size / parallel.etp
+    # the input, sorted by expert; then as an MLP, and the product before the gate's weight
+    routed = expert_rows(model, parallel) * how.element * (model.hidden_size + (3 if how.grouped else 5 + 1) * width)
     router = (2 * FP32 * experts + INT64 * experts + chosen * 2 * (FP32 + INT64)) / parallel.tp
-    return routed + router + _mlp_bytes(model.shared_intermediate_size / parallel.tp, element)
+    return routed + router + _mlp_bytes(model.shared_intermediate_size / parallel.tp, how)
 
 
-def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, element: int, recompute: bool) -> float:
+def layer_temporaries(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> float:
+    """What one layer needs at once beside what it keeps, in bytes per token: the fuller of two moments of its experts.
+
+    Combining: the experts' output and the same sorted back; then, of 1/etp of the rows, what comes back of the
+    exchange and the rows that were sent. With etp above 1 the partial outputs are summed in float32.
+    Their backward pass: the gradients of the second product's output and input. (Gradients of the experts' matrices
+    are in `expert_gradient_bytes`.) The layer's output and its gradient are there in both.
+    """
+    own = 2 * how.element * model.hidden_size / parallel.tp
+    if dense:
+        return own + how.element * 2 * model.intermediate_size / parallel.tp
+    rows, hidden = expert_rows(model, parallel), model.hidden_size
+    summed = FP32 if parallel.etp > 1 else 0
+    combining = (1 + 1 / parallel.etp) * rows * hidden * (2 * how.element + summed) if exchanges(parallel) else 0
+    return own + max(combining, rows * how.element * (hidden + model.moe_intermediate_size / parallel.etp))
+
+
+def exchanges(parallel: ParallelConfig) -> bool:
+    """Whether rows travel to the ranks of their experts."""
+    return parallel.ep * parallel.tp > 1
+
+
+def buffer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, stage: int) -> float:
+    """Megatron's buffer of rows gathered over tensor-parallel ranks, and what a stage receives ahead; per token."""
+    return how.element * model.hidden_size * ((parallel.tp > 1) + (stage > 0) / parallel.tp)
+
+
+def expert_gradient_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> int:
+    """The gradient of the second matrices of a rank's experts, twice: as the product makes it, and without the experts
+    that had no row. It is there in the second moment of `layer_temporaries`, which counts if nothing is exchanged."""
+    if not (how.grouped and model.num_experts) or exchanges(parallel):
+        return 0
+    return 2 * how.element * model.num_experts * model.hidden_size * model.moe_intermediate_size
+
+
+def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Arithmetic, *, recompute: bool) -> float:
     """What stays of one micro-batch in one chunk between its forward and its backward pass, per token.
 
-    Under recompute without the head, which is done before the first layer is recomputed (`recomputed_bytes`).
+    Under recompute without the head, which is done before the first layer is recomputed (`head_bytes`).
     """
-    sent_on = 0 if chunk.last else element * model.hidden_size / parallel.tp
-    if recompute:
-        return len(chunk.layers) * element * model.hidden_size / parallel.tp + sent_on
+    hidden = how.element * model.hidden_size / parallel.tp
+    sent_on = 0 if chunk.last else hidden
     rotation = 2 * model.head_dim * FP32  # cosine and sine, for all layers
-    return sent_on + rotation + (head_bytes(model, parallel, element=element) if chunk.last else 0) + sum(
-        layer_bytes(model, parallel, dense=model.is_dense_layer(layer), element=element) for layer in chunk.layers)
+    if recompute:
+        return len(chunk.layers) * hidden + sent_on + rotation
+    return sent_on + rotation + (head_bytes(model, parallel, how) if chunk.last else 0) + sum(
+        layer_bytes(model, parallel, how, dense=model.is_dense_layer(layer)) for layer in chunk.layers)
 
 
-def head_bytes(model: Network, parallel: ParallelConfig, *, element: int) -> float:
+def head_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
     """The final norm, the hidden states of all tokens (gathered over t), label, log-sum-exp and entropy."""
-    return 2 * FP32 * model.hidden_size / parallel.tp + element * model.hidden_size + INT64 + 2 * FP32
+    norm = (how.element * model.hidden_size + FP32 if how.gpu else 2 * FP32 * model.hidden_size) / parallel.tp
+    return norm + how.element * model.hidden_size + INT64 + 2 * FP32
 
 
-def recomputed_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, *, element: int) -> float:
-    """What is alive beside the layers' inputs at most: one layer while it is recomputed, or the head before it."""
+def fullest_layer(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Arithmetic) -> tuple[float, float]:
+    """(what the fullest layer of a chunk keeps while it is recomputed, its temporaries), per token."""
     kinds = {model.is_dense_layer(layer) for layer in chunk.layers}
-    layer = max(layer_bytes(model, parallel, dense=dense, element=element) for dense in kinds)
-    return max(layer, head_bytes(model, parallel, element=element)) if chunk.last else layer
+    return max((layer_bytes(model, parallel, how, dense=dense), layer_temporaries(model, parallel, how, dense=dense))
+               for dense in kinds)
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> int:

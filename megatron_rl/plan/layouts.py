@@ -2,11 +2,12 @@
 
 The estimate is arithmetic over the stated speeds, for ordering only; nothing of it was measured:
 
-    step = (compute + tensor + expert + context traffic) / (1 - bubble) + data traffic
+    step = m (stage + head) + (p - 1) / v stage + data traffic
 
-compute: model FLOPs (plus the forward pass again under recompute) at the stated rate; traffic: bytes that a rank
-sends, over the link that its group reaches across; bubble: (p - 1) / (v m + p - 1) for p stages of v chunks and m
-micro-batches.
+stage: a micro-batch's FLOPs in the layers of one of p stages (plus the forward pass again under recompute) at the
+stated rate, and the tensor, expert and context traffic: bytes that a rank sends, over the link that its group reaches
+across. head: its FLOPs, which the last stage has and the others wait for. m micro-batches, v chunks to a stage. The
+bubble is the share of the pipeline's time in which a stage does nothing, on average.
 """
 
 from __future__ import annotations
@@ -88,15 +89,41 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
 
 
 def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes: int = 0) -> Proposal:
-    parallel, recompute = config.parallel, config.model.recompute == "full"
+    parallel = config.parallel
     memory = plan_memory(model, config, engine_bytes=engine_bytes)
-    # every rank works at the pace of full micro-batches
-    tokens = memory.num_microbatches * config.batch.tokens_per_microbatch
-    compute = tokens / (parallel.tp * parallel.pp) * train_flops_per_token(model, config) / hardware.flops
-    passes = 3 if recompute else 2  # of a layer: forward, backward, and the forward again
-    layers = model.num_hidden_layers / parallel.pp
+    # every rank works at the pace of full micro-batches, every stage at the pace of the last one
+    layers, head = (flops / parallel.tp / hardware.flops for flops in microbatch_flops(model, config))
+    traffic = _traffic_seconds(model, config, hardware)
+    stage, count = layers / parallel.pp + traffic, memory.num_microbatches
+    pipeline = count * (stage + head) + (parallel.pp - 1) / (parallel.vpp or 1) * stage
+    bubble = 1 - count * (stage + head / parallel.pp) / pipeline
+    data = _data_seconds(model, parallel, hardware)
+    return Proposal(parallel, config.model.recompute, memory, pipeline + data, count * traffic + data, bubble)
+
+
+def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
+    """(of all layers, of the head) for one full micro-batch, forward and backward.
+
+    A token sees a quarter of rollout.max_context_tokens: half of a sequence of the mean length. Layers run again under
+    recompute. The head takes its logits twice, and its two backward products in two halves below float32
+    (rl_kernels/linear_logprob/products.py).
+    """
+    _, active = _count(model)
+    table = model.vocab_size * model.hidden_size
+    matrices = 2 * (active - table * (1 if model.tie_word_embeddings else 2))
+    attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 4
+    layers = (matrices + model.num_hidden_layers * attention) * (4 if config.model.recompute == "full" else 3)
+    head = 2 * table * (2 + 2 * (1 if config.model.dtype == "float32" else 2))
+    tokens = config.batch.tokens_per_microbatch
+    return tokens * layers, tokens * head
+
+
+def _traffic_seconds(model: Network, config: Config, hardware: Hardware) -> float:
+    """What one full micro-batch spends in one stage."""
+    parallel = config.parallel
+    passes = 3 if config.model.recompute == "full" else 2  # of a layer: forward, backward, and the forward again
     row = ELEMENT_BYTES[config.model.dtype] * model.hidden_size
-    traffic = layers * tokens * sum((
+    per_layer = sum((
         # all-gather and reduce-scatter around attention and MLP, and the inputs gathered again for weight gradients
         (2 * 2 * passes + 2) * _share(parallel.tp) * row / _speed(hardware, parallel.tp) if parallel.tp > 1 else 0,
         # rows to their experts and back
@@ -105,18 +132,7 @@ def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes
         # keys and values of the other context-parallel ranks
         (passes + 1) * _share(parallel.cp) * row * 2 * model.num_key_value_heads / model.num_attention_heads
         / parallel.tp * parallel.cp / _speed(hardware, parallel.tp * parallel.cp)))
-    chunks = parallel.vpp or 1
-    bubble = (parallel.pp - 1) / (chunks * memory.num_microbatches + parallel.pp - 1)
-    seconds = (compute + traffic) / (1 - bubble) + _data_seconds(model, parallel, hardware)
-    return Proposal(parallel, config.model.recompute, memory, seconds, seconds - compute / (1 - bubble), bubble)
-
-
-def train_flops_per_token(model: Network, config: Config) -> float:
-    """Forward and backward, attention at half of rollout.max_context_tokens; plus a forward pass under recompute."""
-    _, active = _count(model)
-    matrices = 2 * (active - model.vocab_size * model.hidden_size)
-    attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 2
-    return (matrices + model.num_hidden_layers * attention) * (4 if config.model.recompute == "full" else 3)
+    return model.num_hidden_layers / parallel.pp * config.batch.tokens_per_microbatch * per_layer
 
 
 _count = functools.cache(count_parameters)

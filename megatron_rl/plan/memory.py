@@ -11,9 +11,18 @@ import torch
 
 from megatron_rl.batch.schedule import plan_microbatches
 from megatron_rl.config.schema import Config, ParallelConfig
+from megatron_rl.model.backend import resolve
 from megatron_rl.model.network import Network
 from megatron_rl.model.slots import count_parameters
-from megatron_rl.plan.activations import chunk_bytes, chunks_in_flight, recomputed_bytes
+from megatron_rl.plan.activations import (
+    Arithmetic,
+    buffer_bytes,
+    chunk_bytes,
+    chunks_in_flight,
+    expert_gradient_bytes,
+    fullest_layer,
+    head_bytes,
+)
 from megatron_rl.plan.parameters import Chunk, stage_chunks
 from rl_kernels.linear_logprob.chunked import block_columns
 
@@ -23,7 +32,12 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The pipeline stage that needs most. *_parameters are elements, everything else bytes on one rank."""
+    """The pipeline stage that needs most. *_parameters are elements, everything else bytes on one rank.
+
+    activations: kept for the backward passes of the micro-batches in flight. layer: what one layer needs beside them
+    while it computes; recomputed: the part of it that autograd saves, with model.recompute=full. logits: what the head
+    needs instead. step: temporaries of the optimiser.
+    """
 
     stage: int
     dense_parameters: int
@@ -34,9 +48,12 @@ class MemoryPlan:
     optimizer: int
     reference: int
     activations: int
+    layer: int
     logits: int
+    step: int
     publishing: int
     engine: int
+    recomputed: int
 
     @property
     def stays(self) -> int:
@@ -45,8 +62,8 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The peak: a training pass, or a publish, which comes after it."""
-        return self.stays + max(self.activations + self.logits, self.publishing)
+        """The peak: a layer or the head of a training pass, the optimiser's step after it, or a publish after that."""
+        return self.stays + max(self.activations + max(self.layer, self.logits), self.step, self.publishing)
 
 
 def plan_memory(model: Network, config: Config, *, engine_bytes: int = 0) -> MemoryPlan:
@@ -81,28 +98,50 @@ def _expected(responses: int, longest: int, prompt: int, tokens_per_microbatch: 
     return len(plan[0])
 
 
-def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int, engine_bytes: int = 0) -> MemoryPlan:
-    """The plan of one rank of pipeline stage `stage`."""
+def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int, engine_bytes: int = 0, *,
+               gpu: bool = True) -> MemoryPlan:
+    """The plan of one rank of pipeline stage `stage`. gpu False: as the same step keeps it on a CPU, for tests."""
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
+    how = Arithmetic(element, resolve(config.model, gpu=gpu), gpu)
     chunks = stage_chunks(model, parallel, stage)
-    parameters = sum(chunk.num_parameters for chunk in chunks)
     weights, gradients, optimizer = state_bytes(chunks, parallel, element)
-    logits = 0
+    tokens, recompute = config.batch.tokens_per_microbatch, config.model.recompute == "full"
+    held = [chunk_bytes(model, parallel, chunk, how, recompute=recompute) for chunk in chunks]
+    passes = chunks_in_flight(parallel, stage, num_microbatches)
+    kept = sum(held[index // parallel.pp % len(held)] for index in range(passes))  # pp passes of each in turn
+    layers = [fullest_layer(model, parallel, chunk, how) for chunk in chunks]
+    recomputed = max(saved for saved, _ in layers) if recompute else 0
+    buffers = buffer_bytes(model, parallel, how, stage)
+    temporaries = max(passing for _, passing in layers) + buffers
+    head = 0
     if chunks[-1].last:
-        # linear_logprob: two float32 buffers of a block of logits and, below float32, two in that type; then the
-        # weight's gradient, in float32 and as it is handed on. NormHead: the divided head and its gradient
-        rows, chunk = model.vocab_size // parallel.tp, config.batch.logprob_chunk_tokens
-        wide = FP32 + (0 if element == FP32 else element)
-        columns = min(rows, block_columns(chunk, torch.device("cuda")))
-        head = wide + 2 * element * model.norm_head
-        logits = 2 * chunk * columns * wide + rows * model.hidden_size * head
+        head = logits_bytes(model, config, element) + math.ceil(
+            tokens * (buffers + (head_bytes(model, parallel, how) if recompute else 0)))
     return MemoryPlan(
         stage=stage, dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
         expert_parameters=sum(sum(chunk.experts) for chunk in chunks), num_microbatches=num_microbatches,
         weights=weights, gradients=gradients, optimizer=optimizer,
-        reference=parameters * element if config.algo.loss.kl_coef > 0 else 0,
-        activations=activation_bytes(model, config, stage, num_microbatches), logits=logits,
+        reference=sum(chunk.num_parameters for chunk in chunks) * element if config.algo.loss.kl_coef > 0 else 0,
+        activations=math.ceil(tokens * kept),
+        layer=math.ceil(tokens * (recomputed + temporaries)) + expert_gradient_bytes(model, parallel, how),
+        recomputed=math.ceil(tokens * recomputed), logits=head,
+        step=0 if how.with_te else step_bytes(chunks, parallel),  # FusedAdam of Transformer Engine has none
         publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes)
+
+
+def logits_bytes(model: Network, config: Config, element: int) -> int:
+    """What the head's backward pass holds at its fullest (rl_kernels/linear_logprob).
+
+    Blocks of logits, all float32: those at hand, their gradient, that of the block before; below float32 its parts in
+    that type too. Then the weight's gradient, one block of it in float32; for a NormHead the divided head; and the
+    hidden states twice with their float32 gradient.
+    """
+    rows, chunk = model.vocab_size // config.parallel.tp, config.batch.logprob_chunk_tokens
+    tokens, narrow = config.batch.tokens_per_microbatch, element < FP32
+    columns = min(rows, block_columns(chunk, torch.device("cuda")))
+    blocks = chunk * columns * (3 * FP32 + element * narrow)
+    gradient = model.hidden_size * (rows * element * (1 + model.norm_head) + columns * FP32 * narrow)
+    return blocks + gradient + tokens * model.hidden_size * (2 * element + FP32)
 
 
 def state_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig, element: int) -> tuple[int, int, int]:
@@ -111,18 +150,30 @@ def state_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig, element: int)
     The distributed optimiser gives each data-parallel rank an equal share of the moments; experts that have
     groups of their own (ep > 1 or etp != tp, as ColumnParallelLinear decides) are shared among fewer.
     """
-    own_groups = parallel.ep > 1 or parallel.etp != parallel.tp
-    expert_dp = parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)
-    elements = shards = 0
-    for chunk in chunks:
-        buffers = [(chunk.dense, parallel.dp * parallel.cp), (chunk.experts, expert_dp)] if own_groups \
-            else [(chunk.dense + chunk.experts, parallel.dp * parallel.cp)]
-        for tensors, ranks in buffers:
-            size = padded(tensors, ranks) if parallel.distributed_optimizer else sum(tensors)
-            elements += size
-            shards += size // ranks if parallel.distributed_optimizer else size
+    optimisers = _optimisers(chunks, parallel)
+    elements, shards = (sum(sizes) for sizes in zip(*optimisers, strict=True))
     per_element = 2 * FP32 + (0 if element == FP32 else FP32)
     return elements * element, elements * FP32, shards * per_element
+
+
+def step_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig) -> int:
+    """Temporaries of torch's AdamW: with foreach, as on a GPU, the roots of all second moments of one optimiser
+    (torch 2.14.1, optim/adam.py: _multi_tensor_adam). Those of dense and of expert parameters step one by one."""
+    return FP32 * max(shard for _, shard in _optimisers(chunks, parallel))
+
+
+def _optimisers(chunks: Sequence[Chunk], parallel: ParallelConfig) -> list[tuple[int, int]]:
+    """(elements of its buffers, elements of this rank's share) of the optimiser of each kind of parameters."""
+    own_groups = parallel.ep > 1 or parallel.etp != parallel.tp
+    expert_dp = parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)
+    dense_dp = parallel.dp * parallel.cp
+    kinds = [([chunk.dense for chunk in chunks], dense_dp), ([chunk.experts for chunk in chunks], expert_dp)] \
+        if own_groups else [([chunk.dense + chunk.experts for chunk in chunks], dense_dp)]
+    found = []
+    for buffers, ranks in kinds:
+        sizes = [padded(tensors, ranks) if parallel.distributed_optimizer else sum(tensors) for tensors in buffers]
+        found.append((sum(sizes), sum(sizes) // ranks if parallel.distributed_optimizer else sum(sizes)))
+    return found
 
 
 def padded(tensors: Sequence[int], ranks: int) -> int:
@@ -133,17 +184,3 @@ def padded(tensors: Sequence[int], ranks: int) -> int:
     """
     unit = math.lcm(ranks, 128)
     return math.ceil(sum(math.ceil(size / 64) * 64 for size in tensors) / unit) * unit
-
-
-def activation_bytes(model: Network, config: Config, stage: int, num_microbatches: int) -> int:
-    """At the fullest moment of the schedule, every micro-batch being at its cap."""
-    parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
-    recompute = config.model.recompute == "full"
-    tokens = config.batch.tokens_per_microbatch
-    chunks = stage_chunks(model, parallel, stage)
-    held = [chunk_bytes(model, parallel, chunk, element=element, recompute=recompute) for chunk in chunks]
-    passes = chunks_in_flight(parallel, stage, num_microbatches)
-    per_token = sum(held[index // parallel.pp % len(held)] for index in range(passes))  # pp passes of each in turn
-    if recompute:
-        per_token += max(recomputed_bytes(model, parallel, chunk, element=element) for chunk in chunks)
-    return math.ceil(tokens * per_token)

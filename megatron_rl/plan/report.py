@@ -18,8 +18,10 @@ KINDS = (
     ("reference", "reference", "frozen weights of the KL term"),
     ("engine", "engine", "SGLang's share of the same GPU"),
     ("activations", "activations", "recompute={recompute}, {flight}"),
-    ("logits", "logits", "{chunk:,} tokens of the head at a time, and its gradient"),
-    ("publishing", "publishing", "one bucket, after the step: not on top of the two above"),
+    ("layer", "layer", "one layer while it computes"),
+    ("logits", "head", "{chunk:,} tokens of the head at a time, and its gradient; before or after the layers"),
+    ("step", "step", "temporaries of AdamW, after the passes"),
+    ("publishing", "publishing", "one bucket, after the step"),
 )
 
 

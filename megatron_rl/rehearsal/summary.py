@@ -102,10 +102,10 @@ def _plan(config: Config, network: Network, seen: Rehearsed, workload: Workload,
           total: int) -> dict[str, dict[str, int]]:
     """Kind -> what `megatron-rl plan` says of this rank's stage and what was rehearsed, in bytes."""
     plan = plan_stage(network, config, seen.here.pp_rank, workload.microbatches)
+    passing = plan.activations + max(plan.layer, plan.logits)
     rows = {"weights": (plan.weights, kinds.get("weights", 0)),
             "gradients": (plan.gradients, kinds.get("gradients", 0)),
             "optimiser": (plan.optimizer, kinds.get("optimiser", 0)),
             "reference": (plan.reference, kinds.get("reference", 0)),
-            "activations and logits": (plan.activations + plan.logits, kinds.get("activations", 0)),
-            "peak": (plan.stays + plan.activations + plan.logits, total)}
+            "activations": (passing, kinds.get("activations", 0)), "peak": (plan.stays + passing, total)}
     return {kind: {"plan": planned, "rehearsed": found} for kind, (planned, found) in rows.items()}

@@ -20,6 +20,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import HF_FILES, parse_config
 from megatron_rl.model.network import Network
 from megatron_rl.observe.flops import forward_flops
+from megatron_rl.plan.layouts import microbatch_flops
 from megatron_rl.rehearsal.budget import figures, grown
 from megatron_rl.rehearsal.command import full_microbatches
 from megatron_rl.rehearsal.ranks import distinct_ranks
@@ -37,6 +38,13 @@ BUDGETS: dict[str, tuple[list[str], int, int]] = {
         ["parallel.world_size=32", "parallel.tp=2", "parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", "parallel.ep=4",
          "model.recompute=none", "batch.tokens_per_microbatch=12288", "algo.loss.kl_coef=0"], 31, 4)}
 """Name -> overrides of STAGE1, the rank, layers."""
+PLANNED = {
+    **BUDGETS,
+    "tp2_pp2_ep8_last_stage": (
+        ["parallel.world_size=64", "parallel.tp=2", "parallel.pp=2", "model.recompute=none"], 32, 8),
+    "tp2_etp2_ep4": (["parallel.world_size=64", "parallel.tp=2", "parallel.etp=2", "parallel.ep=4"], 0, 4),
+}
+"""Layouts whose peak `plan` must know: full recompute and none, first and last stages, exchanges of each kind."""
 LAYOUTS = {"ep8": [], "tp2_pp4_ep8": ["parallel.tp=2", "parallel.pp=4"],
            "tp2_pp2_cp2_ep8_etp2": ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "parallel.etp=2"]}
 
@@ -52,7 +60,7 @@ def stage1(overrides: list[str]) -> Config:
 
 @cache
 def rehearsed(name: str) -> dict:
-    overrides, rank, layers = BUDGETS[name]
+    overrides, rank, layers = PLANNED[name]
     config, model = stage1(overrides), network(layers)
     workload = full_microbatches(config)
     return summary(config, model, workload, rehearse(config, model, rank, workload), Rates())
@@ -84,6 +92,26 @@ def test_flops_of_a_scoring_pass_are_the_closed_form():
 def test_a_step_keeps_its_budget(name):
     messages = grown(json.loads(GOLDEN.read_text())[name], rehearsed(name))
     assert not messages, "\n".join(messages)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_plan_knows_the_peak(name):
+    """Within 3%, and what never comes and goes to a thousandth."""
+    found = rehearsed(name)["plan"]
+    for kind in ("weights", "gradients", "optimiser", "reference"):
+        assert found[kind]["plan"] == pytest.approx(found[kind]["rehearsed"], rel=1e-3)
+    for kind, tolerance in (("peak", 0.03), ("activations", 0.05)):
+        assert found[kind]["plan"] == pytest.approx(found[kind]["rehearsed"], rel=tolerance), kind
+
+
+@pytest.mark.parametrize("name", ["ring_lite_rl_stage1", "tp2_pp2_ep8_last_stage"])
+def test_plan_knows_the_flops_of_the_fullest_stage(name):
+    """The last stage has the head beside its layers. The plan leaves out what the router and the norms compute."""
+    overrides, _, layers = PLANNED[name]
+    config, found = stage1(overrides), rehearsed(name)
+    of_layers, head = microbatch_flops(network(layers), config)
+    expected = (of_layers / config.parallel.pp + head) / config.parallel.tp * found["microbatch"]["rehearsed"]
+    assert found["phases"]["update"]["flops"] == pytest.approx(expected, rel=0.03)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan import Hardware, plan_memory, propose, stage_chunks
 from megatron_rl.plan.activations import chunks_in_flight
-from megatron_rl.plan.layouts import variants
+from megatron_rl.plan.layouts import estimate, microbatch_flops, variants
 from megatron_rl.plan.memory import expected_microbatches, padded
 from megatron_rl.preflight import network_of
 
@@ -113,6 +113,48 @@ def test_where_nothing_fits_the_smallest_are_shown(capsys):
     assert main(["plan", "experiment=ring_lite_rl_stage1", "parallel.world_size=8", "--gpu-memory", "16"]) == 0
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown and "no layout fits" in shown
+
+
+@pytest.mark.parametrize(("layout", "gpus"), [("ling_lite_8", 8), ("ling_lite_64", 64), ("ring_lite_256", 256)])
+def test_a_shipped_layout_of_ling_lite_fits_and_is_accepted(ling_lite, layout, gpus):
+    asked = ["experiment=ring_lite_rl_stage1", f"parallel={layout}"]
+    config = load(asked)
+    assert config.parallel.world_size == gpus
+    for backend in ("torch", "transformer_engine"):
+        variant = dataclasses.replace(config, model=dataclasses.replace(config.model, backend=backend))
+        assert plan_memory(ling_lite, variant).total <= Hardware().usable
+    assert main(["rl", "--check", *asked]) == 0
+
+
+def test_a_backend_decides_what_a_layer_keeps(ling_lite, ring_lite):
+    """torch keeps per expert row h + 3f numbers, megatron h + 6f and the output of attention twice; Transformer Engine
+    keeps 3 instead of 5 widths of the shared experts, and of the fused projection only the values, copied."""
+    def kept(backend):
+        model = dataclasses.replace(ring_lite.model, recompute="none", backend=backend)
+        return plan_memory(ling_lite, dataclasses.replace(ring_lite, model=model)).activations
+
+    tokens, layers = 24_576, 28
+    assert kept("megatron") - kept("torch") == 2 * tokens * layers * (6 * 3 * 1408 + 16 * 128)
+    assert kept("torch") - kept("transformer_engine") == 2 * tokens * layers * (2 * 2 * 1408 + 16 * 128 + 4 * 128)
+
+
+def test_the_last_stage_sets_the_pace_of_a_pipeline(ling_lite, ring_lite):
+    """Its head costs half of its seven layers, so three of four stages wait a third of the time, however many
+    micro-batches hide the pipeline's start."""
+    parallel = ParallelConfig(world_size=8, tp=2, pp=4)
+    config = dataclasses.replace(ring_lite, parallel=parallel)
+    layers, head = microbatch_flops(ling_lite, config)
+    assert (layers / 4 + head) / (layers / 4) == pytest.approx(1.53, abs=0.01)
+    found = estimate(ling_lite, config, Hardware())
+    assert found.bubble > 0.75 * head / (layers / 4 + head) * 0.9
+    assert found.seconds > found.memory.num_microbatches * (layers / 4 + head) / 2 / Hardware().flops
+
+
+def test_the_optimisers_temporaries_are_those_of_the_larger_one(ling_lite, ring_lite):
+    """On 8 ranks: 1.3B dense parameters over 8 of them, 1.9B expert parameters on each alone; 4 bytes of each."""
+    assert plan_memory(ling_lite, ring_lite).step == 4 * 1_937_768_448
+    with_te = dataclasses.replace(ring_lite, model=dataclasses.replace(ring_lite.model, backend="transformer_engine"))
+    assert plan_memory(ling_lite, with_te).step == 0
 
 
 def test_an_engine_on_the_same_gpus_takes_its_share(capsys):
