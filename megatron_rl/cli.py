@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",
                                    help="instead compare the layout with the N fastest that `plan` proposes")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
+    parts["quickstart"].set_defaults(own_keys=("model",))
     parts["slurm"].add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
     _add_data(parts["data"])
     _add_convert(parts["convert"])
@@ -159,7 +160,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         pairs += more
     if options.command == "rehearse":
         _take_ranks(options)
+    if options.command == "quickstart":
+        _take_model(options)
     return options
+
+
+def _take_model(options: argparse.Namespace) -> None:
+    """options.model: the family that model=... asks for; out of the overrides with it."""
+    own = [text for text in options.overrides if text.startswith("model=")]
+    options.overrides = [text for text in options.overrides if text not in own]
+    options.model = (own or ["model=bailing_moe"])[-1].removeprefix("model=")
 
 
 def _take_ranks(options: argparse.Namespace) -> None:

@@ -229,7 +229,7 @@ def quickstart(options) -> int:
     from megatron_rl.recipes import quickstart as recipe
 
     with terminable(), engine_errors():
-        recipe.run(options.overrides, Console())
+        recipe.run(options.overrides, Console(), options.model)
     return 0
 
 

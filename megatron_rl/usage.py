@@ -45,10 +45,11 @@ COMMANDS = {
     "quickstart": Help(
         "the whole story on this machine: random model -> SFT -> C3PO RL -> report",
         "Writes runs/quickstart (or -2, -3, ...: nothing is overwritten). Keys are those of its RL stage; run.seed\n"
-        "holds for every stage.",
+        "holds for every stage. model=FAMILY says of which family the random model is.",
         """\
   megatron-rl quickstart
   megatron-rl quickstart run.seed=1 run.steps=20
+  megatron-rl quickstart model=bailing_moe_v2                # Ling 2.0's architecture instead of Ling-lite's
 """),
     "doctor": Help("what this machine has and lacks; exit code 1 when something required is missing"),
     "config": Help("what a configuration resolves to, and where two differ"),

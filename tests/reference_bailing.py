@@ -1,7 +1,8 @@
 """A plain-torch forward pass for one sequence, from the checkpoint's point of view: BailingMoe and its relatives.
 
-Llama, Qwen2, Qwen3 and Qwen3-MoE differ from it by names, by query and key norms and by having no experts. Independent
-of Megatron and SGLang; both are tested against it. L tokens, V vocabulary, H hidden, E experts.
+The others differ from it by names, by query and key norms, by the part of a head that rotates, by how the router scores
+and chooses, by a gate on the shared experts, and by having no experts. Independent of Megatron and SGLang; both are
+tested against it. L tokens, V vocabulary, H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,16 @@ import torch
 import torch.nn.functional as F
 
 NORM_HEAD_EPS = 1e-7
+BIASES = ("expert_bias", "e_score_correction_bias")
+"""What a router's bias for its choice is called. No gradient reaches it."""
+
+
+def is_frozen(name: str) -> bool:
+    return name.endswith(BIASES)
+
+
+def scores_by_sigmoid(config: Mapping[str, Any]) -> bool:
+    return config["model_type"] in ("bailing_moe_v2", "glm4_moe")
 
 
 def bailing_logits(
@@ -43,34 +54,52 @@ def bailing_forward(
 
     def moe(x_LH: torch.Tensor, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
         logits_LE = F.linear(x_LH, weight(f"{prefix}.gate.weight"))
-        probabilities_LE = F.softmax(logits_LE, dim=-1)
+        bias_E = next((weight(name) for name in (f"{prefix}.gate.{bias}" for bias in BIASES) if name in weights), None)
+        scores_LE = torch.sigmoid(logits_LE) if scores_by_sigmoid(config) else F.softmax(logits_LE, dim=-1)
         top_k = config["num_experts_per_tok"]
-        experts_Lk = probabilities_LE.topk(top_k, dim=-1).indices if experts is None else experts[len(routes)]
-        gates_Lk = probabilities_LE.gather(1, experts_Lk)
-        if config["norm_topk_prob"] and top_k > 1:
+        experts_Lk = choose(scores_LE, bias_E) if experts is None else experts[len(routes)]
+        gates_Lk = scores_LE.gather(1, experts_Lk)
+        if config.get("norm_topk_prob", True) and top_k > 1:
             gates_Lk = gates_Lk / gates_Lk.sum(-1, keepdim=True)
-        gates_LE = torch.zeros_like(probabilities_LE).scatter(1, experts_Lk, gates_Lk)
+        gates_Lk = gates_Lk * config.get("routed_scaling_factor", 1.0)
+        gates_LE = torch.zeros_like(scores_LE).scatter(1, experts_Lk, gates_Lk)
         out_LH = torch.zeros_like(x_LH)
         for expert in range(num_experts):
             rows = (experts_Lk == expert).any(-1).nonzero().squeeze(-1)
             routed = mlp(x_LH[rows], f"{prefix}.experts.{expert}") * gates_LE[rows, expert, None]
             out_LH = out_LH.index_add(0, rows, routed)
-        if config.get("num_shared_experts"):
-            out_LH = out_LH + mlp(x_LH, f"{prefix}.shared_experts")
+        for shared in ("shared_experts", "shared_expert"):
+            if f"{prefix}.{shared}.up_proj.weight" in weights:
+                gate = f"{prefix}.{shared}_gate.weight"
+                share = torch.sigmoid(F.linear(x_LH, weight(gate))) if gate in weights else 1.0
+                out_LH = out_LH + share * mlp(x_LH, f"{prefix}.{shared}")
         return out_LH, experts_Lk
+
+    def choose(scores_LE: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
+        """int64 [L, top-k]: the best by score plus bias, of the groups whose two best are best together."""
+        ranked_LE = scores_LE if bias_E is None else scores_LE + bias_E
+        groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+        if chosen < groups:
+            by_group = ranked_LE.unflatten(-1, (groups, -1))
+            worst_kept = by_group.topk(2, -1).values.sum(-1).topk(chosen, -1).values[:, -1:]
+            kept = by_group.topk(2, -1).values.sum(-1) >= worst_kept
+            ranked_LE = by_group.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        return ranked_LE.topk(config["num_experts_per_tok"], dim=-1).indices
 
     def attention(x_LH: torch.Tensor, prefix: str) -> torch.Tensor:
         fused = ["query_key_value"] if is_bailing else [f"{part}_proj" for part in "qkv"]
         qkv = torch.cat([linear(x_LH, f"{prefix}.{name}") for name in fused], dim=-1)
         norms = [partial(rms_norm, name=name) for name in (f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight")
-                 if name in weights]
+                 if name in weights] or [partial(rms_norm, name=name) for name in (
+                     f"{prefix}.query_layernorm.weight", f"{prefix}.key_layernorm.weight") if name in weights]
         return linear(_attention(qkv, config, rotation, norms), f"{prefix}.{'dense' if is_bailing else 'o_proj'}")
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return F.linear(x, weight(f"{name}.weight"), weight(f"{name}.bias") if f"{name}.bias" in weights else None)
 
-    is_bailing = config["model_type"] == "bailing_moe"
-    num_experts = config.get("num_experts", config.get("num_local_experts", 0))  # transformers 5 writes the second
+    is_bailing = config["model_type"] in ("bailing_moe", "bailing_moe_v2")
+    num_experts = next((config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts")
+                        if key in config), 0)  # transformers 5 writes the second
     embedding = f"model.{'word_embeddings' if is_bailing else 'embed_tokens'}.weight"
     x_LH = weight(embedding)[torch.as_tensor(list(token_ids))]
     rotation = _rope_tables(config, len(x_LH), dtype)
@@ -80,7 +109,7 @@ def bailing_forward(
         normed = rms_norm(x_LH, f"{prefix}.input_layernorm.weight")
         x_LH = x_LH + attention(normed, f"{prefix}.{'attention' if is_bailing else 'self_attn'}")
         normed = rms_norm(x_LH, f"{prefix}.post_attention_layernorm.weight")
-        if num_experts == 0 or layer < config.get("first_k_dense_replace", 0):
+        if f"{prefix}.mlp.up_proj.weight" in weights:
             x_LH = x_LH + mlp(normed, f"{prefix}.mlp")
             continue
         out_LH, experts_Lk = moe(normed, f"{prefix}.mlp")
@@ -105,11 +134,12 @@ def response_logprobs(
 
 
 def _rope_tables(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    head_dim = _head_dim(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     factor = {"default": 1.0, "linear": rope.get("factor")}[rope.get("rope_type", rope.get("type", "default"))]
     theta = rope.get("rope_theta") or config["rope_theta"]
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    part = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
+    dim = int(_head_dim(config) * part)
+    inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
     angles = torch.outer(torch.arange(length, dtype=dtype) / factor, inverse)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
@@ -128,8 +158,9 @@ def _attention(
     cos, sin = rotation
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+        turning, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+        first, second = turning.chunk(2, dim=-1)
+        return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
     q, k = rotate(q), rotate(k)
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))

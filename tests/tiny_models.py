@@ -20,7 +20,7 @@ from megatron_rl.model.fresh import bailing_config
 END_OF_TEXT = "<|end|>"
 CHARACTERS = ["\n"] + [chr(code) for code in range(32, 126)]
 REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIGURATION_FILE = REPOSITORY / "megatron_rl" / "model" / "hf_files" / "configuration_bailing_moe.py"
+HF_FILES = REPOSITORY / "megatron_rl" / "model" / "hf_files"
 
 TINY_CONFIG = {
     "architectures": ["BailingMoeForCausalLM"],
@@ -50,18 +50,26 @@ def tiny_bailing_weights(config: dict, *, seed: int = 0) -> dict[str, torch.Tens
         add(f"{prefix}.down_proj.weight", hidden, width)
 
     add("model.word_embeddings.weight", config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)):
         prefix = f"model.layers.{layer}"
         add(f"{prefix}.input_layernorm.weight", hidden, mean=1.0)
         add(f"{prefix}.attention.query_key_value.weight", (heads + 2 * kv_heads) * head_dim, hidden)
         if config["use_qkv_bias"]:
             add(f"{prefix}.attention.query_key_value.bias", (heads + 2 * kv_heads) * head_dim)
+        for norm in ("query_layernorm", "key_layernorm") if config.get("use_qk_norm") else ():
+            add(f"{prefix}.attention.{norm}.weight", head_dim, mean=1.0)
         add(f"{prefix}.attention.dense.weight", hidden, heads * head_dim)
         add(f"{prefix}.post_attention_layernorm.weight", hidden, mean=1.0)
+        if layer >= config["num_hidden_layers"]:
+            add(f"{prefix}.eh_proj.weight", hidden, 2 * hidden)
+            for norm in ("enorm", "hnorm", "final_layernorm"):
+                add(f"{prefix}.{norm}.weight", hidden, mean=1.0)
         if layer < config["first_k_dense_replace"]:
             add_mlp(f"{prefix}.mlp", config["intermediate_size"])
             continue
         add(f"{prefix}.mlp.gate.weight", config["num_experts"], hidden)
+        if config.get("moe_router_enable_expert_bias"):  # of the size that scores differ by: it changes choices
+            weights[f"{prefix}.mlp.gate.expert_bias"] = torch.randn(config["num_experts"], generator=generator) / 10
         for expert in range(config["num_experts"]):
             add_mlp(f"{prefix}.mlp.experts.{expert}", config["moe_intermediate_size"])
         if config["num_shared_experts"]:
@@ -84,25 +92,28 @@ def write_tiny_tokenizer(path: Path, vocab_size: int) -> None:
     fast.save_pretrained(path)
 
 
-def write_tiny_bailing(path: str | Path, *, seed: int = 0, norm_head: bool = False, **overrides: object) -> Path:
-    """Writes a loadable folder and returns it; `overrides` replace keys of config.json.
+def write_tiny_bailing(path: str | Path, model_type: str = "bailing_moe", *, seed: int = 0, norm_head: bool = False,
+                       **overrides: object) -> Path:
+    """Writes a loadable folder of bailing_moe or bailing_moe_v2 and returns it; `overrides` replace config.json's keys.
 
     head_dim follows hidden_size / num_attention_heads unless it is given.
     """
-    folder = Path(path)
+    folder, family = Path(path), FAMILIES[model_type]
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**TINY_CONFIG, "norm_head": norm_head, **overrides}
+    config = {"architectures": [family.class_name], "auto_map": dict(family.auto_map),
+              **bailing_config(model_type=model_type, **family.tiny), "norm_head": norm_head, **overrides}
     if "head_dim" not in overrides:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copy(CONFIGURATION_FILE, folder / CONFIGURATION_FILE.name)
+    for name in family.files:
+        shutil.copy(HF_FILES / name, folder / name)
     save_file(tiny_bailing_weights(config, seed=seed), folder / "model.safetensors", metadata={"format": "pt"})
     write_tiny_tokenizer(folder, config["vocab_size"])
     return folder
 
 
 def write_tiny_known(path: str | Path, model_type: str, *, seed: int = 0, **overrides: object) -> Path:
-    """A tiny random model of a model_type that transformers knows (llama, qwen2, qwen3, qwen3_moe), as it saves it.
+    """A tiny random model of a model_type that transformers knows (llama, qwen2, glm4_moe, ...), as it saves it.
 
     Weights are normal with deviation initializer_range, norms and biases included (norms around 1).
     """
@@ -114,6 +125,9 @@ def write_tiny_known(path: str | Path, model_type: str, *, seed: int = 0, **over
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, model.config.initializer_range)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of the size that scores differ by: it changes choices
+                buffer.normal_(0.0, 0.1)
     model.save_pretrained(path)
     write_tiny_tokenizer(Path(path), model.config.vocab_size)
     return Path(path)

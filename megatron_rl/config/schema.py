@@ -96,9 +96,12 @@ class ModelConfig:
     - fp32_lm_head: trainer and engines sum the products of the head in float32 and keep the logits in float32. false:
       both round the logits to dtype.
     - recompute: `full` keeps only the inputs of layers and computes the rest again in the backward pass.
+    - expert_bias_rate: how far each optimiser step moves the bias of every expert towards an equal load (arXiv
+      2408.15664), in networks that have one (bailing_moe_v2, glm4_moe). 0: the bias stays as it was loaded.
     - reference_path: the frozen policy of the KL term (Eq. 2). null: the starting weights.
     - architecture: a config.json to check sizes against if the checkpoint is not at hand (`--check`), or the name of
-      one that ships with the project: ling_lite.
+      one that ships with the project: ling_lite, ling_mini_2, ling_flash_2, ling_1t, glm_4_5_air,
+      qwen3_30b_a3b.
     - trust_remote_code: run the Python code that the folder brings along (`auto_map`). false refuses such a folder.
     """
 
@@ -109,8 +112,12 @@ class ModelConfig:
     backend: Literal["auto", "torch", "megatron", "transformer_engine"] = "auto"
     fp32_lm_head: bool = True
     recompute: Literal["none", "full"] = "none"
+    expert_bias_rate: float = 0.0
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
+
+    def __post_init__(self):
+        require(0 <= self.expert_bias_rate < 1, f"model.expert_bias_rate={self.expert_bias_rate} must be in 0..1")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ HF_FILES = Path(__file__).parent / "hf_files"
 _ROPE_KEYS = ("rope_parameters", "rope_scaling")  # transformers 5 writes the first, older versions the second
 _ROPE_PARTS = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
 _EMPTY = (None, False, 0, "", [], {})
-_DERIVED = {"model_type", "rope_factor"}
+_DERIVED = {"model_type", "rope_factor", "rotary_dim"}
 
 
 def read_config(folder: str | Path) -> Network:
@@ -33,8 +33,11 @@ def read_config(folder: str | Path) -> Network:
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
-    """The table of config.json's model_type."""
+    """The table of config.json's model_type, or of its class if that is published under another family's model_type."""
     model_type = raw.get("model_type")
+    for family in FAMILIES.values():
+        if model_type in family.aliases and raw.get("architectures") == [family.class_name]:
+            return family
     if model_type not in FAMILIES:
         raise ValueError(f"{where}: model_type={model_type!r} is not supported; only {', '.join(FAMILIES)} are "
                          "(docs/models.md says how to add one)")
@@ -47,12 +50,12 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
     _check_keys(family, raw, where)
     rope = _rope(raw, where)
     values = {**raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
-    found = {"model_type": raw["model_type"], "rope_factor": _rope_factor(rope, where)}
+    found = {"model_type": family.model_type, "rope_factor": _rope_factor(rope, where)}
     missing = []
     for item in fields(Network):
         if item.name in _DERIVED:
             continue
-        keys = family.keys.get(item.name, (item.name,))
+        keys = family.keys_of(item.name, item.default is not MISSING)
         present = [values[key] for key in keys if values.get(key) is not None]
         if item.name in family.fixed:
             found[item.name] = family.fixed[item.name]
@@ -60,7 +63,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
             found[item.name] = present[0]
         elif item.name in family.defaults:
             found[item.name] = family.defaults[item.name]
-        elif item.default is MISSING and item.name != "head_dim":
+        elif item.name in family.required or (item.default is MISSING and item.name != "head_dim"):
             missing.append(keys[0])
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
@@ -70,7 +73,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
         if heads < 1 or hidden % heads:
             raise ValueError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
         found["head_dim"] = hidden // heads
-    network = Network(**found)
+    network = Network(**found, rotary_dim=_rotary_dim(family, {**raw, **rope}, found["head_dim"], where))
     if network.num_experts == 0 and "num_experts" not in family.fixed:
         raise ValueError(f"{where}: num_experts=0: a {network.model_type} has experts")
     check_network(network, where)
@@ -88,7 +91,7 @@ def _check_keys(family: Family, raw: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}=null breaks the engine: leave the key out")
     for key, value in family.only.items():
         _require_only(where, key, raw.get(key), value)
-    for key in sorted((OTHER_NETWORKS - family.only.keys() - family.ignored) & raw.keys()):
+    for key in sorted((OTHER_NETWORKS - family.only.keys() - family.ignored - family.meant) & raw.keys()):
         if raw[key] not in _EMPTY:
             raise ValueError(f"{where}: {key}={json.dumps(raw[key])} is not supported: it makes another network than "
                              f"{raw['model_type']}")
@@ -119,10 +122,28 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"rope_type": found.get("type", "default")} | found
 
 
+def _rotary_dim(family: Family, raw: Mapping[str, Any], head_dim: int, where: str) -> int:
+    """Network.rotary_dim, from the key that holds it. raw: config.json with the rotation's own parameters on top."""
+    factor, dim = raw.get("partial_rotary_factor"), raw.get("rotary_dim")
+    if not family.partial_rotation:
+        _require_only(where, "partial_rotary_factor", factor, 1.0)
+        return 0
+    if factor is None and dim is None:
+        factor = family.defaults.get("partial_rotary_factor", 1.0)
+    if factor is not None and (type(factor) not in (int, float) or not 0 < factor <= 1):
+        raise ValueError(f"{where}: partial_rotary_factor={json.dumps(factor)} must be a number above 0, at most 1")
+    if dim is not None and (type(dim) is not int or not 0 < dim <= head_dim):
+        raise ValueError(f"{where}: rotary_dim={json.dumps(dim)} must be int in 1..head_dim={head_dim}")
+    if None not in (factor, dim) and int(head_dim * factor) != dim:
+        raise ValueError(f"{where}: rotary_dim={dim} and partial_rotary_factor={factor} of head_dim={head_dim} say "
+                         "different things: keep the one that is meant")
+    found = int(head_dim * factor) if dim is None else dim
+    return 0 if found == head_dim else found
+
+
 def _rope_factor(rope: Mapping[str, Any], where: str) -> float:
     """What positions are divided by: 1 without scaling, the factor of linear scaling. ValueError for other kinds."""
     kind = rope["rope_type"]
-    _require_only(where, "partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
     if kind == "default":
         return 1.0
     if kind == "dynamic":

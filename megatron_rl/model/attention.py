@@ -81,8 +81,8 @@ def attend_to(query, key, value, scale: float) -> torch.Tensor:
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed micro-batch, which it hands to every layer, and what our layers need of it.
 
-    runs: what each query sees; rotation: (cosine, sine), both fp32 [T, 1, D]; routing: the experts that it records or
-    replays (None: neither).
+    runs: what each query sees; rotation: (cosine, sine), both fp32 [T, 1, d] (`rotation`); routing: the experts that it
+    records or replays (None: neither).
     """
 
     runs: Runs | None = None
@@ -131,17 +131,27 @@ def _on_device(numbers: np.ndarray, dtype: torch.dtype, device: torch.device) ->
 
 
 def rotation(position_ids_T: torch.Tensor, model: Network) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, fp32 [T, 1, D], of rotary embedding: angles position / factor * theta^(-2i/D), halves alike."""
-    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=position_ids_T.device) / model.head_dim
+    """Cosine and sine, fp32 [T, 1, d], of rotary embedding: angles position / factor * theta^(-2i/d), halves alike.
+
+    d: model.rotary_dim, or D if that is 0.
+    """
+    dim = model.rotary_dim or model.head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids_T.device) / dim
     angles = torch.outer(position_ids_T.float() / model.rope_factor, 1.0 / model.rope_theta ** exponents)
     angles = torch.cat([angles, angles], -1)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """heads [T, H, D], turned in the plane of each dimension i of the first half and i + D/2: in fp32, rounded once."""
-    first, second = heads.chunk(2, dim=-1)
-    return (heads * cosine + torch.cat([-second, first], -1) * sine).to(heads.dtype)
+    """heads [T, H, D], whose first d dimensions are turned in the plane of each i of their first half and i + d/2.
+
+    cosine, sine: [T, 1, d]. In fp32, rounded once.
+    """
+    dim = cosine.shape[-1]
+    turning, rest = heads[..., :dim], heads[..., dim:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = (turning * cosine + torch.cat([-second, first], -1) * sine).to(heads.dtype)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
 class PackedSelfAttention(nn.Module):

@@ -68,6 +68,14 @@ def check_backend(options: ModelConfig, network: Network, parallel: ParallelConf
         require(network.head_dim % 8 == 0 and network.head_dim <= FLASH_HEAD_DIM,
                 f"model.path: head_dim={network.head_dim}, and the attention of model.backend={options.backend} takes "
                 f"multiples of 8 up to {FLASH_HEAD_DIM} on a GPU; set model.backend=megatron")
+    plain = network.score_function == "softmax" and network.routed_scaling_factor == 1
+    require(backend.kernels.router == "megatron" or plain,
+            f"model.kernels.router={options.kernels.router}: its kernel has softmax scores without a factor, and this "
+            f"{network.model_type} has score_function={network.score_function} and routed_scaling_factor="
+            f"{network.routed_scaling_factor}; set model.kernels.router=megatron")
+    require(options.expert_bias_rate == 0 or network.expert_bias,
+            f"model.expert_bias_rate={options.expert_bias_rate}: this {network.model_type} network has no expert bias; "
+            "set it to 0")
     if network.num_experts and backend.kernels.experts == "grouped_mm":
         key = "model.kernels.experts=grouped_mm" if options.kernels.experts == "grouped_mm" else \
             f"model.backend={options.backend}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,7 +27,7 @@ class Policy:
 
     chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
     DistributedDataParallel. gpt_models: the GPTModel inside each chunk. backend: what computes the layers' parts.
-    fp32_lm_head: as configured.
+    fp32_lm_head, expert_bias_rate: as configured.
     """
 
     config: Network
@@ -36,16 +37,25 @@ class Policy:
     router_losses: RouterLosses
     backend: backend.Backend
     fp32_lm_head: bool
+    expert_bias_rate: float = 0.0
 
     @property
     def moe_layers(self) -> list[int]:
         """The MoE layers that this rank holds, counted from 0 over those of the whole network."""
-        return [module.router_replay.moe_layer for gpt in self.gpt_models for module in gpt.modules()
-                if isinstance(module, BudgetRouter)]
+        return [router.router_replay.moe_layer for router in self.routers]
+
+    @property
+    def routers(self) -> list[BudgetRouter]:
+        """Those of this rank's MoE layers, in order."""
+        return _routers(self.gpt_models)
 
     def train(self, mode: bool = True) -> None:
         for chunk in self.chunks:
             chunk.train(mode)
+
+
+def _routers(gpt_models: Iterable[GPTModel]) -> list[BudgetRouter]:
+    return [module for gpt in gpt_models for module in gpt.modules() if isinstance(module, BudgetRouter)]
 
 
 def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig, *,
@@ -66,12 +76,15 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, chosen, stage), stage)
                   for stage in stages]
     chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
+    for router in _routers(gpt_models):
+        router._maintain_float32_expert_bias()  # Float16Module casts buffers too
     if with_gradients:
         chunks = [_data_parallel(config, parallel, chunk) for chunk in chunks]
     else:
         for chunk in chunks:
             chunk.requires_grad_(False)
-    return Policy(model, config, chunks, gpt_models, losses, chosen, options.fp32_lm_head)
+    return Policy(model, config, chunks, gpt_models, losses, chosen, options.fp32_lm_head,
+                  options.expert_bias_rate)
 
 
 def _check_triton(kernels: KernelConfig) -> None:

@@ -3,6 +3,7 @@
 <run.dir>/checkpoints/step_00000020/
     manifest.json            step, layout, network, where each element is, size and sha256 of the files below
     manifest.sha256          the sum of manifest.json
+    buffers.safetensors      the experts' biases under their Hugging Face names, fp32, if the network has some
     rank_00000.safetensors   what rank 0 holds: "weight/KEY/PIECE", "exp_avg/...", "exp_avg_sq/...", flat fp32 ranges
     random.pt                random states of all ranks
     loop.json                where the loop stands
@@ -30,16 +31,18 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
+from safetensors.torch import load_file, save
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.model.adam_state import KINDS, adam_shards, set_step_count, step_count
 from megatron_rl.model.build import Policy
 from megatron_rl.model.checkpoint_shards import Held, ShardReader, file_name, locate, tensor_name, write_tensors
-from megatron_rl.model.convert import slots
+from megatron_rl.model.convert import frozen_slots, slots
 from megatron_rl.model.slots import Slot
 from megatron_rl.topology import Topology
 
+BUFFERS = "buffers.safetensors"
 ORCHESTRATOR_STATE = files.ORCHESTRATOR_STATE
 
 
@@ -118,9 +121,13 @@ class Checkpoints:
     def _small_files(self, loop_state: dict[str, Any], others: Mapping[str, bytes]) -> dict[str, bytes]:
         """Files that rank 0 writes beside its tensors; made now, because training goes on."""
         states = self._topology.gather_objects(_random_state())
+        buffers = self._topology.gather_objects(
+            {slot.key: buffer.to("cpu", copy=True) for slot, buffer in frozen_slots(self._policy)})
         if not self._topology.is_main:
             return {}
-        return {"random.pt": _pickled(states), "loop.json": json.dumps(loop_state).encode(), **others}
+        whole = {name: buffer for part in buffers for name, buffer in part.items()}
+        return {"random.pt": _pickled(states), "loop.json": json.dumps(loop_state).encode(), **others,
+                **({BUFFERS: save(whole)} if whole else {})}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Name -> flat fp32 tensor of all that this rank saves, not copied."""
@@ -179,6 +186,7 @@ class Checkpoints:
         reader = ShardReader(checkpoint, manifest["parameters"])
         for slot, parameter in self._slots:
             self._read_parameter(reader, slot, parameter)
+        self._read_buffers(checkpoint / BUFFERS)
         set_step_count(self._optimizer, manifest["optimizer_steps"])
         if manifest["layout"] == self._layout():
             states = torch.load(checkpoint / "random.pt", weights_only=False)
@@ -233,6 +241,12 @@ class Checkpoints:
         tensors["weight"].copy_(weight[held.start:held.end])
         for kind in KINDS[1:]:
             tensors[kind].copy_(self._read(reader, kind, slot, held.start, held.end))
+
+    def _read_buffers(self, file: Path) -> None:
+        mine = frozen_slots(self._policy)
+        saved = load_file(file) if mine else {}
+        for slot, buffer in mine:
+            buffer.copy_(saved[slot.key])
 
     def _read(self, reader: ShardReader, kind: str, slot: Slot, start: int, end: int) -> torch.Tensor:
         """Elements [start, end) of this rank's piece of a parameter, however many pieces were saved."""

@@ -14,16 +14,20 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.model.network import Network
 
 FORMAT = 3
 MANIFEST, SUM, LOOP = "manifest.json", "manifest.sha256", "loop.json"
 ORCHESTRATOR_STATE = "orchestrator.safetensors"
 _NAME = re.compile(r"^step_(\d{8})$")
 _CHUNK = 1 << 24
+# of what a network could not have when a checkpoint was written
+_DEFAULTS = {each.name: each.default for each in fields(Network) if each.default is not MISSING}
 # what a config.json may change without becoming another network
 _FREE_KEYS = {"initializer_range", "max_position_embeddings"}
 
@@ -153,7 +157,7 @@ def _sum_of(manifest: bytes) -> bytes:
 
 def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """ValueError naming the keys of config.json in which the checkpoint's network is not `model`."""
-    saved = manifest["model"]
+    saved, model = {**_DEFAULTS, **manifest["model"]}, {**_DEFAULTS, **model}
     keys = sorted((saved.keys() | model.keys()) - _FREE_KEYS)
     differing = [f"{key} is {saved.get(key)} there and {model.get(key)} here" for key in keys
                  if saved.get(key) != model.get(key)]

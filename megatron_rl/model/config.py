@@ -21,7 +21,8 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
     """Megatron's TransformerConfig of this network and layout.
 
     norm_topk_prob: softmax over the chosen k logits equals softmax, top-k, renormalise, hence
-    moe_router_pre_softmax=False; without renormalisation it is the plain softmax taken first.
+    moe_router_pre_softmax=False; without renormalisation it is the plain softmax taken first. Megatron always
+    divides sigmoid scores by their sum (moe_utils.topk_routing_with_score_function).
     Router losses are BudgetRouter's own (router.py), so Megatron's load balancing is off.
     attention_backend is read by Transformer Engine alone: cuDNN's fused attention, and an error if that does
     not take the micro-batch. Its `auto` would take a beta of FlashAttention 4, or write all scores, without a word.
@@ -59,7 +60,12 @@ def _experts(model: Network, parallel: ParallelConfig, *, grouped: bool) -> dict
         "moe_ffn_hidden_size": model.moe_intermediate_size,
         "moe_layer_freq": [int(not model.is_dense_layer(layer)) for layer in range(model.num_hidden_layers)],
         "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
-        "moe_router_score_function": "softmax", "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_shared_expert_gate": model.shared_expert_gate,
+        "moe_router_score_function": model.score_function, "moe_router_enable_expert_bias": model.expert_bias,
+        "moe_router_num_groups": model.n_group if model.limits_groups else None,
+        "moe_router_group_topk": model.topk_group if model.limits_groups else None,
+        "moe_router_topk_scaling_factor": None if model.routed_scaling_factor == 1 else model.routed_scaling_factor,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
         "moe_router_dtype": "fp32", "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": grouped, "moe_token_dispatcher_type": parallel.token_dispatcher,
         "moe_permute_fusion": grouped,

@@ -26,6 +26,7 @@ _TRANSFORMER_ENGINE = (
     (re.compile(r"^mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r"mlp.experts.local_experts.\2.\1.weight"),
 )
 """Names of a layer's parameters in te_spec.py, and what they are in spec.py's other layers and in slots.py."""
+_LAYERS = "decoder.layers."
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -36,24 +37,39 @@ def slots(policy: Policy, topology: Topology) -> list[tuple[Slot, torch.nn.Param
     found = []
     for gpt in policy.gpt_models:
         for name, parameter in gpt.named_parameters():
-            if name.startswith("decoder.layers."):
-                _, _, local, rest = name.split(".", 3)
-                for theirs, ours in _TRANSFORMER_ENGINE:
-                    rest = theirs.sub(ours, rest)
-                rest = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), rest)
-                name = f"decoder.layers.{gpt.decoder.layers[int(local)].layer_number - 1}.{rest}"
+            if name.startswith(_LAYERS):
+                name = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), _global_name(gpt, name))
             elif name == _HEAD and policy.config.tie_word_embeddings:
                 name = _EMBEDDING
             found.append((known[name], parameter))
     return found
 
 
+def frozen_slots(policy: Policy) -> list[tuple[Slot, torch.Tensor]]:
+    """(Slot, buffer) of every buffer on this rank that a checkpoint holds: the experts' biases."""
+    known = network_slots(policy.config)
+    named = [(_global_name(gpt, name), buffer) for gpt in policy.gpt_models for name, buffer in gpt.named_buffers()
+             if name.startswith(_LAYERS)]
+    return [(known[name], buffer) for name, buffer in named if name in known]
+
+
+def _global_name(gpt, name: str) -> str:
+    """`decoder.layers.N...` with N counted over the whole network, and the rest as slots.py has it."""
+    _, _, local, rest = name.split(".", 3)
+    for theirs, ours in _TRANSFORMER_ENGINE:
+        rest = theirs.sub(ours, rest)
+    return f"{_LAYERS}{gpt.decoder.layers[int(local)].layer_number - 1}.{rest}"
+
+
 @torch.no_grad()
 def load_hf(policy: Policy, topology: Topology, folder: str | Path) -> None:
-    """Fill this rank's parameters from the Hugging Face folder; ValueError if it does not match its config.json."""
+    """Fill this rank's parameters and buffers from the Hugging Face folder.
+
+    ValueError if it does not match its config.json.
+    """
     reader = HFReader(folder)
     check_checkpoint(policy.config, reader)
-    for slot, parameter in slots(policy, topology):
+    for slot, parameter in [*slots(policy, topology), *frozen_slots(policy)]:
         over_tp = slot.over == "tp"
         rank = topology.tp_rank if over_tp else topology.etp_rank
         size = topology.tp_size if over_tp else topology.etp_size
@@ -67,7 +83,8 @@ class Exporter:
 
     def __init__(self, policy: Policy, topology: Topology):
         self._topology = topology
-        self._local = {slot.key: (slot, parameter) for slot, parameter in slots(policy, topology)}
+        self._local = {slot.key: (slot, tensor)
+                       for slot, tensor in [*slots(policy, topology), *frozen_slots(policy)]}
         self._plan = self._gather_plan()
 
     def _gather_plan(self) -> list[tuple[Slot, tuple[int, ...], torch.dtype, list[int]]]:

@@ -1,4 +1,4 @@
-"""A fresh BailingMoe: its config.json and random initial weights, to be written by hf_folder.write_hf_folder.
+"""A fresh BailingMoe or BailingMoeV2: config.json and random initial weights, to be written by write_hf_folder.
 
 No megatron here: the launcher makes models before any rank starts.
 """
@@ -52,18 +52,37 @@ _QUICKSTART_CONFIG: dict[str, Any] = {
     "first_k_dense_replace": 0,
     "torch_dtype": "float32",
 }
+_V2_CONFIG: dict[str, Any] = {
+    **_QUICKSTART_CONFIG,
+    "model_type": "bailing_moe_v2",
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "router_dtype": "fp32",
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "num_nextn_predict_layers": 0,
+}
+_CONFIGS = {config["model_type"]: config for config in (_QUICKSTART_CONFIG, _V2_CONFIG)}
+FRESH_FAMILIES = tuple(_CONFIGS)
 
 
-def bailing_config(**keys: Any) -> dict[str, Any]:
-    """A complete config.json of a BailingMoe that SGLang accepts: the quick start's sizes where `keys` has none.
+def bailing_config(model_type: str = "bailing_moe", **keys: Any) -> dict[str, Any]:
+    """A complete config.json of a BailingMoe (bailing_moe_v2: of its successor) that SGLang accepts.
 
-    head_dim is hidden_size / num_attention_heads unless given. ValueError names an unknown or unfitting key.
+    Where `keys` has none, the sizes are the quick start's. head_dim is hidden_size / num_attention_heads unless
+    given. ValueError names an unknown or unfitting key.
     """
+    if model_type not in _CONFIGS:
+        raise ValueError(f"config.json: model_type={model_type!r} must be one of {', '.join(_CONFIGS)}")
+    base = _CONFIGS[model_type]
     for key in keys:
-        if key not in _QUICKSTART_CONFIG:
-            close = get_close_matches(key, _QUICKSTART_CONFIG, 1)
+        if key not in base:
+            close = get_close_matches(key, base, 1)
             raise ValueError(f"config.json: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    config = {**_QUICKSTART_CONFIG, **keys}
+    config = {**base, **keys}
     model = parse_config(config, "config.json")
     storage_dtype(config, "config.json")
     return {**config, "head_dim": model.head_dim}
@@ -84,7 +103,8 @@ def random_weights(config: dict[str, Any], seed: int, *,
     for parameter, slot in network_slots(model).items():
         for name, shape in slot.shapes.items():
             if len(shape) == 1:
-                yield name, torch.full(shape, 0.0 if parameter.endswith(".bias") else 1.0, dtype=dtype)
+                yield name, torch.full(shape, 0.0 if parameter.endswith("bias") else 1.0,
+                                       dtype=slot.frozen_dtype or dtype)
                 continue
             deviation = model.initializer_range if scheme == "normal" else _scaled_deviation(model, parameter, shape)
             yield name, (torch.randn(shape, generator=generator) * deviation).to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from megatron_rl.config.load import read_json
 from megatron_rl.model.architectures import HF_FILES, family_of, parse_config
 from megatron_rl.model.network import Network
-from megatron_rl.model.slots import expected_shapes, network_slots
+from megatron_rl.model.slots import carried, expected_shapes, frozen_names, network_slots
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -40,20 +40,28 @@ DEFAULT_SHARD_BYTES = 2_000_000_000
 
 
 def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], *,
-                    tokenizer_from: str | Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Path:
+                    tokenizer_from: str | Path | None = None, carried_from: str | Path | None = None,
+                    max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Path:
     """Write a loadable folder from a stream of named tensors, in any order; returns its path.
 
     Tensors (any device) are cast to config's torch_dtype. tokenizer_from: a Hugging Face folder whose tokenizer, chat
-    templates, generation_config.json and other files are kept (NOT_KEPT names those that are not). `architectures`
+    templates, generation_config.json and other files are kept (NOT_KEPT names those that are not). carried_from: the
+    Hugging Face folder whose layers behind the last are copied (slots.carried); they and buffers keep their dtype.
+    `architectures`
     is set to what is written; `auto_map` names the code that lies in the new folder and no other. An existing folder
     stays as it is until the new one is complete. ValueError as check_export raises it, or when names or shapes are
     not those of `config`.
     """
     where = f"{path}/config.json"
     export = check_export(path, config, tokenizer_from)
+    network, tensors = parse_config(config, where), _checked(tensors, export.shapes, str(path))
+    kept = frozen_names(network)
+    if carried_from is not None:
+        reader = HFReader(carried_from)
+        behind = carried(network, reader.names)
+        tensors, kept = chain(tensors, ((name, reader.get(name)) for name in behind)), kept.union(behind)
     with atomic_folder(path, export.num_bytes) as folder:
-        write_shards(folder, _checked(tensors, export.shapes, str(path)), dtype=storage_dtype(config, where),
-                     max_shard_bytes=max_shard_bytes)
+        write_shards(folder, tensors, dtype=storage_dtype(config, where), kept=kept, max_shard_bytes=max_shard_bytes)
         for name, file in export.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)
@@ -144,8 +152,11 @@ def _checked(tensors: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tupl
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype,
-                 max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
-    """model.safetensors, or shards of at most max_shard_bytes (a larger tensor: one of its own) and their index."""
+                 kept: Container[str] = (), max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    """model.safetensors, or shards of at most max_shard_bytes (a larger tensor: one of its own) and their index.
+
+    kept: names of the tensors that are not cast to `dtype`.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
     shards: list[list[str]] = []
@@ -162,11 +173,12 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, d
         held_bytes = 0
 
     for name, tensor in tensors:
-        num_bytes = tensor.numel() * dtype.itemsize
+        stored = tensor.dtype if name in kept else dtype
+        num_bytes = tensor.numel() * stored.itemsize
         if held and held_bytes + num_bytes > max_shard_bytes:
             flush()
         # A copy: the caller may reuse the buffer, and safetensors refuses tensors that share storage.
-        held[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        held[name] = tensor.detach().to("cpu", stored, copy=True).contiguous()
         held_bytes += num_bytes
         total_bytes += num_bytes
     flush()
@@ -311,12 +323,13 @@ class HFReader:
 def check_checkpoint(config: Network, reader: HFReader) -> None:
     """Raise ValueError listing the names, shapes and dtypes in which the folder departs from its config.json.
 
-    Two kinds of tensors may be there and are not read: the frequencies of the rotation, which config.json fixes, and
-    a tied head that equals its embedding.
+    Three kinds of tensors may be there and are not read: the frequencies of the rotation, which config.json fixes, a
+    tied head that equals its embedding, and layers behind the last (slots.carried).
     """
     expected = expected_shapes(config)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
     more = {name for name in reader.names - set(expected) if not name.endswith("rotary_emb.inv_freq")}
+    more -= set(carried(config, more))
     if config.tie_word_embeddings and "lm_head.weight" in more:
         more -= {"lm_head.weight"}
         embedding = network_slots(config)["embedding.word_embeddings.weight"].key

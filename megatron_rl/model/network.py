@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.observe.flops import is_dense, shared_width
 
 
 @dataclass(frozen=True)
 class Network:
     """A pre-norm decoder with RMSNorm, rotary grouped-query attention and SiLU-gated dense or expert MLPs.
 
-    model_type: the family (families/) that names its keys and tensors. num_experts 0: every layer is dense.
-    intermediate_size: width of a dense layer's MLP; moe_intermediate_size: of one expert. first_k_dense_replace:
-    that many leading layers are dense. rope_factor: positions are divided by it (linear rope_scaling).
-    qk_norm: RMSNorm of each query and key head before the rotation. norm_head: the head's columns are divided
-    by their norm over the vocabulary.
+    model_type: the family (families/) that names its keys and tensors.
+
+    Rotation:
+    - rope_factor: positions are divided by it (linear rope_scaling).
+    - rotary_dim: so many leading dimensions of a head rotate. 0: all.
+
+    Attention and head:
+    - qk_norm: RMSNorm of each query and key head before the rotation.
+    - norm_head: the head's columns are divided by their norm over the vocabulary.
+
+    Feed-forward:
+    - num_experts 0: every layer is dense. intermediate_size: width of a dense layer's MLP.
+    - first_k_dense_replace: that many leading layers are dense.
+    - moe_intermediate_size: width of an expert. shared_expert_intermediate_size: of a shared one; 0: the same.
+    - shared_expert_gate: the shared experts' output is multiplied by the sigmoid of a product with the input.
+
+    Router:
+    - score_function: softmax or sigmoid of the logits. norm_topk_prob: the chosen scores are divided by their sum.
+    - expert_bias: a float32 bias per expert is added to the scores that choose, not to those that weigh.
+    - n_group, topk_group: only the experts of the topk_group best of n_group groups can be chosen. 0: no groups.
+    - routed_scaling_factor: the weights of the chosen are multiplied by it.
+    - router_dtype: "fp32" if the engine keeps the router's weights in float32.
+
+    num_nextn_predict_layers: layers behind the last, for multi-token prediction. They are not built; an export gets
+    them from the source as they are.
     """
 
     model_type: str
@@ -45,22 +66,39 @@ class Network:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    rotary_dim: int = 0
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    score_function: str = "softmax"
+    expert_bias: bool = False
+    n_group: int = 0
+    topk_group: int = 0
+    routed_scaling_factor: float = 1.0
+    router_dtype: str = ""
+    num_nextn_predict_layers: int = 0
 
     @property
     def shared_intermediate_size(self) -> int:
         """Width of the one MLP that holds all shared experts."""
-        return self.moe_intermediate_size * self.num_shared_experts
+        return shared_width(vars(self))
 
     def is_dense_layer(self, layer: int) -> bool:
-        return self.num_experts == 0 or layer < self.first_k_dense_replace
+        return is_dense(vars(self), layer)
 
     @property
     def num_moe_layers(self) -> int:
         return sum(not self.is_dense_layer(layer) for layer in range(self.num_hidden_layers))
 
+    @property
+    def limits_groups(self) -> bool:
+        """Whether some experts cannot be chosen because of their group."""
+        return self.topk_group < self.n_group
+
 
 _MAY_BE_ZERO = {"intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts",
-                "moe_intermediate_size", "first_k_dense_replace", "initializer_range"}
+                "moe_intermediate_size", "first_k_dense_replace", "initializer_range", "rotary_dim",
+                "shared_expert_intermediate_size", "n_group", "topk_group", "num_nextn_predict_layers"}
+SCORES = ("softmax", "sigmoid")
 
 
 def check_types(values: Mapping[str, Any], where: str) -> None:
@@ -93,12 +131,42 @@ def check_network(network: Network, where: str) -> None:
          "experts"),
         (network.intermediate_size > 0 or network.num_moe_layers == layers, "intermediate_size=0: dense layers have a "
          "width"),
+        *_rotation_rules(network), *_router_rules(network),
         (not (network.norm_head and network.tie_word_embeddings),
          "tie_word_embeddings=true with norm_head=true is not supported: the engine would use the embedding as it is"),
     )
     for holds, message in rules:
         if not holds:
             raise ValueError(f"{where}: {message}")
+
+
+def _rotation_rules(network: Network) -> Iterator[tuple[bool, str]]:
+    dim = network.rotary_dim
+    yield dim % 2 == 0 and dim <= network.head_dim, (
+        f"rotary_dim={dim} must be even and at most head_dim={network.head_dim}")
+
+
+def _router_rules(network: Network) -> Iterator[tuple[bool, str]]:
+    score, bias, top = network.score_function, network.expert_bias, network.num_experts_per_tok
+    groups, chosen = network.n_group, network.topk_group
+    yield score in SCORES, f"score_function={score} is not supported; only {', '.join(SCORES)} are"
+    yield network.router_dtype in ("", "fp32"), f"router_dtype={network.router_dtype} is not supported; only fp32 is"
+    yield bias == (score == "sigmoid"), (
+        f"score_function={score} with moe_router_enable_expert_bias={json.dumps(bias)} is not supported: the engine "
+        "takes softmax without a bias, or sigmoid with one")
+    yield score == "softmax" or network.norm_topk_prob, (
+        "norm_topk_prob=false with score_function=sigmoid is not supported: the published model divides in any case")
+    yield (chosen > 0) == (groups > 0) and chosen <= groups, (
+        f"topk_group={chosen} must be in 1..n_group={groups}, or both be 0")
+    if network.limits_groups:
+        yield score == "sigmoid", f"n_group={groups} with score_function={score} is not supported; only sigmoid is"
+        yield network.num_experts % groups == 0, f"n_group={groups} does not divide num_experts={network.num_experts}"
+        yield top == 2 * chosen, (
+            f"num_experts_per_tok={top} with topk_group={chosen} is not supported: engine and published model rank a "
+            "group by its two best experts, Megatron by its num_experts_per_tok/topk_group best; they agree if that "
+            f"is 2, and num_experts_per_tok={2 * chosen}")
+        yield 2 * groups <= network.num_experts, (
+            f"n_group={groups} leaves fewer than two of num_experts={network.num_experts} to a group")
 
 
 def check_layout(network: Network, parallel: ParallelConfig) -> None:
@@ -112,7 +180,7 @@ def check_layout(network: Network, parallel: ParallelConfig) -> None:
         ("tp", parallel.tp, "num_key_value_heads", network.num_key_value_heads),
         ("tp", parallel.tp, "vocab_size", network.vocab_size),
         ("tp", parallel.tp, "intermediate_size", network.intermediate_size if has_dense_layers else 0),
-        ("tp", parallel.tp, "num_shared_experts*moe_intermediate_size", network.shared_intermediate_size),
+        ("tp", parallel.tp, "the shared experts' width", network.shared_intermediate_size),
         ("etp", parallel.etp, "moe_intermediate_size", network.moe_intermediate_size),
         ("ep", parallel.ep, "num_experts", network.num_experts),
         ("pp", parallel.pp * (parallel.vpp or 1), "num_hidden_layers", network.num_hidden_layers),

@@ -6,6 +6,7 @@ Here both are sums over the tokens of the whole optimiser step divided by one co
     z       = z_coef       * sum_t logsumexp(logits_t)^2 / step_tokens
     balance = balance_coef * E * sum_e F_e * sum_t p_{t,e} / step_tokens
 
+p are the router's probabilities: softmax of the logits, or their sigmoids divided by the sum over all experts.
 step_tokens counts every real token the router sees in the step on all ranks (prompt and response, padding
 excluded). F_e, the fraction of the step's top-k choices that went to expert e, has no gradient. It comes from the
 counting pass that precedes the update (in RL the old-log-probability pass). If one micro-batch on each rank is the
@@ -79,11 +80,15 @@ class RouterSums(Protocol):
 
 @dataclass(frozen=True)
 class EagerSums:
-    """RouterSums computed when they are read. logits fp32 [T, E], routing_map bool [T, E], real fp32 [T, 1]."""
+    """RouterSums computed when they are read. logits fp32 [T, E], routing_map bool [T, E], real fp32 [T, 1].
+
+    score_function: softmax or sigmoid.
+    """
 
     logits_TE: torch.Tensor
     routing_map_TE: torch.Tensor
     real_T1: torch.Tensor
+    score_function: str
 
     @property
     def counts_E(self) -> torch.Tensor:
@@ -91,7 +96,7 @@ class EagerSums:
 
     @property
     def prob_sums_E(self) -> torch.Tensor:
-        return (self.logits_TE.softmax(-1) * self.real_T1).sum(0)
+        return (self._probs_TE() * self.real_T1).sum(0)
 
     @property
     def z_sum(self) -> torch.Tensor:
@@ -100,8 +105,13 @@ class EagerSums:
     @property
     @torch.no_grad()
     def entropy_sum(self) -> torch.Tensor:
-        log_probs = self.logits_TE.log_softmax(-1)
-        return -((log_probs.exp() * log_probs).sum(-1) * self.real_T1[:, 0]).sum()
+        return (torch.special.entr(self._probs_TE()).sum(-1) * self.real_T1[:, 0]).sum()
+
+    def _probs_TE(self) -> torch.Tensor:
+        if self.score_function == "softmax":
+            return self.logits_TE.softmax(-1)
+        scores = self.logits_TE.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
 
 
 class BudgetRouter(TopKRouter):
@@ -111,6 +121,7 @@ class BudgetRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         self.losses = losses
         self.router_replay = LayerReplay()
+        self.frozen_expert_bias = True  # to Megatron's finalize_model_grads; `move_expert_bias` moves it
 
     def set_layer_number(self, layer_number: int) -> None:
         super().set_layer_number(layer_number)
@@ -120,7 +131,19 @@ class BudgetRouter(TopKRouter):
         """(probs, routing_map), both [tokens, E], as TopKRouter.routing; padding_mask True = padding."""
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         logits_TE = logits.view(-1, self.config.num_moe_experts).float()
-        return self._account(probs, EagerSums(logits_TE, routing_map, self._real(padding_mask, logits_TE))), routing_map
+        sums = EagerSums(logits_TE, routing_map, self._real(padding_mask, logits_TE), self.score_function)
+        return self._account(probs, sums), routing_map
+
+    @torch.no_grad()
+    def move_expert_bias(self, counts_E: torch.Tensor, rate: float) -> None:
+        """The bias of experts above the mean load falls by `rate`, that of those below rises (arXiv 2408.15664).
+
+        The formula is Megatron's (moe_utils.get_updated_expert_bias). counts_E: choices of the whole step by expert.
+        """
+        self.expert_bias += rate * torch.sign(counts_E.mean() - counts_E)
+
+    def _apply_expert_bias(self, routing_map, padding_mask=None) -> None:
+        """Megatron would count here; RoutingCounts has the counts of the step."""
 
     def _account(self, probs: torch.Tensor, sums: RouterSums) -> torch.Tensor:
         """probs, with the losses of this micro-batch attached; counts what is to be counted."""

@@ -8,7 +8,7 @@ Letters in comments: V vocabulary, H hidden size, D head dimension, E experts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from megatron_rl.model.families import FAMILIES
+from megatron_rl.model.families.base import Family
 from megatron_rl.model.network import Network
 
 Shape = tuple[int, ...]
@@ -28,6 +29,7 @@ class Slot:
     names: its Hugging Face tensors, one for each part, or one that holds all parts in order. parts: their shapes.
     cut: what the ranks of the group `over` share out. groups: rows of all parts are interleaved in so many groups
     (key-value groups of attention); None: as many as ranks, so that each rank stacks its share of every part.
+    frozen_dtype: set for a buffer, which no optimiser moves and which is stored in this dtype whatever the others are.
     """
 
     names: tuple[str, ...]
@@ -35,6 +37,7 @@ class Slot:
     cut: Literal["none", "rows", "columns"]
     over: Literal["tp", "etp"] = "tp"
     groups: int | None = None
+    frozen_dtype: torch.dtype | None = None
 
     @property
     def key(self) -> str:
@@ -69,23 +72,28 @@ class Slot:
 
 def network_slots(network: Network) -> dict[str, Slot]:
     """Megatron parameter -> Slot, layers and experts by their global numbers. A tied head has no slot of its own."""
-    family = FAMILIES[network.model_type]
-
-    def slot(name: str, cut: str, *parts: Shape, prefix: str = "", expert: int = 0, **how) -> Slot:
-        names = tuple(prefix + known.format(expert=expert) for known in family.names[name])
-        return Slot(names, parts, cut, **how)
-
-    table = (network.vocab_size, network.hidden_size)
-    found = {"embedding.word_embeddings.weight": slot("embedding.word_embeddings.weight", "rows", table),
-             "decoder.final_layernorm.weight": slot("decoder.final_layernorm.weight", "none", (network.hidden_size,))}
+    family, table = FAMILIES[network.model_type], (network.vocab_size, network.hidden_size)
+    found = {"embedding.word_embeddings.weight": _slot(family, "embedding.word_embeddings.weight", "rows", [table]),
+             "decoder.final_layernorm.weight": _slot(family, "decoder.final_layernorm.weight", "none",
+                                                     [(network.hidden_size,)])}
     if not network.tie_word_embeddings:
-        found["output_layer.weight"] = slot("output_layer.weight", "rows", table)
+        found["output_layer.weight"] = _slot(family, "output_layer.weight", "rows", [table])
     for layer in range(network.num_hidden_layers):
-        prefix = family.layer_prefix.format(layer=layer)
-        for name, cut, parts, how in (*_attention(network), *_feed_forward(network, layer)):
-            shown = name.format(expert=how.get("expert", 0))
-            found[f"decoder.layers.{layer}.{shown}"] = slot(name, cut, *parts, prefix=prefix, **how)
+        found |= _layer_slots(network, layer)
     return found
+
+
+def _slot(family: Family, name: str, cut: str, parts: list[Shape], *, prefix: str = "", expert: int = 0, **how) -> Slot:
+    names = tuple(prefix + known.format(expert=expert) for known in family.names[name])
+    return Slot(names, tuple(parts), cut, **how)
+
+
+def _layer_slots(network: Network, layer: int) -> dict[str, Slot]:
+    family = FAMILIES[network.model_type]
+    prefix = family.layer_prefix.format(layer=layer)
+    return {f"decoder.layers.{layer}.{name.format(expert=how.get('expert', 0))}":
+            _slot(family, name, cut, parts, prefix=prefix, **how)
+            for name, cut, parts, how in (*_attention(network), *_feed_forward(network, layer))}
 
 
 def _attention(network: Network) -> Iterator[tuple]:
@@ -116,26 +124,42 @@ def _feed_forward(network: Network, layer: int) -> Iterator[tuple]:
         yield from mlp("mlp", network.intermediate_size)
         return
     yield "mlp.router.weight", "none", [(network.num_experts, hidden)], {}
+    if network.expert_bias:
+        yield "mlp.router.expert_bias", "none", [(network.num_experts,)], {"frozen_dtype": torch.float32}
     for expert in range(network.num_experts):
         yield from mlp("mlp.experts.local_experts.{expert}", network.moe_intermediate_size, over="etp", expert=expert)
     if network.num_shared_experts:
         yield from mlp("mlp.shared_experts", network.shared_intermediate_size)
+        if network.shared_expert_gate:
+            yield "mlp.shared_experts.gate_weight", "none", [(1, hidden)], {}
 
 
 def expected_shapes(network: Network) -> dict[str, Shape]:
-    """Every tensor name of the network's checkpoint with its shape."""
+    """Every tensor name of the network's checkpoint, but for `carried` ones, with its shape."""
     return {name: shape for slot in network_slots(network).values() for name, shape in slot.shapes.items()}
+
+
+def carried(network: Network, names: Iterable[str]) -> list[str]:
+    """Those of `names` that belong to layers behind the last, in order: whatever they hold goes to exports as it is."""
+    prefix, first = FAMILIES[network.model_type].layer_prefix, network.num_hidden_layers
+    behind = tuple(prefix.format(layer=first + index) for index in range(network.num_nextn_predict_layers))
+    return sorted(name for name in names if name.startswith(behind))
+
+
+def frozen_names(network: Network) -> set[str]:
+    """The buffers' tensors, which are stored in a dtype of their own."""
+    return {slot.key for slot in network_slots(network).values() if slot.frozen_dtype is not None}
 
 
 @functools.lru_cache(maxsize=16)  # a search for layouts asks a thousand times
 def count_parameters(network: Network) -> tuple[int, int]:
     """(total, active) parameters of the network.
 
-    total: every tensor of the checkpoint. active: those that one token passes through, that is total less,
+    total: every tensor that is built. active: those that one token passes through, that is total less,
     in each MoE layer, the routed experts that are not chosen; the embedding table and the head count whole,
     which is how Ling-lite comes to 2.75B (2.49B without its embedding table).
     """
-    total = sum(prod(shape) for shape in expected_shapes(network).values())
+    total = sum(prod(part) for slot in network_slots(network).values() for part in slot.parts)
     expert = 3 * network.hidden_size * network.moe_intermediate_size
     idle_experts = network.num_moe_layers * (network.num_experts - network.num_experts_per_tok)
     return total, total - idle_experts * expert

@@ -1,11 +1,11 @@
 """Model FLOPs of a network: what the mathematics needs, whatever the hardware repeats or pads.
 
 One multiply-add is 2 FLOPs. With hidden h, q and kv heads of width d, E experts of which k are active, expert
-width m, s shared experts, dense width f and vocabulary V, one token costs forward
+width m, shared experts of width s together, dense width f and vocabulary V, one token costs forward
 
     per layer  attention projections  2 h (q + 2 kv) d + 2 q d h
-               MoE                    2 h E + 6 h m (k + s)         (router; gate, up and down projection)
-               or dense               6 h f                         (the first first_k_dense_replace layers; E = 0: all)
+               MoE                    2 h E + 6 h (m k + s)         (router; gate, up and down projection)
+               or dense               6 h f                         (is_dense)
     once       output head            2 h V
     per pair of a query and a key it sees, per layer:  4 q d        (scores and their weighted sum of values)
 
@@ -19,14 +19,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+def is_dense(network: Mapping[str, Any], layer: int) -> bool:
+    """Whether layer `layer` (from 0) has an MLP instead of experts. network: the fields of model.network.Network."""
+    return network["num_experts"] == 0 or layer < network["first_k_dense_replace"]
+
+
+def shared_width(network: Mapping[str, Any]) -> int:
+    """Width of the one MLP that holds all shared experts. network: the fields of model.network.Network."""
+    one = network.get("shared_expert_intermediate_size") or network["moe_intermediate_size"]
+    return one * network["num_shared_experts"]
+
+
 def linear_flops_per_token(config: Mapping[str, Any]) -> int:
     """Forward FLOPs of one token outside the attention scores. config: the fields of model.network.Network."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], _head_dim(config)
-    dense_layers = min(config.get("first_k_dense_replace") or 0, layers) if config["num_experts"] else layers
+    dense_layers = sum(is_dense(config, layer) for layer in range(layers))
     attention = 2 * hidden * (heads + 2 * kv_heads) * head_dim + 2 * heads * head_dim * hidden
-    active_experts = config["num_experts_per_tok"] + (config.get("num_shared_experts") or 0)
-    moe = 2 * hidden * config["num_experts"] + 6 * hidden * config["moe_intermediate_size"] * active_experts
+    active_width = config["num_experts_per_tok"] * config["moe_intermediate_size"] + shared_width(config)
+    moe = 2 * hidden * config["num_experts"] + 6 * hidden * active_width
     dense = 6 * hidden * config["intermediate_size"]
     head = 2 * hidden * config["vocab_size"]
     return layers * attention + (layers - dense_layers) * moe + dense_layers * dense + head

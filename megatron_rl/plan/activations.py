@@ -121,7 +121,7 @@ def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Ari
     """
     hidden = how.element * model.hidden_size / parallel.tp
     sent_on = 0 if chunk.last else hidden
-    rotation = 2 * model.head_dim * FP32  # cosine and sine, for all layers
+    rotation = 2 * (model.rotary_dim or model.head_dim) * FP32  # cosine and sine, for all layers
     if recompute:
         return len(chunk.layers) * hidden + sent_on + rotation
     return sent_on + rotation + (head_bytes(model, parallel, how) if chunk.last else 0) + sum(

@@ -56,6 +56,8 @@ def _tensors(model: Network, tp: int, ep: int, etp: int) -> dict[int | str, tupl
     """Layer number, or name outside the layers -> elements on one rank of its (dense tensors, expert tensors)."""
     found: dict[int | str, tuple[list[int], list[int]]] = {}
     for name, slot in network_slots(model).items():
+        if slot.frozen_dtype is not None:
+            continue  # a buffer
         size = sum(prod(part) for part in slot.parts)
         if slot.cut != "none":
             size //= tp if slot.over == "tp" else etp

@@ -14,7 +14,7 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf
 from megatron_rl.model.hf_folder import HFReader
-from megatron_rl.model.slots import expected_shapes
+from megatron_rl.model.slots import carried, expected_shapes
 from megatron_rl.trainer.export import export
 
 
@@ -26,7 +26,8 @@ def run(config: Config) -> None:
     target = Path(config.run.dir) / "hf"
     export(config, Exporter(policy, here), here, target)
     if here.is_main:
-        compare(HFReader(config.model.path), HFReader(target), expected_shapes(policy.config))
+        source = HFReader(config.model.path)
+        compare(source, HFReader(target), [*expected_shapes(policy.config), *carried(policy.config, source.names)])
     topology.stop()
 
 

@@ -23,7 +23,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data import chains_tokenizer
 from megatron_rl.launch.local import engines_for, run_ranks
 from megatron_rl.launch.programs import run_rl
-from megatron_rl.model.fresh import bailing_config, random_weights
+from megatron_rl.model.fresh import FRESH_FAMILIES, bailing_config, random_weights
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.observe.report import LABELS, write_report
 from megatron_rl.recipes import evaluate
@@ -34,8 +34,13 @@ FLASH_HEAD_DIM = 64
 COLUMNS = ("stage", "held-out accuracy", "95% interval", "direct answers", "accuracy when reasoning", "tokens")
 
 
-def run(overrides: Sequence[str], console: Console) -> Path:
-    """Run all stages; `overrides` apply to the RL stage (and run.seed to all). Returns the report's path."""
+def run(overrides: Sequence[str], console: Console, model_type: str = FRESH_FAMILIES[0]) -> Path:
+    """Run all stages; `overrides` apply to the RL stage (and run.seed to all). Returns the report's path.
+
+    model_type: the random model's family, one of FRESH_FAMILIES.
+    """
+    if model_type not in FRESH_FAMILIES:
+        raise ValueError(f"model={model_type} must be one of {', '.join(FRESH_FAMILIES)}")
     started = time.perf_counter()
     folder = free_folder(ROOT)
     here = overrides_on(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -46,7 +51,7 @@ def run(overrides: Sequence[str], console: Console) -> Path:
     sft = load(["experiment=quickstart_sft", *here, f"run.dir={folder / 'sft'}", f"model.path={folder / 'init'}",
                 f"run.seed={seed}"])
     console.print(f"[bold]1/4[/bold] a random Mixture-of-Experts model in {folder / 'init'}")
-    make_random_model(folder / "init", seed, **({"head_dim": FLASH_HEAD_DIM} if here else {}))
+    make_random_model(folder / "init", seed, model_type=model_type, **({"head_dim": FLASH_HEAD_DIM} if here else {}))
     with engines_for(rl, str(folder / "init"), folder / "engine.log") as served:
         before_sft = evaluate.run(at(served, folder / "init"))
         console.print("[bold]2/4[/bold] supervised fine-tuning on sums in steps (Megatron, "

@@ -58,7 +58,8 @@ class _Parameter:
 class ExpectedChecksums:
     """The digests an engine must report for the tensors that were last watched.
 
-    config: the fields of model.network.Network. engine_dtype: what the engine converts weights to.
+    config: the fields of model.network.Network. engine_dtype: what the engine converts weights to; an expert bias is
+    float32 in any case, and so are the router's weights if config says router_dtype=fp32.
     """
 
     def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype):
@@ -67,6 +68,9 @@ class ExpectedChecksums:
         (self._head,) = self._family.names["output_layer.weight"]
         self._vocabulary = {self._head, *self._family.names["embedding.word_embeddings.weight"]}
         self._dtype = engine_dtype
+        self._in_float32 = tuple(self._family.names.get("mlp.router.expert_bias", ()))
+        if config.get("router_dtype") == "fp32":
+            self._in_float32 += self._family.names["mlp.router.weight"]
         self._parameters: dict[str, _Parameter] = {}
 
     def watch(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,7 +102,7 @@ class ExpectedChecksums:
         if width_dim is not None:
             tensor = _zero_padded(tensor, width_dim, self._engine_width(name))
         entry = self._parameters.setdefault(parameter, _Parameter(places))
-        entry.add(place, tensor.to(self._dtype))
+        entry.add(place, tensor.to(torch.float32 if name.endswith(self._in_float32) else self._dtype))
         if parameter.endswith(".mlp.gate.weight") and not self._config["num_shared_experts"]:
             for empty in self._family.zero_width:
                 self._parameters[parameter.removesuffix("gate.weight") + empty] = _Parameter(places=0)

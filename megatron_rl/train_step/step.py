@@ -123,8 +123,11 @@ class TrainStep:
                           skipped=not finite)
 
     def apply(self) -> None:
-        """The optimiser step, with the gradients and the norm that measure() has seen."""
+        """The optimiser step, with the gradients and the norm that measure() has seen, and the experts' biases."""
         apply_gradients(self.optimizer, self.policy, self._norm)
+        if self.policy.expert_bias_rate:
+            for router in self.policy.routers:
+                router.move_expert_bias(self._counts.experts[router.layer_number], self.policy.expert_bias_rate)
 
     def backward(self, microbatches: Sequence[PackedMicrobatch], loss: TokenLoss, *, balance_coef: float,
                  z_loss_coef: float, counts: RoutingCounts | None) -> None:

@@ -16,7 +16,8 @@ def export(config: Config, exporter: Exporter, here: Topology, folder: Path) -> 
     tensors = exporter()
     if here.is_main:
         raw = json.loads((Path(config.model.path) / "config.json").read_text())
-        write_hf_folder(folder, raw, tensors, tokenizer_from=Path(config.model.path))
+        source = Path(config.model.path)
+        write_hf_folder(folder, raw, tensors, tokenizer_from=source, carried_from=source)
     else:
         for _ in tensors:
             pass

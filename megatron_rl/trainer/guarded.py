@@ -61,8 +61,10 @@ class GuardedStep:
         dump.write_rank(partial, here.rank, inputs)
         tensors = self._exporter()
         if here.is_main:
-            raw = json.loads((Path(self._config.model.path) / "config.json").read_text())
-            write_hf_folder(partial / dump.WEIGHTS, {**raw, "torch_dtype": self._config.model.dtype}, tensors)
+            source = Path(self._config.model.path)
+            raw = json.loads((source / "config.json").read_text())
+            write_hf_folder(partial / dump.WEIGHTS, {**raw, "torch_dtype": self._config.model.dtype}, tensors,
+                            carried_from=source)
         else:
             for _ in tensors:
                 pass

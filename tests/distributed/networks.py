@@ -1,8 +1,9 @@
 """Networks beside the one of cases.py, each with one C3PO step, that pass through every layout which can hold them.
 
-ling has Ling-lite's shape scaled down (64 experts, top-6, two shared, NormHead). The others differ from it in what a
-layout can get wrong: biases interleaved by key-value group, norms inside tensor-parallel heads, an embedding that is
-also the head on another pipeline stage, no experts at all.
+ling has Ling-lite's shape scaled down (64 experts, top-6, two shared, NormHead). bailing_v2 has Ling 2.0's: sigmoid
+scores, an expert bias, groups, a scaling factor, half a head that rotates, a layer behind the last. The
+others differ from it in what a layout can get wrong: biases interleaved by key-value group, norms inside
+tensor-parallel heads, an embedding that is also the head on another pipeline stage, no experts at all.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 import tests.distributed.cases as cases
-from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
+from megatron_rl.model.architectures import read_config
+from megatron_rl.model.network import Network
+from megatron_rl.model.slots import carried
+from tests.distributed.reference_step import Reference, experts_of, fill_logprobs, reference_step, token_outputs
 from tests.tiny_models import write_tiny_bailing, write_tiny_known
 
 _SIZES = {key: cases.MODEL[key] for key in (
@@ -28,37 +33,71 @@ NETWORKS: dict[str, dict] = {
     "bailing_bias": {"model_type": "bailing_moe", **_EXPERTS, "num_shared_experts": 1, "norm_topk_prob": False,
                      "use_qkv_bias": True, "tie_word_embeddings": True, "head_dim": 12, "rope_theta": 100.0,
                      "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "bailing_v2": {"model_type": "bailing_moe_v2", "num_experts": 16, "num_experts_per_tok": 4, "n_group": 4,
+                   "topk_group": 2, "num_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+                   "num_nextn_predict_layers": 1},
     "qwen3_moe": {"model_type": "qwen3_moe", **_EXPERTS, "head_dim": 12, "rope_parameters": {
         "rope_type": "default", "rope_theta": 100.0}},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 CHECKPOINT = "checkpoint"
+REPLAYED = "bailing_v2_replayed"
+"""bailing_v2, told which experts its tokens take."""
+NETWORKS[REPLAYED] = NETWORKS["bailing_v2"]
+ONLY_IN = {REPLAYED: ("tp2_ep2", "pp2_vpp2", "cp2")}
+"""Networks that go through some layouts only; other rows have each of their parts in all layouts."""
+BIAS_RATE = 0.01
 SERVED = ("ling", "qwen3_moe")  # by a real engine, in tests/engine/test_networks.py
 
 
 def networks_in(layout: str) -> list[str]:
     """Those that the layout can hold: a dense network has no experts to spread."""
     spreads_experts = any(cases.LAYOUTS[layout].get(size, 1) > 1 for size in ("ep", "etp"))
-    return [name for name, keys in NETWORKS.items() if "num_experts" in keys or not spreads_experts]
+    return [name for name, keys in NETWORKS.items() if ("num_experts_per_tok" in keys or not spreads_experts)
+            and layout in ONLY_IN.get(name, (layout,))]
 
 
 class WrittenNetwork:
-    """One of NETWORKS in folder/name: checkpoint/ and its step. config: the parsed config.json."""
+    """One of NETWORKS in folder/name: checkpoint/ and its step.
+
+    config: the parsed config.json. weights: the tensors that are built.
+    """
 
     def __init__(self, folder: Path, name: str):
         keys = {**_SIZES, **NETWORKS[name]}
         model_type = keys.pop("model_type")
         self.checkpoint = folder / name / CHECKPOINT
-        if model_type == "bailing_moe":
-            write_tiny_bailing(self.checkpoint, seed=7, **keys)
+        if model_type.startswith("bailing_moe"):
+            write_tiny_bailing(self.checkpoint, model_type, seed=7, **keys)
         else:
             write_tiny_known(self.checkpoint, model_type, seed=7, **keys)
         self.config = json.loads((self.checkpoint / "config.json").read_text())
-        self.weights = load_file(self.checkpoint / "model.safetensors")
-        self._step = cases.draw_sequences()
-        fill_logprobs(self._step, {name: tensor.double() for name, tensor in self.weights.items()}, self.config)
-        torch.save(self._step, folder / name / "step.pt")
+        network = read_config(self.checkpoint)
+        tensors = load_file(self.checkpoint / "model.safetensors")
+        self.weights = {key: tensors[key] for key in tensors.keys() - carried(network, tensors)}
+        self.step = cases.draw_sequences()
+        if name == REPLAYED:
+            self.step.routed_experts = random_experts(self.step, network)
+        fill_logprobs(self.step, {name: tensor.double() for name, tensor in self.weights.items()}, self.config)
+        torch.save(self.step, folder / name / "step.pt")
+
+    @cached_property
+    def loads(self) -> list[torch.Tensor]:
+        """Choices of each expert by all of the step's tokens, fp64 [E] for every MoE layer."""
+        weights = {name: tensor.double() for name, tensor in self.weights.items()}
+        with torch.no_grad():
+            routes = [token_outputs(weights, self.config, tokens, experts)[3] for tokens, experts in zip(
+                self.step.token_ids, experts_of(self.step), strict=True)]
+        return [torch.cat(layer).flatten().bincount(minlength=read_config(self.checkpoint).num_experts).double()
+                for layer in zip(*routes, strict=True)]
 
     @cached_property
     def reference(self) -> Reference:
-        return reference_step(self._step, self.weights, self.config)
+        return reference_step(self.step, self.weights, self.config)
+
+
+def random_experts(step: cases.Step, network: Network, seed: int = 6) -> list[np.ndarray]:
+    """int64 [L-1, M, top-k] of each sequence, distinct for a token."""
+    rng = np.random.default_rng(seed)
+    return [rng.random((length, network.num_moe_layers, network.num_experts)).argsort(-1)
+            [..., :network.num_experts_per_tok] for length in step.lengths]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import tests.distributed.cases as cases
-from tests.reference_bailing import bailing_logits
+from tests.reference_bailing import bailing_forward, is_frozen, scores_by_sigmoid
 
 Weights = dict[str, torch.Tensor]
 Config = Mapping[str, Any]  # the parsed config.json
@@ -48,13 +48,14 @@ class RouterLogits(TorchFunctionMode):
 
 
 def token_outputs(weights: Weights, config: Config, tokens: np.ndarray, experts: np.ndarray | None = None):
-    """(log-probability of each next token [L-1], exact entropy [L-1], router logits by MoE layer [L-1, E])."""
+    """(log-probability of each next token [L-1], exact entropy [L-1], by MoE layer router logits [L-1, E] and chosen
+    experts [L-1, top-k])."""
     with RouterLogits(weights) as router:
-        logits = bailing_logits(weights, config, tokens[:-1].tolist(), dtype=torch.float64,
-                                experts=None if experts is None else torch.from_numpy(experts).unbind(1))
+        logits, routes = bailing_forward(weights, config, tokens[:-1].tolist(), dtype=torch.float64,
+                                         experts=None if experts is None else torch.from_numpy(experts).unbind(1))
     logprobs_LV = torch.log_softmax(logits / cases.TEMPERATURE, -1)
     chosen_L = logprobs_LV.gather(1, torch.from_numpy(tokens[1:, None]))[:, 0]
-    return chosen_L, -(logprobs_LV.exp() * logprobs_LV).sum(-1), router.logits
+    return chosen_L, -(logprobs_LV.exp() * logprobs_LV).sum(-1), router.logits, routes
 
 
 def fill_logprobs(step: cases.Step, weights: Weights, config: Config, seed: int = 11) -> None:
@@ -76,9 +77,11 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
     """The whole step's loss (spec Eq. 2, 5, 6) and what it is made of."""
     surrogate, kl, entropy = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     router: list[list[torch.Tensor]] = []
+    chosen: list[list[torch.Tensor]] = []
     for index, (tokens, experts) in enumerate(zip(step.token_ids, experts_of(step), strict=True)):
-        new, token_entropy, layers = token_outputs(weights, config, tokens, experts)
+        new, token_entropy, layers, routes = token_outputs(weights, config, tokens, experts)
         router.append(layers)
+        chosen.append(routes)
         mask = torch.from_numpy(step.loss_mask[index][1:])
         old = torch.from_numpy(step.old_logprobs[index][1:]).double()
         ref = torch.from_numpy(step.ref_logprobs[index][1:]).double()
@@ -90,8 +93,8 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
         entropy = entropy + token_entropy[mask].sum()
     loss = -(surrogate - cases.LOSS.kl_coef * kl + cases.LOSS.entropy_coef * entropy) / cases.PHI
 
-    replayed = None if step.routed_experts is None else torch.from_numpy(np.concatenate(step.routed_experts))
-    balance, z_loss = router_losses([torch.cat(layer) for layer in zip(*router, strict=True)], config, replayed)
+    balance, z_loss = router_losses([torch.cat(layer) for layer in zip(*router, strict=True)], config,
+                                    [torch.cat(layer) for layer in zip(*chosen, strict=True)])
     moe_layers = max(1, len(router[0]))
     count = sum(int(mask[1:].sum()) for mask in step.loss_mask)
     report = {"train/loss": loss, "train/kl": kl / count, "train/entropy": entropy / count,
@@ -102,26 +105,34 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
 
 
 def router_losses(logits_by_layer: list[torch.Tensor], config: Config,
-                  replayed: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                  chosen_by_layer: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(balance, z) summed over layers, each a mean over all tokens of the step (the formulas of model/router.py).
 
-    replayed: the experts that the tokens take, int64 [T, M, top-k], where they are not the best by the logits.
+    chosen_by_layer: the experts that the tokens take, int64 [T, top-k]. None: the best by the logits.
     """
     balance = z_loss = torch.zeros((), dtype=torch.float64)
     for layer, logits_TE in enumerate(logits_by_layer):
         tokens, experts = logits_TE.shape
         top_k = config["num_experts_per_tok"]
-        chosen_Tk = logits_TE.topk(top_k, -1).indices if replayed is None else replayed[:, layer]
+        chosen_Tk = logits_TE.topk(top_k, -1).indices if chosen_by_layer is None else chosen_by_layer[layer]
         fraction_E = F.one_hot(chosen_Tk, experts).double().sum((0, 1)) / (tokens * top_k)
-        balance = balance + experts * (fraction_E * logits_TE.softmax(-1).sum(0)).sum() / tokens
+        balance = balance + experts * (fraction_E * probabilities(logits_TE, config).sum(0)).sum() / tokens
         z_loss = z_loss + logits_TE.logsumexp(-1).square().sum() / tokens
     return balance, z_loss
 
 
+def probabilities(logits_TE: torch.Tensor, config: Config) -> torch.Tensor:
+    """The router's: softmax, or sigmoids divided by their sum."""
+    if not scores_by_sigmoid(config):
+        return logits_TE.softmax(-1)
+    return logits_TE.sigmoid() / logits_TE.sigmoid().sum(-1, keepdim=True)
+
+
 def reference_step(step: cases.Step, start: Weights, config: Config) -> Reference:
     """Gradients of the step, then clipping by the global norm and one step of torch.optim.AdamW."""
-    weights = {name: tensor.double().requires_grad_() for name, tensor in start.items()}
-    loss, report = step_loss(step, weights, config)
+    weights = {name: tensor.double().requires_grad_() for name, tensor in start.items() if not is_frozen(name)}
+    frozen = {name: tensor.double() for name, tensor in start.items() if is_frozen(name)}
+    loss, report = step_loss(step, weights | frozen, config)
     loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in weights.items()}
 
@@ -132,5 +143,5 @@ def reference_step(step: cases.Step, start: Weights, config: Config) -> Referenc
     grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), options["clip_grad"])
     torch.optim.AdamW(groups, lr=cases.LEARNING_RATE, betas=(options["beta1"], options["beta2"]),
                       eps=options["eps"]).step()
-    updated = {name: weight.detach().clone() for name, weight in weights.items()}
+    updated = {name: weight.detach().clone() for name, weight in (weights | frozen).items()}
     return Reference({n: t.double() for n, t in start.items()}, gradients, updated, float(grad_norm), report)

@@ -1,4 +1,4 @@
-"""Ling's shape, Qwen3 and Qwen3-MoE, biases, query and key norms and tied embeddings, in every layout that holds them.
+"""Ling's shape, Ling 2.0's, Qwen's and GLM's, biases, norms of heads and tied embeddings, in every layout for them.
 
 As for the network of cases.py: checkpoints return bit for bit, log-probabilities and gradients equal the float64
 reference.
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import tests.distributed.cases as cases
-from tests.distributed.networks import NETWORKS, networks_in
-from tests.distributed.reference_step import token_outputs
+from tests.distributed.networks import BIAS_RATE, NETWORKS, networks_in
+from tests.distributed.reference_step import experts_of, token_outputs
 from tests.distributed.test_gradients import TOLERANCE, too_different
 
 pytestmark = pytest.mark.slow
@@ -34,9 +34,9 @@ def test_logprobs_equal_the_reference(layouts, layout, name):
     weights = {key: tensor.double() for key, tensor in network.weights.items()}
     found = layouts.networks(layout)[name]["logprobs"]
     assert len(found) == len(layouts.step.token_ids) == 9
-    for index, tokens in enumerate(layouts.step.token_ids):
+    for index, (tokens, experts) in enumerate(zip(network.step.token_ids, experts_of(network.step), strict=True)):
         with torch.no_grad():
-            expected = token_outputs(weights, network.config, tokens)[0]
+            expected = token_outputs(weights, network.config, tokens, experts)[0]
         np.testing.assert_allclose(found[index].double(), expected, rtol=0, atol=1e-5)
 
 
@@ -45,6 +45,17 @@ def test_gradients_equal_the_reference(layouts, layout, name):
     result, reference = layouts.networks(layout)[name], layouts.network(name).reference
     assert too_different(result["gradients"], reference.gradients) == {}
     assert result["updated"]["gauges"]["train/grad_norm"] == pytest.approx(reference.grad_norm, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("layout", "name"), [pair for pair in PAIRS if pair[1].startswith("bailing_v2")])
+def test_expert_biases_move_towards_an_equal_load(layouts, layout, name):
+    network, updated = layouts.network(name), layouts.networks(layout)[name]["updated"]["weights"]
+    assert len(network.loads) == 3
+    for layer, load_E in enumerate(network.loads, start=1):
+        bias = f"model.layers.{layer}.mlp.gate.expert_bias"
+        moved = BIAS_RATE * torch.sign(load_E.mean() - load_E)
+        assert float(moved.abs().sum()) > 10 * BIAS_RATE
+        torch.testing.assert_close(updated[bias].double(), network.weights[bias].double() + moved, rtol=0, atol=1e-7)
 
 
 @in_layouts

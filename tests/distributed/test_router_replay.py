@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tests.distributed.cases as cases
+from megatron_rl.model.architectures import read_config
 from tests.distributed.conftest import run_worker
+from tests.distributed.networks import random_experts
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
 from tests.distributed.test_gradients import too_different
 from tests.reference_bailing import bailing_forward
@@ -57,7 +59,8 @@ def replays(tmp_path_factory) -> Replays:
     recorded = dataclasses.replace(step, old_logprobs=[], ref_logprobs=[], routed_experts=own)
     fill_logprobs(recorded, to_float64(start), config)
     torch.save(dataclasses.replace(recorded, routed_experts=None), folder / "step.pt")
-    given = dataclasses.replace(step, old_logprobs=[], ref_logprobs=[], routed_experts=random_experts(step, config))
+    given = dataclasses.replace(step, old_logprobs=[], ref_logprobs=[],
+                                routed_experts=random_experts(step, read_config(checkpoint)))
     fill_logprobs(given, to_float64(start), config)
     torch.save(given, folder / "given.pt")
 
@@ -84,13 +87,6 @@ def routes(step: cases.Step, weights, config) -> list[np.ndarray]:
     with torch.no_grad():
         return [torch.stack(bailing_forward(weights, config, tokens[:-1].tolist(), dtype=torch.float64)[1], 1).numpy()
                 for tokens in step.token_ids]
-
-
-def random_experts(step: cases.Step, config, seed: int = 6) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
-    return [rng.random((length, layers, config["num_experts"])).argsort(-1)[..., :config["num_experts_per_tok"]]
-            for length in step.lengths]
 
 
 def share_differing(chosen, others) -> float:

@@ -30,12 +30,13 @@ from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, load_hf, slots
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.router import RoutingCounts
+from megatron_rl.model.slots import frozen_names
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
 from tests.distributed.mutations import BREAK
-from tests.distributed.networks import CHECKPOINT, SERVED, networks_in
+from tests.distributed.networks import BIAS_RATE, CHECKPOINT, SERVED, networks_in
 
 Run = Callable[[Path, str, topology.Topology], None]
 
@@ -116,7 +117,8 @@ class Runner:
         kept = [p.data for p in parameters]
         for parameter in parameters:
             parameter.data = parameter.main_grad
-        exported = {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here)()}
+        frozen = frozen_names(self.policy.config)
+        exported = {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here)() if name not in frozen}
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
         return exported
@@ -193,6 +195,8 @@ def run_networks(folder: Path, layout: str, here: topology.Topology) -> None:
     results = {}
     for name in networks_in(layout):
         runner = Runner(folder / name, layout, here, distributed_optimizer=False, checkpoint=CHECKPOINT)
+        biases = [router.expert_bias for router in runner.policy.routers if router.enable_expert_bias]
+        runner.policy.expert_bias_rate = BIAS_RATE if biases else 0.0
         results[name] = {"loaded": {key: cases.sha256(tensor) for key, tensor in runner.exporter()},
                          "logprobs": runner.logprobs(norm_head=runner.policy.config.norm_head),
                          "gradients": runner.gradients(cases.UPDATE_MICROBATCHES),
@@ -223,7 +227,7 @@ def run_exports(folder: Path, layout: str, here: topology.Topology) -> None:
         if here.is_main:
             source = folder / name / CHECKPOINT
             write_hf_folder(folder / name / "export", json.loads((source / "config.json").read_text()),
-                            tensors.items(), tokenizer_from=source)
+                            tensors.items(), tokenizer_from=source, carried_from=source)
     if here.is_main:
         torch.save(logprobs, folder / f"{layout}.exports.pt")
 

@@ -13,7 +13,7 @@ from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network
-from megatron_rl.model.slots import expected_shapes
+from megatron_rl.model.slots import expected_shapes, frozen_names
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "one": {"world_size": 1},
@@ -34,7 +34,7 @@ RESTORED_IN = {"ep2": "tp2_ep2", "dp2": "pp2_vpp2"}
 def config_of(name: str) -> dict[str, Any]:
     """config.json of a family's tiny network, four layers in bfloat16; a bailing_moe has a dense layer too."""
     keys = {"model_type": name, **FAMILIES[name].tiny, "num_hidden_layers": 4, "torch_dtype": "bfloat16"}
-    if "num_experts" in keys:
+    if keys.get("num_experts_per_tok") == 2 and "num_experts" in keys:
         keys["num_experts"] = 4
     return bailing_config(**{**keys, "first_k_dense_replace": 1}) if name == "bailing_moe" else keys
 
@@ -52,7 +52,9 @@ def network_of(name: str) -> Network:
 def write_model(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """folder/NAME: a checkpoint of random numbers, which it returns."""
     generator = torch.Generator().manual_seed(len(name))
-    tensors = {tensor: torch.randn(shape, generator=generator).bfloat16()
+    in_float32 = frozen_names(network_of(name))
+    tensors = {tensor: torch.randn(shape, generator=generator).to(
+                   torch.float32 if tensor in in_float32 else torch.bfloat16)
                for tensor, shape in expected_shapes(network_of(name)).items()}
     (folder / name).mkdir(parents=True)
     (folder / name / "config.json").write_text(json.dumps(config_of(name)))

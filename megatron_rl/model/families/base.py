@@ -20,8 +20,12 @@ class Family:
     names: Megatron parameter -> Hugging Face tensor names, as slots.py composes them. Layer parameters are relative
         to `decoder.layers.N.` and `layer_prefix`, and may hold {expert}. One name where slots.py has several parts
         (query, key, value; gate, up): they lie one after another in that tensor.
-    keys: Network field -> config.json keys that may hold it, the first found counts; without entry the field's name.
+    aliases: other model_types under which checkpoints with this class_name are published.
+    keys: Network field -> config.json keys that may hold it, the first found counts. Without entry a field that has a
+        default in Network keeps it, and any other is read under its own name.
     fixed: Network fields that are the same in every checkpoint. defaults: where config.json is silent or null.
+    required: fields with a default in Network that config.json must give all the same, because trainer, engine and the
+        published code have different ones.
     only: config.json key -> the one value that is supported; silent or null also passes. not_null: those of them that
         may be left out and not be null, which breaks the engine. same: key -> the key whose value it must repeat.
     ignored: keys that SGLang or transformers reads and that change nothing here (COMMON holds more).
@@ -29,6 +33,7 @@ class Family:
         per expert, MLP or attention, which of them this is), the dimension that holds the MLP's width. Whatever
         matches no row keeps its name and is whole. zero_width: parameters beside the router of a layer without shared
         experts, which the class makes all the same.
+    partial_rotation: whether partial_rotary_factor (or rotary_dim) of config.json counts. Otherwise it must be 1.
     files: copied beside an export from hf_files/; auto_map: config.json's entry that names them.
     tiny: config.json of a small network, for tests.
     Every key that SGLang or transformers reads for the family stands in one of these, in rope's parts, or in
@@ -41,17 +46,30 @@ class Family:
     names: Mapping[str, tuple[str, ...]]
     tiny: Mapping[str, Any]
     layer_prefix: str = "model.layers.{layer}."
+    aliases: frozenset[str] = frozenset()
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
     only: Mapping[str, Any] = field(default_factory=dict)
     not_null: frozenset[str] = frozenset()
     same: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     engine_layout: tuple[tuple[str, str, tuple[int, int], int | None], ...] = ()
     zero_width: tuple[str, ...] = ()
+    partial_rotation: bool = False
     files: tuple[str, ...] = ()
     auto_map: Mapping[str, str] = field(default_factory=dict)
+
+    def keys_of(self, name: str, has_default: bool) -> tuple[str, ...]:
+        """The keys of config.json that may hold Network's field `name`."""
+        return self.keys.get(name, () if has_default else (name,))
+
+    @property
+    def meant(self) -> frozenset[str]:
+        """Keys that `keys` gives a meaning."""
+        rotation = {"partial_rotary_factor", "rotary_dim"} if self.partial_rotation else set()
+        return frozenset({key for keys in self.keys.values() for key in keys} | rotation)
 
 
 COMMON = frozenset({
@@ -99,6 +117,11 @@ EXPERTS = {
         "mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
     "mlp.experts.local_experts.{expert}.linear_fc2.weight": ("mlp.experts.{expert}.down_proj.weight",),
 }
+SHARED_EXPERTS = {
+    "mlp.shared_experts.linear_fc1.weight": (
+        "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+    "mlp.shared_experts.linear_fc2.weight": ("mlp.shared_experts.down_proj.weight",),
+}
 SELF_ATTENTION = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
     **{f"self_attention.linear_qkv.{kind}": tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv")
@@ -109,16 +132,16 @@ QUERY_KEY_NORMS = {
     "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
 }
+KEYS = {name: (name,) for name in ("tie_word_embeddings", "initializer_range")}
 NO_EXPERTS = {"num_experts": 0, "num_experts_per_tok": 0, "num_shared_experts": 0, "moe_intermediate_size": 0,
-               "norm_topk_prob": True, "first_k_dense_replace": 0, "norm_head": False, "qk_norm": False,
-               "qkv_bias": False}
+              "norm_topk_prob": True}
 QWEN_ONLY = {**ONLY, "attention_bias": False, "use_sliding_window": False, "scale_emb": 1}
 WINDOW = frozenset({"sliding_window", "max_window_layers"})  # nothing without use_sliding_window
 UNUSED = frozenset({"num_experts", "num_experts_per_tok", "first_k_dense_replace"})  # in a network without experts
 ENGINE_MLP = (
-    (r"(?P<mlp>.*\.mlp(\.shared_experts)?)\.gate_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 0), 0),
-    (r"(?P<mlp>.*\.mlp(\.shared_experts)?)\.up_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 1), 0),
-    (r"(?P<mlp>.*\.mlp(\.shared_experts)?)\.down_proj\.weight", "{mlp}.down_proj.weight", (1, 0), 1),
+    (r"(?P<mlp>.*\.mlp(\.shared_experts?)?)\.gate_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 0), 0),
+    (r"(?P<mlp>.*\.mlp(\.shared_experts?)?)\.up_proj\.weight", "{mlp}.gate_up_proj.weight", (2, 1), 0),
+    (r"(?P<mlp>.*\.mlp(\.shared_experts?)?)\.down_proj\.weight", "{mlp}.down_proj.weight", (1, 0), 1),
 )
 _EXPERT = r"(?P<mlp>.*\.mlp\.experts)\.(?P<expert>\d+)"
 ENGINE_EXPERTS = (

@@ -9,6 +9,7 @@ FAMILY = base.Family(
     class_name="LlamaForCausalLM",
     engine_modules=("llama",),
     names={**base.NORMS_AND_HEAD, **base.SELF_ATTENTION, **base.MLP},
+    keys=base.KEYS,
     fixed=base.NO_EXPERTS,
     defaults={"rope_theta": 10000.0},
     only={**base.ONLY, "attention_bias": False, "bias": False, "mlp_bias": False, "rope_is_neox_style": True,

@@ -9,6 +9,7 @@ FAMILY = base.Family(
     class_name="Qwen2ForCausalLM",
     engine_modules=("qwen2",),
     names={**base.NORMS_AND_HEAD, **base.SELF_ATTENTION, **base.MLP},
+    keys=base.KEYS,
     fixed={**base.NO_EXPERTS, "qkv_bias": True},
     defaults={"rope_theta": 10000.0},
     only=base.QWEN_ONLY,

@@ -9,6 +9,7 @@ FAMILY = base.Family(
     class_name="Qwen3ForCausalLM",
     engine_modules=("qwen3", "qwen2"),
     names={**base.NORMS_AND_HEAD, **base.SELF_ATTENTION, **base.QUERY_KEY_NORMS, **base.MLP},
+    keys=base.KEYS,
     fixed={**base.NO_EXPERTS, "qk_norm": True},
     defaults={"rope_theta": 10000.0, "head_dim": 128},
     only=base.QWEN_ONLY,

@@ -9,9 +9,8 @@ FAMILY = base.Family(
     class_name="Qwen3MoeForCausalLM",
     engine_modules=("qwen3_moe", "qwen2_moe"),
     names={**base.NORMS_AND_HEAD, **base.SELF_ATTENTION, **base.QUERY_KEY_NORMS, **base.EXPERTS},
-    keys={"num_experts": ("num_experts", "num_local_experts")},
-    fixed={"num_shared_experts": 0, "qk_norm": True, "qkv_bias": False, "norm_head": False, "first_k_dense_replace": 0,
-           "tie_word_embeddings": False},
+    keys={"initializer_range": ("initializer_range",), "num_experts": ("num_experts", "num_local_experts")},
+    fixed={"num_shared_experts": 0, "qk_norm": True},
     defaults={"rope_theta": 10000.0},
     only={**base.QWEN_ONLY, "decoder_sparse_step": 1, "mlp_only_layers": [], "first_k_dense_replace": 0,
           "tie_word_embeddings": False,  # SGLang's class has a head of its own in any case

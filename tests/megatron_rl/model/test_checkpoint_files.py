@@ -141,6 +141,13 @@ def test_a_checkpoint_of_another_model_names_the_keys(tmp_path):
     files.check_resume(resume(tmp_path), {**MODEL, "max_position_embeddings": 1024})  # no shape follows from it
 
 
+def test_what_no_network_had_when_a_checkpoint_was_written_has_its_default_there(tmp_path):
+    save(tmp_path, 2)
+    files.check_resume(resume(tmp_path), {**MODEL, "score_function": "softmax"})
+    with pytest.raises(ValueError, match="model.path: score_function is softmax there and sigmoid here; give"):
+        files.check_resume(resume(tmp_path), {**MODEL, "score_function": "sigmoid"})
+
+
 def test_another_format_is_refused(tmp_path):
     checkpoint = save(tmp_path, 2)
     manifest = checkpoint / "manifest.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.families.base import COMMON, OTHER_NETWORKS
 from megatron_rl.model.network import Network
 from tests.config_reads import keys_read
-from tests.tiny_models import TINY_CONFIG
 
 PYTHONS_OWN = {"__class__", "_attn_implementation", "get_text_config"}
 ROTATION = {"rope_parameters", "rope_scaling", "rope_theta", "layer_types"}  # checked by what is inside
@@ -25,15 +25,16 @@ def tiny(model_type: str, **changes: Any) -> dict[str, Any]:
 def network_keys(model_type: str) -> dict[str, tuple[str, ...]]:
     """Field of Network -> the keys that hold it in a config.json of the family."""
     family = FAMILIES[model_type]
-    return {name: family.keys.get(name, (name,)) for name in Network.__dataclass_fields__
-            if name not in family.fixed and name not in ("model_type", "rope_factor")}
+    keys = {field.name: family.keys_of(field.name, field.default is not MISSING) for field in fields(Network)
+            if field.name not in family.fixed and field.name not in ("model_type", "rope_factor")}
+    return {name: those for name, those in keys.items() if those}
 
 
 @in_families
 def test_every_key_that_the_engine_or_transformers_reads_is_known(model_type):
     family, read = FAMILIES[model_type], keys_read(model_type)
     assert len(read) > 100
-    meant = {key for keys in network_keys(model_type).values() for key in keys}
+    meant = {key for keys in network_keys(model_type).values() for key in keys} | family.meant
     known = meant | family.only.keys() | family.same.keys() | family.ignored
     unknown = read.keys() - known - COMMON - OTHER_NETWORKS - ROTATION - PYTHONS_OWN
     assert not unknown, {key: read[key] for key in unknown}
@@ -59,7 +60,7 @@ def other_than(value: Any) -> Any:
 
 ONLY = [(model_type, key) for model_type, family in FAMILIES.items() for key in family.only]
 OTHERS = [(model_type, key) for model_type, family in FAMILIES.items()
-          for key in sorted(OTHER_NETWORKS - family.only.keys() - family.ignored)]
+          for key in sorted(OTHER_NETWORKS - family.only.keys() - family.ignored - family.meant)]
 
 
 @pytest.mark.parametrize(("model_type", "key"), ONLY)
@@ -81,18 +82,20 @@ def test_a_key_of_another_network_is_refused_unless_it_is_empty(model_type, key)
             parse_config(tiny(model_type, **{key: full}), "here")
 
 
-@pytest.mark.parametrize("key", sorted(FAMILIES["bailing_moe"].not_null))
-def test_null_is_refused_where_it_would_break_the_engine(key):
+@pytest.mark.parametrize(("model_type", "key"), [
+    (model_type, key) for model_type, family in FAMILIES.items() for key in sorted(family.not_null)])
+def test_null_is_refused_where_it_would_break_the_engine(model_type, key):
     with pytest.raises(ValueError, match=f"^here: {key}=null breaks the engine"):
-        parse_config(tiny("bailing_moe", **{key: None}), "here")
+        parse_config(tiny(model_type, **{key: None}), "here")
 
 
-@pytest.mark.parametrize(("key", "other"), FAMILIES["bailing_moe"].same.items())
-def test_a_size_that_the_engine_reads_under_another_name_must_be_the_same(key, other):
-    same = parse_config(tiny("bailing_moe", **{key: TINY_CONFIG[other]}), "here")
-    assert same == parse_config(tiny("bailing_moe"), "here")
-    with pytest.raises(ValueError, match=f"^here: {key}={TINY_CONFIG[other] + 2} is not supported; only {other}="):
-        parse_config(tiny("bailing_moe", **{key: TINY_CONFIG[other] + 2}), "here")
+@pytest.mark.parametrize(("model_type", "key", "other"), [
+    (model_type, *item) for model_type, family in FAMILIES.items() for item in family.same.items()])
+def test_a_size_that_the_engine_reads_under_another_name_must_be_the_same(model_type, key, other):
+    size = FAMILIES[model_type].tiny[other]
+    assert parse_config(tiny(model_type, **{key: size}), "here") == parse_config(tiny(model_type), "here")
+    with pytest.raises(ValueError, match=f"^here: {key}={size + 2} is not supported; only {other}="):
+        parse_config(tiny(model_type, **{key: size + 2}), "here")
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
@@ -107,9 +110,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     ({"rope_parameters": {"rope_type": "default", "use_fope": True}}, "use_fope=true in the rotation's"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "only null and linear are"),
     ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "only null and linear are"),
-    ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
     ({"rope_scaling": "linear"}, 'rope_parameters="linear" must be a mapping'),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; only 1.0 is"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding_attention is not supported"),
     ({"layer_types": ["linear_attention", "chunked"]}, "layer_types with chunked, linear_attention is not supported"),
 ])
@@ -127,7 +128,19 @@ def test_two_keys_that_say_the_same_rotation_are_one(model_type):
     assert full == parse_config(tiny(model_type), "here")
 
 
-WITH_EXPERTS = ("bailing_moe", "qwen3_moe")
+@pytest.mark.parametrize("where", [{"partial_rotary_factor": 0.5}, {"rope_scaling": {
+    **LINEAR, "partial_rotary_factor": 0.5}}])
+@in_families
+def test_a_part_of_the_head_rotates_in_some_families_alone(model_type, where):
+    raw = tiny(model_type, **where)
+    if FAMILIES[model_type].partial_rotation:
+        assert parse_config(raw, "here").rotary_dim == 8
+    else:
+        with pytest.raises(ValueError, match="^here: partial_rotary_factor=0.5 is not supported; only 1.0 is"):
+            parse_config(raw, "here")
+
+
+WITH_EXPERTS = tuple(name for name, family in FAMILIES.items() if "num_experts" in family.tiny)
 
 
 @pytest.mark.parametrize(("families", "changes", "message"), [
@@ -141,10 +154,11 @@ WITH_EXPERTS = ("bailing_moe", "qwen3_moe")
     (FAMILIES, {"num_hidden_layers": True}, "num_hidden_layers=true must be int above 0"),
     (FAMILIES, {"rms_norm_eps": float("inf")}, "rms_norm_eps=Infinity must be float above 0"),
     (FAMILIES, {"rope_theta": float("nan")}, "rope_theta=NaN must be float above 0"),
-    (WITH_EXPERTS, {"num_experts": 0}, "num_experts=0: a (bailing_moe|qwen3_moe) has experts"),
+    (WITH_EXPERTS, {"num_experts": 0}, "num_experts=0: a .*_moe.* has experts"),
     (WITH_EXPERTS, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be in 1..num_experts=8"),
     (WITH_EXPERTS, {"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be in 1..num_experts=8"),
-    (WITH_EXPERTS, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_topk_prob=true is not supported"),
+    (WITH_EXPERTS, {"num_experts_per_tok": 1, "norm_topk_prob": True},
+     "num_experts_per_tok=1 with norm_topk_prob=true is not supported"),
     (WITH_EXPERTS, {"norm_topk_prob": "yes"}, 'norm_topk_prob="yes" must be bool'),
     (WITH_EXPERTS, {"moe_intermediate_size": 0}, "moe_intermediate_size=0: experts have a width"),
     (("bailing_moe",), {"first_k_dense_replace": 2}, "first_k_dense_replace=2 leaves no layer of num_hidden_layers=2"),
