@@ -15,7 +15,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "jsonl": (*_FILE, *_COLUMNS, *_RENDERING),
     "function": (*_FILE, *_COLUMNS, *_RENDERING),
     **dict.fromkeys(("parquet", "hf_dataset"), (*_FILE, "hf_split", *_COLUMNS, *_RENDERING)),
-    **dict.fromkeys(("aime", "gpqa", "livecodebench"), (*_FILE, *_RENDERING)),
+    **dict.fromkeys(("gsm8k", "aime", "gpqa", "livecodebench"), (*_FILE, *_RENDERING)),
     "reasoning_gym": ("task", "task_config", "size", "seed", *_RENDERING),
     "human_eval": _RENDERING,
     "chains": ("task_config", "size", "seed", *_RENDERING),
@@ -46,9 +46,9 @@ class DataConfig:
     """Where prompts come from; docs/data.md describes the files.
 
     - source: `jsonl`, `parquet` (a file, or a folder of files) and `hf_dataset` (a folder that Dataset.save_to_disk
-      wrote) read files. `aime`, `gpqa` and `livecodebench` read those benchmarks' own files. `function` asks a function
-      of yours for rows. `reasoning_gym` generates a task of that package. `human_eval` is built in, and so are the
-      generators of the quick start (`chains`) and of the SmolLM2 example (`arithmetic`). `mix` draws from several
+      wrote) read files. `gsm8k`, `aime`, `gpqa` and `livecodebench` read those benchmarks' own files. `function` asks a
+      function of yours for rows. `reasoning_gym` generates a task of that package. `human_eval` is built in, and so are
+      the generators of the quick start (`chains`) and of the SmolLM2 example (`arithmetic`). `mix` draws from several
       sections.
     - path: the file or folder; for `function` the dotted path package.module.function of a function without arguments.
       hf_split: which split, if a folder holds several.
@@ -70,8 +70,8 @@ class DataConfig:
     A key that the source does not read is refused if it is set.
     """
 
-    source: Literal["jsonl", "parquet", "hf_dataset", "function", "aime", "gpqa", "livecodebench", "reasoning_gym",
-                    "human_eval", "chains", "arithmetic", "mix"] = "jsonl"
+    source: Literal["jsonl", "parquet", "hf_dataset", "function", "gsm8k", "aime", "gpqa", "livecodebench",
+                    "reasoning_gym", "human_eval", "chains", "arithmetic", "mix"] = "jsonl"
     path: str | None = None
     hf_split: str = "train"
     on_error: Literal["stop", "skip"] = "stop"

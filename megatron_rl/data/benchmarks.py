@@ -1,4 +1,4 @@
-"""Benchmark files as their authors publish them: AIME, GPQA and LiveCodeBench; docs/data.md has the columns.
+"""Benchmark files as their authors publish them: GSM8K, AIME, GPQA and LiveCodeBench; docs/data.md has the columns.
 
 Each row becomes a Problem of the kind that the rewards judge. Files: JSON lines, a JSON list, CSV or Parquet.
 """
@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import random
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,15 @@ def _aime(row: Row, fields: dict[str, Any], domain: str) -> Problem:
     if not answer.isdecimal() or int(answer) > 999:
         raise BadRow(f"answer {answer!r} is not a whole number from 0 to 999")
     return Problem(_identifier(row, fields), _text(fields, QUESTION), str(int(answer)), domain)
+
+
+def _gsm8k(row: Row, fields: dict[str, Any], domain: str) -> Problem:
+    """The answer stands after the solution's last `####`."""
+    _, mark, answer = _text(fields, ("answer",)).rpartition("####")
+    number = answer.strip().replace(",", "")
+    if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", number):
+        raise BadRow(f"the answer does not end with #### and a number: {answer.strip()!r}"[:200])
+    return Problem(_identifier(row, fields), _text(fields, ("question",)), number, domain)
 
 
 def _gpqa(row: Row, fields: dict[str, Any], domain: str) -> Problem:
@@ -137,4 +147,4 @@ def _identifier(row: Row, fields: dict[str, Any]) -> str:
 
 
 BENCHMARKS: dict[str, Callable[[Row, dict[str, Any], str], Problem]] = {
-    "aime": _aime, "gpqa": _gpqa, "livecodebench": _livecodebench}
+    "gsm8k": _gsm8k, "aime": _aime, "gpqa": _gpqa, "livecodebench": _livecodebench}

@@ -56,6 +56,9 @@ def keys_of(source: str, folder: Path) -> dict[str, Any]:
         return {"path": str(folder / "a.parquet")}
     if source == "hf_dataset":
         return {"path": str(write_hf(folder / "hf", rows()))}
+    if source == "gsm8k":
+        return {"path": str(write_jsonl(folder / "gsm8k.jsonl", [
+            {"question": row["prompt"], "answer": f"Add one: <<1+1=2>>.\n#### {row['answer']}"} for row in rows()]))}
     if source == "gpqa":
         return {"path": str(write_gpqa(folder / "gpqa.csv"))}
     if source == "livecodebench":

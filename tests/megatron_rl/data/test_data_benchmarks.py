@@ -9,7 +9,11 @@ import zlib
 import pytest
 
 from megatron_rl.config.data import DataConfig
+from megatron_rl.config.load import load
 from megatron_rl.data.benchmarks import read_benchmark
+from megatron_rl.data.chains import chains_tokenizer
+from megatron_rl.data.sources import Limits, build_source
+from megatron_rl.orchestrator.evaluation import evaluation_data
 
 
 def write(path, rows):
@@ -30,6 +34,48 @@ def test_aime_answers_are_whole_numbers_without_leading_zeros(tmp_path):
     write(path, [{"problem": "p", "answer": "1000"}, {"problem": "q", "answer": "1/2"}, {"answer": "1"}])
     with pytest.raises(ValueError, match=r"3 bad[\s\S]*:1: answer '1000'[\s\S]*:2: answer '1/2'[\s\S]*:3: no column"):
         read("aime", path)
+
+
+def test_a_gsm8k_answer_is_the_number_after_the_solution(tmp_path):
+    path = write(tmp_path / "gsm8k.jsonl", [
+        {"question": "How much?", "answer": "He pays 2*600=<<2*600=1200>>1200.\n#### 1,200"},
+        {"question": "How cold?", "answer": "Below #### 3 is -2.5\n#### -2.5 "}])
+    assert [(each.text, each.answer) for each in read("gsm8k", path)] == [("How much?", "1200"), ("How cold?", "-2.5")]
+    write(path, [{"question": "q", "answer": "42"}, {"question": "q", "answer": "#### many"}, {"answer": "#### 1"},
+                 {"question": ["q"], "answer": "#### 1"}])
+    with pytest.raises(ValueError, match=r"4 bad[\s\S]*:1: the answer does not end with ####[\s\S]*'many'[\s\S]*"
+                                         r":3: no column question[\s\S]*:4: column question holds list"):
+        read("gsm8k", path)
+
+
+PUBLIC = {  # a row of each file that an experiment names, as it is published
+    "data/gsm8k/train.jsonl": {"question": "1+1?", "answer": "So.\n#### 2"},
+    "data/gsm8k/test.jsonl": {"question": "1+2?", "answer": "So.\n#### 3"},
+    "data/deepscaler.json": {"problem": "Solve 1+3.", "answer": "4", "solution": "It is 4."},
+    "data/aime24.jsonl": {"id": 60, "problem": "1+4?", "solution": "5", "answer": "5", "url": "", "year": "2024"},
+    "data/aime25.jsonl": {"question": "1+5?", "answer": "6"},
+}
+
+
+@pytest.mark.parametrize(("experiment", "asked"), [
+    ("gsm8k", {"": ("1+1?", "2"), "held-out": ("1+2?", "3")}),
+    ("aime", {"": ("Solve 1+3.", "4"), "aime24": ("1+4?", "5"), "aime25": ("1+5?", "6")})])
+def test_the_experiments_read_public_files_as_they_are_published(experiment, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, row in PUBLIC.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([row]) if path.suffix == ".json" else json.dumps(row) + "\n")
+    tokenizer = chains_tokenizer(tmp_path / "tokenizer")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    config = load([f"experiment={experiment}"])
+    found = {}
+    for name, data in {"": config.data, **evaluation_data(config)}.items():
+        prompt = build_source(data, tokenizer, Limits()).prompt(0)
+        assert prompt.domain in config.reward.routes and prompt.text.startswith("<user>")
+        found[name] = (prompt.text, prompt.answer)
+    assert found.keys() == asked.keys()
+    assert all(text in found[name][0] and found[name][1] == answer for name, (text, answer) in asked.items())
 
 
 def test_gpqa_options_keep_their_order_and_the_answers_letters_are_spread(tmp_path):

@@ -26,11 +26,13 @@ WORKED = {"examples/table3_domain_conflict/code.jsonl", "examples/table3_domain_
 SOLUTION = "print(sum(map(int, input().split())))"
 CASES = [{"input": "1 2\n", "output": "3\n"}]
 BROUGHT = {  # what a user brings: source and domain -> rows
-    ("jsonl", "math"): [{"prompt": "Half of one?", "answer": "\\frac{1}{2}", "response": "so \\boxed{0.5}"},
-                        {"prompt": "Solve x-3>0.", "answer": "x>3", "response": "so \\boxed{(3,\\infty)}"}],
+    ("jsonl", "math"): [
+        {"prompt": text, "problem": text, "answer": answer, "response": f"so \\boxed{{{said}}}"}
+        for text, answer, said in [("Half of one?", "\\frac{1}{2}", "0.5"), ("Solve x-3>0.", "x>3", "(3,\\infty)")]],
     ("jsonl", "science"): [{"prompt": "How long?", "answer": "5 km"}, {"prompt": "Ion?", "answer": "Na^+"}],
     ("jsonl", "code"): [{"prompt": "Add two numbers.", "answer": SOLUTION, "language": "python", "mode": "stdin",
                          "tests": CASES}],
+    ("gsm8k", "math"): [{"question": "How many?", "answer": "Half of 2,400.\n#### 1,200"}],
     ("aime", "math"): [{"problem": "How many?", "answer": "033", "id": 1}],
     ("gpqa", "math"): [{"Question": f"Unit {i}?", "Correct Answer": "newton", "Incorrect Answer 1": "metre",
                         "Incorrect Answer 2": "kelvin", "Incorrect Answer 3": "a lux", "Record ID": str(i)}
