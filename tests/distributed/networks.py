@@ -38,6 +38,7 @@ NETWORKS: dict[str, dict] = {
                    "num_nextn_predict_layers": 1},
     "qwen3_moe": {"model_type": "qwen3_moe", **_EXPERTS, "head_dim": 12, "rope_parameters": {
         "rope_type": "default", "rope_theta": 100.0}},
+    "qwen2_moe": {"model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 24},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 CHECKPOINT = "checkpoint"

@@ -15,7 +15,7 @@ from megatron_rl.rehearsal.step import build_only
 
 pytestmark = pytest.mark.slow
 LAYOUTS = {"ling_mini_2": {"ep": 64}, "ling_flash_2": {"ep": 64}, "ling_1t": {"ep": 64, "pp": 4},
-           "glm_4_5_air": {"ep": 64}, "qwen3_30b_a3b": {"ep": 64}}
+           "glm_4_5_air": {"ep": 64}, "qwen1_5_moe_a2_7b": {"ep": 4}, "qwen3_30b_a3b": {"ep": 64}}
 """On 256 ranks."""
 
 

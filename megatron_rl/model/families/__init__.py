@@ -11,6 +11,7 @@ from megatron_rl.model.families import (
     glm4_moe,
     llama,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
 )
@@ -18,4 +19,4 @@ from megatron_rl.model.families.base import Family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     module.FAMILY.model_type: module.FAMILY for module in (
-        bailing_moe, bailing_moe_v2, glm4_moe, llama, qwen2, qwen3, qwen3_moe)})
+        bailing_moe, bailing_moe_v2, glm4_moe, llama, qwen2, qwen2_moe, qwen3, qwen3_moe)})

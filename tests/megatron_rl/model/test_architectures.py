@@ -21,6 +21,7 @@ TOKENS = [5, 90, 17, 17, 3, 42, 60, 1, 0, 33, 71, 8]
 MODELS = {
     "llama": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
     "qwen2": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 48},
     "glm4_moe": {"num_hidden_layers": 3, "tie_word_embeddings": False},
     "glm4_moe-groups": {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
                         "use_qk_norm": False, "n_shared_experts": 2, "partial_rotary_factor": 0.25},

@@ -11,7 +11,7 @@ from megatron_rl.model.slots import count_parameters
 
 SIZES = {  # name -> (all parameters, those that a token passes through), in 10^9, as published
     "ling_lite": (16.8, 2.75), "ling_mini_2": (16.26, 1.43), "ling_flash_2": (100, 6.1), "ling_1t": (1000, 50),
-    "glm_4_5_air": (106, 12), "qwen3_30b_a3b": (30.5, 3.3)}
+    "glm_4_5_air": (106, 12), "qwen1_5_moe_a2_7b": (14.3, 2.7), "qwen3_30b_a3b": (30.5, 3.3)}
 WITHOUT_VOCABULARY = {"glm_4_5_air"}  # their second number leaves the embedding table and the head out
 
 
