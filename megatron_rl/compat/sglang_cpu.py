@@ -16,6 +16,8 @@ Written for SGLang 0.5.23, which runs unmodified; what is adapted:
  - SIGTERM is noticed at once, not up to 5 s later.
  - rotary embedding is computed in float32 and rounded once, as the trainer and SGLang's CUDA kernels do it; on a CPU
    SGLang rounds cosines and every product to the model's dtype. Delete when its forward_native keeps float32.
+ - routed_scaling_factor of a bailing_moe_v2 is applied: on CUDA SGLang's kernels for experts do it, on a CPU nothing
+   does (models/glm4_moe.py and deepseek_v2.py multiply by themselves). Delete when moe_forward_native does.
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
 Importing this module does nothing; prepare() comes before SGLang is imported.
@@ -116,9 +118,16 @@ def _register_hooks() -> None:
     attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
     HookRegistry.register(f"{attention}.init_forward_metadata", batched.forget_groups, HookType.AFTER)
     HookRegistry.register(f"{attention}._run_sdpa_forward_decode", batched.batched_decode, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.models.bailing_moe.BailingMoESparseMoeBlock._forward_router_experts", scale_routed, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.rotary_embedding.base.apply_rotary_emb", rotate, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", batched.grouped_experts,
                           HookType.AROUND)
+
+
+def scale_routed(original, block, *args):
+    """Around BailingMoESparseMoeBlock._forward_router_experts: what the routed experts give, times the factor."""
+    return original(block, *args) * block.routed_scaling_factor
 
 
 def rotate(original, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:

@@ -39,16 +39,18 @@ NETWORKS: dict[str, dict] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **_EXPERTS, "head_dim": 12, "rope_parameters": {
         "rope_type": "default", "rope_theta": 100.0}},
     "qwen2_moe": {"model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 24},
+    "glm4_moe": {"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                 "head_dim": 8},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 CHECKPOINT = "checkpoint"
 REPLAYED = "bailing_v2_replayed"
 """bailing_v2, told which experts its tokens take."""
 NETWORKS[REPLAYED] = NETWORKS["bailing_v2"]
-ONLY_IN = {REPLAYED: ("tp2_ep2", "pp2_vpp2", "cp2")}
+ONLY_IN = {REPLAYED: ("tp2_ep2", "pp2_vpp2", "cp2"), "glm4_moe": ("one", "tp2_ep2", "pp2_vpp2", "cp2")}
 """Networks that go through some layouts only; other rows have each of their parts in all layouts."""
 BIAS_RATE = 0.01
-SERVED = ("ling", "qwen3_moe")  # by a real engine, in tests/engine/test_networks.py
+SERVED = ("ling", "bailing_v2", "qwen3_moe")  # by a real engine, in tests/engine/test_networks.py
 
 
 def networks_in(layout: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -81,6 +82,23 @@ def test_a_model_without_shared_experts_is_served_and_proven(tmp_path: Path):
             PROMPTS, results, weights=old)
         with pytest.raises(WeightMismatchError, match="parameters differ"):
             verify_engines([engine.client], other_weights(engine))
+
+
+def test_router_and_expert_bias_in_float32_are_proven_in_a_bfloat16_engine(tmp_path: Path):
+    """bailing_moe_v2: SGLang keeps both in float32 whatever its dtype is (bailing_moe.py: BailingMoEGate)."""
+    folder = write_tiny_bailing(tmp_path / "model", "bailing_moe_v2", torch_dtype="bfloat16")
+    options = dataclasses.replace(ROLLOUT, engine=dataclasses.replace(ROLLOUT.engine, dtype="bfloat16"))
+    with EngineProcess.from_config(options, folder, log_path=tmp_path / "engine.log") as process:
+        engine = LiveEngine(process, folder)
+        engine.expected = ExpectedChecksums(engine.config, engine_dtype=torch.bfloat16)
+        new = engine.new_weights()
+        assert new["model.layers.0.mlp.gate.expert_bias"].dtype == torch.float32
+        engine.publish(new)
+        unbiased = {name: torch.zeros_like(t) if name.endswith("expert_bias") else t for name, t in new.items()}
+        for _ in engine.expected.watch(unbiased.items()):
+            pass
+        with pytest.raises(WeightMismatchError, match="2 parameters differ: model.layers.0.mlp.gate.expert_bias"):
+            verify_engines([engine.client], engine.expected)
 
 
 def other_weights(engine: LiveEngine) -> ExpectedChecksums:
