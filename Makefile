@@ -51,7 +51,7 @@ bench: setup  ## run every benchmark, print ours, anchor, ratio, limit (ARGS=--q
 
 lint: setup  ## ruff over the whole tree, and a syntax check of the shell scripts
 	@$(VENV)/ruff check .
-	@bash -n .ci/setup.sh .ci/run
+	@bash -n .ci/setup.sh .ci/run .ci/te_folder.sh
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	@rm -rf build .pytest_cache .ruff_cache *.egg-info

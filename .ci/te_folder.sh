@@ -9,6 +9,9 @@ folder=$1 wheel=$2
 [ -f "$folder/.of" ] && [ "$(cat "$folder/.of")" = "$wheel" ] && exit
 rm -rf "$folder"
 mkdir -p "$folder"
-grep -v -e '^#' -e '^transformer-engine-torch=' .ci/constraints-te.txt >"$folder.txt"
-.venv/bin/python -m pip install -q --no-deps --target "$folder" "$wheel" ml_dtypes -r "$folder.txt"
+{
+    grep -v -e '^#' -e '^transformer-engine-torch=' .ci/constraints-te.txt
+    grep '^ml-dtypes=' .ci/constraints-gpu.txt  # which the environment of a CPU has not
+} >"$folder.txt"
+.venv/bin/python -m pip install -q --no-deps --target "$folder" "$wheel" -r "$folder.txt"
 echo "$wheel" >"$folder/.of"
