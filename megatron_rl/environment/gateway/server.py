@@ -16,6 +16,7 @@ A request without a valid key gets 401, one for another's session 403. What an a
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from megatron_rl.rollout.ports import choose_port
 
 DEEPEST_JSON = 64
 LONGEST_FAULT = 500
+BACKLOG = 256
+"""Connections that wait to be accepted, and the most that one round of the event loop accepts."""
 MODEL_NAME = "policy"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -56,6 +59,7 @@ class Gateway:
         self._limits, self._host, self._port = limits, host, port
         self._key, self._open_session = key, open_session
         self._sessions: dict[bytes, Session] = {}
+        self._turn = asyncio.Lock()
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Gateway:
@@ -75,7 +79,7 @@ class Gateway:
         return self._runner is not None and bool(self._runner.addresses)
 
     async def start(self) -> None:
-        app = web.Application(client_max_size=self._limits.body_bytes, middlewares=[_errors_as_json])
+        app = web.Application(client_max_size=self._limits.body_bytes, middlewares=[self._in_turn, _errors_as_json])
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/responses", self._responses)
         app.router.add_post("/v1/messages", self._messages)
@@ -88,7 +92,7 @@ class Gateway:
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         port = 0 if self._port is None else choose_port(self._port, host=self._host, key="rollout.agent.port")
-        await web.TCPSite(self._runner, self._host, port).start()
+        await web.TCPSite(self._runner, self._host, port, backlog=BACKLOG).start()
         self._port = self._runner.addresses[0][1]
 
     async def close(self) -> None:
@@ -106,6 +110,13 @@ class Gateway:
         """Its key opens nothing any more."""
         self._sessions.pop(_digest(session.key), None)
         await session.close()
+
+    @web.middleware
+    async def _in_turn(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """One request is begun in one round of the event loop: those of a thousand agents would block it for long."""
+        async with self._turn:
+            await asyncio.sleep(0)
+        return await handler(request)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         session, body = self._session(request), await self._body(request)
