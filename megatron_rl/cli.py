@@ -200,13 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands.COMMANDS[options.command](options)
     except (ValueError, OSError) as error:
-        print(f"megatron-rl: {told(error)}", file=sys.stderr)
+        commands.warn(told(error))
         return 2
     except commands.RunFailed as error:
-        print(f"megatron-rl: {told(error)}", file=sys.stderr)
+        commands.warn(told(error))
         return 1
     except (commands.RunInterrupted, KeyboardInterrupt) as error:
-        print(f"megatron-rl: {str(error) or 'stopped'}", file=sys.stderr)
+        commands.warn(str(error) or "stopped")
         return 130
 
 

@@ -21,6 +21,7 @@ from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import EXIT_CODES
 from megatron_rl.model.network import check_layout
+from megatron_rl.observe.say import say, warn
 from megatron_rl.orchestrator.stages import stage_configs
 from megatron_rl.preflight import (
     backend_row,
@@ -40,7 +41,7 @@ from megatron_rl.preflight import (
 from megatron_rl.preflight_gpu import check_broadcast
 from megatron_rl.runs import engine_errors, prepare_model, prepare_smollm2, train_rl, train_sft, write_run_report
 
-__all__ = ["COMMANDS", "RunFailed", "RunInterrupted"]
+__all__ = ["COMMANDS", "RunFailed", "RunInterrupted", "warn"]
 
 
 def print_summary(config: Config, sizes: Sizes) -> None:
@@ -69,7 +70,7 @@ def rl(options) -> int:
     print_summary(config, sizes)
     ended = train_rl(config)
     if ended.why:
-        Console(stderr=True).print(f"megatron-rl: the run ended early: {ended.why}", soft_wrap=True)
+        warn(f"the run ended early: {ended.why}")
     return EXIT_CODES[ended.how]
 
 
@@ -140,8 +141,7 @@ def _look_at(config: Config, check: Callable[[Config], None]) -> str:
 
 
 def _print_valid(config: Config, looked_at: str) -> None:
-    Console().print(f"valid: {config.run.name} on {config.parallel.world_size} ranks (looked at: {looked_at})",
-                    soft_wrap=True, markup=False, highlight=False)
+    say(f"valid: {config.run.name} on {config.parallel.world_size} ranks (looked at: {looked_at})")
 
 
 def evaluate(options) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 
 from megatron_rl.batch import check_hooks
 from megatron_rl.compat.quick_imports import quick_imports
@@ -26,6 +25,7 @@ from megatron_rl.model.hf_folder import HFReader, check_checkpoint, check_export
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
+from megatron_rl.observe.say import warn
 from megatron_rl.observe.sinks import CONFIG
 from megatron_rl.orchestrator import stages
 from megatron_rl.preflight_gpu import check_transformer_engine
@@ -162,10 +162,9 @@ def warn_of_shared_gpus(config: Config, *, slurm: bool = False) -> None:
     on_gpus = job.gpus_per_node > 0 and job.engine_nodes == 0 if slurm else torch.cuda.is_available()
     if on_gpus and not engine.urls and engine.device != "cpu" and not engine.colocate and engine.first_gpu < ranks:
         apart = f"rollout.engine.first_gpu={ranks}" + (" or slurm.engine_nodes" if slurm else "")
-        Console(stderr=True).print(
-            f"megatron-rl: ranks and engines share GPU {engine.first_gpu}, where an engine takes rollout.engine."
-            f"mem_fraction_static={engine.mem_fraction_static} of the memory; set {apart} for GPUs of its own, or "
-            "rollout.engine.colocate=true to take turns", soft_wrap=True)
+        warn(f"ranks and engines share GPU {engine.first_gpu}, where an engine takes rollout.engine."
+             f"mem_fraction_static={engine.mem_fraction_static} of the memory; set {apart} for GPUs of its own, or "
+             "rollout.engine.colocate=true to take turns")
 
 
 def check_start(config: Config) -> None:
@@ -247,11 +246,10 @@ def check_data(config: Config, *, training: bool = True) -> None:
                 if not name:
                     trained = source.questions()
                 elif told := number_evaluated(each, name, len(source))[1]:
-                    Console(stderr=True).print(f"megatron-rl: {told}", soft_wrap=True)
+                    warn(told)
                 own = name and (name != HELD_OUT or each.eval.data is not None)  # else warn_of_seen_problems
                 if own and (seen := len(trained & source.questions())):
-                    Console(stderr=True).print(f"megatron-rl: {seen} of the {len(source)} problems of the {name} set "
-                                               "are among those that are trained on", soft_wrap=True)
+                    warn(f"{seen} of the {len(source)} problems of the {name} set are among those that are trained on")
 
 
 def _try_rewards(rewards, source) -> None:
@@ -283,7 +281,7 @@ def check_memory(config: Config) -> None:
     if stays > have:
         raise ValueError(text)
     if peak > have:
-        Console(stderr=True).print(f"megatron-rl: {text}")
+        warn(text)
 
 
 def warn_of_seen_problems(config: Config) -> None:
@@ -291,8 +289,8 @@ def warn_of_seen_problems(config: Config) -> None:
     data = config.data
     parts = data.mix.values() if data.mix and data.split == "all" else [data]
     if config.eval.problems and config.eval.data is None and any(part.split != "train" for part in parts):
-        Console(stderr=True).print("megatron-rl: the held-out problems are among those that are trained on: set "
-                                   "data.split=train, or give others in eval.data", soft_wrap=True)
+        warn("the held-out problems are among those that are trained on: set data.split=train, or give others in "
+             "eval.data")
 
 
 def refuse_earlier_run(config: Config) -> None:
@@ -307,8 +305,7 @@ def refuse_earlier_run(config: Config) -> None:
     require(begun or config.run.resume == "auto", f"run.resume=true, but run.dir={run_dir} holds no run: correct "
             "run.dir, or begin one with resume=auto")
     if begun and choose(config.run) is None:
-        Console(stderr=True).print(f"megatron-rl: run.dir={run_dir} holds no checkpoint yet: the run begins at its "
-                                   "start", soft_wrap=True)
+        warn(f"run.dir={run_dir} holds no checkpoint yet: the run begins at its start")
     if (run_dir / CONFIG).is_file():
         _compare_with(read_json(run_dir / CONFIG), config)
 
@@ -322,8 +319,7 @@ def _compare_with(written: dict, config: Config) -> None:
                          f"read ({error}): choose another run.dir") from error
     differing = changed(before, config)
     for key, old, new in differing:
-        Console(stderr=True).print(f"megatron-rl: the run goes on with another {key}: {json.dumps(old)} -> "
-                                   f"{json.dumps(new)}", soft_wrap=True, markup=False, highlight=False)
+        warn(f"the run goes on with another {key}: {json.dumps(old)} -> {json.dumps(new)}")
     refused = [f"{key} was {json.dumps(old)} and is {json.dumps(new)}"
                for key, old, new in changes_experiment(before, config)]
     if refused and not config.run.accept_changes:

@@ -18,6 +18,7 @@ from megatron_rl.launch.local import RunFailed, after_start, engines_for, run_ra
 from megatron_rl.launch.programs import run_rl
 from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
+from megatron_rl.observe.say import say
 from megatron_rl.orchestrator import stages
 from megatron_rl.preflight import check_devices, check_memory, check_sft_start, check_start, warn_of_shared_gpus
 from megatron_rl.preflight_gpu import check_driver, check_gpus_of_run, check_transformer_engine
@@ -96,7 +97,7 @@ def write_run_report(runs: list[Path], out: Path | None = None) -> None:
     from megatron_rl.observe.report import write_report
 
     default = runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    Console().print(f"report: {write_report(runs, out or default)}", soft_wrap=True)
+    say(f"report: {write_report(runs, out or default)}")
 
 
 def print_evaluations(run_dir: Path) -> None:

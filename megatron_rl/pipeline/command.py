@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from megatron_rl.observe.progress import duration
+from megatron_rl.observe.say import say
 from megatron_rl.pipeline.check import check, check_start, table
 from megatron_rl.pipeline.driver import run as run_plan
 from megatron_rl.pipeline.plan import plan
@@ -24,8 +25,7 @@ def run(options) -> int:
     console.print(table(todo))
     if options.check:
         unseen = "" if base_is_here else f" (no data was looked at: {todo.stages[0].model} is not here)"
-        console.print(f"valid: all {len(todo.stages)} stages of {todo.whole.run.name}{unseen}", soft_wrap=True,
-                      markup=False, highlight=False)
+        say(f"valid: all {len(todo.stages)} stages of {todo.whole.run.name}{unseen}")
         return 0
     report = run_plan(todo, console)
     console.print(f"report: [bold]{report}[/bold]  (this start took {duration(time.perf_counter() - started)})")

@@ -115,6 +115,7 @@ def label_stages(run_dir: Path, before_sft: dict[str, float]) -> dict[str, dict]
 
 def result_table(results: dict[str, dict]) -> Table:
     table = Table(*COLUMNS, title="quick start")
+    table.columns[COLUMNS.index("95% interval")].no_wrap = True
     for stage, row in results.items():
         direct, reasoning = (f"{row[key]:.{digits}f}" if key in row else "-"  # of observe.metrics
                              for key, digits in (("direct_share", 2), ("reasoning_accuracy", 3)))
