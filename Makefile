@@ -49,8 +49,9 @@ test-faults: setup  ## engines (ten moments each: a table), environments, judges
 bench: setup  ## run every benchmark, print ours, anchor, ratio, limit (ARGS=--quick smoke, ARGS=--stored last results)
 	@$(VENV)/python -m benchmarks $(ARGS)
 
-lint: setup  ## ruff over the whole tree, and a syntax check of the shell scripts
+lint: setup  ## ruff over the whole tree, mypy over what others import, and a syntax check of the shell scripts
 	@$(VENV)/ruff check .
+	@$(VENV)/mypy
 	@bash -n .ci/setup.sh .ci/run .ci/te_folder.sh
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/

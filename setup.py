@@ -90,6 +90,7 @@ setup(
             "pytest-xdist==3.8.0",
             "hypothesis==6.170.15",
             "ruff==0.17.6",
+            "mypy==2.4.1",
         ],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},

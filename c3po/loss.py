@@ -216,6 +216,7 @@ def _surrogate(config: C3POLossConfig, new: torch.Tensor, log_ratio: torch.Tenso
     if config.surrogate == "cispo":
         return cispo_terms(new, log_ratio, advantage, **bounds)
     if config.surrogate == "gspo":
+        assert sequence_ids is not None  # policy_loss has asked for them
         log_ratio = sequence_log_ratio(log_ratio, loss_mask, sequence_ids)
     return clipped_terms(log_ratio, advantage, **bounds)
 

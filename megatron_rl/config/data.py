@@ -106,7 +106,7 @@ class DataConfig:
     def _refuse_unread(self) -> None:
         read = KEYS[self.source]
         for each in fields(self):
-            default = each.default if each.default is not MISSING else each.default_factory()
+            default = each.default if each.default_factory is MISSING else each.default_factory()
             value = getattr(self, each.name)
             require(each.name in ("source", "mix", *read) or value == default,
                     f"{each.name}={value!r} is not read by source={self.source}, which reads {', '.join(read)}: leave "

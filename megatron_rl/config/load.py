@@ -61,7 +61,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
             composed = hydra_compose("config", overrides=translated)
-        return OmegaConf.to_container(composed, resolve=True)
+        return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"cannot read the configuration: {error}") from error
 
@@ -208,7 +208,7 @@ def _nearest(key: str, names: Sequence[str], path: str) -> str:
 def known_keys(section: type = Config, path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, type) of every key but those under a name that the user gives."""
     for name, hint in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from known_keys(hint, _join(path, name))
         else:
             yield _join(path, name), hint

@@ -129,7 +129,8 @@ def _type(hint) -> str:
         return f"list of {_type(arguments[0])}"
     if origin is dict:
         return f"mapping to {'any value' if arguments[1] is object else _type(arguments[1])}"
-    return f"section as `{hint.__name__}`" if dataclasses.is_dataclass(hint) else hint.__name__
+    name = hint.__name__
+    return f"section as `{name}`" if dataclasses.is_dataclass(hint) else name
 
 
 def _default(field) -> str:

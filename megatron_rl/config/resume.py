@@ -34,7 +34,7 @@ def changes_experiment(before: Config, now: Config) -> list[tuple[str, Any, Any]
     found = [row for row in changed(before, now) if _matters(row[0], before)]
     phi = [config.algo.phi_global(config.parallel.dp) for config in (before, now)]
     if phi[0] != phi[1] and before.algo.phi == now.algo.phi:  # algo.scope=per_dp_rank in another layout
-        found.append(("algo.phi over the cluster", *phi))
+        found.append(("algo.phi over the cluster", phi[0], phi[1]))
     return found
 
 
