@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     parts["rehearse"].add_argument("--json", default=None, metavar="FILE", help="also write everything to FILE")
     parts["rehearse"].add_argument("--trace", default=None, metavar="FILE",
                                    help="also write the rehearsed ranks' update on one clock, for ui.perfetto.dev")
+    parts["rehearse"].add_argument("--page", default=None, metavar="FILE",
+                                   help="also write a page to look at: memory over the step, timeline, tables")
     parts["rehearse"].add_argument("--imbalance", type=positive, default=1.0, metavar="X",
                                    help="rows of this rank's experts over the mean (default 1: even)")
     parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",

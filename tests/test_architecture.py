@@ -34,7 +34,7 @@ FLOORS = {
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
     "sync": {"types", "signals", "config", "observe", "compat", "topology", "model", "rollout"},
     "plan": {"types", "config", "batch", "model"},
-    "rehearsal": {"types", "config", "batch", "model", "topology", "train_step", "trainer", "plan"},
+    "rehearsal": {"types", "config", "observe", "batch", "model", "topology", "train_step", "trainer", "plan"},
     "loop": {"types", "config", "observe", "batch"},
     "orchestrator": {*LEAVES, *ENGINES, "batch", "handoff", "loop", "model", "sync"},
     "trainer": {*LEAVES, "rollout", "batch", "handoff", "loop", "model", "sync", "topology", "train_step"},

@@ -11,10 +11,12 @@ from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network, check_layout
+from megatron_rl.observe.say import say
 from megatron_rl.plan import Hardware, Proposal, propose
 from megatron_rl.plan.activations import chunks_in_flight
 from megatron_rl.plan.memory import expected_microbatches
 from megatron_rl.plan.report import layout
+from megatron_rl.rehearsal.page import rehearsal_page
 from megatron_rl.rehearsal.ranks import check_rank, distinct_ranks
 from megatron_rl.rehearsal.report import layouts_text, rank_text, stages_text
 from megatron_rl.rehearsal.roofline import Rates
@@ -25,16 +27,16 @@ from megatron_rl.rehearsal.timeline import Event, perfetto, simulate, waiting_sh
 
 
 def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None,
-        imbalance: float = 1.0, trace_file: str | None = None) -> None:
+        imbalance: float = 1.0, trace_file: str | None = None, page_file: str | None = None) -> None:
     """Rehearse each rank and say what was seen; `ranks` empty: one of each distinct kind.
 
-    trace_file: the update of all of them on one clock, for ui.perfetto.dev.
+    trace_file: the update of all of them on one clock, for ui.perfetto.dev. page_file: everything as an HTML page.
     """
     check_layout(network, config.parallel)
     check_rehearsable(config, imbalance)
     for rank in ranks:
         check_rank(rank, config.parallel)
-    for option, file in (("--json", json_file), ("--trace", trace_file)):
+    for option, file in (("--json", json_file), ("--trace", trace_file), ("--page", page_file)):
         if file is not None:
             _check_folder(option, file)
     workload, rates = full_microbatches(config), Rates()
@@ -55,6 +57,9 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
     if trace_file is not None:
         names = {each["rank"]: f"rank {each['rank']}, stage {each['place']['pp']}" for each in found}
         Path(trace_file).write_text(json.dumps(perfetto(slices, names)) + "\n")
+    if page_file is not None:
+        Path(page_file).write_text(rehearsal_page(config, found, slices, rates), encoding="utf-8")
+        say(f"page: {page_file}")
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"ranks": found}, indent=1) + "\n")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 import json
+import re
 
 import pytest
 
@@ -41,10 +44,27 @@ def test_bad_input_is_named_before_anything_runs(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def looks_as_recorded(page, ranks):
+    """The plot rises to the peak of each rank, the clock's parts lie side by side, and the tables name the lines."""
+    curves = [json.loads(html.unescape(numbers)) for numbers in re.findall(r'data-numbers="([^"]*)"', page)]
+    highest = [max(value for line in curve["lines"] for value in line["values"]) for curve in curves]
+    assert highest == pytest.approx([each["peak"]["bytes"] / 1e9 for each in ranks], rel=0.011)  # the curve's grain
+    bars = re.findall(r"rank (\d+)</span>(.*?)</div></div>", page)
+    assert [int(rank) for rank, _ in bars] == [each["rank"] for each in ranks]
+    for _, bar in bars:
+        parts = [tuple(map(float, part)) for part in re.findall(r"left:([\d.]+)%;width:([\d.]+)%", bar)]
+        assert len(parts) > 2 and all(left + width <= nextleft + 0.01 for (left, width), (nextleft, _)
+                                      in itertools.pairwise([*parts, (100.0, 0.0)]))
+    for each in ranks:
+        assert f"<h2>Rank {each['rank']}</h2>" in page
+        assert html.escape(each["census"][each["peak"]["phase"]][0]["where"]) in page
+
+
 def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
     file = tmp_path / "stages.json"
-    trace = tmp_path / "trace.json"
-    command.run(tiny_config(world_size=4, tp=2, pp=2), NETWORK, [], json_file=str(file), trace_file=str(trace))
+    trace, page = tmp_path / "trace.json", tmp_path / "page.html"
+    command.run(tiny_config(world_size=4, tp=2, pp=2), NETWORK, [], json_file=str(file), trace_file=str(trace),
+                page_file=str(page))
     ranks = json.loads(file.read_text())["ranks"]
     assert [each["rank"] for each in ranks] == [0, 2]
     text = capsys.readouterr().out
@@ -55,6 +75,7 @@ def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
     drawn = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in drawn if event["name"] == "compute"} == {0, 2}
     assert {event["pid"] for event in drawn if event["name"] == "wait"} == {0, 2}  # each for the other's messages
+    looks_as_recorded(page.read_text(encoding="utf-8"), ranks)
     slowest = max(ranks, key=lambda each: sum(each["phases"]["update"]["seconds"].values()))
     assert f"slowest    rank {slowest['rank']}" in text
 
