@@ -2,7 +2,7 @@
 # PROCESSES=... of `make test`: three keep two cores busy, since each waits a good deal, for engines and for Slurm.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart ablations test test-fast test-gpu test-te test-layouts test-kills test-faults bench lint clean
+.PHONY: help setup quickstart ablations test test-fast test-gpu test-te test-layouts test-kills test-faults bench lint docs clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -53,6 +53,9 @@ lint: setup  ## ruff over the whole tree, mypy over what others import, and a sy
 	@$(VENV)/ruff check .
 	@$(VENV)/mypy
 	@bash -n .ci/setup.sh .ci/run .ci/te_folder.sh
+
+docs: setup  ## the documentation as a site, in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	@rm -rf build .pytest_cache .ruff_cache *.egg-info

@@ -84,6 +84,7 @@ setup(
         ],
         "report": ["matplotlib==3.11.2", "scipy==1.18.1", "wandb==0.31.0"],
         "slurm": ["hydra-submitit-launcher==1.2.0", "submitit==1.5.4"],
+        "docs": ["mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8"],
         "dev": [
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

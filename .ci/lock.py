@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 HERE = Path(__file__).resolve().parent
 PLATFORM = "x86_64-manylinux_2_34"  # SGLang's kernels need this glibc
 DRIVER = "cuda-"  # bindings of the CUDA driver: SGLang asks for older ones than torch alone takes
-PROGRAM = ("trainer", "rewards", "report", "slurm", "dev")
+PROGRAM = ("trainer", "rewards", "report", "slurm", "docs", "dev")
 EXTRAS = {"cpu": ("engine-cpu", *PROGRAM), "gpu": ("engine", *PROGRAM), "te": ("engine", "te", *PROGRAM)}
 
 

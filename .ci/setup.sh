@@ -11,7 +11,7 @@ VENV=.venv
 STAMP=$VENV/setup.stamp
 LOG=$VENV/setup.log
 STARTED=$SECONDS
-EXTRAS=trainer,rewards,report,slurm,dev  # and the variant's engine
+EXTRAS=trainer,rewards,report,slurm,docs,dev  # and the variant's engine
 
 fail() { printf 'setup: error: %s\n' "$1" >&2; exit 1; }
 say() { printf 'setup: [%3d s] %s\n' $((SECONDS - STARTED)) "$1"; }

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_rl import usage
 from megatron_rl.cli import main, parse
@@ -65,6 +66,14 @@ def test_the_index_leads_to_every_page_and_the_readme_to_the_index():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - index == {"README.md"}
     readme = {target for target, _ in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert "docs/README.md" in readme
+
+
+def test_the_site_has_every_page_in_its_contents():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    values = [value for part in nav for value in part.values()]
+    listed = [page for value in values for page in ([value] if isinstance(value, str) else value)]
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
 
 
 NAMED_KEY = re.compile(r"`([a-z_]+(?:[./][a-z_]+)*(?:\.\*)?)`")
