@@ -13,11 +13,13 @@ import torch
 
 import tests.distributed.cases as cases
 from megatron_rl.config.schema import KernelConfig
+from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.build import _check_triton
 from tests.distributed.conftest import run_worker
+from tests.distributed.networks import random_experts
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
 from tests.distributed.test_gradients import TOLERANCE, too_different
-from tests.distributed.test_router_replay import random_experts, to_float64
+from tests.distributed.test_router_replay import to_float64
 
 PAIRS = [(layout, kernels) for layout, names in cases.KERNELS_IN.items() for kernels in names]
 of_torch = pytest.mark.parametrize(("layout", "kernels"), [pair for pair in PAIRS if pair[1] != "triton"])
@@ -27,7 +29,8 @@ of_torch = pytest.mark.parametrize(("layout", "kernels"), [pair for pair in PAIR
 def given(layouts) -> Reference:
     """The reference whose experts are drawn at random."""
     step = cases.draw_sequences()
-    step = dataclasses.replace(step, routed_experts=random_experts(step, layouts.configs[True]))
+    network = parse_config(layouts.configs[True], "config.json")
+    step = dataclasses.replace(step, routed_experts=random_experts(step, network))
     fill_logprobs(step, to_float64(layouts.start), layouts.configs[True])
     torch.save(step, layouts.folder / "given.pt")
     return reference_step(step, layouts.start, layouts.configs[True])
