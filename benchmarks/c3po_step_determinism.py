@@ -9,8 +9,8 @@ this model as much as everything else; for Ling-lite at the report's 24,576 toke
 
 from __future__ import annotations
 
-import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
     from megatron_rl import topology
     from megatron_rl.batch import assemble
     from megatron_rl.config.schema import ParallelConfig
+    from megatron_rl.model.architectures import read_config
     from megatron_rl.observe.flops import train_flops
     from megatron_rl.observe.timing import Timers
     from megatron_rl.trainer.learner import PolicyLearner
@@ -41,7 +42,7 @@ def measure(*, quick: bool, steps: int) -> tuple[list[Row], dict]:
     seconds, tokens, positions, flops = ({"c3po": [], "grpo": []} for _ in range(4))
     with tempfile.TemporaryDirectory() as folder:
         path = workload.write_model(Path(folder) / "model", model)
-        config = json.loads((path / "config.json").read_text()) | {"num_shared_experts": 0}
+        config = asdict(read_config(path))
         learners, configs = {}, {}
         for objective in seconds:
             configs[objective] = workload.train_config(path, objective=objective, phi=phi, longest=longest,

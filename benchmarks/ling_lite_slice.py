@@ -164,7 +164,7 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts:
     updates = interleaved({arm: lambda arm=arm: update(arm) for arm in arms}, repeats=steps)
     for arm in arms if trace else ():
         record(arm, trace, lambda arm=arm: update(arm))
-    tokens, flops = sum(lengths), train_flops(raw, lengths)
+    tokens, flops = sum(lengths), train_flops(vars(model), lengths)
     name = (f"ling_lite_slice: {LAYERS} layers of {'a small network' if quick else 'Ling-lite'}, {tokens} tokens in "
             f"{len(plan)} micro-batches")
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict
 
 import numpy as np
 
 from benchmarks.common import Row, main, median
 from benchmarks.workload import response_lengths
 from megatron_rl.batch import plan_microbatches
-from megatron_rl.model.architectures import HF_FILES
+from megatron_rl.model.architectures import HF_FILES, parse_config
 from megatron_rl.observe.flops import attention_balance_tokens, forward_flops
 
 CAP, ALIGN, PROMPT_TOKENS = 24_576, 8, (64, 512)
@@ -35,7 +36,8 @@ def padded_tokens(lengths: list[int]) -> int:
 def measure(*, quick: bool, ranks: int, responses: int) -> tuple[list[Row], dict]:
     if quick:
         ranks, responses = 8, 512
-    config = json.loads((HF_FILES / "ling_lite.json").read_text(encoding="utf-8"))
+    path = HF_FILES / "ling_lite.json"
+    config = asdict(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path)))
     prompts = np.random.default_rng(1).integers(*PROMPT_TOKENS, responses)
     lengths = (response_lengths(responses, median=2000, spread=1.0, longest=CAP - PROMPT_TOKENS[1], seed=0)
                + prompts).tolist()

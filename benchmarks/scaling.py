@@ -151,7 +151,7 @@ def simulate(gpus: int, config: dict, cluster: Cluster = Cluster(), *, responses
 # ---- the benchmark --------------------------------------------------------------------------------------------
 
 def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
-    from megatron_rl.model.architectures import HF_FILES
+    from megatron_rl.model.architectures import HF_FILES, parse_config
 
     repeats = 1 if quick else repeats
     layouts = ("dp1",) if quick else tuple(LAYOUTS)
@@ -161,7 +161,8 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     rates = {layout: result["tokens"] / median(result["seconds"]) for layout, result in measured.items()}
     rows = [Row(f"scaling: {layout}, {LAYOUTS[layout]['world_size']} processes of one thread", rates[layout],
                 None if quick else rates["dp1"], "tokens/s") for layout in layouts]
-    config = json.loads((HF_FILES / "ling_lite.json").read_text(encoding="utf-8"))
+    path = HF_FILES / "ling_lite.json"
+    config = asdict(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path)))
     simulated = [simulate(gpus, config) for gpus in (8, 16, 32, 64, 128, 256)]
     print("\nsimulated, Ling-lite on H800, seconds of a batch of 8,192 responses (assumptions: the module's docstring)")
     print("  GPUs  rollout    tail  logprobs   train  experts  gradients  publish    total  tokens/s/GPU")
