@@ -67,15 +67,15 @@ MISTAKES = {
                                  "raise batch.tokens_per_microbatch"),
     # rewards and functions
     "a misspelt scorer": (f"{RL} reward.routes.math=math_verfy", "reward.routes.math=math_verfy", "mean math_verify?"),
-    "a reward that is not there": (f"{RL} reward.routes.math=my_reward.absent", "reward.routes.math=my_reward.absent",
-                                   "module my_reward has no absent"),
-    "a reward that returns a text": (f"{RL} reward.routes.math=my_reward.text", "reward.routes.math=my_reward.text",
+    "a reward that is not there": (f"{RL} reward.routes.math=own_judge.absent", "reward.routes.math=own_judge.absent",
+                                   "module own_judge has no absent"),
+    "a reward that returns a text": (f"{RL} reward.routes.math=own_judge.text", "reward.routes.math=own_judge.text",
                                      "not a number between"),
-    "a reward that raises": (f"{RL} reward.routes.math=my_reward.boom", "reward.routes.math=my_reward.boom",
+    "a reward that raises": (f"{RL} reward.routes.math=own_judge.boom", "reward.routes.math=own_judge.boom",
                              "KeyError: 'answers'"),
-    "a reward of the wrong arguments": (f"{RL} reward.routes.math=my_reward.none", "reward.routes.math=my_reward.none",
+    "a reward of the wrong arguments": (f"{RL} reward.routes.math=own_judge.none", "reward.routes.math=own_judge.none",
                                         "takes 0 positional arguments"),
-    "a metric that is not there": (f"{RL} observe.metrics=[my_reward.words]", "observe.metrics=my_reward.words",
+    "a metric that is not there": (f"{RL} observe.metrics=[own_judge.words]", "observe.metrics=own_judge.words",
                                    "has no words"),
     # data
     "a data file that is not there": (f"{FILE} data.path=absent.jsonl", "data.path=absent.jsonl", "looked in"),
@@ -111,7 +111,7 @@ def folder(tmp_path_factory) -> Path:
     for name, text in {
         "own.jsonl": row + '{"prompt": "1+2=", "answer": "3"}\n', "torn.jsonl": row + '{"prompt": "1+2=",\n',
         "question.jsonl": '{"question": "1+1=", "solution": "2"}\n', "empty.jsonl": "",
-        "my_reward.py": "def text(prompt, response): return 'good'\n"
+        "own_judge.py": "def text(prompt, response): return 'good'\n"
                         "def boom(prompt, response): raise KeyError('answers')\n"
                         "def none(): return 1\n",
     }.items():
