@@ -7,7 +7,6 @@ The budget is tests/golden/rehearsal.json. Whoever lowers a figure writes it ane
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import warnings
 from functools import cache
@@ -23,10 +22,10 @@ from megatron_rl.observe.flops import forward_flops
 from megatron_rl.plan.layouts import microbatch_flops
 from megatron_rl.rehearsal.budget import figures, grown
 from megatron_rl.rehearsal.command import full_microbatches
-from megatron_rl.rehearsal.ranks import distinct_ranks
 from megatron_rl.rehearsal.roofline import Rates
-from megatron_rl.rehearsal.step import build_only, rehearse
+from megatron_rl.rehearsal.step import rehearse
 from megatron_rl.rehearsal.summary import summary
+from tests.distributed.all_ranks import parameters_of_all_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -68,16 +67,7 @@ def rehearsed(name: str) -> dict:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_parameters_of_all_ranks_are_the_networks(name):
-    """One rank of each pipeline stage is built; the others of the stage hold as many of their own."""
-    config, model = stage1(LAYOUTS[name]), network()
-    parallel, total = config.parallel, 0
-    stages = {rank * parallel.pp // parallel.world_size: rank for rank in reversed(distinct_ranks(parallel))}
-    assert len(stages) == parallel.pp
-    for rank in stages.values():
-        elements = build_only(config, model, rank)
-        gc.collect()
-        total += elements.whole + parallel.tp * elements.split + parallel.ep * parallel.etp * elements.experts
-    assert total == 16_801_974_272
+    assert parameters_of_all_ranks(stage1(LAYOUTS[name]), network()) == 16_801_974_272
 
 
 def test_flops_of_a_scoring_pass_are_the_closed_form():
