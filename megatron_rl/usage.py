@@ -45,7 +45,7 @@ COMMANDS = {
     "quickstart": Help(
         "the whole story on this machine: random model -> SFT -> C3PO RL -> report",
         "Writes runs/quickstart (or -2, -3, ...: nothing is overwritten). Keys are those of its RL stage; run.seed\n"
-        "holds for every stage. model=FAMILY says of which family the random model is.",
+        "holds for every stage. model=FAMILY chooses the family of the random model.",
         """\
   megatron-rl quickstart
   megatron-rl quickstart run.seed=1 run.steps=20

@@ -132,9 +132,9 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
 def logits_bytes(model: Network, config: Config, element: int) -> int:
     """What the head's backward pass holds at its fullest (rl_kernels/linear_logprob).
 
-    Blocks of logits, all float32: those at hand, their gradient, that of the block before; below float32 its parts in
-    that type too. Then the weight's gradient, one block of it in float32; for a NormHead the divided head; and the
-    hidden states twice with their float32 gradient.
+    It holds three float32 blocks: the logits, their gradient, and the gradient of the block before. If the type is
+    narrower than float32, a block of the gradient is there in it too. It also holds the gradient of the weight (one
+    block of it in float32), for a NormHead the divided head, and the hidden states twice with their float32 gradient.
     """
     rows, chunk = model.vocab_size // config.parallel.tp, config.batch.logprob_chunk_tokens
     tokens, narrow = config.batch.tokens_per_microbatch, element < FP32

@@ -44,9 +44,10 @@ def test_siblings_share_what_lies_above_them():
 
 
 def test_every_turn_is_trained_once_over_all_sequences_of_a_tree():
-    """A root with two branches, the first of which goes on, and another conversation; the second branch came last.
+    """The root has two branches. The first branch goes on, the second came last. There is another conversation too.
 
-    The last path: root and branch two. Then branch one, in which the root is context; then the other conversation.
+    The second branch with the root comes first. Then comes the first branch, which has the root as context, and then
+    the other conversation.
     """
     def turn(parent, first: int, version: int) -> Turn:
         known = 0 if parent is None else parent.tokens
