@@ -26,8 +26,9 @@ from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.say import warn
-from megatron_rl.observe.sinks import CONFIG
+from megatron_rl.observe.sinks import CONFIG, check_logger
 from megatron_rl.orchestrator import stages
+from megatron_rl.orchestrator.own_evaluations import check_evaluations
 from megatron_rl.preflight_gpu import check_transformer_engine
 from megatron_rl.reward.route import Routes
 from megatron_rl.rollout.environment import load_environment
@@ -178,10 +179,11 @@ def check_start(config: Config) -> None:
 def check_functions(config: Config) -> None:
     """Find every function of the user's that runs in the orchestrator or in a rank; try those that take tensors."""
     OwnMetrics(config.observe.metrics)
-    for key, paths in (("observe.rollouts", config.observe.rollouts), ("observe.loggers", config.observe.loggers),
-                       ("eval.functions", config.eval.functions)):
-        for path in paths:
-            load_function(key, path)
+    for path in config.observe.rollouts:
+        load_function("observe.rollouts", path)
+    for path in config.observe.loggers:
+        check_logger(path)
+    check_evaluations(config.eval)
     check_hooks(config.algo)
 
 

@@ -4,6 +4,7 @@ page says."""
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from c3po import C3POLossConfig, StepTotals, policy_loss
 from megatron_rl.batch import BudgetFill, assemble
 from megatron_rl.cli import main
 from megatron_rl.config.load import load
+from megatron_rl.data.files import read_problems
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 from tests.megatron_rl.test_token_objective import TOTALS, evaluate, microbatch
@@ -136,23 +138,59 @@ def test_the_trainers_objective_asks_the_functions(hooks):
     torch.testing.assert_close(evaluate(algo)[0], expected)
 
 
-WRONG = {
-    "advantage": ("lambda rewards, judged: rewards[0]", "shape"),
-    "advantage ": ("lambda rewards, judged: rewards / 0", "not finite"),
-    "advantage  ": ("lambda rewards, judged: 'none'", "instead of numbers"),
-    "surrogate": ("lambda *given, **bounds: given[0]", "has no attribute"),
-    "denominator": ("lambda totals, lengths: 0", "must be positive"),
-    "denominator ": ("lambda totals: 1", "positional argument"),
-}
+WRONG = [
+    ("advantage", "lambda rewards, judged: rewards[0]", "of shape (3,) instead of (2, 3)"),
+    ("advantage", "lambda rewards, judged: rewards / 0", "not finite"),
+    ("advantage", "lambda rewards, judged: 'none'", "str instead of numbers"),
+    ("advantage", "lambda rewards: rewards", "raised TypeError"),
+    ("surrogate", "lambda *given, **bounds: given[0]", "has no attribute"),
+    ("surrogate", "lambda *given, **bounds: 1 / 0", "ZeroDivisionError"),
+    ("denominator", "lambda totals, lengths: 0", "must be positive"),
+    ("denominator", "lambda totals: 1", "positional argument"),
+]
 
 
-@pytest.mark.parametrize("which", WRONG)
-def test_a_function_that_returns_nonsense_is_refused_before_anything_starts(which, tmp_path, monkeypatch, capsys):
-    body, said = WRONG[which]
-    (tmp_path / "wrong_hook_of_test.py").write_text(f"hook = {body}\n")
+@pytest.fixture
+def wrong(tmp_path, monkeypatch):
+    """write(body) -> the dotted path of the function."""
+    def write(body):
+        (tmp_path / "wrong_hook_of_test.py").write_text(f"hook = {body}\n")
+        return "wrong_hook_of_test.hook"
+
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "wrong_hook_of_test", raising=False)
+    monkeypatch.delitem(sys.modules, "wrong_hook_of_test", raising=False)
+    return write
+
+
+@pytest.mark.parametrize(("name", "body", "said"), WRONG)
+def test_a_function_that_returns_nonsense_is_refused_before_anything_starts(name, body, said, wrong, tmp_path, capsys):
+    path = wrong(body)
     make_random_model(tmp_path / "model", seed=0)
     assert main(["rl", "--check", "experiment=quickstart", f"model.path={tmp_path / 'model'}",
-                 f"run.dir={tmp_path / 'run'}", f"algo.hooks.{which.strip()}=wrong_hook_of_test.hook"]) == 2
-    assert f"algo.hooks.{which.strip()}=wrong_hook_of_test.hook" in (error := capsys.readouterr().err) and said in error
+                 f"run.dir={tmp_path / 'run'}", f"algo.hooks.{name}={path}"]) == 2
+    assert f"algo.hooks.{name}={path}" in (error := capsys.readouterr().err) and said in error
+
+
+@pytest.mark.parametrize(("name", "body", "said"), [
+    ("group_filter", "lambda rollouts, scores: 1 / 0", "raised ZeroDivisionError"),
+    ("reward_shaping", "lambda rollouts, scores: scores[9]", "raised IndexError"),
+    ("reward_shaping", "lambda rollouts, scores: [1.0]", "of shape (1,) instead of (2,)"),
+    ("reward_shaping", "lambda rollouts, scores: [1.0, float('nan')]", "must be finite"),
+    ("reward_shaping", "lambda rollouts, scores: None", "NoneType instead of numbers")])
+def test_a_function_that_fails_in_a_step_is_named(name, body, said, wrong):
+    path = wrong(body)
+    value = f"[{path}]" if name == "reward_shaping" else path
+    with pytest.raises(ValueError, match=f"^algo.hooks.{name}={path} ") as caught:
+        batch_of([group("a", [1.0, 0.0])], f"algo.hooks.{name}={value}")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("lambda: 1 / 0", "ZeroDivisionError"), ("lambda: 3", "TypeError"), ("lambda: []", "holds no problem"),
+    ("lambda: [{'prompt': '1+1='}, 'text']", "row 2: a row is a dict of columns, not str"),
+    ("lambda: [{'question': '1+1='}]", "set data.prompt_key")])
+def test_a_function_that_gives_no_problems_is_named(body, said, wrong):
+    path = wrong(body)
+    with pytest.raises(ValueError, match=f"data.path={path}") as caught:
+        read_problems(load(["data.source=function", f"data.path={path}"]).data)
+    assert said in str(caught.value)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from c3po import soft_overlong_penalty
-from megatron_rl.batch.hooks import own_function, shaped_by
+from megatron_rl.batch.hooks import keeps_group, shaped_by
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.verdicts import is_mixed
 from megatron_rl.types import Finish, Rollout, Score
@@ -60,8 +60,8 @@ class BudgetFill:
         algo.hooks.group_filter."""
         if self.algo.dynamic_sampling and not is_mixed(scores):
             return False
-        keeps = own_function(self.algo, "group_filter")
-        return keeps is None or bool(keeps(rollouts, scores))
+        path = self.algo.hooks.group_filter
+        return path is None or keeps_group(path, rollouts, scores)
 
     def offered(self, rollout: Rollout, score: Score) -> int:
         """Tokens that one response offers: none if it failed, or if it was truncated and truncated=mask."""

@@ -21,8 +21,7 @@ def own_function(algo: AlgoConfig, name: str) -> Callable[..., Any] | None:
 
 def own_advantages(path: str, rewards_PK: torch.Tensor, judged_PK: torch.Tensor) -> torch.Tensor:
     """What algo.hooks.advantage returns, float32 [P, K], with 0 where no response was judged."""
-    found = load_function("algo.hooks.advantage", path)(rewards_PK, judged_PK)
-    found = _numbers(f"algo.hooks.advantage={path}", found, tuple(rewards_PK.shape))
+    found = _numbers("algo.hooks.advantage", path, tuple(rewards_PK.shape), rewards_PK, judged_PK)
     advantages = torch.where(judged_PK, found, torch.zeros_like(found))
     if not bool(torch.isfinite(advantages).all()):
         raise ValueError(f"algo.hooks.advantage={path} returned an advantage that is not finite for a judged response")
@@ -31,20 +30,35 @@ def own_advantages(path: str, rewards_PK: torch.Tensor, judged_PK: torch.Tensor)
 
 def shaped_by(path: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
     """What one function of algo.hooks.reward_shaping adds to the rewards of a group, float32 [K]."""
-    key = f"algo.hooks.reward_shaping={path}"
-    added = _numbers(key, load_function("algo.hooks.reward_shaping", path)(rollouts, scores), (len(scores),))
+    added = _numbers("algo.hooks.reward_shaping", path, (len(scores),), rollouts, scores)
     if not bool(torch.isfinite(added).all()):
-        raise ValueError(f"{key} returned {added.tolist()}: the numbers must be finite")
+        raise ValueError(f"algo.hooks.reward_shaping={path} returned {added.tolist()}: the numbers must be finite")
     return added
 
 
-def _numbers(key: str, value: Any, shape: tuple[int, ...]) -> torch.Tensor:
+def keeps_group(path: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> bool:
+    """What algo.hooks.group_filter says of a group."""
+    return bool(_called("algo.hooks.group_filter", path, rollouts, scores))
+
+
+def _called(key: str, path: str, *given: Any) -> Any:
+    """What the function returns. ValueError with the key and what the function raised."""
+    function = load_function(key, path)
+    try:
+        return function(*given)
+    except Exception as error:  # of the user's code, which raises what it likes
+        raise ValueError(f"{key}={path} raised {told(error)}") from error
+
+
+def _numbers(key: str, path: str, shape: tuple[int, ...], *given: Any) -> torch.Tensor:
+    """What the function returns, float32 of this shape."""
+    value = _called(key, path, *given)
     try:
         tensor = torch.as_tensor(value, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{key} returned {type(value).__name__} instead of numbers of shape {shape}") from error
+        raise ValueError(f"{key}={path} returned {type(value).__name__} instead of numbers of shape {shape}") from error
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{key} returned numbers of shape {tuple(tensor.shape)} instead of {shape}")
+        raise ValueError(f"{key}={path} returned numbers of shape {tuple(tensor.shape)} instead of {shape}")
     return tensor
 
 
@@ -56,19 +70,15 @@ def check_hooks(algo: AlgoConfig) -> None:
         load_function("algo.hooks.reward_shaping", path)
     if hooks.advantage is not None:
         rewards_PK = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
-        _tried("advantage", hooks.advantage,
-               lambda: own_advantages(hooks.advantage, rewards_PK, torch.ones_like(rewards_PK, dtype=torch.bool)))
+        own_advantages(hooks.advantage, rewards_PK, torch.ones_like(rewards_PK, dtype=torch.bool))
     for name in ("surrogate", "denominator"):
         if getattr(hooks, name) is not None:
             own_function(algo, name)
-            _tried(name, getattr(hooks, name), lambda name=name: _try_loss(algo, only=name))
-
-
-def _tried(name: str, path: str, call: Callable[[], Any]) -> None:
-    try:
-        call()
-    except Exception as error:
-        raise ValueError(f"algo.hooks.{name}={path} was tried on a few small tensors: {told(error)}") from error
+            try:
+                _try_loss(algo, only=name)
+            except Exception as error:  # of the user's code, which raises what it likes
+                raise ValueError(f"algo.hooks.{name}={getattr(hooks, name)} was tried on four tokens: "
+                                 f"{told(error)}") from error
 
 
 def _try_loss(algo: AlgoConfig, *, only: str) -> None:

@@ -165,6 +165,7 @@ class EvalConfig:
     - bootstrap_resamples: resamples behind the intervals. seed: fixes the held-out problems and the resamples.
     - functions: dotted paths of your own async functions (ask, step) -> numbers by name, where `await ask(text, n)`
       gives n responses. The numbers are logged as own/<name>. docs/extending.md has an example.
+    - function_timeout_s: seconds that one of `functions` may take. Later its numbers are missing.
     - every_steps: how often training evaluates; 0: only at its ends.
     - temperature, top_p, max_response_tokens (null: that of `rollout`): how samples are drawn.
     """
@@ -173,6 +174,7 @@ class EvalConfig:
     problems: int = 256
     benchmarks: dict[str, BenchmarkConfig] = field(default_factory=dict)
     functions: tuple[str, ...] = ()
+    function_timeout_s: float = 600.0
     samples_per_problem: int = 2
     temperature: float = 1.0
     top_p: float = 1.0
@@ -184,6 +186,7 @@ class EvalConfig:
     def __post_init__(self):
         require(not self.functions or bool(self.problems or self.benchmarks),
                 "eval.functions go with an evaluation: set eval.problems or eval.benchmarks")
+        require(self.function_timeout_s > 0, f"eval.function_timeout_s={self.function_timeout_s} must be positive")
         require(self.samples_per_problem >= 1,
                 f"eval.samples_per_problem={self.samples_per_problem} must be at least 1")
         require(self.problems >= 0, f"eval.problems={self.problems} must not be negative (0: no held-out set)")

@@ -78,13 +78,11 @@ def _function_rows(path: str | None) -> Iterator[Row]:
     """What the user's function gives. ValueError if it raises, or gives anything but rows."""
     if path is None:
         raise ValueError("data.source=function needs data.path=package.module.function")
-    where = f"data.path={path}"
+    function = load_function("data.path", path)
     try:
-        rows = list(load_function("data.path", path)())
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(where):
-            raise
-        raise ValueError(f"{where} raised {told(error)}") from error
+        rows = list(function())
+    except Exception as error:  # of the user's code, which raises what it likes
+        raise ValueError(f"data.path={path} gave no rows: {told(error)}") from error
     for number, row in enumerate(rows, 1):
         bad = BadRow(f"a row is a dict of columns, not {type(row).__name__}")
         fields = dict(row) if isinstance(row, Mapping) else bad

@@ -20,6 +20,7 @@ import psutil
 
 from megatron_rl.config.resume import settings
 from megatron_rl.config.schema import ObserveConfig
+from megatron_rl.foreign import load_function
 from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import keep_rows
 from megatron_rl.observe.versions import collect_versions
@@ -101,6 +102,14 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(exit_code=0 if kind is None else 1)
+
+
+def check_logger(path: str) -> None:
+    """ValueError unless a class of observe/feed.py's Logger is at `path`."""
+    found = load_function("observe.loggers", path)
+    if not isinstance(found, type) or not all(callable(getattr(found, name, None)) for name in ("log", "close")):
+        raise ValueError(f"observe.loggers={path} is no logger: it must be a class with log(step, numbers) and "
+                         "close(finished)")
 
 
 def _feeds(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> list[LoggerFeed]:

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_rl.config.schema import Config, DataConfig
-from megatron_rl.foreign import load_function, told
 from megatron_rl.observe.estimators import majority_at_k, pass_at_k, sample_counts
 from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.own import OwnMetrics
 from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.observe.verdicts import judged, known, number_right, right_shares
+from megatron_rl.orchestrator.own_evaluations import asker, own_evaluations
 from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.prompts import heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.reward.boxed import last_boxed
-from megatron_rl.rollout.responses import SamplingPlan, Ticket, all_or_none
-from megatron_rl.rollout.transcript import Transcript
+from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Finish, Prompt, RolloutGroup
 
 __all__ = ["HELD_OUT", "INTERVAL_PREFIX", "Evaluator", "Measured", "evaluation_data", "number_evaluated",
            "summary"]
 
-_LOG = logging.getLogger(__name__)
-
-Ask = Callable[..., Awaitable[list[str]]]
-"""ask(text, n=1) -> n responses of the served weights to a prompt that is tokenised as it is."""
 HELD_OUT = "held-out"
 RIGHT = "\0right"  # however it is written; no box holds this
 INTERVAL_PREFIX = {"accuracy": ""}
@@ -106,32 +98,8 @@ class Evaluator:
             row = {name: float(np.mean([values[name] for values in measured.values() if name in values]))
                    for name in ("accuracy", "mean_reward") if any(name in values for values in measured.values())}
         row |= {f"{name}/{key}": value for name, values in measured.items() for key, value in values.items()}
-        return row | await self._own_evaluations(step)
-
-    async def _own_evaluations(self, step: int) -> dict[str, float]:
-        """What eval.functions return, as own/<name>. A function that fails costs its own numbers and a warning."""
-        found: dict[str, float] = {}
-        for path in self._config.eval.functions:
-            try:
-                found |= _numbers(await load_function("eval.functions", path)(self._ask(path, step), step))
-            except Exception as error:  # noqa: BLE001 -- the user's code raises what it likes
-                _LOG.warning("eval.functions: %s gave no numbers after step %d: %s", path, step, told(error))
-        return {f"own/{name}": value for name, value in found.items()}
-
-    def _ask(self, path: str, step: int) -> Ask:
-        """How a user's function talks to the served weights. Each question has its own seeds."""
-        plan, questions = self._plan(1), itertools.count()
-
-        async def ask(text: str, n: int = 1) -> list[str]:
-            token_ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-            prompt, index = Prompt(path, token_ids, text, "", "own"), next(questions)
-            self._responder.check_length(prompt, plan)
-            transcripts = await all_or_none([asyncio.create_task(self._responder.sample(
-                Ticket(prompt, f"eval-{path}", step, index, each), plan, Transcript(), plan.max_response_tokens))
-                for each in range(n)])
-            return [self._tokenizer.decode(each.token_ids, skip_special_tokens=True) for each in transcripts]
-
-        return ask
+        return row | await own_evaluations(self._config.eval, step, lambda path: asker(
+            self._responder, self._tokenizer, self._plan(1), path, step))
 
     def _plan(self, samples: int) -> SamplingPlan:
         options, rollout = self._config.eval, self._config.rollout
@@ -156,16 +124,6 @@ class Evaluator:
         if clash := sorted(own.keys() & {*values, "seconds"}):
             raise ValueError(f"observe.metrics: {', '.join(clash)} is a name of docs/metrics.md; choose another")
         return Measured(one.name, groups, {**values, **own, "seconds": time.perf_counter() - started})
-
-
-def _numbers(returned: Mapping[str, float]) -> dict[str, float]:
-    """ValueError if they are no numbers by name."""
-    if not isinstance(returned, Mapping):
-        raise ValueError(f"it returned {type(returned).__name__}, not numbers by name")
-    for name, value in returned.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"it returned {name!r}: {value!r}, which is no finite number")
-    return dict(returned)
 
 
 def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dict[str, float]:

@@ -10,12 +10,11 @@ from typing import Protocol
 
 from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble
 from megatron_rl.config.schema import Config
-from megatron_rl.foreign import load_function
 from megatron_rl.handoff import cut_into_shards, dump, write_shard
 from megatron_rl.model.network import Network
 from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.flops import train_flops
-from megatron_rl.observe.own import OwnMetrics
+from megatron_rl.observe.own import OwnMetrics, show_rollouts
 from megatron_rl.observe.samples import sampled_responses
 from megatron_rl.observe.timing import Timers
 from megatron_rl.observe.verdicts import judged
@@ -64,8 +63,7 @@ class Rollouts:
                  ledger: Ledger, rounds: int, agents: Mapping[str, float]) -> OfferedStep:
         shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
-        for path in self._config.observe.rollouts:
-            load_function("observe.rollouts", path)(step, groups)
+        show_rollouts(self._config.observe.rollouts, step, groups)
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
         fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),

@@ -1,6 +1,9 @@
 """What judged responses amount to, by hand; and which sets are evaluated."""
 
+import asyncio
 import io
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from rich.console import Console
 
 from megatron_rl.config.load import load
 from megatron_rl.orchestrator.evaluation import Measured, evaluation_data, summary
+from megatron_rl.orchestrator.own_evaluations import check_evaluations, own_evaluations
 from megatron_rl.recipes.evaluate import table
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 
@@ -62,3 +66,42 @@ def test_sets_are_the_held_out_one_and_the_benchmarks():
     assert evaluation_data(load(["experiment=quickstart", "eval.problems=0"])) == {}
     with pytest.raises(ValueError, match="eval.problems=-1 must not be negative"):
         load(["experiment=quickstart", "eval.problems=-1"])
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_evaluations_of_test.py").write_text(textwrap.dedent("""
+        import asyncio
+        async def right(ask, step): return {"right": step + len(await ask("1+1=", 2))}
+        async def again(ask, step): return {"right": 0}
+        async def raises(ask, step): raise KeyError("answers")
+        async def hangs(ask, step): await asyncio.sleep(3600)
+        async def late(ask, step): raise TimeoutError("of its own")
+        async def text(ask, step): return "good"
+        def plain(ask, step): return {"a": 1}
+    """))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_evaluations_of_test", raising=False)
+    return "own_evaluations_of_test"
+
+
+def asked(path):
+    async def ask(text, n=1):
+        return [text] * n
+    return ask
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("again", "which another function returns too"), ("raises", "KeyError: 'answers'"), ("text", "str, not numbers"),
+    ("hangs", "eval.function_timeout_s=0.2 is over"), ("late", "TimeoutError: of its own")])
+def test_an_evaluation_of_ones_own_that_fails_costs_its_own_numbers_and_a_warning(name, said, own, caplog):
+    options = load([f"eval.functions=[{own}.right,{own}.{name}]", "eval.function_timeout_s=0.2"]).eval
+    assert asyncio.run(own_evaluations(options, 5, asked)) == {"own/right": 7}
+    (warning,) = caplog.messages
+    assert f"eval.functions: {own}.{name} gave no numbers after step 5: " in warning and said in warning
+
+
+def test_an_evaluation_that_is_not_async_is_refused_before_the_start(own):
+    check_evaluations(load([f"eval.functions=[{own}.right]"]).eval)
+    with pytest.raises(ValueError, match=f"eval.functions={own}.plain is not async: write `async def`"):
+        check_evaluations(load([f"eval.functions=[{own}.plain]"]).eval)

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from megatron_rl.config.schema import ObserveConfig
+from megatron_rl.observe import sinks
 from megatron_rl.observe.jsonl import read_jsonl
-from megatron_rl.observe.sinks import MetricsLog
+from megatron_rl.observe.sinks import MetricsLog, check_logger
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 OFF = ObserveConfig(wandb="off")
@@ -189,3 +190,60 @@ def test_whatever_becomes_of_wandb_the_run_goes_on_and_ends(which, blow, tmp_pat
         assert time.monotonic() < deadline, "a service of wandb's was left"
         time.sleep(0.1)
     assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == list(range(1, 200))
+
+
+LOGGERS = """
+class Good:
+    def __init__(self, run_dir, config): self._file = (run_dir / "told.txt").open("a"); self._phi = config["phi"]
+    def log(self, step, numbers): self._file.write(f"{step} {sorted(numbers.items())} {self._phi}\\n")
+    def close(self, finished): self._file.write(f"{finished}\\n"); self._file.close()
+class NotMade(Good):
+    def __init__(self, run_dir, config): raise KeyError("token")
+class Raises(Good):
+    def log(self, step, numbers): raise OSError("no route")
+class NotClosed(Good):
+    def close(self, finished): raise OSError("no route")
+class Hangs(Good):
+    def close(self, finished): import time; time.sleep(3600)
+class NoClose:
+    def log(self, step, numbers): pass
+def function(run_dir, config): pass
+"""
+
+
+@pytest.fixture
+def loggers(tmp_path, monkeypatch):
+    (tmp_path / "loggers_of_test.py").write_text(LOGGERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "loggers_of_test", raising=False)
+    return "loggers_of_test"
+
+
+def test_a_logger_of_ones_own_is_told_each_number_once_across_a_resume(loggers, tmp_path):
+    config = ObserveConfig(wandb="off", loggers=(f"{loggers}.Good",))
+    for step, resume in ((1, None), (2, 1)):
+        with MetricsLog(tmp_path / "run", config, {"phi": 64}, resume_step=resume) as log:
+            log.log(step, {"reward/mean": step / 2})
+            log.log_eval(step, "during", {"accuracy": 0.25, "text": "no number"})
+    lines = [f"{step} [({name!r}, {value})] 64" for step in (1, 2)
+             for name, value in (("reward/mean", step / 2), ("eval/accuracy", 0.25))]
+    assert (tmp_path / "run" / "told.txt").read_text().splitlines() == [*lines[:2], "True", *lines[2:], "True"]
+
+
+@pytest.mark.parametrize("fault", ["NotMade", "Raises", "NotClosed", "Hangs"])
+def test_whatever_becomes_of_a_logger_the_run_goes_on_and_says_so(fault, loggers, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sinks, "LOGGER_CLOSE_S", 2.0)
+    names = (f"{loggers}.{fault}", f"{loggers}.Good")
+    with MetricsLog(tmp_path / "run", ObserveConfig(wandb="off", loggers=names), {"phi": 64}) as log:
+        log.log(1, {"reward/mean": 0.5})
+    (warning,) = caplog.messages
+    assert f"{loggers}.{fault} did not get everything" in warning
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert "1 [('reward/mean', 0.5)] 64\nTrue\n" in (tmp_path / "run" / "told.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["NoClose", "function"])
+def test_what_is_no_logger_is_refused_before_the_start(name, loggers):
+    check_logger(f"{loggers}.Good")
+    with pytest.raises(ValueError, match=f"observe.loggers={loggers}.{name} is no logger: it must be a class with log"):
+        check_logger(f"{loggers}.{name}")
