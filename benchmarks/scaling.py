@@ -20,12 +20,16 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import workload
 from benchmarks.common import Row, main, median
 from megatron_rl.rollout.ports import choose_port
+
+if TYPE_CHECKING:
+    from megatron_rl.model.network import Network
 
 LAYOUTS = {"dp1": {"world_size": 1}, "dp2": {"world_size": 2}, "ep2": {"world_size": 2, "ep": 2}}
 
@@ -111,14 +115,12 @@ class StepSeconds:
         return sum(value for key, value in asdict(self).items() if key != "gpus")
 
 
-def simulate(gpus: int, config: dict, cluster: Cluster = Cluster(), *, responses: int = 8192, length: int = 12_800,
+def simulate(gpus: int, network: Network, cluster: Cluster = Cluster(), *, responses: int = 8192, length: int = 12_800,
              longest: int = 24_576, updates: int = 2) -> StepSeconds:
     """The roofline of one step: rollout with its tail, reference and old log-probabilities, training, communication."""
-    from megatron_rl.model.architectures import parse_config
     from megatron_rl.model.slots import count_parameters
     from megatron_rl.observe.flops import forward_flops
 
-    network = parse_config(config, "ling_lite.json")
     parameters, active = count_parameters(network)
     weight_bytes = 2.0 * parameters
     chosen = network.num_experts_per_tok / network.num_experts
@@ -135,7 +137,7 @@ def simulate(gpus: int, config: dict, cluster: Cluster = Cluster(), *, responses
     decode_step = (read_bytes(batch) + batch * kv_bytes * length / 2) / bandwidth
     rollout = per_gpu / batch * length * decode_step
     tail = (longest - length) * read_bytes(1) / bandwidth  # the last sequence alone
-    flops = forward_flops(config, [length]) * responses / gpus / (cluster.matrix_flops * cluster.matrix_share)
+    flops = forward_flops(asdict(network), [length]) * responses / gpus / (cluster.matrix_flops * cluster.matrix_share)
     tokens = responses * length / gpus
     # dispatch and combine, forward and backward, to the 7 other GPUs of the node; two passes without gradient before
     hops = network.num_experts_per_tok * network.hidden_size * 2 * 2 * (2 + 2) * network.num_hidden_layers
@@ -162,8 +164,8 @@ def measure(*, quick: bool, repeats: int) -> tuple[list[Row], dict]:
     rows = [Row(f"scaling: {layout}, {LAYOUTS[layout]['world_size']} processes of one thread", rates[layout],
                 None if quick else rates["dp1"], "tokens/s") for layout in layouts]
     path = HF_FILES / "ling_lite.json"
-    config = asdict(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path)))
-    simulated = [simulate(gpus, config) for gpus in (8, 16, 32, 64, 128, 256)]
+    network = parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))
+    simulated = [simulate(gpus, network) for gpus in (8, 16, 32, 64, 128, 256)]
     print("\nsimulated, Ling-lite on H800, seconds of a batch of 8,192 responses (assumptions: the module's docstring)")
     print("  GPUs  rollout    tail  logprobs   train  experts  gradients  publish    total  tokens/s/GPU")
     for step in simulated:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = "trainer,rewards,report,slurm,dev"
+PROGRAM = "trainer,rewards,report,slurm,docs,dev"
 ENGINE = {"cpu": "engine-cpu", "gpu": "engine"}
 
 
