@@ -216,9 +216,9 @@ class RolloutConfig:
         require(not (self.environment and self.agent.kind),
                 f"rollout.environment={self.environment} with rollout.agent.kind={self.agent.kind}: one of them "
                 "speaks with the model; leave the other out")
-        require(not (self.collector == "partial" and self.agent.kind),
-                f"rollout.agent.kind={self.agent.kind} with rollout.collector=partial: conversations are not carried "
-                "from step to step; use another collector")
+        require(not (self.collector == "partial" and self.agent.kind == "http"),
+                "rollout.agent.kind=http with rollout.collector=partial: the workers of an environment server would be "
+                "held by conversations that wait for the next step; use kind command or python, or another collector")
         require(not (self.collector == "partial" and self.environment),
                 f"rollout.environment={self.environment} with rollout.collector=partial: turns are not carried from "
                 "step to step; use another collector")

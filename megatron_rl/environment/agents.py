@@ -13,6 +13,8 @@ import inspect
 import os
 import shutil
 import signal
+import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -105,7 +107,8 @@ class AgentPrograms:
                                port=config.agent.port, **fetched)
         self._waiting: asyncio.Queue[Session] = asyncio.Queue()
         self._start = {"command": self._command, "python": self._python, "http": self._http}[config.agent.kind]
-        self._free = asyncio.Semaphore(config.agent.concurrency)
+        # by tag: while agents of training wait for the next step, those of evaluation run
+        self._free = defaultdict(lambda: asyncio.Semaphore(config.agent.concurrency))
         self._opening = asyncio.Lock()
         self._ended: list[Session] = []
 
@@ -119,7 +122,7 @@ class AgentPrograms:
             if not self.gateway.is_open:
                 await self._model.parser.start()
                 await self.gateway.start()
-        async with self._free:
+        async with self._free[ticket.tag]:
             session = Session(self._model, ticket, plan, tally)
             self.gateway.admit(session)
             failure: EnvironmentFailed | None = None
@@ -160,19 +163,20 @@ class AgentPrograms:
             stderr=asyncio.subprocess.STDOUT)
         tail = asyncio.create_task(_tail(process.stdout))
         told = asyncio.create_task(_tell(process.stdin, orjson.dumps(session.task()) + b"\n"))
+        ending = asyncio.create_task(process.wait())
         try:
-            code = await asyncio.wait_for(process.wait(), self._config.timeout_s)
-        except TimeoutError:
-            raise EnvironmentFailed(f"{where}: it did not end within rollout.agent.timeout_s="
-                                    f"{self._config.timeout_s:g}") from None
+            if not await self._in_time(session, ending):
+                raise EnvironmentFailed(f"{where}: it did not end within rollout.agent.timeout_s="
+                                        f"{self._config.timeout_s:g}")
         finally:
+            ending.cancel()
             with contextlib.suppress(ProcessLookupError):  # itself, or what it left behind
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
             told.cancel()
             await asyncio.wait([tail], timeout=LEFT_BEHIND_S)
             tail.cancel()
-        if code:
+        if code := process.returncode:
             wrote = tail.result() if tail.done() and not tail.cancelled() else b""
             raise EnvironmentFailed(f"{where}: it ended with exit code {code}: "
                                     f"{wrote.decode(errors='replace').strip()[-500:]}")
@@ -192,7 +196,7 @@ class AgentPrograms:
         call = in_thread(_in_own_loop, self._function, f"{self.gateway.url}/v1", session.key, session.task(),
                          daemon=True)
         try:
-            done, _ = await asyncio.wait([call], timeout=self._config.timeout_s)
+            done = await self._in_time(session, call)
         finally:
             call.cancel()  # its session ends with us: nothing that it asks afterwards is answered
         if not done:
@@ -205,6 +209,13 @@ class AgentPrograms:
                 session.give_reward(call.result())
             except RequestError as refused:
                 raise EnvironmentFailed(f"{where}: it returned {call.result()!r}: {refused}, or None") from refused
+
+    async def _in_time(self, session: Session, ending: asyncio.Future) -> bool:
+        """Whether it has ended within timeout_s, without the time for which its requests waited for later steps."""
+        began = time.monotonic()
+        while (left := began + self._config.timeout_s + session.waited_s - time.monotonic()) > 0 and not ending.done():
+            await asyncio.wait([ending], timeout=left)
+        return ending.done()
 
     async def _http(self, session: Session) -> None:
         """Waits until an environment server has fetched the session, and until it has ended it."""
@@ -255,7 +266,8 @@ def _in_own_loop(function: Callable[[Any, Mapping[str, Any]], Awaitable[Any]], u
     async def talk() -> Any:
         # The gateway speaks plain HTTP. Reading certificates for each client took half of an agent's processor time.
         http = openai.DefaultAsyncHttpxClient(trust_env=False, verify=False)
-        async with openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http) as client:
+        # No time-out: an answer may wait for the next step, and rollout.agent.timeout_s ends what hangs.
+        async with openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http, timeout=None) as client:
             return await function(client, task)
 
     return asyncio.run(talk())

@@ -19,6 +19,7 @@ from megatron_rl.rollout.collectors import (
     AheadCollector,
     BudgetedCollector,
     Collector,
+    PartialAgentsCollector,
     PartialCollector,
     Prompts,
     SyncCollector,
@@ -102,9 +103,10 @@ def build_collector(config: Config, responder: Responder, prompts: Prompts) -> C
         return BudgetedCollector(responder, prompts, fill, **shared, overprovision=rollout.overprovision,
                                  seed=config.run.seed)
     if rollout.collector == "partial":
-        return PartialCollector(responder, prompts, **shared, budget_tokens=rollout.budget_tokens or fill.tokens,
-                                slice_tokens=rollout.slice_tokens, retention_steps=rollout.retention_steps,
-                                concurrency=rollout.concurrency)
+        kind = PartialCollector if rollout.agent.kind is None else PartialAgentsCollector
+        return kind(responder, prompts, **shared, budget_tokens=rollout.budget_tokens or fill.tokens,
+                    slice_tokens=rollout.slice_tokens, retention_steps=rollout.retention_steps,
+                    concurrency=rollout.concurrency)
     if rollout.collector == "async":
         return AheadCollector(responder, prompts, **shared, max_staleness=rollout.max_staleness,
                               last_step=config.run.steps - 1)

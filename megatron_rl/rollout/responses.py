@@ -25,6 +25,7 @@ from megatron_rl.rollout.environment import (
 from megatron_rl.rollout.fleet import Fleet, FleetError, Tally
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.sampling import SamplingParams
+from megatron_rl.rollout.slices import Slices
 from megatron_rl.rollout.transcript import Transcript
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score
 
@@ -43,7 +44,8 @@ class Scorer(Protocol):
 class SamplingPlan:
     """How many responses each prompt gets and how they are sampled. Evaluation uses another plan than training.
 
-    routed_layers: ask the engine for the experts that each token took.
+    routed_layers: ask the engine for the experts that each token took. slices: who grants the tokens of one response
+    of an agent; None: nobody needs to.
     """
 
     samples_per_prompt: int
@@ -52,6 +54,7 @@ class SamplingPlan:
     max_response_tokens: int
     stop: tuple[str, ...] = ()
     routed_layers: RoutedLayers | None = None
+    slices: Slices | None = None
 
     @classmethod
     def from_config(cls, config: RolloutConfig, routed_layers: RoutedLayers | None = None) -> SamplingPlan:

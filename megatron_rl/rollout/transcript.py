@@ -47,10 +47,10 @@ class Transcript:
             token_ids=np.concatenate([self.token_ids, result.output_ids]),
             sampled=np.concatenate([self.sampled, np.ones(count, dtype=np.bool_)]),
             logprobs=np.concatenate([self.logprobs, result.logprobs]),
-            weight_versions=_joined(self.weight_versions, tuple(
+            weight_versions=joined(self.weight_versions, tuple(
                 VersionSpan(span.version, begin + span.start, begin + span.end) for span in result.weight_versions)),
             finish=finish,
-            routed_experts=_grown(self.routed_experts, result.routed_experts),
+            routed_experts=grown(self.routed_experts, result.routed_experts),
         )
 
     def given(self, token_ids: Sequence[int]) -> Transcript:
@@ -78,7 +78,7 @@ class Transcript:
         )
 
 
-def _joined(first: tuple[VersionSpan, ...], second: tuple[VersionSpan, ...]) -> tuple[VersionSpan, ...]:
+def joined(first: tuple[VersionSpan, ...], second: tuple[VersionSpan, ...]) -> tuple[VersionSpan, ...]:
     """Neighbouring spans of one version become one."""
     if first and second and first[-1].version == second[0].version and first[-1].end == second[0].start:
         middle = VersionSpan(first[-1].version, first[-1].start, second[0].end)
@@ -86,6 +86,6 @@ def _joined(first: tuple[VersionSpan, ...], second: tuple[VersionSpan, ...]) -> 
     return first + second
 
 
-def _grown(known: np.ndarray | None, whole: np.ndarray | None) -> np.ndarray | None:
+def grown(known: np.ndarray | None, whole: np.ndarray | None) -> np.ndarray | None:
     """The known rows, and the new ones of `whole`."""
     return whole if known is None or whole is None else np.concatenate([known, whole[len(known):]])

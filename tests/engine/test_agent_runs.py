@@ -78,6 +78,26 @@ def test_a_run_trains_every_turn_of_its_agents_on_the_sampled_tokens(whole_run):
     assert steps[0]["train/grad_norm"] > 0
 
 
+def test_turns_go_on_over_steps_with_their_experts(settings, tmp_path):
+    """rollout.collector=partial in slices of 3 tokens: a step ends in the middle of turns of 6, and in the middle of
+    conversations; until the first publish the trainer agrees with every token and every expert."""
+    done = subprocess.run(command(*settings, f"run.dir={tmp_path}", "rollout.collector=partial", "algo.mismatch=tis",
+                                  "rollout.slice_tokens=3", "algo.max_collect_rounds=20"), cwd=ROOT,
+                          env=rank_environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    steps, carried = rows(tmp_path), 0
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    for row in steps:
+        assert row["train/selected_tokens"] == PHI and row["rollout/failed_fraction"] == 0
+        assert row["rollout/generated_tokens"] == PHI * row["budget/collect_rounds"]
+        assert carried + row["rollout/generated_tokens"] == (
+            PHI + row["budget/dropped_tokens"] + row["rollout/dropped_tokens"] + row["rollout/carried_tokens"])
+        carried = row["rollout/carried_tokens"]
+        assert row["agent/misses"] == 0 and row["agent/turns_mean"] == 4
+    assert steps[0]["mismatch/max_abs"] < 1e-4 and steps[0]["router/replay_differing"] == 0
+    assert carried > 0 and max(row["rollout/staleness_max"] for row in steps) > 0
+
+
 def test_killed_while_sessions_are_open_a_run_ends_as_if_nothing_had_happened(settings, whole_run, tmp_path):
     """First all of it is killed, and resumed; then the orchestrator alone, which is started again. The agents of the
     step begin again from their first message, and nothing is counted twice."""

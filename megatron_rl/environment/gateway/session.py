@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron_rl.environment.gateway.errors import RequestError
@@ -152,6 +153,9 @@ class Session:
         """RequestError for what the probe found that the template cannot render."""
         if asked.messages[-1]["role"] == "assistant":
             raise RequestError("the last message is an assistant's: the model answers users and tools")
+        if asked.stop and self.plan.slices is not None:
+            raise RequestError(f"stop={list(asked.stop)} with rollout.collector=partial: a stop text that a slice cuts "
+                               "in two would not be seen; leave it out", code="unsupported_parameter")
         cannot = self.model.findings.unsupported
         used = {"system": any(message["role"] == "system" for message in asked.messages),
                 "tools": bool(asked.options.tools) or any(message["role"] == "tool" for message in asked.messages)}
@@ -183,9 +187,10 @@ class Session:
             seed=sampling_seed(self.model.seed, f"{ticket.tag}/{history.hex()}/{retry}", ticket.step, ticket.index,
                                ticket.sample),
             stop_token_ids=self.model.rendering.stop_token_ids)
-        result = await self.model.fleet.generate(read, rid=f"{ticket.rid}-{self.id}-{self.requests}",
-                                                 sampling=sampling, tally=self.tally,
-                                                 routed_layers=self.plan.routed_layers)
+        generate = (self.model.fleet.generate if self.plan.slices is None
+                    else partial(self.plan.slices.generate, self.model.fleet))
+        result = await generate(read, rid=f"{ticket.rid}-{self.id}-{self.requests}", sampling=sampling,
+                                tally=self.tally, routed_layers=self.plan.routed_layers)
         self.cut = self.cut or (result.finish is Finish.LENGTH and len(result.output_ids) == room)
         return result
 
@@ -201,6 +206,11 @@ class Session:
         if parsed.error is not None:
             self.unparsed += 1
         return parsed
+
+    @property
+    def waited_s(self) -> float:
+        """How long it has waited for later steps, which is not the agent's time."""
+        return 0.0 if self.plan.slices is None else self.plan.slices.waited_s
 
     def task(self) -> dict[str, Any]:
         """What an agent is told of its prompt."""

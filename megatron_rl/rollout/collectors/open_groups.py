@@ -6,17 +6,29 @@ import dataclasses
 from typing import Any
 
 from megatron_rl.rollout.responses import Judged, Ticket
+from megatron_rl.rollout.slices import Slices
 from megatron_rl.rollout.transcript import Transcript
 from megatron_rl.types import Finish, Prompt, Score, VersionSpan
 
 
 @dataclasses.dataclass
 class OpenResponse:
-    """One response of an open group; judged once its transcript has finished."""
+    """One response of an open group; judged once its transcript has finished, or once its agent has ended.
+
+    slices: of an agent under way, whose session holds the tokens; None: it has not begun, or there are no agents.
+    """
 
     ticket: Ticket
     transcript: Transcript = dataclasses.field(default_factory=Transcript)
     judged: Judged | None = None
+    slices: Slices | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many were sampled and may still be trained on."""
+        if self.judged is not None:
+            return self.judged.rollout.response_tokens
+        return self.transcript.sampled_tokens if self.slices is None else self.slices.sampled
 
 
 @dataclasses.dataclass
@@ -29,11 +41,15 @@ class OpenGroup:
 
     @property
     def tokens(self) -> int:
-        return sum(response.transcript.sampled_tokens for response in self.responses)
+        return sum(response.tokens for response in self.responses)
 
     @property
     def finished(self) -> bool:
         return all(response.judged is not None for response in self.responses)
+
+    @property
+    def failed(self) -> bool:
+        return all(response.judged is not None and response.judged.score.failed for response in self.responses)
 
 
 def group_to_state(group: OpenGroup) -> dict[str, Any]:

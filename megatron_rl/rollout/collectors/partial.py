@@ -39,12 +39,12 @@ class PartialCollector:
         self._opened = 0
 
     async def collect(self, step: int, round_: int) -> tuple[list[RolloutGroup], Ledger]:
-        responder = self._responder.apart()
+        responder = self._with_new_account()
         carried_in = self._carried_tokens()
         dropped = 0
         if round_ == 0:
             self._opened = 0
-            dropped = self._drop_old(step)
+            dropped = await self._drop_old(step)
         await self._spend(responder, step)
         finished = [group for group in self._open if group.finished]
         self._open = [group for group in self._open if not group.finished]
@@ -57,7 +57,10 @@ class PartialCollector:
     def _carried_tokens(self) -> int:
         return sum(group.tokens for group in self._open)
 
-    def _drop_old(self, step: int) -> int:
+    def _with_new_account(self) -> Responder:
+        return self._responder.apart()
+
+    async def _drop_old(self, step: int) -> int:
         kept = [group for group in self._open if step - group.step <= self._retention_steps]
         dropped = sum(len(group.responses) for group in self._open) - sum(len(group.responses) for group in kept)
         self._open = kept
@@ -89,7 +92,9 @@ class PartialCollector:
             raise
 
     def _may_open(self) -> bool:
-        return sum(not group.finished for group in self._open) < self._most_open
+        """Not while so many are open, nor if so many have failed in this round that the next ones would, too."""
+        return (sum(not group.finished for group in self._open) < self._most_open
+                and sum(group.failed for group in self._open) < self._most_open)
 
     def _open_group(self, step: int) -> OpenGroup:
         (prompt,) = self._prompts.next(1)

@@ -387,10 +387,9 @@ def test_settings_that_cannot_be_meant_are_refused(options, why):
         AgentConfig(**options)
 
 
-@pytest.mark.parametrize("other", [{"environment": "a.b"}, {"collector": "partial"}])
-def test_what_an_agent_cannot_be_combined_with_is_named(other):
-    with pytest.raises(ValueError, match="rollout.agent.kind=command with rollout.|rollout.environment=a.b with"):
-        RolloutConfig(agent=command("talks"), **other)
+def test_what_an_agent_cannot_be_combined_with_is_named():
+    with pytest.raises(ValueError, match="rollout.environment=a.b with rollout.agent.kind=command"):
+        RolloutConfig(agent=command("talks"), environment="a.b")
 
 
 def test_a_runs_responders_speak_through_one_gateway_that_closes_with_its_engines(tmp_path):

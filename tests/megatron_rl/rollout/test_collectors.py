@@ -232,6 +232,19 @@ class Refusing(ScriptedFleet):
         return await super().generate(*args, rid=rid, **kwargs)
 
 
+class RefusingAll(ScriptedFleet):
+    async def generate(self, *args, rid: str, **kwargs):
+        await asyncio.sleep(1)
+        raise FleetError(f"request {rid}: no response after 4 attempts")
+
+
+def test_partial_ends_a_round_in_which_everything_fails():
+    """Failed responses spend nothing of the budget, so it would never end; the run sees the failed groups."""
+    groups, ledger = run(asyncio.wait_for(partial(RefusingAll(limit=LIMIT)).collect(0, 0), 10**4))
+    assert len(groups) == 12 and ledger.generated_tokens == 0
+    assert {score.status for group in groups for score in group.scores} == {"engine_error"}
+
+
 @pytest.mark.parametrize("make", [budgeted, partial, lambda fleet: SyncCollector(
     responder(fleet, CONFIG), Counting(), prompts_per_step=CONFIG.prompts_per_step)],
     ids=["budgeted", "partial", "sync"])
