@@ -38,8 +38,8 @@ class C3POLossConfig:
     entropy_coef: float = 5e-4
 
     def __post_init__(self):
-        if self.surrogate not in ("ppo", "gspo", "cispo"):
-            raise ValueError(f"surrogate={self.surrogate!r} must be ppo, gspo or cispo")
+        if self.surrogate not in ("ppo", "gspo", "lpo", "cispo"):
+            raise ValueError(f"surrogate={self.surrogate!r} must be ppo, gspo, lpo or cispo")
         if not 0 <= self.clip_eps_low <= 1:
             raise ValueError(f"clip_eps_low={self.clip_eps_low} must lie in [0, 1]")
         if not 0 <= self.clip_eps_high < float("inf"):
@@ -61,6 +61,7 @@ def policy_loss(
     denominator: float | torch.Tensor,
     config: C3POLossConfig,
     sequence_ids: torch.Tensor | None = None,
+    sentence_ids: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
@@ -73,15 +74,16 @@ def policy_loss(
       KL or entropy.
     - loss_mask: bool, marks the selected tokens.
     - denominator: of the whole step (StepTotals), so slices of a step add up to the step; one number, or one per token.
-    - sequence_ids (sequences.py): needed by surrogate="gspo", whose slices must hold whole sequences.
+    - sequence_ids (sequences.py): needed by surrogate="gspo", whose slices must hold whole sequences. sentence_ids: the
+      same for sentences, needed by surrogate="lpo". A sentence must not reach over two sequences.
     - surrogate: a function of your own instead of config.surrogate (surrogate.py says what it takes).
 
     Returns the 0-dim loss and the sums that README.md lists.
     ValueError: a denominator that is not positive, a shape that differs, a mask that is not bool, or a surrogate or
-    coefficient above 0 whose input (sequence_ids, ref_logprobs, entropy) is missing.
+    coefficient above 0 whose input (sequence_ids, sentence_ids, ref_logprobs, entropy) is missing.
     """
     objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config, sequence_ids,
-                                       ref_logprobs, entropy, weights, surrogate)
+                                       sentence_ids, ref_logprobs, entropy, weights, surrogate)
     if not isinstance(denominator, torch.Tensor):
         if not denominator > 0:
             raise ValueError(f"denominator={denominator} must be positive")
@@ -100,6 +102,7 @@ def c3po_loss(
     phi: int,
     config: C3POLossConfig,
     sequence_ids: torch.Tensor | None = None,
+    sentence_ids: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
@@ -113,7 +116,8 @@ def c3po_loss(
     if not phi >= 1:
         raise ValueError(f"phi={phi} must be at least 1 token")
     return policy_loss(logprobs, old_logprobs, advantages, loss_mask, denominator=phi, config=config,
-                       sequence_ids=sequence_ids, ref_logprobs=ref_logprobs, entropy=entropy, weights=weights)
+                       sequence_ids=sequence_ids, sentence_ids=sentence_ids, ref_logprobs=ref_logprobs, entropy=entropy,
+                       weights=weights)
 
 
 def grpo_loss(
@@ -126,6 +130,7 @@ def grpo_loss(
     num_responses: int,
     config: C3POLossConfig,
     sequence_ids: torch.Tensor | None = None,
+    sentence_ids: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
@@ -140,8 +145,8 @@ def grpo_loss(
         raise ValueError(f"num_responses={num_responses} must be at least 1")
     _check_shape("response_lengths", response_lengths, logprobs)
     return policy_loss(logprobs, old_logprobs, advantages, loss_mask, denominator=response_lengths * num_responses,
-                       config=config, sequence_ids=sequence_ids, ref_logprobs=ref_logprobs, entropy=entropy,
-                       weights=weights)
+                       config=config, sequence_ids=sequence_ids, sentence_ids=sentence_ids, ref_logprobs=ref_logprobs,
+                       entropy=entropy, weights=weights)
 
 
 def _token_objective(
@@ -151,6 +156,7 @@ def _token_objective(
     loss_mask: torch.Tensor,
     config: C3POLossConfig,
     sequence_ids: torch.Tensor | None,
+    sentence_ids: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None,
     entropy: torch.Tensor | None,
     weights: torch.Tensor | None,
@@ -161,6 +167,8 @@ def _token_objective(
         raise ValueError(f"loss_mask must be bool, not {loss_mask.dtype}")
     if surrogate is None and config.surrogate == "gspo" and sequence_ids is None:
         raise ValueError("surrogate=gspo needs sequence_ids; pass packed_sequence_ids or padded_sequence_ids")
+    if surrogate is None and config.surrogate == "lpo" and sentence_ids is None:
+        raise ValueError("surrogate=lpo needs sentence_ids: the number of its sentence at each token")
     if config.kl_coef > 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
     if config.entropy_coef > 0 and entropy is None:
@@ -174,7 +182,8 @@ def _token_objective(
     new = _masked(as_math_dtype(logprobs), loss_mask)
     log_ratio = _masked(new - as_math_dtype(old_logprobs).detach(), loss_mask)
     advantage = _masked(as_math_dtype(advantages).detach(), loss_mask)
-    terms = _surrogate(config, new, log_ratio, advantage, loss_mask, sequence_ids, surrogate)
+    units = {"gspo": sequence_ids, "lpo": sentence_ids}.get(config.surrogate)
+    terms = _surrogate(config, new, log_ratio, advantage, loss_mask, units, surrogate)
     policy = terms.objective
     if weights is not None:
         policy = policy * _masked(as_math_dtype(weights).detach(), loss_mask)
@@ -205,7 +214,7 @@ def _token_objective(
 
 
 def _surrogate(config: C3POLossConfig, new: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor,
-               loss_mask: torch.Tensor, sequence_ids: torch.Tensor | None,
+               loss_mask: torch.Tensor, units: torch.Tensor | None,
                own: SurrogateFunction | None) -> SurrogateTerms:
     bounds = {"eps_low": config.clip_eps_low, "eps_high": config.clip_eps_high}
     if own is not None:
@@ -215,9 +224,8 @@ def _surrogate(config: C3POLossConfig, new: torch.Tensor, log_ratio: torch.Tenso
         return replace(terms, objective=_masked(terms.objective, loss_mask))
     if config.surrogate == "cispo":
         return cispo_terms(new, log_ratio, advantage, **bounds)
-    if config.surrogate == "gspo":
-        assert sequence_ids is not None  # policy_loss has asked for them
-        log_ratio = sequence_log_ratio(log_ratio, loss_mask, sequence_ids)
+    if units is not None:  # the response or the sentence that has one ratio
+        log_ratio = sequence_log_ratio(log_ratio, loss_mask, units)
     return clipped_terms(log_ratio, advantage, **bounds)
 
 

@@ -140,7 +140,8 @@ class TrainSample:
 
     loss_mask marks the kept response tokens; num_response_tokens is |y_i| before the cut (GRPO, Eq. 1), over all
     sequences of the response; advantage is the response's group-relative advantage; index is the response's place in
-    the step's N responses; routed_experts uint8 [L-1, M, topk] | None.
+    the step's N responses; routed_experts uint8 [L-1, M, topk] | None; sentences int32 [L] | None, the number of the
+    sentence that a kept token belongs to, from 0 (batch/sentences.py).
     """
 
     index: int
@@ -150,6 +151,7 @@ class TrainSample:
     advantage: float
     num_response_tokens: int
     routed_experts: np.ndarray | None = None
+    sentences: np.ndarray | None = None
 
 
 @dataclass
@@ -168,6 +170,7 @@ class PackedMicrobatch:
     - old_logprobs, ref_logprobs: fp32 [T] | None; the no-gradient passes fill them.
     - routed_experts: uint8 [T, M, k] | None, the experts that position t takes in each MoE layer. They come from the
       rollout, or from a no-gradient pass, which records this rank's layers and rows (int16 for more than 256 experts).
+    - sentence_ids: int64 [T] | None, TrainSample.sentences counted on over the sequences; 0 where loss_mask is False.
     - sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
     """
 
@@ -187,6 +190,7 @@ class PackedMicrobatch:
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     routed_experts: torch.Tensor | None = None
+    sentence_ids: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -83,7 +83,16 @@ def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, 
         sample_lengths=tuple(lengths),
         routed_experts=None if experts_shape is None else joined(
             [sample.routed_experts for sample in samples], np.uint8,
-            fill=np.broadcast_to(np.arange(experts_shape[1]), experts_shape)))
+            fill=np.broadcast_to(np.arange(experts_shape[1]), experts_shape)),
+        sentence_ids=None if any(sample.sentences is None for sample in samples) else joined(
+            _counted_on(samples), np.int64))
+
+
+def _counted_on(samples: Sequence[TrainSample]) -> list[np.ndarray]:
+    """The sentences of each sequence behind those of the sequences before it, shifted."""
+    counts = [int(sample.sentences.max()) + 1 for sample in samples]
+    return [np.where(sample.loss_mask, sample.sentences + before, 0)[1:]
+            for sample, before in zip(samples, np.cumsum([0, *counts]), strict=False)]
 
 
 def _positions(span: int, cp_size: int, cp_rank: int) -> np.ndarray:

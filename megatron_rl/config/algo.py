@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from c3po import C3POLossConfig, Normalisation
-from megatron_rl.config.rules import require
+from megatron_rl.config.rules import require, require_pattern
+
+SENTENCE_END = (r"""(?:[.!?;\u2026]+["')\]]*(?=\s|\Z)|[\u3002\uff01\uff1f\uff1b]+["\u201d\u2019)\uff09]*|\n)"""
+                r"(?:[ \t]*\n)*")
+"""Marks that end a sentence, closing quotes and brackets after them, and the line breaks that follow."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class AlgoConfig:
     - advantage_scale: advantages are divided by the group's standard deviation (`std`), or not (`none`).
     - dynamic_sampling: leave out groups whose responses are all right or all wrong, before the cut and whatever shaping
       makes of their rewards. A group with a graded response is left out if its unshaped rewards are equal.
+    - sentence_end: with algo.loss.surrogate=lpo, a regular expression (Python's re) whose matches end the sentences of
+      a response. It sees the text of the response's tokens. The default ends them at . ! ? ; before white space, at
+      their full-width forms, and at line breaks.
     - balance_coef, z_loss_coef: coefficients of the router's losses.
     - truncated: a response that the length limit cut is trained on (`train`), left out of the loss (`mask`), or fined
       (`overlong_penalty`, DAPO). overlong_buffer_tokens: the fine grows over this many tokens before the limit. It
@@ -78,6 +85,7 @@ class AlgoConfig:
     dynamic_sampling: bool = False
     loss: C3POLossConfig = field(default_factory=C3POLossConfig)
     hooks: AlgoHooks = field(default_factory=AlgoHooks)
+    sentence_end: str = SENTENCE_END
     balance_coef: float = 1e-5
     z_loss_coef: float = 1e-7
     truncated: Literal["train", "mask", "overlong_penalty"] = "train"
@@ -96,6 +104,7 @@ class AlgoConfig:
         require(self.phi >= 1, f"algo.phi={self.phi} must be at least 1 token")
         for name in ("updates_per_rollout", "max_collect_rounds"):
             require(getattr(self, name) >= 1, f"algo.{name}={getattr(self, name)} must be at least 1")
+        require_pattern("algo.sentence_end", self.sentence_end)
         require(self.balance_coef >= 0, f"algo.balance_coef={self.balance_coef} must not be negative")
         require(self.z_loss_coef >= 0, f"algo.z_loss_coef={self.z_loss_coef} must not be negative")
         require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
@@ -132,7 +141,12 @@ class AlgoConfig:
     @property
     def needs_whole_sequences(self) -> bool:
         """Whether the loss of a token depends on other tokens of its sequence."""
-        return self.loss.surrogate == "gspo" or self.rejects_sequences
+        return self.loss.surrogate in ("gspo", "lpo") or self.rejects_sequences
+
+    @property
+    def needs_sentences(self) -> bool:
+        """Whether the loss asks which sentence a token belongs to."""
+        return self.loss.surrogate == "lpo" and self.hooks.surrogate is None
 
     def phi_global(self, dp: int) -> int:
         """Phi of one optimiser step over the whole cluster, in response tokens (spec note on Phi)."""

@@ -22,8 +22,8 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
     """Raise ValueError naming the keys of the first rule that does not hold. sizes None: no checkpoint at hand."""
     algo, rollout, batch, parallel = config.algo, config.rollout, config.batch, config.parallel
     require(not (algo.needs_whole_sequences and parallel.cp > 1),
-            f"parallel.cp={parallel.cp} spreads a sequence over ranks, but algo.loss.surrogate=gspo and "
-            "algo.sequence_* need all its tokens on one; use parallel.cp=1, or a surrogate and a correction per token")
+            f"parallel.cp={parallel.cp} spreads a sequence over ranks, but algo.loss.surrogate=gspo or lpo "
+            "and algo.sequence_* need its tokens on one; use parallel.cp=1, or a surrogate and a correction per token")
     require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
             f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")

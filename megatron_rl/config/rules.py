@@ -13,6 +13,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_pattern(key: str, pattern: str) -> None:
+    """ValueError unless `pattern` is a regular expression of Python's re."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{key}={pattern!r} is no regular expression of Python's re: {error}") from error
+
+
 def require_real_breaks(key: str, text: str) -> None:
     """ValueError when `text` holds a backslash and an n where a line break was meant, as in a shell's plain quotes."""
     require(_WRITTEN_BREAK.search(text) is None,

@@ -87,13 +87,16 @@ def _to_arrays(update: UpdateShard) -> dict[str, Any]:
     def end_to_end(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *parts], dtype=dtype, casting="same_kind")
 
-    experts = [sample.routed_experts for sample in samples if sample.routed_experts is not None]
-    assert len(experts) in (0, len(samples)), "either all responses of a step have experts or none"
+    def of_all(name: str) -> np.ndarray | None:
+        found = [getattr(sample, name) for sample in samples if getattr(sample, name) is not None]
+        assert len(found) in (0, len(samples)), f"either all responses of a step have {name} or none"
+        return np.concatenate(found) if found else None
+
     return {
         "token_ids": end_to_end([sample.token_ids for sample in samples], np.int32),
         "loss_mask": end_to_end([sample.loss_mask for sample in samples], np.bool_),
         "rollout_logprobs": end_to_end([sample.rollout_logprobs for sample in samples], np.float32),
-        "routed_experts": np.concatenate(experts) if experts else None,
+        "routed_experts": of_all("routed_experts"), "sentences": of_all("sentences"),
         "lengths": np.array([len(sample.token_ids) for sample in samples], dtype=np.int32),
         "indices": np.array([sample.index for sample in samples], dtype=np.int32),
         "advantages": np.array([sample.advantage for sample in samples], dtype=np.float64),
@@ -106,11 +109,12 @@ def _from_arrays(arrays: Mapping[str, Any]) -> UpdateShard:
     ends = np.cumsum(arrays["lengths"], dtype=int)
     samples = []
     for place, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
-        here, experts = slice(end - length, end), arrays["routed_experts"]
+        here, experts, sentences = slice(end - length, end), arrays["routed_experts"], arrays["sentences"]
         samples.append(TrainSample(
             index=int(arrays["indices"][place]), token_ids=arrays["token_ids"][here],
             loss_mask=arrays["loss_mask"][here], rollout_logprobs=arrays["rollout_logprobs"][here],
             advantage=float(arrays["advantages"][place]), num_response_tokens=int(arrays["response_tokens"][place]),
-            routed_experts=None if experts is None else experts[end - length - place:end - place - 1]))
+            routed_experts=None if experts is None else experts[end - length - place:end - place - 1],
+            sentences=None if sentences is None else sentences[here]))
     return UpdateShard(tuple(samples), tuple(arrays["sizes"]), tuple(arrays["least_tokens"]), arrays["phi"],
                        arrays["selected_tokens"], arrays["num_responses"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,25 @@ class QuickText:
             self._counted = np.arange(2 * len(places))
         places += self._counted[:len(places)]
         return self._bytes.take(places).tobytes().decode(errors="replace")
+
+    def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text that each token completes, "" if it ends inside of a character; joined, they are the whole text.
+
+        Special tokens have no text. A token that adds a character's last byte gets the character. The last token gets
+        the replacement characters of one that is not whole.
+        """
+        ids = np.asarray(token_ids, dtype=np.int64)
+        if self._is_quick and not (len(ids) and ids.max() >= self._size):
+            stream = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            begins, ends = self._begins.take(ids), (self._begins + self._lengths).take(ids)
+            texts = [stream.decode(self._bytes[begin:end].tobytes()) for begin, end in zip(begins, ends, strict=True)]
+            rest = stream.decode(b"", final=True)
+        else:
+            steps = decoders.DecodeStream(skip_special_tokens=True)
+            texts = [steps.step(self._tokenizer.backend_tokenizer, token_id) or "" for token_id in ids.tolist()]
+            told = max((place + 1 for place, text in enumerate(texts) if text), default=0)
+            rest = self._tokenizer.decode(ids[told:].tolist(), skip_special_tokens=True)
+        return [*texts[:-1], texts[-1] + rest] if texts else []
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -18,7 +18,7 @@ from megatron_rl.data import build_sampler
 from megatron_rl.handoff import load
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.model.architectures import read_config
-from megatron_rl.model.tokenizer import load_tokenizer
+from megatron_rl.model.tokenizer import QuickText, load_tokenizer
 from megatron_rl.observe import MetricsLog, Timers
 from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.orchestrator import stages, state
@@ -83,7 +83,8 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
         collector.load_state_dict(load(files.read_whole(checkpoint, files.ORCHESTRATOR_STATE))["collector"])
     weights = PublishedWeights(config, port, serving.fleet)
     rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered,
-                        agent_metrics=serving.agent_metrics)
+                        agent_metrics=serving.agent_metrics,
+                        pieces=QuickText(tokenizer).pieces if config.algo.needs_sentences else None)
     if offered is None:
         rollouts.keep_state(first_step)
     ranks, phases = Ranks(port, stage, weights), PhaseFile(log.directory)

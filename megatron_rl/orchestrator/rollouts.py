@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble
+from megatron_rl.batch import BudgetFill, StepBatch, UnfillableStep, assemble, with_sentences
+from megatron_rl.batch.sentences import Pieces
 from megatron_rl.config.schema import Config
 from megatron_rl.handoff import cut_into_shards, dump, write_shard
 from megatron_rl.model.network import Network
@@ -27,14 +28,18 @@ from megatron_rl.types import RolloutGroup
 
 
 class Rollouts:
-    """loop.Rollouts. offered: the step that an orchestrator handed over before it died; it is handed over again."""
+    """loop.Rollouts. offered: the step that an orchestrator handed over before it died; it is handed over again.
+
+    pieces: gives the text of tokens one by one, from which sentences are found (algo.loss.surrogate=lpo); else None.
+    """
 
     def __init__(self, config: Config, network: Network, collector: Collector, weights: PublishedWeights,
                  port: TrainerPort, folder: Path, offered: OfferedStep | None = None, *,
-                 agent_metrics: Callable[[int], Mapping[str, float]]):
+                 agent_metrics: Callable[[int], Mapping[str, float]], pieces: Pieces | None = None):
         self._config, self._sizes, self._collector = config, asdict(network), collector
         self._weights, self._port, self._folder, self._again = weights, port, folder, offered
         self._own, self._agent_metrics = OwnMetrics(config.observe.metrics), agent_metrics
+        self._pieces = pieces
         if offered is not None:
             self._hand_over(offered)
 
@@ -61,6 +66,8 @@ class Rollouts:
 
     def _offered(self, step: int, groups: list[RolloutGroup], batches: list[StepBatch], timers: Timers,
                  ledger: Ledger, rounds: int, agents: Mapping[str, float]) -> OfferedStep:
+        if self._pieces is not None:
+            batches = with_sentences(batches, self._pieces, self._config.algo.sentence_end)
         shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
         show_rollouts(self._config.observe.rollouts, step, groups)

@@ -36,6 +36,8 @@ from megatron_rl.trainer.learner import needs_old_pass
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
+TOKENS_PER_SENTENCE = 20
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -189,7 +191,7 @@ def packed(workload: Workload, config: Config, cp_rank: int) -> list[PackedMicro
 def _sample(index: int, length: int) -> TrainSample:
     mask = np.arange(length + 1) > length // 12  # a prompt, then the response
     return TrainSample(index, np.zeros(length + 1, np.int32), mask, np.zeros(length + 1, np.float32), 0.5,
-                       int(mask.sum()))
+                       int(mask.sum()), sentences=np.arange(length + 1, dtype=np.int32) // TOKENS_PER_SENTENCE)
 
 
 def _make_fake(batch: PackedMicrobatch, fake: FakeTensorMode) -> None:

@@ -41,8 +41,8 @@ class TokenObjective:
         weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
         loss, sums = policy_loss(
             logprobs_T, old_T, batch.advantages, mask, config=algo.loss, denominator=self._denominator(batch),
-            surrogate=own_function(algo, "surrogate"),
-            sequence_ids=sequence_ids_T, ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
+            surrogate=own_function(algo, "surrogate"), sequence_ids=sequence_ids_T, sentence_ids=batch.sentence_ids,
+            ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
         gap_sums, gap_maxima = mismatch_diagnostics(old_T, batch.rollout_logprobs, mask)
         return loss, {**sums, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
 

@@ -14,7 +14,10 @@ def tensor(*values):
 
 
 def step(seed=0, lengths=(3, 7, 1, 5)):
-    """A packed step: (logprobs, per-token inputs, response lengths at each token). Tokens 3 and 4 are masked."""
+    """A packed step: (logprobs, per-token inputs, response lengths at each token). Tokens 3 and 4 are masked.
+
+    A sentence has three tokens or is the rest of its response; the mask leaves one of three in the first of the second.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     old = -torch.rand(tokens, generator=generator, dtype=F64) * 3
@@ -28,6 +31,7 @@ def step(seed=0, lengths=(3, 7, 1, 5)):
         "ref_logprobs": old + 0.3 * torch.randn(tokens, generator=generator, dtype=F64),
         "entropy": torch.rand(tokens, generator=generator, dtype=F64),
         "weights": torch.rand(tokens, generator=generator, dtype=F64) * 2,
+        "sentence_ids": sentence_ids(lengths),
     }
     logprobs = old + 0.4 * torch.randn(tokens, generator=generator, dtype=F64)
     lengths_T = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths))
@@ -36,6 +40,12 @@ def step(seed=0, lengths=(3, 7, 1, 5)):
 
 def sequence_ids(lengths=(3, 7, 1, 5)):
     return packed_sequence_ids(torch.tensor([0, *lengths]).cumsum(0))
+
+
+def sentence_ids(lengths=(3, 7, 1, 5), size=3):
+    counts = [-(-length // size) for length in lengths]
+    return torch.cat([before + torch.arange(length) // size for length, before in
+                      zip(lengths, torch.tensor([0, *counts]).cumsum(0), strict=False)])
 
 
 def totals(mask, lengths=(3, 7, 1, 5)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,7 +27,7 @@ from c3po.sequences import sequence_mean, sequence_min
 from c3po.surrogate import sequence_log_ratio
 from tests.c3po.steps import F64, assert_sums_equal, pad, sequence_ids, step, tensor, totals
 
-SURROGATES = ("ppo", "gspo", "cispo")
+SURROGATES = ("ppo", "gspo", "lpo", "cispo")
 NORMALISATIONS = ("c3po", "grpo", "dr_grpo", "token_mean")
 LENGTHS = (3, 7, 1, 5)
 SEED = 8
@@ -50,7 +51,8 @@ def evaluate(surrogate, normalisation, logprobs, inputs, lengths_T, ids):
 
 
 def naive_loss(surrogate, normalisation, leaf, inputs):
-    """The papers' formulas, response by response; GSPO in its sequence form, with gradient through the whole ratio."""
+    """The papers' formulas, response by response; GSPO and LPO with gradient through the whole ratio of the response or
+    sentence."""
     kept = [[t for t in range(start, start + n) if inputs["loss_mask"][t]]
             for start, n in zip((0, 3, 10, 11), LENGTHS, strict=True)]
     total = leaf.new_zeros(())
@@ -58,7 +60,10 @@ def naive_loss(surrogate, normalisation, leaf, inputs):
         log_ratios = [leaf[t] - inputs["old_logprobs"][t] for t in tokens]
         for t, log_ratio in zip(tokens, log_ratios, strict=True):
             a, w = inputs["advantages"][t], inputs["weights"][t]
-            ratio = log_ratio.exp() if surrogate != "gspo" else (sum(log_ratios) / len(tokens)).exp()
+            sentence = [other for s, other in zip(tokens, log_ratios, strict=True)
+                        if inputs["sentence_ids"][s] == inputs["sentence_ids"][t]]
+            unit = {"gspo": log_ratios, "lpo": sentence}.get(surrogate, [log_ratio])
+            ratio = (sum(unit) / len(unit)).exp()
             clipped = ratio.clamp(1 - COEFFICIENTS["clip_eps_low"], 1 + COEFFICIENTS["clip_eps_high"])
             policy = clipped.detach() * a * leaf[t] if surrogate == "cispo" else min(ratio * a, clipped * a)
             q = inputs["ref_logprobs"][t] - leaf[t]
@@ -73,6 +78,8 @@ def test_equals_the_naive_formula_and_its_gradient(surrogate, normalisation):
     logprobs, inputs, lengths_T = step(SEED)
     if surrogate == "gspo":  # a weight per token has no meaning in the sequence form; one per response does
         inputs["weights"] = tensor(0.5, 2.0, 1.0, 1.5).repeat_interleave(torch.tensor(LENGTHS))
+    if surrogate == "lpo":
+        inputs["weights"] = tensor(0.5, 2.0, 1.0, 1.5, 0.2, 0.7, 1.2)[inputs["sentence_ids"]]
     leaf = logprobs.clone().requires_grad_()
     expected = naive_loss(surrogate, normalisation, leaf, inputs)
     expected.backward()
@@ -95,7 +102,7 @@ def test_padded_equals_packed(surrogate, normalisation):
     for seed in range(3):
         logprobs, inputs, lengths_T = step(seed)
         packed = evaluate(surrogate, normalisation, logprobs, inputs, lengths_T, sequence_ids())
-        rows = {name: pad(value, fill=0 if value.dtype == torch.bool else math.nan) for name, value in inputs.items()}
+        rows = {name: pad(value, fill=math.nan if value.dtype == F64 else 0) for name, value in inputs.items()}
         padded = evaluate(surrogate, normalisation, pad(logprobs, fill=math.nan), rows, pad(lengths_T),
                           padded_sequence_ids(pad(logprobs)))
         torch.testing.assert_close(padded[0], packed[0])
@@ -132,6 +139,56 @@ def test_slices_that_hold_whole_sequences_add_up(surrogate, normalisation):
         torch.testing.assert_close(torch.cat([part[place] for part in parts]), whole[place])
 
 
+def numpy_lpo(logprobs, inputs, eps):
+    """-1/sum |y_i| sum over sentences of n min(u A, clip(u) A), as it is published, in numpy."""
+    new, old, advantages, mask, ids = (x.numpy() for x in (logprobs, *(inputs[name] for name in (
+        "old_logprobs", "advantages", "loss_mask", "sentence_ids"))))
+    total = 0.0
+    for sentence in np.unique(ids[mask]):
+        tokens = np.flatnonzero((ids == sentence) & mask)
+        u, advantage = np.exp(np.mean(new[tokens] - old[tokens])), advantages[tokens[0]]
+        total += len(tokens) * min(u * advantage, np.clip(u, 1 - eps, 1 + eps) * advantage)
+    return -total / mask.sum()
+
+
+def lpo(logprobs, inputs, surrogate="lpo", **ids):
+    """(loss, gradient) of the policy term alone over the step's tokens, eps 0.03."""
+    leaf = logprobs.clone().requires_grad_()
+    config = C3POLossConfig(surrogate=surrogate, clip_eps_low=0.03, clip_eps_high=0.03, kl_coef=0, entropy_coef=0)
+    inputs = {name: inputs[name] for name in ("old_logprobs", "advantages", "loss_mask")}
+    loss, _ = policy_loss(leaf, denominator=totals(inputs["loss_mask"]).denominator("token_mean", None), config=config,
+                          **inputs, **ids)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def test_lpo_is_its_published_sentence_form_and_the_slope_of_it():
+    clipped = set()
+    for seed in range(20):
+        logprobs, inputs, _ = step(seed)
+        logprobs = inputs["old_logprobs"] + 0.1 * (logprobs - inputs["old_logprobs"])
+        ids = inputs["sentence_ids"]
+        loss, gradient = lpo(logprobs, inputs, sentence_ids=ids)
+        assert loss.item() == pytest.approx(numpy_lpo(logprobs, inputs, 0.03), abs=1e-12)
+        for t in range(len(logprobs)):
+            h = torch.zeros_like(logprobs)
+            h[t] = 1e-6
+            slope = (numpy_lpo(logprobs + h, inputs, 0.03) - numpy_lpo(logprobs - h, inputs, 0.03)) / 2e-6
+            assert gradient[t].item() == pytest.approx(slope, abs=1e-8)
+        clipped |= {bool(gradient[t]) for t in range(len(logprobs)) if inputs["loss_mask"][t]}
+    assert clipped == {True, False}, "some sentences must be clipped, and some not"
+
+
+def test_one_sentence_per_response_is_gspo_and_one_token_per_sentence_is_ppo():
+    for seed in range(5):
+        logprobs, inputs, _ = step(seed)
+        for ids, surrogate in ((sequence_ids(), "gspo"), (torch.arange(len(logprobs)), "ppo")):
+            found = lpo(logprobs, inputs, sentence_ids=ids)
+            expected = lpo(logprobs, inputs, surrogate, sequence_ids=sequence_ids())
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        assert not torch.equal(lpo(logprobs, inputs, sentence_ids=sequence_ids())[1], found[1])
+
+
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_c3po_and_grpo_are_two_of_the_normalisations(surrogate):
     logprobs, inputs, lengths_T = step(SEED)
@@ -146,10 +203,10 @@ def test_c3po_and_grpo_are_two_of_the_normalisations(surrogate):
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
 def test_on_policy_every_surrogate_has_one_gradient(normalisation):
     _, inputs, lengths_T = step(SEED)
-    gradients = [evaluate(surrogate, normalisation, inputs["old_logprobs"], inputs, lengths_T, sequence_ids())[2]
-                 for surrogate in SURROGATES]
-    torch.testing.assert_close(gradients[1], gradients[0])
-    torch.testing.assert_close(gradients[2], gradients[0])
+    first, *others = [evaluate(surrogate, normalisation, inputs["old_logprobs"], inputs, lengths_T, sequence_ids())[2]
+                      for surrogate in SURROGATES]
+    for gradient in others:
+        torch.testing.assert_close(gradient, first)
 
 
 def test_no_lower_bound():
@@ -255,6 +312,8 @@ def test_a_step_without_tokens_divides_by_one():
      "denominator has shape"),
     (lambda x, m, i: c3po_loss(x, x, x, m, phi=1, config=C3POLossConfig("gspo", kl_coef=0, entropy_coef=0)),
      "gspo needs sequence_ids"),
+    (lambda x, m, i: c3po_loss(x, x, x, m, phi=1, config=C3POLossConfig("lpo", kl_coef=0, entropy_coef=0)),
+     "lpo needs sentence_ids"),
     (lambda x, m, i: c3po_loss(x, x, x, m, phi=1, sequence_ids=i[:2],
                                config=C3POLossConfig("gspo", kl_coef=0, entropy_coef=0)),
      "sequence_ids must be int64"),

@@ -24,7 +24,7 @@ from tests.c3po.steps import F64
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "c3po_family.json").read_text())
 STEP = GOLDEN["step"]
 MASK = torch.tensor(STEP["mask"], dtype=torch.bool)
-IDS = torch.tensor(STEP["response"])
+IDS, SENTENCES = torch.tensor(STEP["response"]), torch.tensor(STEP["sentence"])
 CORRECTIONS = GOLDEN["corrections"]
 TOKEN_WEIGHTS = {"tis": tis_weights, "icepop": icepop_weights}
 SEQUENCE_MASKS = {"geometric_mean": geometric_mean_mask, "token_veto": token_veto_mask}
@@ -43,7 +43,7 @@ def run(surrogate: str, normalisation: str):
     old = new.detach() - worked_tensor(STEP["new_over_old"]).log()
     totals = StepTotals(*(STEP[key] for key in ("phi", "selected_tokens", "num_responses", "max_response_tokens")))
     loss, sums = policy_loss(
-        new, old, torch.tensor(STEP["advantage"], dtype=F64), MASK, sequence_ids=IDS,
+        new, old, torch.tensor(STEP["advantage"], dtype=F64), MASK, sequence_ids=IDS, sentence_ids=SENTENCES,
         denominator=totals.denominator(normalisation, torch.tensor(STEP["response_lengths"])),
         config=C3POLossConfig(**GOLDEN["surrogates"][surrogate]["config"], kl_coef=0.0, entropy_coef=0.0))
     loss.backward()

@@ -23,6 +23,9 @@ MODEL = {
     "moe_intermediate_size": 16, "first_k_dense_replace": 1, "initializer_range": 0.2,
 }
 LOSS = C3POLossConfig(clip_eps_low=0.2, clip_eps_high=0.3, kl_coef=0.3, entropy_coef=0.2)
+SURROGATES = ("gspo", "lpo")
+"""Those whose ratio is of many tokens, which one context-parallel rank must hold. LOSS has ppo's."""
+TOKENS_PER_SENTENCE = 4
 PHI = 83
 BALANCE_COEF, Z_LOSS_COEF = 0.05, 0.02
 TEMPERATURE = 0.8
@@ -92,6 +95,10 @@ BFLOAT16_KERNELS = ("megatron", "torch")
 BFLOAT16_MUTATIONS = ("loss_without_microbatches", "more_entropy", "sequences_see_each_other", "loss_without_dp",
                       "head_gradient_of_own_vocabulary", "rotation_by_place_on_the_rank")
 """Faults that must show above the roundings of bfloat16."""
+
+
+def holds_whole_sequences(layout: str) -> bool:
+    return LAYOUTS[layout].get("cp", 1) == 1
 
 
 def mutations(layout: str) -> tuple[str, ...]:

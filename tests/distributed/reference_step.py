@@ -30,6 +30,7 @@ class Reference:
     updated: Weights
     grad_norm: float
     report: dict[str, float]
+    surrogates: dict[str, Weights]
 
 
 class RouterLogits(TorchFunctionMode):
@@ -73,7 +74,17 @@ def experts_of(step: cases.Step) -> list[np.ndarray | None]:
     return [None] * len(step.token_ids) if step.routed_experts is None else step.routed_experts
 
 
-def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch.Tensor, dict[str, float]]:
+def ratios(log_ratio: torch.Tensor, mask: torch.Tensor, surrogate: str) -> torch.Tensor:
+    """new / old at each token [L-1]; for gspo and lpo the geometric mean over its response or its sentence."""
+    if surrogate == "ppo":
+        return log_ratio.exp()
+    sentence_L = torch.arange(1, 1 + len(mask)) // (cases.TOKENS_PER_SENTENCE if surrogate == "lpo" else 1 + len(mask))
+    means = [log_ratio[mask & (sentence_L == number)].mean() for number in sentence_L]
+    return torch.stack(means).exp()
+
+
+def step_loss(step: cases.Step, weights: Weights, config: Config,
+              surrogate_name: str = "ppo") -> tuple[torch.Tensor, dict[str, float]]:
     """The whole step's loss (spec Eq. 2, 5, 6) and what it is made of."""
     surrogate, kl, entropy = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     router: list[list[torch.Tensor]] = []
@@ -86,7 +97,7 @@ def step_loss(step: cases.Step, weights: Weights, config: Config) -> tuple[torch
         old = torch.from_numpy(step.old_logprobs[index][1:]).double()
         ref = torch.from_numpy(step.ref_logprobs[index][1:]).double()
         advantage = float(np.float32(step.advantages[index]))
-        ratio = (new - old).exp()
+        ratio = ratios(new - old, mask, surrogate_name)
         clipped = ratio.clamp(1 - cases.LOSS.clip_eps_low, 1 + cases.LOSS.clip_eps_high)
         surrogate = surrogate + torch.minimum(ratio * advantage, clipped * advantage)[mask].sum()
         kl = kl + ((ref - new).exp() - (ref - new) - 1)[mask].sum()
@@ -135,6 +146,10 @@ def reference_step(step: cases.Step, start: Weights, config: Config) -> Referenc
     loss, report = step_loss(step, weights | frozen, config)
     loss.backward()
     gradients = {name: weight.grad.clone() for name, weight in weights.items()}
+    surrogates = {}
+    for surrogate in cases.SURROGATES:
+        other = torch.autograd.grad(step_loss(step, weights | frozen, config, surrogate)[0], list(weights.values()))
+        surrogates[surrogate] = dict(zip(weights, other, strict=True))
 
     options = cases.OPTIMIZER
     # Megatron does not decay vectors (norm weights)
@@ -144,4 +159,5 @@ def reference_step(step: cases.Step, start: Weights, config: Config) -> Referenc
     torch.optim.AdamW(groups, lr=cases.LEARNING_RATE, betas=(options["beta1"], options["beta2"]),
                       eps=options["eps"]).step()
     updated = {name: weight.detach().clone() for name, weight in (weights | frozen).items()}
-    return Reference({n: t.double() for n, t in start.items()}, gradients, updated, float(grad_norm), report)
+    return Reference({n: t.double() for n, t in start.items()}, gradients, updated, float(grad_norm), report,
+                     surrogates)

@@ -18,14 +18,17 @@ def table(results: Mapping[str, dict], reference: Reference) -> Iterator[str]:
     """Lines of the table. results: what the worker saved, by layout. An error above the tolerance is marked RED."""
     update = {name: reference.updated[name] - reference.start[name] for name in reference.start}
     headings = [f"{count} micro-batch{'es' * (count > 1)}" for count in cases.MICROBATCHES]
-    yield _row("", "ranks", ["gradient"] * len(headings) + ["weights after a step"] * len(UPDATES))
-    yield _row("layout", "", [*headings, *UPDATES.values()])
+    surrogates = cases.SURROGATES
+    yield _row("", "ranks", ["gradient"] * (len(headings) + len(surrogates)) + ["weights after a step"] * len(UPDATES))
+    yield _row("layout", "", [*headings, *surrogates, *UPDATES.values()])
     for layout, result in results.items():
         many = "" if cases.microbatch_multiple(layout) == 1 else "*"
         gradients = [_cell(result["gradients"][count], reference.gradients, reference.gradients) + many
                      for count in cases.MICROBATCHES]
         weights = [_cell(result["updated"][variant]["weights"], reference.updated, update) for variant in UPDATES]
-        yield _row(layout, str(cases.LAYOUTS[layout]["world_size"]), [*gradients, *weights])
+        others = [_cell(result["surrogates"][name], reference.surrogates[name], reference.surrogates[name])
+                  if cases.holds_whole_sequences(layout) else "-" for name in surrogates]
+        yield _row(layout, str(cases.LAYOUTS[layout]["world_size"]), [*gradients, *others, *weights])
     yield (f"||found - expected|| / ||expected||, worst parameter, fp32 against float64; tolerance {cases.TOLERANCE}, "
            f"above it {RED}; of weights: over the size of the update")
     yield "* interleaved stages want a multiple of pp: 2, 2 and 6 micro-batches"

@@ -55,6 +55,14 @@ def test_gradient_does_not_depend_on_the_number_of_microbatches(layouts, layout)
         assert max(errors.values()) < 3e-6, max(errors, key=errors.get)
 
 
+@pytest.mark.parametrize("surrogate", cases.SURROGATES)
+@in_layouts(names=[name for name in cases.LAYOUTS if cases.holds_whole_sequences(name)])
+def test_a_ratio_of_many_tokens_does_not_depend_on_layout(layouts, layout, surrogate):
+    expected = layouts.reference.surrogates[surrogate]
+    assert too_different(layouts[layout]["surrogates"][surrogate], expected) == {}
+    assert len(too_different(layouts.reference.gradients, expected)) == len(expected), "it must differ from ppo's"
+
+
 @in_layouts()
 def test_backend_torch_gives_these_gradients_and_calls_its_attention_once_a_layer(layouts, layout):
     """Its attention is asked only what its documentation lets one ask (varlen.py), in the counting pass and the update.

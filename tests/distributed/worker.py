@@ -20,7 +20,7 @@ import torch
 
 import tests.distributed.cases as cases
 import tests.distributed.varlen as varlen
-from c3po import c3po_loss
+from c3po import c3po_loss, packed_sequence_ids
 from megatron_rl import topology
 from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
@@ -45,7 +45,8 @@ def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, coun
     """This rank's packed micro-batches, with the step's old and reference log-probabilities laid along."""
     samples = [TrainSample(index, step.token_ids[index], step.loss_mask[index], step.old_logprobs[index],
                            step.advantages[index], int(step.loss_mask[index].sum()),
-                           None if step.routed_experts is None else step.routed_experts[index])
+                           None if step.routed_experts is None else step.routed_experts[index],
+                       np.arange(len(step.token_ids[index])) // cases.TOKENS_PER_SENTENCE)
                for index in range(len(step.token_ids))]
     plan = plan_microbatches(
         step.lengths, dp_size=here.dp_size, tokens_per_microbatch=cases.TOKEN_CAP, cp_size=here.cp_size,
@@ -67,7 +68,8 @@ def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, coun
 
 def token_loss(batch, logprobs_T, entropy_T):
     return c3po_loss(logprobs_T, batch.old_logprobs, batch.advantages, batch.loss_mask, phi=cases.PHI,
-                     config=cases.LOSS, ref_logprobs=batch.ref_logprobs, entropy=entropy_T)
+                     config=cases.LOSS, sequence_ids=packed_sequence_ids(batch.cu_seqlens),
+                     sentence_ids=batch.sentence_ids, ref_logprobs=batch.ref_logprobs, entropy=entropy_T)
 
 
 _resolve = backend.resolve
@@ -179,6 +181,9 @@ def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     for mutation in cases.mutations(layout):
         with BREAK[mutation](runner):
             result["mutated"][mutation] = runner.gradients(cases.UPDATE_MICROBATCHES)
+    for surrogate in cases.SURROGATES if cases.holds_whole_sequences(layout) else ():
+        with patch.object(cases, "LOSS", replace(cases.LOSS, surrogate=surrogate)):
+            result.setdefault("surrogates", {})[surrogate] = runner.gradients(cases.UPDATE_MICROBATCHES)
     runner = Runner(folder, layout, here, distributed_optimizer=False, kernels="torch")
     varlen.CALLS.clear()
     result["torch"] = {"gradients": runner.gradients(cases.UPDATE_MICROBATCHES), "calls": len(varlen.CALLS),

@@ -34,7 +34,7 @@ def microbatch():
         length = prompt + kept
         mask = np.arange(length) >= prompt
         samples.append(TrainSample(index, rng.integers(0, 9, length), mask, np.where(mask, -2.0, 0.0), advantage,
-                                   whole))
+                                   whole, sentences=np.arange(length) // 3))
     batch = pack(samples, multiple_of=4)
     assert not bool(batch.real[-1])
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +76,15 @@ def test_gspo_sees_the_packed_sequences():
     for tokens in gradient[batch.loss_mask].split([2, 3, 2]):
         torch.testing.assert_close(tokens, tokens[:1].expand_as(tokens))
         assert tokens[0] != 0
+
+
+def test_lpo_sees_the_sentences():
+    """Sentences end after token 2 of each sequence; the responses are its tokens 2 to 3, 1 to 3 and 2 to 3."""
+    gradient = evaluate(AlgoConfig(loss=replace(UNCLIPPED, surrogate="lpo")))[2]
+    batch, _ = microbatch()
+    found = gradient[batch.loss_mask].tolist()
+    assert found[2] == pytest.approx(found[3]) and 0.0 not in found
+    assert len({round(value, 6) for value in found}) == 6
 
 
 def test_icepop_is_what_c3po_says():
@@ -121,7 +130,7 @@ def test_without_a_pass_before_it_the_update_starts_from_its_own_logprobs():
 
 
 def test_every_switch_is_independent_of_the_others():
-    """4 objectives x 3 surrogates x 4 corrections x 4 rejections: gradient times product of weights."""
+    """4 objectives x 4 surrogates x 4 corrections x 4 rejections: gradient times product of weights."""
     batch, _ = microbatch()
     old, rollout, selected = batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask
     k = (old - rollout)[selected].exp()  # 0.86 0.34, 1.33 0.58 0.50, 1.52 0.70; geometric means 0.54, 0.73, 1.03
@@ -131,7 +140,7 @@ def test_every_switch_is_independent_of_the_others():
     mean, veto = {"sequence_ratio_low": 0.5, "sequence_ratio_high": 1.02}, {"sequence_min_token_ratio": 0.4}
     rejections = [({}, [1, 1, 1, 1, 1, 1, 1]), (mean, [1, 1, 1, 1, 1, 0, 0]), (veto, [0, 0, 1, 1, 1, 1, 1]),
                   ({**mean, **veto}, [0, 0, 1, 1, 1, 0, 0])]
-    for objective, surrogate in product(("c3po", "grpo", "dr_grpo", "token_mean"), ("ppo", "gspo", "cispo")):
+    for objective, surrogate in product(("c3po", "grpo", "dr_grpo", "token_mean"), ("ppo", "gspo", "lpo", "cispo")):
         plain = AlgoConfig(objective=objective, loss=replace(UNCLIPPED, surrogate=surrogate), tis_cap=1.1,
                            icepop_low=0.8, icepop_high=1.5, kpop_max_kl=0.02)
         _, _, without = evaluate(plain)
@@ -147,7 +156,7 @@ CORRECTED = {"mismatch": "icepop", "icepop_low": 0.7, "icepop_high": 1.4, "seque
              "sequence_ratio_high": 1.25, "sequence_min_token_ratio": 0.5}
 
 
-@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "lpo", "cispo"])
 @pytest.mark.parametrize("objective", ["c3po", "grpo", "dr_grpo", "token_mean"])
 @pytest.mark.parametrize("correction", [{}, CORRECTED, {"mismatch": "tis"}, {"mismatch": "kpop"}],
                          ids=["none", "icepop and sequences", "tis", "kpop"])
@@ -158,7 +167,7 @@ def test_no_metric_depends_on_the_packing(objective, surrogate, correction):
     lengths = [int(n) for n in rng.integers(3, 12, 6)]
     rows = [rng.normal(scale=0.4, size=(5, n)) - 2.0 for n in lengths]  # rollout, old, new, reference, entropy
     samples = [TrainSample(i, rng.integers(0, 9, n), np.arange(n) >= 2, np.where(np.arange(n) >= 2, rows[i][0], 0.0),
-                           float(rng.normal()), n - 2) for i, n in enumerate(lengths)]
+                           float(rng.normal()), n - 2, sentences=np.arange(n) // 4) for i, n in enumerate(lengths)]
     totals = StepTotals(phi=64, selected_tokens=sum(lengths) - 12, num_responses=6, max_response_tokens=10)
 
     def reported(packing, multiple_of: int) -> dict[str, float]:
@@ -206,5 +215,6 @@ def test_presets_are_the_papers():
         "dr_grpo": ("dr_grpo", "ppo", "none", 0.2, 0.2, 0.0, False),
         "gspo": ("grpo", "gspo", "std", 3e-4, 4e-4, 0.0, False),
         "cispo": ("token_mean", "cispo", "std", 1.0, 4.0, 0.0, False),
+        "lpo": ("token_mean", "lpo", "std", 0.03, 0.03, 0.0, False),
     }
     assert [name for name, algo in presets.items() if algo.has_budget] == ["c3po"]

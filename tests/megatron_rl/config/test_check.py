@@ -37,6 +37,7 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
     (["rollout.engine.router=local", "algo.router_replay=rollout"], r"rollout\.engine\.router drops .*router_replay"),
     (["parallel=tp2", "model.kernels.logprob=liger"], r"model\.kernels\.logprob=liger .*parallel\.tp=2 cuts"),
     (["algo.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
+    (["algo=lpo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*gspo or lpo"),
     (["algo.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),
 ])
 def test_a_rule_names_its_keys(overrides, message):

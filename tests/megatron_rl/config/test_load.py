@@ -63,7 +63,7 @@ def test_a_config_survives_json():
     (["algo.phi=1.5"], r"algo\.phi=1\.5 must be int, not float"),
     (["run.resume=1"], r"run\.resume=1 must be one of false, true, auto"),
     (["algo.cutoff=tokens"], r"algo\.cutoff=tokens must be one of token, response \(did you mean token\?\)"),
-    (["algo.loss.surrogate=gpso"], r"algo\.loss\.surrogate=gpso must be one of ppo, gspo, cispo \(did you mean gspo"),
+    (["algo.loss.surrogate=gpso"], r"algo\.loss\.surrogate=gpso must be one of ppo, gspo, lpo, cispo \(did you mean g"),
     (["algo.sequence_ratio_low=0.5"], r"algo\.sequence_ratio_low=0\.5 and algo\.sequence_ratio_high=None: set both"),
     (["algo.sequence_ratio_low=2.0", "algo.sequence_ratio_high=1.0"], r"algo\.sequence_ratio_low=2\.0 must be"),
     (["algo.sequence_min_token_ratio=1.5"], r"algo\.sequence_min_token_ratio=1\.5 must lie in \(0, 1\)"),
