@@ -20,6 +20,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import EXIT_CODES
+from megatron_rl.model.adapters import check_lora
 from megatron_rl.model.network import check_layout
 from megatron_rl.observe.say import say, warn
 from megatron_rl.orchestrator.stages import stage_configs
@@ -252,6 +253,7 @@ def plan(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
     check_layout(network, config.parallel)
+    check_lora(config.model, network, gpu=True)
     hardware = Hardware(gpu_memory=options.gpu_memory * GB)
     engine = round(config.rollout.engine.mem_fraction_static * hardware.gpu_memory) if options.colocated else 0
     given = estimate(network, config, hardware, engine_bytes=engine)
@@ -284,9 +286,10 @@ def replay_step(options) -> int:
     folder = Path(options.folder)
     record = dump.read_record(folder)
     config = build(record.config)
+    model = dataclasses.replace(config.model, path=str(folder / dump.WEIGHTS)) if not config.model.lora.on else \
+        dataclasses.replace(config.model, lora=dataclasses.replace(config.model.lora, path=str(folder / dump.ADAPTER)))
     run_ranks("replay", dataclasses.replace(
-        config, run=dataclasses.replace(config.run, dir=str(folder)),
-        model=dataclasses.replace(config.model, path=str(folder / dump.WEIGHTS))))
+        config, run=dataclasses.replace(config.run, dir=str(folder)), model=model))
     replayed = json.loads((folder / dump.RESULT).read_text())
     same = True
     print(f"optimiser step {record.step}, {'skipped' if record.skipped else 'taken'} by the run")

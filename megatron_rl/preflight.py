@@ -18,6 +18,8 @@ from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.foreign import load_function
+from megatron_rl.model.adapter_folder import identity, read_adapters
+from megatron_rl.model.adapters import check_lora
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.checkpoint_files import check_resume, choose
@@ -99,6 +101,8 @@ def check_folders(config: Config, *, exports: bool) -> None:
     reference = config.model.reference_path
     if reference is not None and config.algo.loss.kl_coef > 0:
         check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
+    if config.model.lora.path is not None:
+        read_adapters(config.model, read_config(config.model.path))
     run_dir = Path(config.run.dir)
     require(run_dir.is_dir() or not run_dir.exists(), f"run.dir={run_dir} is a file: name a folder")
     if exports:
@@ -119,6 +123,7 @@ def check_backends(config: Config, network: Network) -> None:
     There are GPUs if there are some here or slurm.gpus_per_node is set.
     """
     check_backend(config.model, network, config.parallel, gpu=_on_gpus(config))
+    check_lora(config.model, network, gpu=_on_gpus(config))
     if config.model.backend == "transformer_engine" and torch.cuda.is_available():  # a login node need not have it
         check_transformer_engine(config.model.backend)
     check_gpu_parts(config)
@@ -171,7 +176,7 @@ def warn_of_shared_gpus(config: Config, *, slurm: bool = False) -> None:
 def check_start(config: Config) -> None:
     """What a start of RL is refused for that asks neither for a GPU nor for an engine, beside `validate`."""
     refuse_earlier_run(config)
-    check_resume(config.run, asdict(read_config(config.model.path)))
+    check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path))
     check_data(config)
     warn_of_seen_problems(config)
 
@@ -191,7 +196,7 @@ def check_sft_start(config: Config) -> None:
     """check_start of supervised fine-tuning."""
     check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
     refuse_earlier_run(config)
-    check_resume(config.run, asdict(read_config(config.model.path)))
+    check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path))
     check_sft_data(config)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.orchestrator import OrchestratorConfig
 from megatron_rl.config.pipeline import PipelineConfig
 from megatron_rl.config.reward import RewardConfig
@@ -115,6 +116,7 @@ class ModelConfig:
     expert_bias_rate: float = 0.0
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         require(0 <= self.expert_bias_rate < 1, f"model.expert_bias_rate={self.expert_bias_rate} must be in 0..1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from megatron.core import parallel_state
@@ -13,9 +13,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
 from megatron_rl.model import backend
+from megatron_rl.model.adapters import check_lora
 from megatron_rl.model.config import transformer_config
+from megatron_rl.model.lora import Adapters, attach
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.spec import block_spec
@@ -27,7 +30,7 @@ class Policy:
 
     chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
     DistributedDataParallel. gpt_models: the GPTModel inside each chunk. backend: what computes the layers' parts.
-    fp32_lm_head, expert_bias_rate: as configured.
+    fp32_lm_head, expert_bias_rate, lora: as configured. adapters: those of model.lora, or None. path: model.path.
     """
 
     config: Network
@@ -38,6 +41,9 @@ class Policy:
     backend: backend.Backend
     fp32_lm_head: bool
     expert_bias_rate: float = 0.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    adapters: Adapters | None = None
+    path: str = ""
 
     @property
     def moe_layers(self) -> list[int]:
@@ -68,6 +74,7 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     check_layout(model, parallel)
     gpu = backend.on_gpu()
     backend.check_backend(options, model, parallel, gpu=gpu)
+    check_lora(options, model, gpu=gpu)
     _check_triton(options.kernels)
     chosen = backend.resolve(options, gpu=gpu)
     config = transformer_config(model, options, parallel, chosen)
@@ -75,6 +82,7 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     stages = range(parallel.vpp) if parallel.vpp else (None,)
     gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, chosen, stage), stage)
                   for stage in stages]
+    adapters = attach(gpt_models, options.lora) if options.lora.on else None
     chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
     for router in _routers(gpt_models):
         router._maintain_float32_expert_bias()  # Float16Module casts buffers too
@@ -84,7 +92,7 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
         for chunk in chunks:
             chunk.requires_grad_(False)
     return Policy(model, config, chunks, gpt_models, losses, chosen, options.fp32_lm_head,
-                  options.expert_bias_rate)
+                  options.expert_bias_rate, options.lora, adapters, options.path)
 
 
 def _check_triton(kernels: KernelConfig) -> None:

@@ -12,6 +12,7 @@
 KEY is the parameter's first Hugging Face name (slots.Slot), PIECE its number in the tensor- or expert-tensor-parallel
 cut. Each rank writes what its optimiser holds and reads what its own layout needs, cut anew through the Slot where the
 layouts differ; nothing is gathered. The weights are the fp32 master weights: those of a bf16 model are their casts.
+With model.lora they are the adapters alone, and the manifest names the base that they stand beside.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from safetensors.torch import load_file, save
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.model.adam_state import KINDS, adam_shards, set_step_count, step_count
+from megatron_rl.model.adapter_folder import identity
 from megatron_rl.model.build import Policy
 from megatron_rl.model.checkpoint_shards import Held, ShardReader, file_name, locate, tensor_name, write_tensors
-from megatron_rl.model.convert import frozen_slots, slots
+from megatron_rl.model.convert import frozen_slots, trained_slots
 from megatron_rl.model.slots import Slot
 from megatron_rl.topology import Topology
 
@@ -61,7 +63,9 @@ class Checkpoints:
     def __init__(self, run: RunConfig, policy: Policy, optimizer, topology: Topology):
         self.folder = files.folder(run)
         self._run, self._policy, self._optimizer, self._topology = run, policy, optimizer, topology
-        self._slots = slots(policy, topology)
+        self._slots = trained_slots(policy, topology)
+        self._buffers = frozen_slots(policy) if policy.adapters is None else []
+        self._adapters = topology.broadcast_object(identity(policy.lora, policy.path) if topology.is_main else None)
         self._shards = adam_shards(optimizer, [parameter for _, parameter in self._slots])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -115,14 +119,14 @@ class Checkpoints:
         gather = self._topology.gather_objects
         held = [self._held(slot, parameter) for slot, parameter in self._slots if self._saves(slot, parameter)]
         return {"format": files.FORMAT, "step": step, "optimizer_steps": max(gather(step_count(self._optimizer))),
-                "layout": self._layout(), "model": dataclasses.asdict(self._policy.config),
+                "layout": self._layout(), "model": dataclasses.asdict(self._policy.config), "adapters": self._adapters,
                 "parameters": locate(gather(held)), "files": {}}
 
     def _small_files(self, loop_state: dict[str, Any], others: Mapping[str, bytes]) -> dict[str, bytes]:
         """Files that rank 0 writes beside its tensors; made now, because training goes on."""
         states = self._topology.gather_objects(_random_state())
         buffers = self._topology.gather_objects(
-            {slot.key: buffer.to("cpu", copy=True) for slot, buffer in frozen_slots(self._policy)})
+            {slot.key: buffer.to("cpu", copy=True) for slot, buffer in self._buffers})
         if not self._topology.is_main:
             return {}
         whole = {name: buffer for part in buffers for name, buffer in part.items()}
@@ -221,7 +225,7 @@ class Checkpoints:
         here, error, manifest = self._topology, None, {}
         try:
             manifest = files.read_manifest(checkpoint)
-            files.check_model(checkpoint, manifest, dataclasses.asdict(self._policy.config))
+            files.check_model(checkpoint, manifest, dataclasses.asdict(self._policy.config), self._adapters)
             files.check_sums(checkpoint, manifest, sorted(manifest["files"])[here.rank::here.world_size])
         except ValueError as caught:
             error = caught
@@ -243,9 +247,8 @@ class Checkpoints:
             tensors[kind].copy_(self._read(reader, kind, slot, held.start, held.end))
 
     def _read_buffers(self, file: Path) -> None:
-        mine = frozen_slots(self._policy)
-        saved = load_file(file) if mine else {}
-        for slot, buffer in mine:
+        saved = load_file(file) if self._buffers else {}
+        for slot, buffer in self._buffers:
             buffer.copy_(saved[slot.key])
 
     def _read(self, reader: ShardReader, kind: str, slot: Slot, start: int, end: int) -> torch.Tensor:

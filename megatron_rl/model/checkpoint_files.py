@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import RunConfig
+from megatron_rl.model.adapter_folder import check_identity
 from megatron_rl.model.network import Network
 
 FORMAT = 3
@@ -155,8 +156,10 @@ def _sum_of(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """ValueError naming the keys of config.json in which the checkpoint's network is not `model`."""
+def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[str, Any],
+                adapters: Mapping[str, Any] | None = None) -> None:
+    """ValueError naming the keys of config.json in which the checkpoint's network is not `model`, or those of
+    model.lora in which it has other adapters than `adapters` (adapter_folder.identity)."""
     saved, model = {**_DEFAULTS, **manifest["model"]}, {**_DEFAULTS, **model}
     keys = sorted((saved.keys() | model.keys()) - _FREE_KEYS)
     differing = [f"{key} is {saved.get(key)} there and {model.get(key)} here" for key in keys
@@ -164,6 +167,7 @@ def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[st
     if differing:
         raise ValueError(f"{checkpoint} is a checkpoint of another model than model.path: {'; '.join(differing)}; "
                          "give its model.path, or choose another run.dir")
+    check_identity(str(checkpoint), manifest.get("adapters"), adapters)
 
 
 def advice(damaged: Path) -> str:
@@ -188,13 +192,13 @@ def explained(error: ValueError, checkpoint: Path) -> ValueError:
     return DamagedCheckpoint(f"damaged checkpoint: {error}; {advice(checkpoint)}")
 
 
-def check_resume(run: RunConfig, model: Mapping[str, Any]) -> None:
-    """What can be said of run.resume before ranks start: sizes of files and the network, not yet checksums."""
+def check_resume(run: RunConfig, model: Mapping[str, Any], adapters: Mapping[str, Any] | None = None) -> None:
+    """What can be said of run.resume before ranks start: sizes of files, network and adapters, not yet checksums."""
     checkpoint = choose(run)
     if checkpoint is None:
         return
     try:
-        check_model(checkpoint, read_manifest(checkpoint), model)
+        check_model(checkpoint, read_manifest(checkpoint), model, adapters)
     except ValueError as error:
         raise explained(error, checkpoint) from None
 

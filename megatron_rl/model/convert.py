@@ -8,12 +8,13 @@ bit for bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_rl.model.adapters import matrix_slots
 from megatron_rl.model.build import Policy
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.slots import Slot, network_slots
@@ -30,9 +31,31 @@ _LAYERS = "decoder.layers."
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def slots(policy: Policy, topology: Topology) -> list[tuple[Slot, torch.nn.Parameter]]:
-    """(Slot, parameter) of every parameter on this rank. The last stage's copy of a tied embedding is one of them."""
+Slots = list[tuple[Slot, torch.nn.Parameter]]
+
+
+def slots(policy: Policy, topology: Topology) -> Slots:
+    """(Slot, parameter) of every parameter of the network on this rank, without adapters. The last stage's copy of a
+    tied embedding is one of them."""
+    return [pair for name, pair in _all_slots(policy, topology) if not _is_adapter(name)]
+
+
+def trained_slots(policy: Policy, topology: Topology) -> Slots:
+    """(Slot, parameter) of what trains: the matrices of adapters if there are any, and else all parameters."""
+    if policy.adapters is None:
+        return slots(policy, topology)
+    return [pair for name, pair in _all_slots(policy, topology) if _is_adapter(name)]
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora." in name
+
+
+def _all_slots(policy: Policy, topology: Topology) -> list[tuple[str, tuple[Slot, torch.nn.Parameter]]]:
+    """With each parameter's Megatron name, layers and experts by their global numbers."""
     known = network_slots(policy.config)
+    if policy.adapters is not None:
+        known = known | matrix_slots(policy.config, policy.lora)
     first_expert = topology.ep_rank * (policy.config.num_experts // topology.ep_size)
     found = []
     for gpt in policy.gpt_models:
@@ -41,7 +64,7 @@ def slots(policy: Policy, topology: Topology) -> list[tuple[Slot, torch.nn.Param
                 name = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), _global_name(gpt, name))
             elif name == _HEAD and policy.config.tie_word_embeddings:
                 name = _EMBEDDING
-            found.append((known[name], parameter))
+            found.append((name, (known[name], parameter)))
     return found
 
 
@@ -70,22 +93,42 @@ def load_hf(policy: Policy, topology: Topology, folder: str | Path) -> None:
     reader = HFReader(folder)
     check_checkpoint(policy.config, reader)
     for slot, parameter in [*slots(policy, topology), *frozen_slots(policy)]:
-        over_tp = slot.over == "tp"
-        rank = topology.tp_rank if over_tp else topology.etp_rank
-        size = topology.tp_size if over_tp else topology.etp_size
-        piece = slot.shard([reader.get(name) for name in slot.names], rank, size)
-        assert piece.shape == parameter.shape, (slot, piece.shape, parameter.shape)
-        parameter.data.copy_(piece)
+        _fill(slot, parameter, [reader.get(name) for name in slot.names], topology)
+
+
+@torch.no_grad()
+def fill_adapters(policy: Policy, topology: Topology, whole: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Fill this rank's part of every adapter. whole(name, shape): a whole matrix by its name."""
+    for slot, parameter in trained_slots(policy, topology) if policy.adapters else ():
+        _fill(slot, parameter, [whole(name, shape) for name, shape in slot.shapes.items()], topology)
+
+
+def _fill(slot: Slot, parameter: torch.Tensor, whole: list[torch.Tensor], topology: Topology) -> None:
+    """This rank's piece of `whole`, the tensors that the Slot names."""
+    over_tp = slot.over == "tp"
+    rank = topology.tp_rank if over_tp else topology.etp_rank
+    size = topology.tp_size if over_tp else topology.etp_size
+    piece = slot.shard(whole, rank, size)
+    assert piece.shape == parameter.shape, (slot, piece.shape, parameter.shape)
+    parameter.data.copy_(piece)
 
 
 class Exporter:
-    """Streams the policy's current weights to rank 0 as (Hugging Face name, tensor on the CPU or device)."""
+    """Streams the policy's current weights to rank 0 as (Hugging Face name, tensor on the CPU or device).
 
-    def __init__(self, policy: Policy, topology: Topology):
+    Adapters are merged into the weights beside which they stand. adapters True: their matrices themselves, alone.
+    """
+
+    def __init__(self, policy: Policy, topology: Topology, *, adapters: bool = False):
         self._topology = topology
-        self._local = {slot.key: (slot, tensor)
-                       for slot, tensor in [*slots(policy, topology), *frozen_slots(policy)]}
+        self._adapters = None if adapters else policy.adapters
+        chosen = trained_slots(policy, topology) if adapters else [*slots(policy, topology), *frozen_slots(policy)]
+        self._local = {slot.key: (slot, tensor) for slot, tensor in chosen}
         self._plan = self._gather_plan()
+
+    def _piece(self, key: str) -> torch.Tensor:
+        tensor = self._local[key][1]
+        return tensor.detach() if self._adapters is None else self._adapters.merged(tensor)
 
     def _gather_plan(self) -> list[tuple[Slot, tuple[int, ...], torch.dtype, list[int]]]:
         """(slot, piece shape, dtype, source rank of each piece), in one order that all ranks share."""
@@ -94,8 +137,9 @@ class Exporter:
         for key, (slot, parameter) in self._local.items():
             over_tp = slot.over == "tp"
             owns = (here.dp_rank == 0 and here.cp_rank == 0) if over_tp else here.expert_dp_rank == 0
-            index = 0 if slot.cut == "none" else (here.tp_rank if over_tp else here.etp_rank)
-            if owns and not (slot.cut == "none" and here.tp_rank > 0):
+            rank = here.tp_rank if over_tp else here.etp_rank
+            if owns and not (slot.cut == "none" and rank > 0):
+                index = 0 if slot.cut == "none" else rank
                 owned.append((key, slot, tuple(parameter.shape), parameter.dtype, index))
         sources: dict[str, dict[int, int]] = {}
         about: dict[str, tuple] = {}
@@ -113,9 +157,9 @@ class Exporter:
             pieces = []
             for source in ranks:
                 if source == here.rank == 0:
-                    pieces.append(self._local[slot.key][1].detach())
+                    pieces.append(self._piece(slot.key))
                 elif source == here.rank:
-                    dist.send(self._local[slot.key][1].detach().contiguous(), dst=0)
+                    dist.send(self._piece(slot.key).contiguous(), dst=0)
                 elif here.rank == 0:
                     piece = torch.empty(shape, dtype=dtype, device=here.device)
                     dist.recv(piece, src=source)

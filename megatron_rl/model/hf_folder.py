@@ -195,25 +195,25 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, d
 
 
 @contextmanager
-def atomic_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
+def atomic_folder(path: str | Path, num_bytes: int, *, mark: str = "config.json") -> Iterator[Path]:
     """A new empty folder beside `path` to fill; on success it becomes `path`, on any error it is removed.
 
     num_bytes: what the caller means to write; ValueError if the disk has less. An existing `path` is replaced
-    only if it is empty or a Hugging Face folder (config.json, no subfolders but TEMPLATES). Files are synced before the
+    only if it is empty or such a folder (`mark` is in it, no subfolders but TEMPLATES). Files are synced before the
     rename. Replacing takes two renames; a machine that dies between them leaves the old folder as
     `.NAME.XXXXXXXX.old` beside it.
     """
     final = Path(path).resolve()
-    _check_place(final, num_bytes, str(path))
+    _check_place(final, num_bytes, str(path), mark)
     final.parent.mkdir(parents=True, exist_ok=True)
-    mark = f".{final.name}.{uuid4().hex[:8]}"
-    partial, old = final.parent / f"{mark}.partial", final.parent / f"{mark}.old"
+    stem = f".{final.name}.{uuid4().hex[:8]}"
+    partial, old = final.parent / f"{stem}.partial", final.parent / f"{stem}.old"
     partial.mkdir()
     try:
         yield partial
         for entry in chain(partial.rglob("*"), (partial,)):
             _sync(entry)
-        _check_replaceable(final)
+        _check_replaceable(final, mark)
         replaces = final.exists()
         if replaces:
             os.rename(final, old)
@@ -229,9 +229,9 @@ def atomic_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_place(path: Path, num_bytes: int, shown: str) -> None:
+def _check_place(path: Path, num_bytes: int, shown: str, mark: str = "config.json") -> None:
     """ValueError when something else lies at `path`, or when its disk has no room for num_bytes."""
-    _check_replaceable(path)
+    _check_replaceable(path, mark)
     there = next(parent for parent in path.parents if parent.exists())
     if not there.is_dir():
         raise ValueError(f"{shown}: {there} is a file, not a folder")
@@ -240,14 +240,15 @@ def _check_place(path: Path, num_bytes: int, shown: str) -> None:
         raise ValueError(f"{shown}: writing it needs {num_bytes + margin:,} bytes; {free:,} are free on that disk")
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_replaceable(path: Path, mark: str) -> None:
     if not path.exists():
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file, not a folder")
     entries = list(path.iterdir())
-    if entries and not (path / "config.json").is_file():
-        raise ValueError(f"{path}: not replaced, because it is no Hugging Face folder (no config.json in it)")
+    if entries and not (path / mark).is_file():
+        kind = "Hugging Face folder" if mark == "config.json" else "adapter folder"
+        raise ValueError(f"{path}: not replaced, because it is no {kind} (no {mark} in it)")
     folders = [entry.name for entry in entries if entry.is_dir() and entry.name != TEMPLATES]
     if folders:
         raise ValueError(f"{path}: not replaced, because it also holds the folder {folders[0]}")
@@ -279,7 +280,7 @@ class HFReader:
         self.named = f"{key}={folder}"
         self._where: dict[str, Any] = {}
         files: dict[str, Path] = {}
-        for file in self._files(Path(folder)):
+        for file in self.files(Path(folder), key):
             handle = _open(file)
             for name in handle.keys():
                 if name in files:
@@ -287,7 +288,9 @@ class HFReader:
                                      "remove the file that is left over")
                 files[name], self._where[name] = file, handle
 
-    def _files(self, folder: Path) -> list[Path]:
+    @staticmethod
+    def files(folder: Path, key: str = "model.path") -> list[Path]:
+        """Those that hold its tensors."""
         index = folder / INDEX
         if not index.is_file():
             files = sorted(folder.glob("*.safetensors"))
@@ -299,10 +302,10 @@ class HFReader:
             files = [folder / name for name in sorted(set(named.values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise ValueError(f"{self.named}: {INDEX} names {', '.join(missing[:3])}, which is not there: copy the "
-                                 "checkpoint again")
+                raise ValueError(f"{key}={folder}: {INDEX} names {', '.join(missing[:3])}, which is not there: copy "
+                                 "the checkpoint again")
         if not files:
-            raise ValueError(f"{self.named}: no *.safetensors file there")
+            raise ValueError(f"{key}={folder}: no *.safetensors file there")
         return files
 
     @property

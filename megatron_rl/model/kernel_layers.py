@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_rl.model.router import BudgetRouter
-from rl_kernels.grouped_experts import sorted_experts
+from rl_kernels.grouped_experts import LowRank, sorted_experts
 from rl_kernels.router_topk import router_topk
 
 
@@ -71,7 +71,16 @@ class KernelExperts(SequentialMLP):
         matrices = [[getattr(expert, name).weight for expert in self.local_experts]
                     for name in ("linear_fc1", "linear_fc2")]
         return sorted_experts(permuted_local_hidden_states, *matrices, tokens_per_expert, permuted_probs,
-                              impl=self.impl), None
+                              impl=self.impl, gate_up_adapter=self._adapter("linear_fc1"),
+                              down_adapter=self._adapter("linear_fc2")), None
+
+    def _adapter(self, name: str) -> LowRank | None:
+        """Those of model/lora.py beside the linears `name`, unless they are off."""
+        found = [getattr(expert, name).lora for expert in self.local_experts if hasattr(getattr(expert, name), "lora")]
+        if not found or not found[0].adapters.on:
+            return None
+        pairs = [adapter.matrices() for adapter in found]
+        return LowRank([a for a, _ in pairs], [b for _, b in pairs], found[0].scale)
 
 
 class KernelRouter(BudgetRouter):

@@ -2,7 +2,8 @@
 
     step_00000003/  step.json        the StepRecord
                     rank_00000.pt    that rank's StepInputs, one file for each
-                    weights/         the policy before the step, a Hugging Face folder
+                    weights/         the policy before the step, a Hugging Face folder; with model.lora
+                    adapter/         its adapters instead, and model.path stays the base
 
 Written under a name that ends in .partial and renamed when it is whole. Nothing distributed in here.
 """
@@ -23,6 +24,7 @@ import torch
 from megatron_rl.observe.files import write_json
 from megatron_rl.types import PackedMicrobatch
 
+ADAPTER = "adapter"
 WEIGHTS, RECORD, RESULT = "weights", "step.json", "replay.json"  # the last is what a replay writes
 _NAME = re.compile(r"^step_\d{8}$")
 

@@ -8,8 +8,9 @@ parallelism what lies between the tensor-parallel blocks is kept for 1/t of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
 from megatron_rl.model.network import Network
@@ -21,11 +22,12 @@ FP32, INT64 = 4, 8
 @dataclass(frozen=True)
 class Arithmetic:
     """What decides how many bytes a layer keeps. element: bytes of a number. backend: what computes its parts. gpu:
-    RMSNorm is one kernel there, which keeps no float32 copy of its input."""
+    RMSNorm is one kernel there, which keeps no float32 copy of its input. lora: adapters, which keep A x."""
 
     element: int
     backend: Backend
     gpu: bool = True
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def grouped(self) -> bool:
@@ -57,7 +59,20 @@ def layer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, de
     outputs = query * (1 if how.backend.attention_at_once else 2)  # run by run: each run's, and all together
     attention = element * (keys + query + outputs) + FP32 * model.num_attention_heads / tp  # log-sum-exp
     mlp = _mlp_bytes(model.intermediate_size / tp, how) if dense else _moe_bytes(model, parallel, how)
-    return norms + head_norms + inputs + attention + mlp
+    return norms + head_norms + inputs + attention + mlp + _adapter_bytes(model, parallel, how, dense=dense)
+
+
+def _adapter_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> float:
+    """A x of each adapter: of all tokens beside a column-parallel linear, of 1/t of them beside a row-parallel one."""
+    lora = how.lora
+    if not lora.on:
+        return 0
+    share = {"linear_qkv": 1, "linear_proj": 1 / parallel.tp, "linear_fc1": 1, "linear_fc2": 1 / parallel.tp}
+    mlp = dense or model.num_shared_experts > 0
+    rows = sum(share[target] for target in lora.targets if mlp or target in ("linear_qkv", "linear_proj"))
+    if not dense and lora.experts != "none":
+        rows += expert_rows(model, parallel) * sum(target in lora.targets for target in ("linear_fc1", "linear_fc2"))
+    return how.element * lora.rank * rows
 
 
 def _mlp_bytes(width: float, how: Arithmetic) -> float:
@@ -109,7 +124,7 @@ def buffer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, stag
 def expert_gradient_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> int:
     """The gradient of the second matrices of a rank's experts, twice: as the product makes it, and without the experts
     that had no row. It is there in the second moment of `layer_temporaries`, which counts if nothing is exchanged."""
-    if not (how.grouped and model.num_experts) or exchanges(parallel):
+    if not (how.grouped and model.num_experts) or exchanges(parallel) or how.lora.on:
         return 0
     return 2 * how.element * model.num_experts * model.hidden_size * model.moe_intermediate_size
 

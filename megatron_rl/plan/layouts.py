@@ -97,7 +97,7 @@ def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes
     stage, count = layers / parallel.pp + traffic, memory.num_microbatches
     pipeline = count * (stage + head) + (parallel.pp - 1) / (parallel.vpp or 1) * stage
     bubble = 1 - count * (stage + head / parallel.pp) / pipeline
-    data = _data_seconds(model, parallel, hardware)
+    data = _data_seconds(model, config, hardware)
     return Proposal(parallel, config.model.recompute, memory, pipeline + data, count * traffic + data, bubble)
 
 
@@ -106,14 +106,16 @@ def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
 
     A token sees a quarter of rollout.max_context_tokens: half of a sequence of the mean length. Layers run again under
     recompute. The head takes its logits twice, and its two backward products in two halves below float32
-    (rl_kernels/linear_logprob/products.py).
+    (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward product, that of its input's gradient.
     """
+    frozen = config.model.lora.on
     _, active = _count(model)
     table = model.vocab_size * model.hidden_size
     matrices = 2 * (active - table * (1 if model.tie_word_embeddings else 2))
     attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 4
-    layers = (matrices + model.num_hidden_layers * attention) * (4 if config.model.recompute == "full" else 3)
-    head = 2 * table * (2 + 2 * (1 if config.model.dtype == "float32" else 2))
+    passes = 4 if config.model.recompute == "full" else 3
+    layers = matrices * (passes - frozen) + model.num_hidden_layers * attention * passes
+    head = 2 * table * (2 + (2 - frozen) * (1 if config.model.dtype == "float32" else 2))
     tokens = config.batch.tokens_per_microbatch
     return tokens * layers, tokens * head
 
@@ -138,11 +140,14 @@ def _traffic_seconds(model: Network, config: Config, hardware: Hardware) -> floa
 _count = functools.cache(count_parameters)
 
 
-def _data_seconds(model: Network, parallel: ParallelConfig, hardware: Hardware) -> float:
-    """Gradients reduced and new weights gathered, once a step."""
+def _data_seconds(model: Network, config: Config, hardware: Hardware) -> float:
+    """Gradients reduced and new weights gathered of what trains, once a step."""
+    parallel = config.parallel
     if parallel.world_size == parallel.tp * parallel.pp:
         return 0.0
-    weights, gradients, _ = state_bytes(stage_chunks(model, parallel, 0), parallel, 2)
+    trained = [dataclasses.replace(chunk, frozen=(0, 0))
+               for chunk in stage_chunks(model, parallel, 0, config.model.lora)]
+    weights, gradients, _ = state_bytes(trained, parallel, 2)
     return (weights + gradients) / _speed(hardware, parallel.world_size // parallel.pp)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_rl.batch.schedule import plan_microbatches
 from megatron_rl.config.schema import Config, ParallelConfig
+from megatron_rl.model.adapters import needs_reference_copy
 from megatron_rl.model.backend import resolve
 from megatron_rl.model.network import Network
 from megatron_rl.model.slots import count_parameters
@@ -32,7 +33,8 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The pipeline stage that needs most. *_parameters are elements, everything else bytes on one rank.
+    """The pipeline stage that needs most. *_parameters are elements (trained_parameters of the two others, which with
+    model.lora are the adapters), everything else bytes on one rank.
 
     activations: kept for the backward passes of the micro-batches in flight. layer: what one layer needs beside them
     while it computes; recomputed: the part of it that autograd saves, with model.recompute=full. logits: what the head
@@ -42,6 +44,7 @@ class MemoryPlan:
     stage: int
     dense_parameters: int
     expert_parameters: int
+    trained_parameters: int
     num_microbatches: int
     weights: int
     gradients: int
@@ -102,8 +105,9 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
                gpu: bool = True) -> MemoryPlan:
     """The plan of one rank of pipeline stage `stage`. gpu False: as the same step keeps it on a CPU, for tests."""
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
-    how = Arithmetic(element, resolve(config.model, gpu=gpu), gpu)
-    chunks = stage_chunks(model, parallel, stage)
+    lora = config.model.lora
+    how = Arithmetic(element, resolve(config.model, gpu=gpu), gpu, lora)
+    chunks = stage_chunks(model, parallel, stage, lora)
     weights, gradients, optimizer = state_bytes(chunks, parallel, element)
     tokens, recompute = config.batch.tokens_per_microbatch, config.model.recompute == "full"
     held = [chunk_bytes(model, parallel, chunk, how, recompute=recompute) for chunk in chunks]
@@ -118,10 +122,13 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
         head = logits_bytes(model, config, element) + math.ceil(
             tokens * (buffers + (head_bytes(model, parallel, how) if recompute else 0)))
     return MemoryPlan(
-        stage=stage, dense_parameters=sum(sum(chunk.dense) for chunk in chunks),
-        expert_parameters=sum(sum(chunk.experts) for chunk in chunks), num_microbatches=num_microbatches,
+        stage=stage, dense_parameters=sum(sum(chunk.dense) + chunk.frozen[0] for chunk in chunks),
+        expert_parameters=sum(sum(chunk.experts) + chunk.frozen[1] for chunk in chunks),
+        trained_parameters=sum(sum(chunk.dense) + sum(chunk.experts) for chunk in chunks),
+        num_microbatches=num_microbatches,
         weights=weights, gradients=gradients, optimizer=optimizer,
-        reference=sum(chunk.num_parameters for chunk in chunks) * element if config.algo.loss.kl_coef > 0 else 0,
+        reference=sum(chunk.num_parameters for chunk in chunks) * element
+        if config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model) else 0,
         activations=math.ceil(tokens * kept),
         layer=math.ceil(tokens * (recomputed + temporaries)) + expert_gradient_bytes(model, parallel, how),
         recomputed=math.ceil(tokens * recomputed), logits=head,
@@ -141,6 +148,8 @@ def logits_bytes(model: Network, config: Config, element: int) -> int:
     columns = min(rows, block_columns(chunk, torch.device("cuda")))
     blocks = chunk * columns * (3 * FP32 + element * narrow)
     gradient = model.hidden_size * (rows * element * (1 + model.norm_head) + columns * FP32 * narrow)
+    if config.model.lora.on:  # the head is frozen
+        gradient = model.hidden_size * rows * element * model.norm_head
     return blocks + gradient + tokens * model.hidden_size * (2 * element + FP32)
 
 
@@ -153,7 +162,8 @@ def state_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig, element: int)
     optimisers = _optimisers(chunks, parallel)
     elements, shards = (sum(sizes) for sizes in zip(*optimisers, strict=True))
     per_element = 2 * FP32 + (0 if element == FP32 else FP32)
-    return elements * element, elements * FP32, shards * per_element
+    frozen = sum(sum(chunk.frozen) for chunk in chunks)
+    return (elements + frozen) * element, elements * FP32, shards * per_element
 
 
 def step_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rl.config.schema import Config
+from megatron_rl.model.adapters import count_trained
 from megatron_rl.model.network import Network
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan.layouts import Hardware, Proposal
@@ -38,8 +39,12 @@ def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
     trained = f"Phi {algo.phi_global(parallel.dp):,} response tokens" if algo.has_budget else (
         f"{rollout.prompts_per_step * rollout.responses_per_prompt // algo.updates_per_rollout:,} whole responses "
         f"(algo.objective={algo.objective})")
+    trains = count_trained(model, config.model.lora)
+    lora = [f"LoRA       {trains / 1e6:,.1f}M parameters of adapters train, {trains / total:.2%} of the model's "
+            f"(rank {config.model.lora.rank}, experts {config.model.lora.experts})"] if config.model.lora.on else []
     return [
         f"model      {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active per token, {config.model.dtype}",
+        *lora,
         f"layout     {parallel.world_size} GPUs of {hardware.gpu_memory / GB:g} GB: {layout(parallel)}",
         f"step       {trained}, sequences of up to {rollout.max_context_tokens:,}",
     ]
@@ -54,6 +59,8 @@ def _memory(config: Config, plan: MemoryPlan, hardware: Hardware) -> list[str]:
              + (", divided over data parallelism" if parallel.distributed_optimizer else "")}
     rows = [f"per rank   {plan.dense_parameters:,} dense and {plan.expert_parameters:,} expert parameters"
             f" (stage {plan.stage + 1} of {parallel.pp}, the fullest)",
+            *([f"           {plan.trained_parameters:,} of adapters train, the others are frozen"]
+              if config.model.lora.on else []),
             f"           {plan.num_microbatches} micro-batches of at most {config.batch.tokens_per_microbatch:,} "
             "tokens expected per step"]
     for field, name, remark in KINDS:

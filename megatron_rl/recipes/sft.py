@@ -25,7 +25,7 @@ from megatron_rl.observe.files import write_json
 from megatron_rl.prompts import sft_source
 from megatron_rl.train_step.optimizer import learning_rate
 from megatron_rl.train_step.step import TrainStep
-from megatron_rl.trainer.export import export
+from megatron_rl.trainer.export import ADAPTER_FOLDER, export, export_adapters
 from megatron_rl.trainer.guarded import GuardedStep
 from megatron_rl.trainer.learner import build_trainable, packed_microbatches
 from megatron_rl.types import PackedMicrobatch, TrainSample
@@ -80,6 +80,7 @@ def run(config: Config) -> None:
         checkpoints.finish()
         if config.run.export_hf:
             export(config, exporter, here, Path(config.run.dir) / "hf")
+            export_adapters(config, policy, here, Path(config.run.dir) / ADAPTER_FOLDER)
     topology.stop()
 
 

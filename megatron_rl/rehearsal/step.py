@@ -16,8 +16,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from c3po import StepTotals
 from megatron_rl.batch import pack
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.model.adam_state import adam_shards
+from megatron_rl.model.adapters import needs_reference_copy
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.recorder import Recorder
@@ -143,16 +145,18 @@ def run_step(config: Config, network: Network, here: Topology, batches: list[Pac
     step = TrainStep(policy, optimizer, here, temperature=config.rollout.temperature,
                      chunk_tokens=config.batch.logprob_chunk_tokens)
     reference = None
-    if algo.loss.kl_coef > 0:
+    if algo.loss.kl_coef > 0 and needs_reference_copy(config.model):
         with recorder.phase("build reference", "reference"):
-            reference = build_policy(network, config.model, parallel, with_gradients=False)
+            whole = dataclasses.replace(config.model, lora=LoraConfig())
+            reference = build_policy(network, whole, parallel, with_gradients=False)
     old, refs, counts = None, None, None
     if needs_old_pass(algo, network):
         with recorder.phase("old log-probabilities", "activations"):
             old, counts = step.count_routing(batches)
-    if reference is not None:
-        with recorder.phase("reference log-probabilities", "activations"):
-            refs = step.logprobs(batches, reference)
+    if algo.loss.kl_coef > 0:
+        with (recorder.phase("reference log-probabilities", "activations"),
+              contextlib.nullcontext() if reference is not None else policy.adapters.off()):
+            refs = step.logprobs(batches, reference or policy)
     if here.is_last_stage:
         for index, batch in enumerate(batches):
             batch.old_logprobs = None if old is None else old[index]

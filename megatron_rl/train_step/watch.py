@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.model.build import Policy
-from megatron_rl.model.convert import slots
+from megatron_rl.model.convert import slots, trained_slots
 from megatron_rl.topology import Topology
 from megatron_rl.types import PackedMicrobatch
 
@@ -54,7 +54,7 @@ class Watch:
         self._forwards = dict.fromkeys(range(len(policy.gpt_models)), -1)
         self._running: int | None = None
         self.findings: list[Finding] = []
-        for slot, parameter in slots(policy, topology):
+        for slot, parameter in {**dict(slots(policy, topology)), **dict(trained_slots(policy, topology))}.items():
             self._check("weight", slot.key, parameter)
         for index, batch in enumerate(microbatches):
             for name in INPUTS:
@@ -78,7 +78,7 @@ class Watch:
 
     def look_at_gradients(self) -> None:
         """After backward(): this rank's main_grad of every parameter."""
-        for slot, parameter in slots(self._policy, self._here):
+        for slot, parameter in trained_slots(self._policy, self._here):
             self._check("gradient", slot.key, parameter.main_grad)
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from megatron_rl.observe import dump
 from megatron_rl.observe.dump import StepInputs, StepRecord
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.trainer.export import export_adapters
 from megatron_rl.types import StepResult
 
 
@@ -55,10 +56,14 @@ class GuardedStep:
         return result
 
     def _write(self, number: int, inputs: StepInputs) -> None:
-        """Writes every rank's inputs, and the weights, which no skipped step has changed."""
+        """Writes every rank's inputs, and the weights, which no skipped step has changed. With model.lora these are
+        the adapters."""
         here = self._topology
         partial = here.broadcast_object(dump.start(self._folder, number) if here.is_main else None)
         dump.write_rank(partial, here.rank, inputs)
+        if self._config.model.lora.on:
+            export_adapters(self._config, self._step.policy, here, partial / dump.ADAPTER)
+            return
         tensors = self._exporter()
         if here.is_main:
             source = Path(self._config.model.path)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+
 from c3po import StepTotals
 from megatron_rl.batch import pack
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import AlgoConfig, Config
 from megatron_rl.handoff import UpdateShard, schedule
+from megatron_rl.model.adapter_folder import starting_adapters
+from megatron_rl.model.adapters import needs_reference_copy
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import Policy, build_policy
-from megatron_rl.model.convert import Exporter, load_hf
+from megatron_rl.model.convert import Exporter, fill_adapters, load_hf
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import RoutingCounts
 from megatron_rl.observe.dump import StepInputs
@@ -25,10 +31,12 @@ from megatron_rl.types import PackedMicrobatch, StepResult, TrainSample
 
 
 def build_trainable(config: Config, topology: Topology, *, temperature: float) -> tuple[Policy, object, TrainStep]:
-    """The policy with the weights of model.path, its optimiser and its TrainStep."""
+    """The policy with the weights of model.path (and its adapters), its optimiser and its TrainStep."""
     network = read_config(config.model.path)
     policy = build_policy(network, config.model, config.parallel, with_gradients=True)
     load_hf(policy, topology, config.model.path)
+    if policy.adapters is not None:
+        fill_adapters(policy, topology, starting_adapters(config.model, network, config.run.seed))
     optimizer = build_optimizer(policy, config.optimizer, config.parallel)
     if policy.transformer.bf16:
         optimizer.reload_model_params()  # the fp32 master copies were made before the weights were loaded
@@ -81,8 +89,9 @@ class PolicyLearner:
         self._guarded = GuardedStep(config, topology, self.step, self.exporter, temperature=config.rollout.temperature,
                                     stage=stage)
         self._reference: Policy | None = None
-        if config.algo.loss.kl_coef > 0:
-            self._reference = build_policy(self.policy.config, config.model, config.parallel, with_gradients=False)
+        if config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model):
+            whole = dataclasses.replace(config.model, lora=LoraConfig())
+            self._reference = build_policy(self.policy.config, whole, config.parallel, with_gradients=False)
             load_hf(self._reference, topology, config.model.reference_path or config.model.path)
         self.updates_done = 0
 
@@ -106,12 +115,17 @@ class PolicyLearner:
         old, counts = None, None
         if needs_old_pass(self.config.algo, network):
             old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
-        reference = None if self._reference is None else self.step.logprobs(microbatches, self._reference)
+        reference = self._reference_logprobs(microbatches) if self.config.algo.loss.kl_coef > 0 else None
         if self.topology.is_last_stage:  # elsewhere no loss is computed
             for i, microbatch in enumerate(microbatches):
                 microbatch.old_logprobs = None if old is None else old[i]
                 microbatch.ref_logprobs = None if reference is None else reference[i]
         return microbatches, counts
+
+    def _reference_logprobs(self, microbatches: list[PackedMicrobatch]) -> list[torch.Tensor]:
+        """Those of the frozen policy: a copy of its own, or this one without its adapters."""
+        with contextlib.nullcontext() if self._reference is not None else self.policy.adapters.off():
+            return self.step.logprobs(microbatches, self._reference or self.policy)
 
     def _update(self, update: UpdateShard, microbatches: list[PackedMicrobatch], counts) -> StepResult:
         algo = self.config.algo

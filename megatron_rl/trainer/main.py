@@ -17,7 +17,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.observe.timing import PhaseFile, Timers
 from megatron_rl.trainer.client import Heartbeat, Link
-from megatron_rl.trainer.export import export
+from megatron_rl.trainer.export import ADAPTER_FOLDER, export, export_adapters
 from megatron_rl.trainer.learner import PolicyLearner
 from megatron_rl.trainer.probe import Probe
 from megatron_rl.trainer.sender import Sender
@@ -127,7 +127,9 @@ class Trainer:
     def _finish(self, export_hf: bool) -> dict[str, Any]:
         self._checkpoints.finish()
         if export_hf:
-            export(self._config, self._learner.exporter, self._here, Path(self._config.run.dir) / "hf")
+            folder = Path(self._config.run.dir)
+            export(self._config, self._learner.exporter, self._here, folder / "hf")
+            export_adapters(self._config, self._learner.policy, self._here, folder / ADAPTER_FOLDER)
         if self._sender is not None:
             self._sender.close()
         return {}

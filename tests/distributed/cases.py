@@ -69,6 +69,7 @@ KERNELS = {
     "megatron": {},
     "reference": {"kernels": KernelConfig(experts="reference", router="reference")},
     "torch": {"backend": "torch"},
+    "grouped_mm": {"kernels": KernelConfig(experts="grouped_mm")},
     "triton": {"kernels": KernelConfig(experts="triton", router="triton", logprob="triton")},
 }
 """Keys of `model`. torch is what it is on a GPU, with its attention's call answered on the CPU (varlen.py)."""

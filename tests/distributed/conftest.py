@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tests.distributed.cases as cases
+from tests.distributed.lora_cases import LORA_CASES, LoraReference
 from tests.distributed.networks import NETWORKS, WrittenNetwork
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
 from tests.distributed.table import RED, table
@@ -34,6 +35,8 @@ class Layouts:
     results: dict[str, dict] = field(default_factory=dict)
     _networks: dict[str, WrittenNetwork] = field(default_factory=dict)
     _network_results: dict[str, dict] = field(default_factory=dict)
+    _lora_results: dict[str, dict] = field(default_factory=dict)
+    _lora_references: dict[str, LoraReference] = field(default_factory=dict)
     _failed: dict[tuple[str, int], str] = field(default_factory=dict)  # so that a failure is waited for once
 
     def __getitem__(self, layout: str) -> dict:
@@ -48,6 +51,21 @@ class Layouts:
                 self.network(name)
             self._run("networks", layout, self._network_results, "{}.networks.pt")
         return self._network_results[layout]
+
+    def lora(self, layout: str) -> dict[str, dict]:
+        """What the layout made of each of LORA_CASES."""
+        if layout not in self._lora_results:
+            for name in LORA_CASES:
+                self.lora_reference(name)
+            self._run("lora", layout, self._lora_results, "{}.lora.pt")
+        return self._lora_results[layout]
+
+    def lora_reference(self, name: str) -> LoraReference:
+        """One of LORA_CASES, whose step is written under `folder` when it is first asked for."""
+        if name not in self._lora_references:
+            case = LORA_CASES[name]
+            self._lora_references[name] = LoraReference(self.folder, self.network(case.network), case)
+        return self._lora_references[name]
 
     def network(self, name: str) -> WrittenNetwork:
         """One of NETWORKS, written under `folder` when it is first asked for."""

@@ -23,11 +23,12 @@ import tests.distributed.varlen as varlen
 from c3po import c3po_loss, packed_sequence_ids
 from megatron_rl import topology
 from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model import backend
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
-from megatron_rl.model.convert import Exporter, load_hf, slots
+from megatron_rl.model.convert import Exporter, fill_adapters, load_hf, trained_slots
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.router import RoutingCounts
 from megatron_rl.model.slots import frozen_names
@@ -35,6 +36,7 @@ from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
+from tests.distributed.lora_cases import LORA_CASES, LORA_LAYOUTS, LORA_STEP, WITH_VARIANTS, drawn_matrix
 from tests.distributed.mutations import BREAK
 from tests.distributed.networks import BIAS_RATE, CHECKPOINT, SERVED, networks_in
 
@@ -87,17 +89,20 @@ class Runner:
     def __init__(self, folder: Path, layout: str, here: topology.Topology, *, distributed_optimizer: bool,
                  overlap: bool = False, recompute: str = "none", checkpoint: str = "norm_head_True",
                  temperature: float = cases.TEMPERATURE, kernels: str = "megatron", dtype: str = "float32",
-                 step: str = "step.pt"):
+                 step: str = "step.pt", lora: LoraConfig | None = None):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
-        options = ModelConfig(path=str(checkpoint), recompute=recompute, dtype=dtype, **cases.KERNELS[kernels])
+        options = ModelConfig(path=str(checkpoint), recompute=recompute, dtype=dtype, **cases.KERNELS[kernels],
+                              lora=lora or LoraConfig())
         with patch.object(backend, "resolve", attends_at_once):
             self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
+        fill_adapters(self.policy, self.here, drawn_matrix)
         optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
         self.train_step = self._train_step(self.policy, optimizer)
+        self.adapters = self.policy.adapters is not None
         self.exporter = Exporter(self.policy, self.here)
         self.step: cases.Step = torch.load(folder / step, weights_only=False)
 
@@ -107,6 +112,10 @@ class Runner:
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.exporter()}
 
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """The adapters' own, whole."""
+        return {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here, adapters=True)()}
+
     def gradients(self, count: int, *, counting_pass: bool = True) -> dict[str, torch.Tensor]:
         """The step's gradients under their Hugging Face names, on rank 0: main_grad exported as if it were weights."""
         batches, counts = self._counted(count)
@@ -115,12 +124,12 @@ class Runner:
     def gradients_of(self, batches: list, counts: RoutingCounts | None) -> dict[str, torch.Tensor]:
         self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
                                  z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
-        parameters = [p for gpt in self.policy.gpt_models for p in gpt.parameters()]
+        parameters = [p for gpt in self.policy.gpt_models for p in gpt.parameters() if p.requires_grad]
         kept = [p.data for p in parameters]
         for parameter in parameters:
             parameter.data = parameter.main_grad
-        frozen = frozen_names(self.policy.config)
-        exported = {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here)() if name not in frozen}
+        frozen, exporter = frozen_names(self.policy.config), Exporter(self.policy, self.here, adapters=self.adapters)
+        exported = {name: tensor.clone() for name, tensor in exporter() if name not in frozen}
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
         return exported
@@ -155,7 +164,7 @@ class Runner:
     def _replicas(self) -> list[str]:
         """Names of parameters whose copies on different ranks are not equal bit for bit."""
         own = {}
-        for slot, parameter in slots(self.policy, self.here):
+        for slot, parameter in trained_slots(self.policy, self.here):
             rank = self.here.tp_rank if slot.over == "tp" else self.here.etp_rank
             own[slot.key, 0 if slot.cut == "none" else rank] = cases.sha256(parameter)
         seen: dict[tuple, set] = {}
@@ -274,8 +283,31 @@ def run_bfloat16(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(result, folder / f"{layout}.bfloat16.pt")
 
 
+def run_lora(folder: Path, layout: str, here: topology.Topology) -> None:
+    """The adapters of lora_cases.py in one layout; rank 0 saves what came out as LAYOUT.lora.pt."""
+    results = {}
+    for name, case in LORA_CASES.items() if layout in LORA_LAYOUTS else ():
+        options = {"checkpoint": f"{case.network}/{CHECKPOINT}", "step": f"{case.network}/{LORA_STEP}",
+                   "lora": case.lora}
+        runner = Runner(folder, layout, here, distributed_optimizer=False, **options)
+        norm_head = runner.policy.config.norm_head
+        with runner.policy.adapters.off():
+            off = runner.logprobs(norm_head=norm_head)
+        result = results[name] = {"logprobs": runner.logprobs(norm_head=norm_head), "off": off,
+                                  "merged": runner.weights()}
+        result["gradients"] = runner.gradients(cases.UPDATE_MICROBATCHES)
+        result["updated"] = {"plain": runner.update(cases.UPDATE_MICROBATCHES) | {"adapters": runner.matrices()}}
+        result["grouped"] = Runner(folder, layout, here, distributed_optimizer=False, kernels="grouped_mm",
+                                 **options).gradients(cases.UPDATE_MICROBATCHES)
+        for variant, more in cases.VARIANTS.items() if (layout, name) in WITH_VARIANTS else ():
+            runner = Runner(folder, layout, here, **more, **options)
+            result["updated"][variant] = runner.update(cases.UPDATE_MICROBATCHES) | {"adapters": runner.matrices()}
+    if here.is_main:
+        torch.save(results, folder / f"{layout}.lora.pt")
+
+
 RUNS = {"bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
-        "exports": run_exports}
+        "exports": run_exports, "lora": run_lora}
 
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:

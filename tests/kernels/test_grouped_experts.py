@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl_kernels.grouped_experts import grouped_experts, grouped_experts_reference, sorted_experts
+from rl_kernels.grouped_experts import LowRank, grouped_experts, grouped_experts_reference, sorted_experts
 from tests.kernels.conftest import DEVICE
 
 BF16_MARGIN = 1.5
@@ -221,3 +221,36 @@ def test_bad_counts_are_named(counts, message):
 def test_rows_that_torch_would_refuse_are_named():
     with pytest.raises(ValueError, match="multiple of 16 bytes, not H=7, F=5"):
         grouped_experts(*problem(13, 2, 4, 7, 5), impl="grouped_mm")
+
+
+@pytest.mark.parametrize("impl", ["loop", pytest.param("grouped_mm", marks=CPU_ONLY)])
+def test_adapters_add_their_product_to_each_experts_matrix(impl):
+    """Values and gradients of rows and both factors are those of the experts with the sum as their matrices."""
+    generator = torch.Generator().manual_seed(2)
+    experts, rows, hidden, width, rank = 3, 11, 16, 8, 4
+    sizes = [(rows, hidden), (experts, 2 * width, hidden), (experts, hidden, width), (experts, rank, hidden),
+             (experts, 2 * width, rank), (experts, rank, width), (experts, hidden, rank)]
+    tensors = [torch.randn(size, generator=generator) / 3 for size in sizes]
+    counts_E, weights_N = torch.tensor([5, 0, 6]), torch.rand(rows, generator=generator)
+
+    def run(adapted):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        rows_NH, gate_up, down, a1, b1, a2, b2 = leaves
+        if adapted:
+            out_NH = sorted_experts(rows_NH, gate_up, down, counts_E, weights_N, impl=impl,
+                                    gate_up_adapter=LowRank(a1, b1, 0.5), down_adapter=LowRank(a2, b2, 0.5))
+        else:
+            out_NH = sorted_experts(rows_NH, gate_up + 0.5 * b1 @ a1, down + 0.5 * b2 @ a2, counts_E, weights_N,
+                                    impl=impl)
+        out_NH.square().sum().backward()
+        return [out_NH.detach(), *(leaf.grad for leaf in leaves)]
+
+    for actual, expected in zip(run(True), run(False), strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_an_implementation_without_adapters_says_so():
+    one = torch.ones(1, 2, 2)
+    with pytest.raises(ValueError, match="impl='reference' has no adapters"):
+        sorted_experts(torch.ones(1, 2), torch.ones(1, 4, 2), one, torch.tensor([1]), torch.ones(1), impl="reference",
+                       down_adapter=LowRank(one, one, 1.0))

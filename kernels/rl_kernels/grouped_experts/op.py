@@ -7,6 +7,7 @@ H hidden size, F width of an expert. Rows are slots sorted by expert; slots of n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -15,11 +16,20 @@ import torch.nn.functional as F
 
 from rl_kernels.grouped_experts.reference import grouped_experts_reference
 
-__all__ = ["grouped_experts", "sorted_experts"]
+__all__ = ["LowRank", "grouped_experts", "sorted_experts"]
 
 Implementation = Literal["auto", "triton", "grouped_mm", "loop", "reference"]
 Matrices = torch.Tensor | Sequence[torch.Tensor]
 """One tensor [E, ...], or E of them: separate parameters. Only "grouped_mm" stacks these, for the time of a product."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * b_e a_e is added to the matrix of expert e: a_ERX [E, R, X], b_EYR [E, Y, R]."""
+
+    a_ERX: Matrices
+    b_EYR: Matrices
+    scale: float
 
 
 def grouped_experts(
@@ -58,8 +68,12 @@ def sorted_experts(
     weights_N: torch.Tensor,
     *,
     impl: Implementation = "auto",
+    gate_up_adapter: LowRank | None = None,
+    down_adapter: LowRank | None = None,
 ) -> torch.Tensor:
     """[N, H]: grouped_experts of rows that lie sorted by expert already, as Megatron's dispatchers leave them.
+
+    gate_up_adapter, down_adapter: what is added to each expert's matrix, for "loop" and "grouped_mm".
 
     counts_E int64: how many rows each expert has, N in sum. "loop" and "reference" read them, so they want them on the
     CPU; "grouped_mm" and "triton" leave them on the device.
@@ -68,13 +82,19 @@ def sorted_experts(
         raise ValueError(f"counts_E must be int64 [{len(down_EHF)}], not {counts_E.dtype} {tuple(counts_E.shape)}")
     _check_sum(counts_E, rows_NH)
     _validate(rows_NH, gate_up_E2FH, down_EHF, None, weights_N[:, None])
+    adapters = (gate_up_adapter, down_adapter)
+    if any(adapters) and impl in ("reference", "triton"):
+        raise ValueError(f"grouped_experts: impl={impl!r} has no adapters; use loop or grouped_mm")
     if impl == "reference":
         expert_E = torch.arange(len(counts_E), device=rows_NH.device)
         indices_N1 = expert_E.repeat_interleave(counts_E.to(rows_NH.device), output_size=len(rows_NH))[:, None]
         return grouped_experts_reference(rows_NH, gate_up_E2FH, down_EHF, indices_N1, weights_N[:, None]).to(
             rows_NH.dtype)
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    return _implementation(impl, rows_NH, down_EHF)(rows_NH, gate_up_E2FH, down_EHF, weights_N[:, None], None, ends_E)
+    run = _implementation(impl, rows_NH, down_EHF)
+    if any(adapters):
+        run = partial(run, adapters=adapters)
+    return run(rows_NH, gate_up_E2FH, down_EHF, weights_N[:, None], None, ends_E)
 
 
 def sort_slots(indices_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +121,9 @@ def _implementation(impl: Implementation, hidden_TH, down_EHF):
     return triton_experts
 
 
-def _torch_experts(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E):
+def _torch_experts(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E, adapters=(None, None)):
     if order_N is None:
-        return _products(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, ends_E)
+        return _products(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, ends_E, adapters)
     # rows past the last expert hold anything; `used` keeps them out of values and, by where's rule, of gradients
     (tokens, choices), hidden = weights_TK.shape, hidden_TH.shape[1]
     used_N1 = (torch.arange(tokens * choices, device=order_N.device) < ends_E[-1])[:, None]
@@ -115,8 +135,16 @@ def _torch_experts(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order
     return slots_NH.view(tokens, choices, hidden).sum(1)
 
 
-def _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E):
-    return product(_WeightedSwiGLU.apply(product(rows_NH, gate_up_E2FH, ends_E), weights_N1), down_EHF, ends_E)
+def _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E, adapters=(None, None)):
+    gate_up_N2F = _adapted(product, rows_NH, gate_up_E2FH, ends_E, adapters[0])
+    return _adapted(product, _WeightedSwiGLU.apply(gate_up_N2F, weights_N1), down_EHF, ends_E, adapters[1])
+
+
+def _adapted(product, rows_NX, weights_EYX, ends_E, adapter: LowRank | None):
+    out_NY = product(rows_NX, weights_EYX, ends_E)
+    if adapter is None:
+        return out_NY
+    return out_NY + adapter.scale * product(product(rows_NX, adapter.a_ERX, ends_E), adapter.b_EYR, ends_E)
 
 
 class _WeightedSwiGLU(torch.autograd.Function):

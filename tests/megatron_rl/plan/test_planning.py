@@ -169,3 +169,21 @@ def test_the_page_shows_what_the_command_prints(capsys):
     for command, shown in blocks:
         assert main(shlex.split(command)) == 0
         assert capsys.readouterr().out == shown
+
+
+def test_adapters_alone_have_gradients_and_optimiser_state(ling_lite):
+    """Ling-lite on two GPUs of 80 GB: by hand, fp32 gradients are 4 bytes of each of a rank's adapter parameters, and
+    the reference of the KL term is the same weights."""
+    options = ["experiment=ring_lite_rl_stage1", "parallel.world_size=2", "parallel.ep=2"]
+    whole, lora = (plan_memory(ling_lite, load([*options, *more])) for more in ([], ["model.lora.rank=32"]))
+    assert whole.total > 160e9 and lora.total < 40e9
+    assert lora.gradients == pytest.approx(4 * lora.trained_parameters, rel=1e-3)
+    dense = plan_memory(ling_lite, load([*options, "model.lora.rank=32", "model.lora.experts=none"])).trained_parameters
+    experts = lora.trained_parameters - dense  # which the two ranks do not divide: each has other ones
+    assert lora.optimizer == pytest.approx(12 * (dense / 2 + experts), rel=1e-3)
+    assert (whole.reference, lora.reference) == (whole.weights, 0)
+    held = lora.dense_parameters + lora.expert_parameters
+    assert lora.weights == pytest.approx(2 * held, rel=1e-3)
+    assert held - lora.trained_parameters == whole.dense_parameters + whole.expert_parameters
+    other = plan_memory(ling_lite, load([*options, "model.lora.rank=32", "model.reference_path=elsewhere"]))
+    assert other.reference > 0

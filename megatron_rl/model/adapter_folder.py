@@ -1,0 +1,162 @@
+"""Adapters as a folder that peft loads, and the identity of the weights that they belong to. No megatron here.
+
+    adapter_model.safetensors   base_model.model.MODULE.lora_A.weight and .lora_B.weight of every module
+    adapter_config.json         peft's LoraConfig
+    megatron_rl.json            model.lora as it was, and the base: its path and the digest of `base_of`
+
+Query, key and value (gate and up) have the same lora_A here, as they share it in training; so have the experts of a
+layer with model.lora.experts=shared_outer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_rl.config.load import read_json
+from megatron_rl.config.lora import LoraConfig
+from megatron_rl.config.rules import require
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial
+from megatron_rl.model.hf_folder import HFReader, atomic_folder
+from megatron_rl.model.network import Network
+
+TENSORS, PEFT_CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "megatron_rl.json"
+SHAPE_KEYS = ("rank", "alpha", "targets", "experts")
+"""What must be the same for adapters to fit into others."""
+_PREFIX = "base_model.model."
+_SAMPLE = 4096
+
+
+@functools.cache
+def base_of(folder: str) -> dict[str, str]:
+    """{"path": of the weights that adapters stand beside, "sha256": of what they are}.
+
+    The digest covers config.json, each weight file's header (names, types, shapes) and the first 4,096 bytes of every
+    tensor: training changes those of nearly every tensor, and a large model is not read whole.
+    """
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for file in HFReader.files(Path(folder)):
+        with file.open("rb") as opened:
+            size = opened.read(8)
+            header = opened.read(int.from_bytes(size, "little"))
+            digest.update(file.name.encode() + header)
+            tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
+            for about in sorted(tensors.values(), key=lambda about: about["data_offsets"]):
+                start, end = about["data_offsets"]
+                opened.seek(8 + len(header) + start)
+                digest.update(opened.read(min(_SAMPLE, end - start)))
+    return {"path": str(Path(folder).resolve()), "sha256": digest.hexdigest()}
+
+
+def identity(lora: LoraConfig, path: str) -> dict[str, Any] | None:
+    """What adapters must agree on to go on from one another, as JSON; None without adapters."""
+    if not lora.on:
+        return None
+    return {**{key: _plain(getattr(lora, key)) for key in SHAPE_KEYS}, "base": base_of(path)}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, tuple) else value
+
+
+def check_identity(where: str, there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> None:
+    """ValueError naming the key in which the adapters `there` (at `where`) are not those that a run has `here`."""
+    if there is None and here is None:
+        return
+    require(there is not None, f"{where} holds all weights, and model.lora.rank={here and here['rank']} trains adapters"
+            " alone: set model.lora.rank=0, or choose another run.dir")
+    require(here is not None, f"{where} holds adapters alone: set model.lora.rank={there and there['rank']} and the "
+            "other keys of model.lora as they were")
+    for key in SHAPE_KEYS:
+        require(there[key] == here[key], f"model.lora.{key}={_shown(here[key])}, and {where} has {_shown(there[key])}: "
+                "set it so")
+    require(there["base"]["sha256"] == here["base"]["sha256"],
+            f"{where} holds adapters of another base than model.path={here['base']['path']}: they were trained beside "
+            f"{there['base']['path']}, whose digest is {there['base']['sha256'][:12]} and not "
+            f"{here['base']['sha256'][:12]}; give that one as model.path")
+
+
+def _shown(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+
+
+def read_adapters(options: ModelConfig, network: Network) -> dict[str, torch.Tensor]:
+    """The matrices of the folder model.lora.path under the names of adapters.py, which is checked. ValueError."""
+    folder = Path(options.lora.path or "")
+    where = f"model.lora.path={folder}"
+    for name in (TENSORS, PEFT_CONFIG):
+        require((folder / name).is_file(), f"{where}: no {name} there; name a folder that a run with model.lora wrote "
+                "(<run.dir>/adapter)")
+    require((folder / ABOUT).is_file(), f"{where}: no {ABOUT} there, so another program wrote it: query, key and value "
+            "may have a lora_A each there, and here they share one. Merge it into its base, and start from that")
+    check_identity(where, read_json(folder / ABOUT), identity(options.lora, options.path))
+    found = {}
+    with safe_open(str(folder / TENSORS), framework="pt") as file:
+        names = set(file.keys())
+        for each in adapter_slots(network, options.lora):
+            for (name, shape), module in [(next(iter(each.a.shapes.items())), each.base.names[0]),
+                                          *zip(each.b.shapes.items(), each.base.names, strict=True)]:
+                letter = "A" if name == each.a.key else "B"
+                stored = _peft_name(module, letter)
+                require(stored in names and tuple(file.get_slice(stored).get_shape()) == shape,
+                        f"{folder / TENSORS}: {stored} of shape {list(shape)} is not there: the folder is damaged")
+                if name not in found:
+                    found[name] = file.get_tensor(stored)
+    return found
+
+
+def starting_adapters(options: ModelConfig, network: Network,
+                      seed: int) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """(name, shape) -> the whole matrix with which a run begins: of model.lora.path, or fresh ones of the seed."""
+    if options.lora.path is None:
+        return functools.partial(initial, seed=seed)
+    tensors = read_adapters(options, network)
+    return lambda name, shape: tensors[name]
+
+
+def write_adapter_folder(path: str | Path, options: ModelConfig, network: Network,
+                         tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write the folder from the stream of matrices (Exporter with adapters=True). An existing one is replaced when the
+    new one is whole; ValueError if something else is there."""
+    found = {name: tensor.cpu().clone() for name, tensor in tensors}
+    slots = list(adapter_slots(network, options.lora))
+    whole = {}
+    for each in slots:
+        for module, b in zip(each.base.names, each.b.names, strict=True):
+            whole[_peft_name(module, "A")] = found[each.a.key].clone()  # a safetensors file holds none twice
+            whole[_peft_name(module, "B")] = found[b].clone()
+    size = sum(prod(tensor.shape) * tensor.element_size() for tensor in whole.values())
+    with atomic_folder(path, size, mark=ABOUT) as folder:
+        save_file(whole, folder / TENSORS, metadata={"format": "pt"})
+        _write(folder / PEFT_CONFIG, _peft_config(options, network, slots))
+        _write(folder / ABOUT, identity(options.lora, options.path))
+
+
+def _write(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _peft_name(weight: str, letter: str) -> str:
+    return f"{_PREFIX}{weight.removesuffix('.weight')}.lora_{letter}.weight"
+
+
+def _peft_config(options: ModelConfig, network: Network, slots: list[AdapterSlots]) -> dict[str, Any]:
+    """peft looks for modules whose names end with one of target_modules: where routed experts stay without adapters,
+    the names say whose projection is meant."""
+    lora, deep = options.lora, network.num_experts > 0 and options.lora.experts == "none"
+    modules = {".".join(name.removesuffix(".weight").split(".")[-2 if deep else -1:])
+               for each in slots for name in each.base.names}
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": options.path,
+            "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+            "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False,
+            "modules_to_save": None, "target_modules": sorted(modules)}
