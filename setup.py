@@ -83,6 +83,9 @@ setup(
             "pebble==5.2.3",
         ],
         "report": ["matplotlib==3.11.2", "scipy==1.18.1", "wandb==0.31.0"],
+        "tensorboard": ["tensorboard==2.21.0"],
+        "mlflow": ["mlflow-skinny==3.17.2"],
+        "swanlab": ["swanlab==0.10.3"],
         "slurm": ["hydra-submitit-launcher==1.2.0", "submitit==1.5.4"],
         "docs": ["mkdocs-material==9.8.2", "mkdocstrings[python]==1.0.8"],
         "dev": [

@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("c3po", "kernels/rl_kernels", "megatron_rl")
-ELSEWHERE = {"cpu": {"engine", "te"}, "gpu": {"engine-cpu", "te"}}
+LOGGERS = {"tensorboard", "mlflow", "swanlab"}
+ELSEWHERE = {"cpu": {"engine", "te"} | LOGGERS, "gpu": {"engine-cpu", "te"} | LOGGERS}
 """The extras that a variant does not install; it installs all others."""
 BROUGHT = {"jinja2": "sglang", "tokenizers": "transformers", "yaml": "hydra-core", "omegaconf": "hydra-core",
            "triton": "torch"}
@@ -60,7 +61,7 @@ def test_the_set_up_installs_every_extra_of_its_variant():
     asked = [set(text.replace("$EXTRAS", shared).split(",")) for text in re.findall(r'-e "\.\[(.*?)\]"', script)]
     _, extras = declared()
     assert sorted(map(sorted, asked)) == sorted(map(sorted, (
-        extras.keys() - ELSEWHERE["cpu"], extras.keys() - ELSEWHERE["gpu"], extras.keys() - {"engine-cpu"})))
+        extras.keys() - ELSEWHERE["cpu"], extras.keys() - ELSEWHERE["gpu"], extras.keys() - {"engine-cpu"} - LOGGERS)))
 
 
 def imports(*folders: str) -> set[str]:

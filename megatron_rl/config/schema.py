@@ -303,8 +303,9 @@ class ObserveConfig:
       logged as extra/<name> for every step and as <name> for every evaluation.
     - rollouts: dotted paths of your own functions (step, groups), which are called with the judged groups of each step
       before it trains. If the orchestrator was killed, a step may come twice.
-    - loggers: dotted paths of your own classes, which get the numbers of every step and evaluation in a process of
-      their own (observe/feed.py: Logger). If one fails, the run goes on.
+    - loggers: who gets the numbers of every step and evaluation, each in a process of its own: `tensorboard` (files
+      under <run.dir>/tensorboard), `mlflow` (where MLFLOW_TRACKING_URI says), `swanlab` (as SWANLAB_MODE says, offline
+      by default), or the dotted path of a class of your own (observe/feed.py: Logger). If one fails, the run goes on.
     - samples_per_step: how many judged responses of each step go to samples.jsonl, for the report's table; 0: none.
     - print_samples: every so many steps, print one of them on the terminal; 0: never.
     """

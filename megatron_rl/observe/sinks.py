@@ -4,6 +4,7 @@ other loggers."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import psutil
 from megatron_rl.config.resume import settings
 from megatron_rl.config.schema import ObserveConfig
 from megatron_rl.foreign import load_function
+from megatron_rl.observe.feed import KNOWN
 from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import keep_rows
 from megatron_rl.observe.versions import collect_versions
@@ -105,7 +107,11 @@ class MetricsLog:
 
 
 def check_logger(path: str) -> None:
-    """ValueError unless a class of observe/feed.py's Logger is at `path`."""
+    """ValueError unless `path` is a name of observe/feed.py's KNOWN whose client is installed, or leads to a class."""
+    if path in KNOWN:
+        if importlib.util.find_spec(path) is None:
+            raise ValueError(f"observe.loggers={path} needs the package {path}: pip install 'megatron_rl[{path}]'")
+        return
     found = load_function("observe.loggers", path)
     if not isinstance(found, type) or not all(callable(getattr(found, name, None)) for name in ("log", "close")):
         raise ValueError(f"observe.loggers={path} is no logger: it must be a class with log(step, numbers) and "
