@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parts = {name: _add(commands, name, text) for name, text in usage.COMMANDS.items()}
     for name in ("quickstart", "rl", "sft", "pipeline", "plan", "rehearse", "evaluate", "serve", "select-checkpoint",
-                 "slurm"):
+                 "slurm", "torchrun", "engine"):
         _overrides(parts[name])
     parts["completion"].set_defaults(top=top)
     for name in ("rl", "sft", "pipeline"):
@@ -55,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
                                    help="instead compare the layout with the N fastest that `plan` proposes")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
     parts["quickstart"].set_defaults(own_keys=("model",))
+    parts["torchrun"].add_argument("--nodes", type=positive_int, required=True, metavar="N",
+                                   help="machines with ranks, equally many on each")
+    parts["torchrun"].add_argument("--master", default=None, metavar="HOST[:PORT]",
+                                   help="the machine with number 0 (default: this one, and a free port)")
     parts["slurm"].add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
     _add_data(parts["data"])
     _add_convert(parts["convert"])

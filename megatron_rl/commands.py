@@ -114,6 +114,32 @@ def slurm(options) -> int:
     return 0
 
 
+def torchrun(options) -> int:
+    from megatron_rl.launch import by_hand
+
+    machines = by_hand.Machines(options.nodes, options.master)
+    config = by_hand.check(load(options.overrides), machines)
+    sizes = validate(config, start=True)
+    check_start(config)
+    print_summary(config, sizes)
+    with claimed(config.run.dir), engine_errors():
+        ended = by_hand.run(config, machines, say)
+    if ended.why:
+        warn(f"the run ended early: {ended.why}")
+    write_run_report([Path(config.run.dir)])
+    return EXIT_CODES[ended.how]
+
+
+def engine(options) -> int:
+    from megatron_rl.launch import by_hand
+
+    config = load(options.overrides)
+    validate(config, start=True, exports=False)
+    with terminable(), engine_errors():
+        by_hand.serve_engines(config, lambda text: print(text, flush=True))
+    return 0
+
+
 def sft(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
@@ -327,5 +353,6 @@ def completion(options) -> int:
 COMMANDS = {"rl": rl, "sft": sft, "evaluate": evaluate, "serve": serve, "convert": convert, "plan": plan,
             "rehearse": rehearse, "replay-step": replay_step,
             "ablate": ablate, "pipeline": pipeline, "quickstart": quickstart, "report": report, "data": data,
-            "select-checkpoint": select_checkpoint, "config": config, "slurm": slurm, "doctor": doctor,
+            "select-checkpoint": select_checkpoint, "config": config, "slurm": slurm, "torchrun": torchrun,
+            "engine": engine, "doctor": doctor,
             "completion": completion}

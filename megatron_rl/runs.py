@@ -18,6 +18,7 @@ from megatron_rl.launch.local import RunFailed, after_start, engines_for, run_ra
 from megatron_rl.launch.programs import run_rl
 from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
+from megatron_rl.observe import lease
 from megatron_rl.observe.say import say
 from megatron_rl.orchestrator import stages
 from megatron_rl.preflight import check_devices, check_memory, check_sft_start, check_start, warn_of_shared_gpus
@@ -46,6 +47,7 @@ def _train_rl(config: Config) -> Ended:
     warn_of_shared_gpus(config)
     check_start(config)
     check_memory(config)
+    lease.take(run_dir)
     with terminable(), engine_errors(), \
             engines_for(stages.widest(config), config.model.path, run_dir / "engine.log") as served:
         engine = served.rollout.engine

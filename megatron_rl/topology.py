@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_rl.compat import loopback_store, megatron_cpu
+from megatron_rl.compat.own_name import check_own_name
 from megatron_rl.config.check import check_gloo
 from megatron_rl.config.schema import ParallelConfig
 
@@ -128,7 +129,12 @@ def start(config: ParallelConfig, *, seed: int, timeout_s: float = TIMEOUT_S) ->
         raise ValueError(f"parallel.world_size={config.world_size}, but {world_size} processes were started")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
     if has_cuda:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"rank {os.environ['RANK']} is number {device.index} on {os.uname().nodename}, which has "
+                             f"{torch.cuda.device_count()} GPUs: every rank needs one")
         torch.cuda.set_device(device)
+    if not loopback_store.is_loopback(os.environ["MASTER_ADDR"]) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        check_own_name()
     timeout = datetime.timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         if world_size == 1 and "MASTER_PORT" not in os.environ:

@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 
 from megatron_rl.compat.quick_imports import quick_imports
-from megatron_rl.rollout.die_with_parent import die_with_parent, name_process
+from megatron_rl.rollout.die_with_parent import die_with_parent, launcher_is_gone, name_process
 from megatron_rl.signals import ignore
 
 RECIPES = ("rl", "sft", "convert", "replay")
@@ -22,7 +22,7 @@ def main() -> None:
     if recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} must be one of {', '.join(RECIPES)}")
     die_with_parent()  # no rank outlives the process that started it, whatever ends it
-    if os.getppid() == 1:
+    if launcher_is_gone():
         sys.exit("the launcher is gone")
     name_process(f"rank{os.environ.get('RANK', '0')}")
     ignore([signal.SIGUSR1])  # a request to stop is the orchestrator's business; it may come at any time

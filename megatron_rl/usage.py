@@ -154,6 +154,21 @@ COMMANDS = {
         """\
   megatron-rl slurm experiment=ring_lite_rl_stage1 slurm.nodes=32 slurm.engine_nodes=8 rollout.engine.count=64 --dry-run
 """),
+    "torchrun": Help(
+        "an RL run whose ranks torchrun starts on several machines, without Slurm",
+        "Runs the orchestrator here and writes run.dir/torchrun.sh: start that on every machine of the trainer. The\n"
+        "engines run already (`megatron-rl engine`). All machines share run.dir and model.path\n"
+        "(docs/several_machines.md).",
+        """\
+  megatron-rl torchrun --nodes 2 experiment=quickstart rollout.publish=broadcast rollout.engine.urls=[http://n3:20500]
+"""),
+    "engine": Help(
+        "SGLang servers as a run would start them, on this machine, for rollout.engine.urls of another command",
+        "Prints the URLs and the key that the other commands need. rollout.engine.host is the name under which other\n"
+        "machines reach this one. Ctrl-C ends the servers (docs/several_machines.md).",
+        """\
+  megatron-rl engine model.path=HF_FOLDER rollout.engine.host=n3 rollout.engine.port=20500 run.dir=runs/engines
+"""),
     "convert": Help("make checkpoints: upcycle a dense model, fetch SmolLM2, round trip"),
     "completion": Help("shell completion: source <(megatron-rl completion bash)"),
 }

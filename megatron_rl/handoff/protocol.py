@@ -1,6 +1,7 @@
 """The orchestrator's commands, in the order in which a run sees them, and the trainer's answers.
 
-    start      config, checkpoint (a folder or None), stage, schedule_updates, reset_optimizer
+    start      config, checkpoint (a folder or None), stage, schedule_updates, reset_optimizer, written (a file of
+               run.dir that every rank must see)
                -> steps_done, probe_tokens
     publish    version, urls, checksums     -> failures by URL, bytes, digests, reference, free_bytes
     make_room  urls                         -> {}

@@ -16,7 +16,7 @@ def check_keys(engine: EngineConfig) -> None:
     """ValueError for an engine of `urls` that answers without the key, or refuses it. One that is down is left out."""
     key = engine_key(engine)
     for url in engine.urls:
-        without, with_key = _status(url, None), _status(url, key)
+        without, with_key = status_of(url, None), status_of(url, key)
         if without is not None and without not in REFUSED:
             raise ValueError(f"rollout.engine.urls: {url} answers without a key (HTTP {without}), so any user who "
                              "reaches it could give it other weights: start it with --api-key and put that key into "
@@ -26,7 +26,7 @@ def check_keys(engine: EngineConfig) -> None:
                              f"{engine.api_key_env} (HTTP {with_key}): it must be the one of its --api-key")
 
 
-def _status(url: str, key: str | None) -> int | None:
+def status_of(url: str, key: str | None) -> int | None:
     """The HTTP status of its /model_info, None without an answer. No proxy of the environment is used."""
     request = urllib.request.Request(f"{url.rstrip('/')}/model_info",
                                      headers={} if key is None else {"Authorization": f"Bearer {key}"})

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -152,10 +153,17 @@ def ranks_command(config: Config) -> list[str]:
             "--master-addr=127.0.0.1", f"--master-port={port}", "-m"]
 
 
-def follow(ranks: subprocess.Popen, recipe: str, config: Config, look: Callable[[], None] = lambda: None) -> None:
+class Running(Protocol):
+    """Something that goes on until it has an exit code."""
+
+    def poll(self) -> int | None: ...
+
+
+def follow(ranks: Running, recipe: str, config: Config, look: Callable[[], None] = lambda: None) -> None:
     """Show progress from the metrics that the run writes, until the ranks end. look: called at every turn."""
     if recipe in ("convert", "replay"):
-        ranks.wait()
+        while ranks.poll() is None:
+            time.sleep(POLL_S)
         return
     total = config.run.steps if recipe == "rl" else config.sft.total_steps
     start = choose(config.run)

@@ -188,6 +188,10 @@ class OrchestratorKeeper:
         finally:
             connection.close()
 
+    def poll(self) -> int | None:
+        """0 once the orchestrator has ended well."""
+        return 0 if self._process.poll() == 0 else None
+
     def wait_for_end(self) -> None:
         """The ranks have ended well: it has nothing left to do but to close its files."""
         try:

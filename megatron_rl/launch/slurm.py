@@ -6,6 +6,7 @@ One allocation holds trainer ranks and engines; no Ray, no service outside the j
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import subprocess
@@ -28,10 +29,9 @@ def job_folder(config: Config) -> Path:
 
 
 def job_script(config: Config) -> str:
-    """The text of job.sh. ValueError when the ranks cannot be laid out evenly over slurm.nodes, or not publish."""
-    slurm, world = config.slurm, config.parallel.world_size
-    require(world % slurm.nodes == 0,
-            f"slurm.nodes={slurm.nodes} does not divide parallel.world_size={world}: nodes run equally many ranks")
+    """The text of job.sh. ValueError if ranks and engines cannot be laid out evenly over the nodes, or not publish."""
+    slurm = config.slurm
+    tasks_per_node = max(_tasks_per_node(config))
     one_node = slurm.engine_nodes == 0 and (slurm.nodes == 1 or config.rollout.engine.count == 1)
     require(one_node or bool(config.rollout.engine.urls) or config.rollout.publish != "tensor",
             "rollout.publish=tensor goes through shared memory, which engines on other nodes do not have "
@@ -39,7 +39,7 @@ def job_script(config: Config) -> str:
     folder = job_folder(config)
     directives = {
         "job-name": config.run.name, "output": folder / "job-%j.log", "open-mode": "append",
-        "nodes": slurm.nodes + slurm.engine_nodes, "ntasks": world + config.rollout.engine.count,
+        "nodes": slurm.nodes + slurm.engine_nodes, "ntasks-per-node": tasks_per_node,
         "time": slurm.time_limit,
         "cpus-per-task": slurm.cpus_per_task, "signal": f"B:USR1@{slurm.signal_lead_s}",
         "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "exclude": slurm.exclude,
@@ -52,6 +52,34 @@ def job_script(config: Config) -> str:
     driver = shlex.join([sys.executable, "-m", "megatron_rl.launch.slurm_job", str(folder / "launch.json")])
     return "\n".join(["#!/bin/bash", *lines, "set -e", f"cd {shlex.quote(str(Path.cwd()))}", *exports, *slurm.setup,
                       f"exec {driver}", ""])
+
+
+def _tasks_per_node(config: Config) -> tuple[int, int]:
+    """(tasks of a node with ranks, of one with engines alone). Slurm gives all nodes of a job the same number.
+
+    ValueError where a node would lack ranks, engines or GPUs that another one has.
+    """
+    slurm, engine, world = config.slurm, config.rollout.engine, config.parallel.world_size
+    require(world % slurm.nodes == 0,
+            f"slurm.nodes={slurm.nodes} does not divide parallel.world_size={world}: nodes run equally many ranks")
+    require(slurm.engine_nodes == 0 or not engine.urls,
+            f"slurm.engine_nodes={slurm.engine_nodes}, but the engines of rollout.engine.urls run already: set it to 0")
+    engines = 0 if engine.urls else engine.count
+    require(slurm.engine_nodes <= engines or bool(engine.urls),
+            f"slurm.engine_nodes={slurm.engine_nodes} for rollout.engine.count={engines}: a node would run no engine")
+    ranks_per_node = world // slurm.nodes
+    engines_per_node = math.ceil(engines / (slurm.engine_nodes or slurm.nodes))
+    if slurm.gpus_per_node:
+        require(ranks_per_node <= slurm.gpus_per_node,
+                f"parallel.world_size={world} on slurm.nodes={slurm.nodes} is {ranks_per_node} ranks a node, and "
+                f"slurm.gpus_per_node={slurm.gpus_per_node}: every rank needs a GPU")
+        require(engine.device == "cpu" or engine.first_gpu + engines_per_node * engine.tp <= slurm.gpus_per_node,
+                f"rollout.engine.count={engines} engines of rollout.engine.tp={engine.tp} GPUs are {engines_per_node} "
+                f"on a node, from rollout.engine.first_gpu={engine.first_gpu} on, and slurm.gpus_per_node="
+                f"{slurm.gpus_per_node}: give them more nodes (slurm.engine_nodes)")
+    if slurm.engine_nodes:
+        return ranks_per_node, engines_per_node
+    return ranks_per_node + engines_per_node, 0
 
 
 def submit(config: Config, *, dry_run: bool) -> str:

@@ -22,16 +22,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rl.compat.own_name import check_own_name
 from megatron_rl.config.load import from_json, to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.claim import claimed
+from megatron_rl.launch.hosts import why_unreachable
 from megatron_rl.launch.keys import check_keys
 from megatron_rl.launch.programs import EXIT_CODES, OrchestratorFailed, OrchestratorKeeper, prepared
 from megatron_rl.loop import End
+from megatron_rl.observe import lease
 from megatron_rl.observe.files import write_json
 from megatron_rl.orchestrator import stages, state
-from megatron_rl.rollout.engine_command import draw_key
-from megatron_rl.rollout.ports import PORTS
+from megatron_rl.rollout.engine_command import draw_key, engine_key
+from megatron_rl.rollout.ports import PORTS, choose_port
 
 POLL_S = 0.5
 HARDWARE = re.compile(r"uncorrectable (?:ECC|NVLink)|CUDA error: (?:unknown error|hardware)|NVRM: Xid|fell off the bus",
@@ -58,6 +61,7 @@ class Job:
         slurm = self.config.slurm
         self.trainer_hosts = hosts[:slurm.nodes]
         self.engine_hosts = hosts[slurm.nodes:] or self.trainer_hosts
+        self.several = len(hosts) > 1
         self.engines: list[subprocess.Popen] = []
         self.read_to = {path: path.stat().st_size for path in self.rank_logs()}  # logs of earlier starts end here
 
@@ -66,37 +70,78 @@ class Job:
         signal.signal(signal.SIGUSR1, lambda *_: self.ask_to_stop())
         say(f"job {self.id}, start {self.restarts + 1}, trainers on {','.join(self.trainer_hosts)}, "
             f"engines on {','.join(self.engine_hosts)}")
-        with claimed(self.config.run.dir):
+        run_dir = self.config.run.dir
+        if self.several:
+            check_own_name(self.trainer_hosts[0])
+        with claimed(run_dir, job=self.id):
             try:
-                urls = self.start_engines()
-                code = self.run_programs(urls)
+                lease.take(run_dir)
+                code = self.run_programs(self.start_engines())
+            except lease.Superseded as error:
+                say(str(error))
+                return lease.EXIT_CODE
             finally:
                 for engine in self.engines:
                     engine.terminate()
+            if (why := lease.superseded(run_dir)) is not None:
+                say(why)
+                return lease.EXIT_CODE
         return self.after(code)
 
     def start_engines(self) -> tuple[str, ...]:
-        """URLs of the engines, once all answer. A given rollout.engine.urls is used as it is."""
+        """URLs of the engines that answer here, once all have answered or failed; SystemExit if none does.
+
+        A given rollout.engine.urls is used as it is.
+        """
         if self.config.rollout.engine.urls:
             check_keys(self.config.rollout.engine)
             return self.config.rollout.engine.urls
-        spread = len(set(self.engine_hosts + self.trainer_hosts)) > 1
         draw_key(self.config.rollout.engine)  # the steps inherit it
-        ready = [self.folder / f"engine-{index}.url" for index in range(self.config.rollout.engine.count)]
-        for index, path in enumerate(ready):
-            path.unlink(missing_ok=True)
-            host = self.engine_hosts[index % len(self.engine_hosts)]
+        waiting = set(range(self.config.rollout.engine.count))
+        for index in waiting:
+            self.url_file(index).unlink(missing_ok=True)
+            host = self.engine_host(index)
             self.engines.append(self.step(
-                f"engine-{index}", ["--nodes=1", "--ntasks=1", f"--nodelist={host}"],
+                f"engine-{index}", place_on(host),
                 [sys.executable, "-m", "megatron_rl.launch.slurm_step", "engine", str(self.folder / "launch.json"),
-                 str(index), str(index // len(self.engine_hosts)), host if spread else "127.0.0.1"]))
-        while not all(path.exists() for path in ready):
-            for index, engine in enumerate(self.engines):
-                if engine.poll() is not None:
-                    raise SystemExit(f"engine {index} ended with exit code {engine.returncode} before it answered; see "
-                                     f"{self.folder}/engine-{index}.log")
+                 str(index), str(index // len(self.engine_hosts)), host if self.several else "127.0.0.1"]))
+        urls: dict[int, str] = {}
+        while waiting:
+            lease.check(self.config.run.dir)
+            for index in sorted(waiting):
+                url, code = self.url_of(index), self.engines[index].poll()
+                if url is None and code is None:
+                    continue
+                waiting.remove(index)
+                if url is not None and (why := why_unreachable(url, engine_key(self.config.rollout.engine))) is None:
+                    urls[index] = url
+                    continue
+                self.engines[index].terminate()
+                why = why if url is not None else (f"ended with exit code {code} before it answered: "
+                                                   f"{last_line(self.folder / f'engine-{index}.log')}")
+                say(f"engine {index} on {self.engine_host(index)} {why}; see {self.folder}/"
+                    f"engine-{index}.log and engine-{index}.server.log")
             time.sleep(POLL_S)
-        return tuple(path.read_text() for path in ready)
+        if not urls:
+            raise SystemExit("no engine could be started")
+        if len(urls) < len(self.engines):
+            say(f"the run goes on with {len(urls)} of rollout.engine.count={len(self.engines)} engines")
+        return tuple(urls[index] for index in sorted(urls))
+
+    def place_of_ranks(self) -> list[str]:
+        """Where srun puts the ranks: equally many on every node, in the order of the nodes."""
+        world, nodes = self.config.parallel.world_size, len(self.trainer_hosts)
+        return [f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}", "--distribution=block",
+                f"--nodelist={','.join(self.trainer_hosts)}"]
+
+    def engine_host(self, index: int) -> str:
+        return self.engine_hosts[index % len(self.engine_hosts)]
+
+    def url_file(self, index: int) -> Path:
+        return self.folder / f"engine-{index}.url"
+
+    def url_of(self, index: int) -> str | None:
+        return self.url_file(index).read_text() if self.url_file(index).exists() else None
 
     def run_programs(self, urls: tuple[str, ...]) -> int:
         """Exit code of the run, with stages of all of them; STOPPED when a signal came before it started."""
@@ -112,28 +157,30 @@ class Job:
         """(exit code, whether no stage is left) of one start of the orchestrator and all ranks."""
         several = len(self.trainer_hosts) > 1
         config = prepared(config, host=self.trainer_hosts[0] if several else None)  # the steps inherit the run's key
+        port = choose_port(None, host=self.trainer_hosts[0] if several else "127.0.0.1", ports=master_ports(self.id))
         path = self.folder / "ranks.json"
         write_json(path, to_dict(config))
         environment = {"MASTER_ADDR": self.trainer_hosts[0] if several else "127.0.0.1",
-                       "MASTER_PORT": str(master_port(self.id))}
+                       "MASTER_PORT": str(port)}
         keeper = OrchestratorKeeper(config.orchestrator, self.folder / "orchestrator.log", lambda: self.step(
-            "orchestrator", ["--nodes=1", "--ntasks=1", f"--nodelist={self.trainer_hosts[0]}"],
+            "orchestrator", place_on(self.trainer_hosts[0]),
             [sys.executable, "-m", "megatron_rl.launch.slurm_step", "orchestrator", str(path)],
             {"CUDA_VISIBLE_DEVICES": ""}))
         keeper.start()
-        world, nodes = config.parallel.world_size, len(self.trainer_hosts)
         ranks = self.step(
-            "rank", [f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}",
-                     f"--nodelist={','.join(self.trainer_hosts)}", "--kill-on-bad-exit=1"],
+            "rank", [*self.place_of_ranks(), "--kill-on-bad-exit=1"],
             [sys.executable, "-m", "megatron_rl.launch.slurm_step", "rank", str(path)], environment)
         try:
             while (code := wait(ranks, POLL_S)) is None:
                 keeper.look()
+                lease.check(config.run.dir)
             if code == 0:
                 keeper.wait_for_end()
-        except OrchestratorFailed as failed:
-            say(str(failed))
+        except (OrchestratorFailed, lease.Superseded) as failed:
             ranks.terminate()
+            if isinstance(failed, lease.Superseded):
+                raise
+            say(str(failed))
             return 1, True
         finally:
             keeper.stop()
@@ -212,9 +259,20 @@ class Job:
         return found is not None and found.group(1) not in ("None", "N/A", "Unknown")
 
 
-def master_port(job: str) -> int:
-    """Where rank 0 of the job listens for the others, known on every node."""
-    return MASTER_PORTS[int(job) % len(MASTER_PORTS)]
+def master_ports(job: str) -> list[int]:
+    """Where rank 0 of the job may listen for the others, best first; neighbouring jobs begin with other ports."""
+    first = int(job) % len(MASTER_PORTS)
+    return [*MASTER_PORTS[first:], *MASTER_PORTS[:first]]
+
+
+def last_line(log: Path) -> str:
+    """The last words of a step's log, without what srun itself says of the step's end."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("srun:")), "no words")
+
+
+def place_on(host: str) -> list[str]:
+    return ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={host}"]
 
 
 def with_engines(config: Config, urls: tuple[str, ...], *, resume: bool) -> Config:

@@ -42,6 +42,7 @@ from megatron_rl.model.build import Policy
 from megatron_rl.model.checkpoint_shards import Held, ShardReader, file_name, locate, tensor_name, write_tensors
 from megatron_rl.model.convert import frozen_slots, trained_slots
 from megatron_rl.model.slots import Slot
+from megatron_rl.observe import lease
 from megatron_rl.topology import Topology
 
 BUFFERS = "buffers.safetensors"
@@ -102,14 +103,18 @@ class Checkpoints:
         self._agree(pending.step, pending.written.exception())
         for part in self._topology.gather_objects(pending.written.result()):
             pending.manifest["files"] |= part
-        self._on_main(pending.step, lambda: files.commit(
-            self._partial(pending.step), self.folder / files.step_name(pending.step), pending.manifest,
-            keep=self._run.keep_checkpoints))
+        self._on_main(pending.step, lambda: self._commit(pending))
+
+    def _commit(self, pending: _Pending) -> None:
+        lease.check(self._run.dir)
+        files.commit(self._partial(pending.step), self.folder / files.step_name(pending.step), pending.manifest,
+                     keep=self._run.keep_checkpoints)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{files.step_name(step)}.partial"
 
     def _make_folder(self, partial: Path) -> None:
+        lease.check(self._run.dir)
         if not self.folder.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "run.dir was removed", str(self.folder.parent))
         files.clean(self.folder)
@@ -169,7 +174,7 @@ class Checkpoints:
         failed = [f"rank {rank}: {message}" for rank, message in enumerate(found) if message is not None]
         if not failed:
             return
-        if self._topology.is_main:
+        if self._topology.is_main and lease.superseded(self._run.dir) is None:  # else it may be the newer start's
             shutil.rmtree(self._partial(step), ignore_errors=True)
         raise OSError(f"the checkpoint of step {step} could not be saved: {'; '.join(failed)}; earlier checkpoints "
                       f"in {self.folder} are whole")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 
 from megatron_rl import signals
 from megatron_rl.compat.quick_imports import quick_imports
-from megatron_rl.rollout.die_with_parent import die_with_parent, name_process
+from megatron_rl.rollout.die_with_parent import die_with_parent, launcher_is_gone, name_process
 
 
 def main(config_path: str, *, stop_signals: tuple[signal.Signals, ...] = (signal.SIGUSR1,)) -> None:
@@ -23,6 +22,6 @@ def main(config_path: str, *, stop_signals: tuple[signal.Signals, ...] = (signal
 
 if __name__ == "__main__":
     die_with_parent()  # it does not outlive its launcher, whatever ends that
-    if os.getppid() == 1:
+    if launcher_is_gone():
         sys.exit("the launcher is gone")
     main(*sys.argv[1:])

@@ -19,7 +19,7 @@ from megatron_rl.handoff import load
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.tokenizer import QuickText, load_tokenizer
-from megatron_rl.observe import MetricsLog, Timers
+from megatron_rl.observe import MetricsLog, Timers, lease
 from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.orchestrator import stages, state
 from megatron_rl.orchestrator.evaluation import Evaluator
@@ -36,6 +36,7 @@ from megatron_rl.reward import RewardPool
 
 def run(config: Config) -> None:
     """One start of the orchestrator, to the end of the run or of its stage; orchestrator/end.json says how it ended."""
+    lease.Watch(config.run.dir).start()
     asyncio.run(_run(config))
 
 

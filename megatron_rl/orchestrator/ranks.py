@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
 from c3po import SumCount
 from megatron_rl.config.load import to_dict
 from megatron_rl.observe.timing import Timers
+from megatron_rl.orchestrator import state
 from megatron_rl.orchestrator.port import TrainerPort
 from megatron_rl.orchestrator.stages import Stage
 from megatron_rl.orchestrator.weights import PublishedWeights
 from megatron_rl.types import StepResult
+
+WRITTEN = "written."
+"""Beginning of the name of a file that the ranks must see; the rest is drawn for each start."""
 
 
 class Ranks:
@@ -21,11 +27,15 @@ class Ranks:
         self.steps_done = 0
 
     async def start(self, checkpoint: Path | None) -> None:
-        """Has every rank build the policy and load the same checkpoint."""
+        """Has every rank see run.dir, build the policy and load the same checkpoint."""
         stage = self._stage
+        written = Path(stage.config.run.dir, state.FOLDER, f"{WRITTEN}{secrets.token_hex(8)}")  # new: in nobody's cache
+        written.write_text(os.uname().nodename)
         begun = await self._port.execute(
             "start", config=to_dict(stage.config), checkpoint=None if checkpoint is None else str(checkpoint),
-            stage=stage.number, schedule_updates=stage.schedule_updates, reset_optimizer=stage.resets_optimizer)
+            stage=stage.number, schedule_updates=stage.schedule_updates, reset_optimizer=stage.resets_optimizer,
+            written=str(written))
+        written.unlink(missing_ok=True)
         self.steps_done, self._weights.probe_tokens = begun["steps_done"], begun["probe_tokens"]
 
     async def train(self, step: int, timers: Timers) -> list[StepResult]:

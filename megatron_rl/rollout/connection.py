@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import aiohttp
 import orjson
 
+from megatron_rl.observe.wires import keep_alive
 from megatron_rl.rollout.background import aside
 
 # The server drops idle connections after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE); reuse none that could be closing.
@@ -45,6 +47,13 @@ class EngineDisconnectedError(EngineHTTPError):
 REFUSALS = {400: RequestRefusedError, 413: RequestRefusedError, 422: RequestRefusedError, 429: EngineBusyError,
             503: EngineBusyError}
 """What the status of an answer says; all others: the engine failed."""
+
+
+def _socket(address: tuple) -> socket.socket:
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    keep_alive(made)
+    return made
 
 
 class JsonConnection:
@@ -101,7 +110,7 @@ class JsonConnection:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_socket)
             self._large = asyncio.Semaphore(LARGE_ANSWERS)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False, headers=self._headers,
                                                   json_serialize=lambda value: orjson.dumps(value).decode())

@@ -14,11 +14,24 @@ import sys
 from collections.abc import Sequence
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+LAUNCHERS = (b"torchrun", b"torch.distributed.run", b"megatron-rl", b"megatron_rl")
 
 
 def die_with_parent() -> None:
     """From now on the kernel kills this process when its parent ends. This survives exec, but not fork."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def launcher_is_gone() -> bool:
+    """Whether the process that started this one ended before die_with_parent() could hear of it.
+
+    An orphan's parent is process 1. In a container torchrun, or our own launcher, may be process 1 itself.
+    """
+    if os.getppid() != 1:
+        return False
+    with open("/proc/1/cmdline", "rb") as file:
+        command = file.read()
+    return not any(launcher in command for launcher in LAUNCHERS)
 
 
 def with_parent(command: Sequence[str]) -> list[str]:

@@ -11,17 +11,21 @@ PORTS = range(20000, 32768)
 
 
 def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.0.1",
-                key: str = "rollout.engine.port") -> int:
-    """A free port of `host` that is not in `taken`, or `port` itself. ValueError naming `key` if that one is taken."""
+                key: str = "rollout.engine.port", ports: Sequence[int] | None = None) -> int:
+    """A free port of `host` that is not in `taken`, or `port` itself. ValueError naming `key` if that one is taken.
+
+    ports: those to try, in this order; None for PORTS in an order of chance.
+    """
     if port is not None:
         if not _can_bind(host, port):
             raise ValueError(f"{key}={port} is taken on {host}: choose another, or leave it unset "
                              "to have a free one found")
         return port
-    for candidate in random.SystemRandom().sample(PORTS, len(PORTS)):
+    for candidate in ports or random.SystemRandom().sample(PORTS, len(PORTS)):
         if candidate not in taken and _can_bind(host, candidate):
             return candidate
-    raise ValueError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on {host}")
+    tried = ports or PORTS
+    raise ValueError(f"no port from {min(tried)} to {max(tried)} is free on {host}")
 
 
 def _can_bind(host: str, port: int) -> bool:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
 import threading
 import time
 from typing import Any
 
 from megatron_rl.config.orchestrator import RUN_KEY, OrchestratorConfig
 from megatron_rl.handoff import UpdateShard, read_shard
+from megatron_rl.observe.wires import keep_alive
 from megatron_rl.topology import Topology
 
 POLL_TIMEOUT_S = 30.0  # the orchestrator answers a poll within handoff.protocol.POLL_S
 BODY_TIMEOUT_S = 600.0
 RETRY_S = 0.2
 HEARTBEAT_S = 5.0
+CUT_OFF = 68
+"""Exit code of a rank whose machine was cut off; EX_NOHOST of sysexits.h."""
 
 
 class OrchestratorLost(RuntimeError):
@@ -36,12 +40,15 @@ class OrchestratorClient:
         self._host, self._port, self._wait_s = options.host, options.port, options.wait_timeout_s
         self._headers = {"Authorization": f"Bearer {os.environ[RUN_KEY]}", "Content-Type": "application/json"}
         self._answered_at = time.monotonic()
+        self.no_way_since: float | None = None
+        """Since when its machine has been out of reach; None while something there answers, be it with a refusal."""
 
     def try_once(self, method: str, path: str, value: Any = None, *, timeout_s: float) -> tuple[int, bytes] | None:
         """(status, body), or None without an answer. OrchestratorLost if there has been none for wait_timeout_s."""
         body = None if value is None else json.dumps(value).encode()
         connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
         try:
+            self._connect(connection)
             connection.request(method, path, body, self._headers)
             answer = connection.getresponse()
             content = answer.read()
@@ -55,6 +62,19 @@ class OrchestratorClient:
             connection.close()
         self._answered_at = time.monotonic()
         return answer.status, content
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        """Opens the connection. It breaks if the machine at the other end vanishes: see observe/wires.py."""
+        try:
+            connection.connect()
+        except OSError as error:
+            if isinstance(error, ConnectionRefusedError):
+                self.no_way_since = None
+            else:
+                self.no_way_since = self.no_way_since or time.monotonic()
+            raise
+        self.no_way_since = None
+        keep_alive(connection.sock)
 
     def request(self, method: str, path: str, value: Any = None) -> bytes:
         """The body of the answer. RuntimeError if the orchestrator refuses the request."""
@@ -110,12 +130,14 @@ class Link:
 class Heartbeat(threading.Thread):
     """Reports every few seconds that this rank lives. A rank that is stopped, or whose node is gone, falls silent.
 
-    doing: what the rank reports that it does. If the orchestrator does not answer, this thread ignores it.
+    doing: what the rank reports that it does. If the orchestrator does not answer, this thread ignores it, since the
+    orchestrator may be started again. If its machine is out of reach for hang_timeout_s, this thread ends the process,
+    because the main thread may wait for other ranks in vain: the orchestrator has given this rank up by then.
     """
 
     def __init__(self, options: OrchestratorConfig, rank: int):
         super().__init__(name="heartbeat", daemon=True)
-        self._client = OrchestratorClient(options)
+        self._client, self._options = OrchestratorClient(options), options
         self._path, self.doing, self._over = f"/heartbeat/{rank}", "waits for a command", threading.Event()
 
     def run(self) -> None:
@@ -125,6 +147,12 @@ class Heartbeat(threading.Thread):
                 heard = self._client.try_once("POST", self._path, {**about, "doing": self.doing}, timeout_s=HEARTBEAT_S)
             except OrchestratorLost:
                 return  # rank 0 says so
+            since, limit_s = self._client.no_way_since, self._options.hang_timeout_s
+            if since is not None and time.monotonic() - since > limit_s:
+                print(f"megatron-rl: {about['host']} has had no way to {self._options.host}, the machine of the "
+                      f"orchestrator, for orchestrator.hang_timeout_s={limit_s:g}: this rank ends", file=sys.stderr,
+                      flush=True)
+                os._exit(CUT_OFF)
             if self._over.wait(RETRY_S if heard is None else HEARTBEAT_S):
                 return
 

@@ -6,6 +6,8 @@ A command may come twice, from an orchestrator that died before it heard the out
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_rl import loop, topology
 from megatron_rl.config.load import build
 from megatron_rl.config.schema import Config
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
+from megatron_rl.observe import lease
 from megatron_rl.observe.timing import PhaseFile, Timers
 from megatron_rl.trainer.client import Heartbeat, Link
 from megatron_rl.trainer.export import ADAPTER_FOLDER, export, export_adapters
@@ -23,10 +26,13 @@ from megatron_rl.trainer.probe import Probe
 from megatron_rl.trainer.sender import Sender
 from megatron_rl.types import StepResult
 
+APPEARS_S = 10.0
+
 
 def run(config: Config) -> None:
     """What every rank does, from joining the others to the command `finish`."""
     options = config.orchestrator
+    lease.Watch(config.run.dir).start()
     here = topology.start(config.parallel, seed=config.run.seed,
                           timeout_s=max(topology.TIMEOUT_S, 2 * options.wait_timeout_s))
     heartbeat = Heartbeat(options, here.rank)
@@ -61,10 +67,11 @@ class Trainer:
         return outcome
 
     def _start(self, config: dict[str, Any], checkpoint: str | None, stage: int | None, schedule_updates: int,
-               reset_optimizer: bool) -> dict[str, Any]:
+               reset_optimizer: bool, written: str | None = None) -> dict[str, Any]:
         """Builds the policy from `checkpoint`, or from model.path. If called again, only says where it stands."""
         if self._learner is None:
             self._config = build(config)
+            self._check_shared(written)
             self._learner = PolicyLearner(self._config, self._here, schedule_updates, stage)
             self._checkpoints = Checkpoints(self._config.run, self._learner.policy, self._learner.optimizer,
                                             self._here)
@@ -73,6 +80,22 @@ class Trainer:
             if self._here.is_main:
                 self._sender = Sender(self._config, self._learner.policy.config, self._here.device)
         return {"steps_done": self.steps_done, "probe_tokens": self._probe.token_ids.tolist()}
+
+    def _check_shared(self, written: str | None) -> None:
+        """ValueError on every rank, naming machines and folders, if some machine does not share run.dir or the model.
+
+        written: a file that the orchestrator has just made in run.dir.
+        """
+        run_dir, model = self._config.run.dir, self._config.model.path
+        missing = []
+        if written is not None and not _appears(Path(written)):
+            missing.append(f"run.dir={run_dir} (it lacks {written}, which the orchestrator has written)")
+        if not (Path(model) / "config.json").is_file():
+            missing.append(f"model.path={model}")
+        here = f"rank {self._here.rank} on {os.uname().nodename} does not see "
+        blind = [each for each in self._here.gather_objects(here + " and ".join(missing) if missing else None) if each]
+        if blind:
+            raise ValueError(f"{'; '.join(blind)}: every machine of the run must share these folders")
 
     def _restore(self, checkpoint: Path | None, reset_optimizer: bool) -> None:
         state = self._checkpoints.restore(checkpoint)
@@ -133,6 +156,16 @@ class Trainer:
         if self._sender is not None:
             self._sender.close()
         return {}
+
+
+def _appears(file: Path) -> bool:
+    """Whether the file is there, or soon is: a network file system may show it late."""
+    deadline = time.monotonic() + APPEARS_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _plain(result: StepResult) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from megatron_rl.config.load import load
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.slurm import job_script
-from megatron_rl.launch.slurm_job import master_port, with_engines
+from megatron_rl.launch.slurm_job import master_ports, with_engines
+from megatron_rl.launch.slurm_step import check_place
 from megatron_rl.rollout.engine_command import draw_key
-from megatron_rl.rollout.ports import PORTS
+from megatron_rl.rollout.ports import PORTS, choose_port
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_no_key_is_drawn_where_the_user_names_one():
 
 
 def test_rank_0_listens_where_no_engine_may_and_neighbouring_jobs_do_not():
-    ports = [master_port(str(job)) for job in range(4_000_000, 4_002_000)]
+    ports = [master_ports(str(job))[0] for job in range(4_000_000, 4_002_000)]
     assert len(set(ports)) == len(ports) and not set(ports) & set(PORTS)
     assert 1024 <= min(ports) and max(ports) < 32768
 
@@ -58,3 +60,33 @@ def test_names_with_blanks_reach_sbatch_whole(tmp_path):
     directives = [shlex.split(line) for line in text.splitlines() if line.startswith("#SBATCH")]
     assert ["#SBATCH", "--job-name=a b"] in directives
     assert ["#SBATCH", f"--output={run_dir}/slurm/job-%j.log"] in directives
+
+
+@pytest.mark.parametrize(("overrides", "told"), [
+    (["slurm.nodes=3"], "slurm.nodes=3 does not divide parallel.world_size=4"),
+    (["slurm.engine_nodes=2"], "slurm.engine_nodes=2 for rollout.engine.count=1: a node would run no engine"),
+    (["slurm.engine_nodes=1", "rollout.engine.urls=[http://n9:1]"], "rollout.engine.urls run already: set it to 0"),
+    (["slurm.gpus_per_node=2", "slurm.engine_nodes=1"], "is 4 ranks a node, and slurm.gpus_per_node=2"),
+    (["slurm.gpus_per_node=4", "slurm.engine_nodes=1", "rollout.engine.count=5"], "engines of rollout.engine.tp=1"),
+])
+def test_a_layout_that_gives_a_node_too_much_or_nothing_is_refused(overrides, told):
+    with pytest.raises(ValueError, match=told):
+        job_script(load(["experiment=quickstart", "parallel.world_size=4", "rollout.publish=broadcast", *overrides]))
+
+
+def step(rank: int, node: int, local: int, *, ranks: int = 16, nodes: int = 2) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local),
+            "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_STEP_NUM_TASKS": str(ranks)}
+
+
+def test_a_rank_checks_that_nodes_run_equally_many():
+    for rank in range(16):
+        check_place(step(rank, rank // 8, rank % 8))
+    with pytest.raises(ValueError, match="rank 2 is number 2 on .*, node 0 of 2: every node must run 2 ranks"):
+        check_place(step(2, 0, 2, ranks=4))  # 3 + 1
+
+
+def test_a_port_for_rank_0_that_is_taken_is_left_out():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert choose_port(None, ports=[port, port + 1]) == port + 1

@@ -1,0 +1,181 @@
+"""Runs over three hosts, each with its own address, name, processes and /tmp (lab.py): Slurm's and torchrun's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load, to_dict
+from megatron_rl.launch.slurm import job_folder, job_script
+from megatron_rl.observe.files import write_json
+from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.trainer.client import CUT_OFF
+from tests.engine.test_runs import SMALL, rows
+from tests.hosts.lab import ROOT, Lab, wait_until, why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SHORT = [*SMALL, "run.steps=2", "run.save_every_steps=1", "eval.problems=0", "parallel.world_size=2",
+         "rollout.publish=broadcast", "slurm.time_limit=20:00", "orchestrator.hang_timeout_s=12"]
+HEART = """
+import time
+from megatron_rl.config.orchestrator import OrchestratorConfig
+from megatron_rl.trainer.client import Heartbeat
+Heartbeat(OrchestratorConfig(host="n1", port=9, hang_timeout_s=3.0), 1).start()
+print("beats", flush=True)
+time.sleep(600)
+"""
+HELD = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
+LAYOUTS = {
+    "8 ranks a node, engines apart": (["slurm.nodes=2", "slurm.engine_nodes=1", "parallel.world_size=16",
+                                       "rollout.engine.count=3"], {"n1": 8, "n2": 8}, {"n3": 3}),
+    "8 ranks, 3 engines apart": (["slurm.engine_nodes=1", "parallel.world_size=8", "rollout.engine.count=3"],
+                                 {"n1": 8}, {"n2": 3}),
+    "4 ranks on 2 nodes beside an engine": (["slurm.nodes=2", "parallel.world_size=4"], {"n1": 2, "n2": 2}, {"n1": 1}),
+    "more engine nodes than trainer nodes": (["slurm.engine_nodes=2", "parallel.world_size=2",
+                                              "rollout.engine.count=4"], {"n1": 2}, {"n2": 2, "n3": 2}),
+    "engines of somebody else": (["slurm.nodes=3", "parallel.world_size=6", "rollout.engine.urls=[http://n9:1]"],
+                                 {"n1": 2, "n2": 2, "n3": 2}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def lab():
+    if why := why_not():
+        pytest.skip(why)
+    shared = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
+    try:
+        with Lab(shared) as lab:
+            make_random_model(shared / "model", seed=0, num_hidden_layers=2)
+            yield lab
+    finally:
+        shutil.rmtree(shared)
+
+
+@pytest.fixture(scope="module")
+def cluster(lab):
+    if why := why_not(slurm=True):
+        pytest.skip(why)
+    lab.start_slurm(control="n3")
+    return lab
+
+
+def short(lab: Lab, run: str, *more: str) -> list[str]:
+    return [*SHORT, f"model.path={lab.shared}/model", f"run.dir={lab.shared}/{run}", *more]
+
+
+def submit(lab: Lab, run: str, *more: str) -> str:
+    said = lab.run("n1", sys.executable, "-m", "megatron_rl.cli", "slurm", *short(lab, run, *more))
+    return re.search(r"job (\d+);", said).group(1)
+
+
+def job_log(lab: Lab, run: str, job: str) -> str:
+    path = lab.shared / run / "slurm" / f"job-{job}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for_end(lab: Lab, run: str, job: str, words: str = "done\n") -> str:
+    def over() -> bool:
+        state = lab.run("n3", "squeue", "-h", "-j", job, "-t", "all", "-o", "%T")
+        return words in job_log(lab, run, job) or not state.startswith(("PENDING", "CONFIGURING", "RUNNING"))
+
+    wait_until(over, f"job {job} to end", 300)
+    return job_log(lab, run, job)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_node_gets_equally_many_ranks_and_its_engines(cluster, name):
+    overrides, ranks, engines = LAYOUTS[name]
+    run = f"layout-{list(LAYOUTS).index(name)}"
+    config = load(short(cluster, run, *overrides))
+    folder = job_folder(config)
+    folder.mkdir(parents=True)
+    write_json(folder / "launch.json", to_dict(config))
+    *script, _ = job_script(config).strip().splitlines()
+    (folder / "job.sh").write_text("\n".join([*script, f"exec {sys.executable} {ROOT}/tests/hosts/layout_of_a_job.py "
+                                                       f"{folder}/launch.json", ""]))
+    job = cluster.run("n1", "sbatch", "--parsable", f"{folder}/job.sh").strip()
+    wait_until(lambda: "codes" in job_log(cluster, run, job), "the layout", 60)
+    assert set(json.loads(job_log(cluster, run, job).split("codes ")[1])) == {0}, job_log(cluster, run, job)
+    said = [line.split() for path in folder.glob("*.log") for line in path.read_text().splitlines()
+            if line.startswith(("rank ", "engine-"))]
+    placed = sorted((int(rank), int(local), host) for kind, rank, local, host in said if kind == "rank")
+    assert Counter(host for _, _, host in placed) == ranks
+    per_node = len(placed) // len(ranks)
+    assert [(rank, local) for rank, local, _ in placed] == [(rank, rank % per_node) for rank in range(len(placed))]
+    assert Counter(host for kind, _, _, host in said if kind.startswith("engine")) == engines
+
+
+def test_a_slurm_job_over_two_hosts_with_its_engine_on_the_third(cluster):
+    job = submit(cluster, "job", "slurm.nodes=2", "slurm.engine_nodes=1")
+    said = wait_for_end(cluster, "job", job)
+    assert said.endswith("done\n"), said
+    assert "trainers on n1,n2, engines on n3" in said
+    found = rows(cluster.shared / "job")
+    assert [row["sync/version"] for row in found] == [1, 2] and all(row["sync/engines_verified"] == 1 for row in found)
+
+
+def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
+    """Engine on n3, weights through the disk. n2's cable is cut in the third step; healed, the run goes on."""
+    overrides = short(lab, "hand", "run.steps=4", "rollout.publish=disk", *HELD)
+    key = {"HELD_RUN": f"{lab.shared}/hand", "MEGATRON_RL_ENGINE_KEY": "of the lab"}
+    rl = [sys.executable, "-m", "megatron_rl.cli"]
+    (lab.shared / "hand").mkdir()
+    (lab.shared / "hand" / "allowed").write_text("2")
+    lab.start("n3", *rl, "engine", *overrides, "rollout.engine.host=n3", "rollout.engine.port=20500",
+              log=lab.shared / "engine.said", environment=key)
+    wait_until(lambda: "http://n3:20500" in read(lab.shared / "engine.said"), "the engine", 200)
+
+    def start(*more: str) -> list[subprocess.Popen]:
+        script = lab.shared / "hand" / "torchrun.sh"
+        launcher = lab.start("n1", *rl, "torchrun", "--nodes", "2", *overrides, "rollout.engine.urls=[http://n3:20500]",
+                             *more, log=lab.shared / "launcher.said", environment=key)
+        wait_until(lambda: script.exists() or launcher.poll() is not None, "the script", 100)
+        assert launcher.poll() is None, read(lab.shared / "launcher.said")
+        assert script.stat().st_mode & 0o077 == 0, "it holds keys"
+        return [launcher, *(lab.start(host, "bash", str(script), number, log=lab.shared / f"{host}.said")
+                            for host, number in (("n1", "0"), ("n2", "1")))]
+
+    processes = start()
+    wait_until(lambda: len(rows(lab.shared / "hand")) == 2, "two steps", 300)
+    lab.cut("n2")
+    cut = time.monotonic()
+    for process in processes:
+        assert process.wait(60) != 0
+    print(f"all programs had ended {time.monotonic() - cut:.0f} s after the cable was cut")
+    assert re.search(r"rank 1 \(pid \d+ on n2\) of the trainer hangs", read(lab.shared / "launcher.said"))
+    assert "was ended on n1" in read(lab.shared / "n1.said") and "was ended on n1" in read(lab.shared / "n2.said")
+    lab.heal("n2")
+    (lab.shared / "hand" / "allowed").write_text("9")
+    for process in start("resume=true"):
+        assert process.wait(300) == 0, read(lab.shared / "launcher.said")
+    assert [row["step"] for row in rows(lab.shared / "hand")] == [1, 2, 3, 4]
+    assert not (lab.shared / "hand" / "torchrun.sh").exists(), "its keys are void"
+
+
+def test_a_rank_without_a_way_to_the_orchestrator_ends(lab):
+    """Whatever its main thread waits for. A refusal is no cut: the orchestrator may be started again."""
+    rank = lab.start("n2", sys.executable, "-c", HEART, log=lab.shared / "heart.said",
+                     environment={"MEGATRON_RL_RUN_KEY": "k"})
+    wait_until(lambda: "beats" in read(lab.shared / "heart.said"), "the heart", 60)
+    time.sleep(5)
+    assert rank.poll() is None
+    lab.cut("n1")
+    try:
+        assert rank.wait(30) == CUT_OFF
+    finally:
+        lab.heal("n1")
+    assert "n2 has had no way to n1, the machine of the orchestrator" in read(lab.shared / "heart.said")
+
+
+def read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
