@@ -20,7 +20,7 @@ ELSEWHERE = {"cpu": {"engine", "te"} | LOGGERS, "gpu": {"engine-cpu", "te"} | LO
 BROUGHT = {"jinja2": "sglang", "tokenizers": "transformers", "yaml": "hydra-core", "omegaconf": "hydra-core",
            "triton": "torch"}
 """Modules that we import and that come with a package that we declare."""
-NAMED = {"simdjson": "pysimdjson", "megatron": "megatron-core", "hydra": "hydra-core"}
+NAMED = {"simdjson": "pysimdjson", "megatron": "megatron-core", "hydra": "hydra-core", "mlflow": "mlflow-skinny"}
 WHERE_FOUND = {"liger_kernel"}
 
 
