@@ -8,6 +8,8 @@ import anthropic
 import numpy as np
 import openai
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_rl.environment.gateway.session import Asked
 from megatron_rl.types import Finish, VersionSpan
@@ -61,6 +63,46 @@ def test_a_later_turn_goes_on_from_the_very_tokens_that_were_sampled():
             assert transcript.weight_versions == (
                 VersionSpan(-1, 0, len(said)), VersionSpan(-1, begin, len(transcript.token_ids)))
             assert transcript.finish is Finish.STOP
+
+    run(story())
+
+
+PLAIN = """\
+{%- for m in messages %}{{ m.role[0] + ':' + m.content + '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'a:' }}{% endif %}"""
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte pairs that reach over where turns meet, and where a model may sample one token or two."""
+    merges = [(":", "n"), ("n", "o"), ("o", "\n"), ("\n", "u"), ("e", "\n")]
+    pieces = ["<end>", "\n", *(chr(code) for code in range(32, 127)), *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, merges))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=PLAIN)
+
+
+def test_no_merge_of_byte_pairs_reaches_over_turns_or_into_what_was_sampled():
+    """The texts of three turns in one piece have other tokens than those that were read and sampled."""
+    tokenizer = merging_tokenizer()
+    n, o = tokenizer.convert_tokens_to_ids(["n", "o"])
+    says = iter([[n, o], [n, o, tokenizer.eos_token_id], [o]])
+
+    async def story():
+        async with world(lambda read: next(says), tokenizer=tokenizer) as it:
+            session = it.session()
+            client, messages = async_client(it, session), [*HI]
+            for _ in range(3):
+                messages += [(await chat(client, messages)).message, {"role": "user", "content": "More"}]
+            asked = [body["input_ids"] for body in it.engine.asked]
+            assert asked[1] == [*asked[0], n, o, *tokenizer.encode("\nu:More\na:")]
+            assert asked[2] == [*asked[1], n, o, tokenizer.eos_token_id, *tokenizer.encode("\nu:More\na:")]
+            assert session.tree.turns[-1].token_ids() == [*asked[2], o] and session.tree.misses == 0
+            _, transcript = session.tree.turns[-1].transcript()
+            assert transcript.token_ids[transcript.sampled].tolist() == [n, o, n, o, tokenizer.eos_token_id, o]
+            for ids in asked[1:]:
+                whole = tokenizer.encode(it.text(ids))
+                assert whole != ids and ":n" in tokenizer.convert_ids_to_tokens(whole), "this would have been trained"
 
     run(story())
 

@@ -1,7 +1,7 @@
 """A gateway over an engine that says what a test wants: `async with world(script) as it:`.
 
-script(text that the model reads) -> text that it says. The engine answers in SGLang's /generate shape, one token per
-character; what it says ends with the tokenizer's end token unless the script adds CUT.
+script(text that the model reads) -> text that it says, or token ids. The engine answers in SGLang's /generate shape,
+one token per character; what it says ends with the tokenizer's end token unless the script adds CUT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONFIG = RolloutConfig(prompts_per_step=1, responses_per_prompt=2, max_response_
 PROMPT = Prompt("p", (1, 2), "Question?", "42", "math")
 OWN_KEY = "the gateway's own key"
 LIMITS = Limits(1 << 20, 100)
-Script = Callable[[str], str]
+Script = Callable[[str], str | list[int]]
 
 
 class ScriptedEngine(StubEngine):
@@ -64,12 +64,13 @@ class ScriptedEngine(StubEngine):
         sampling, read = body["sampling_params"], body["input_ids"]
         said = self._script(self._tokenizer.decode(read, skip_special_tokens=False))
         finish: dict[str, Any] = {"type": "stop", "matched": self._tokenizer.eos_token_id}
+        said, own = ("", said) if isinstance(said, list) else (said, None)
         cuts = [(said.index(stop) + len(stop), stop) for stop in sampling.get("stop", ()) if stop in said]
         if cuts:
             end, stop = min(cuts)
             said, finish = said[:end] + CUT, {"type": "stop", "matched": stop}
-        tokens = self._tokenizer.encode(said.removesuffix(CUT), add_special_tokens=False)
-        tokens += [] if said.endswith(CUT) else [self._tokenizer.eos_token_id]
+        tokens = own or self._tokenizer.encode(said.removesuffix(CUT), add_special_tokens=False)
+        tokens += [] if own or said.endswith(CUT) else [self._tokenizer.eos_token_id]
         if len(tokens) > sampling["max_new_tokens"]:
             tokens, finish = tokens[:sampling["max_new_tokens"]], {"type": "length"}
         meta = {"id": body["rid"], "cached_tokens": 0, "num_retractions": 0,
@@ -102,8 +103,8 @@ class World:
 @contextlib.asynccontextmanager
 async def world(script: Script, *, template: str = CHATML, history: History = "append", parser: Parser | None = None,
                 config: RolloutConfig = CONFIG, limits: Limits = LIMITS, end: str = "<|im_end|>",
-                latency_s: float = 0.0) -> AsyncIterator[World]:
-    tokenizer = tokenizer_with(template, end=end)
+                latency_s: float = 0.0, tokenizer: Any = None) -> AsyncIterator[World]:
+    tokenizer = tokenizer or tokenizer_with(template, end=end)
     with ScriptedEngine(tokenizer, script, latency_s) as engine:
         fleet = Fleet([EngineClient(engine.url, api_key=os.environ[ENGINE_KEY])], config)
         await fleet.start()
