@@ -189,7 +189,7 @@ def check_functions(config: Config) -> None:
     for path in config.observe.loggers:
         check_logger(path)
     check_evaluations(config.eval)
-    check_hooks(config.algo)
+    check_hooks(config.algo, config.reward.shaping)
 
 
 def check_sft_start(config: Config) -> None:

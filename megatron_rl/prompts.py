@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from megatron_rl.config.reward import ShapingConfig
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data import Limits, PromptSource, build_prompts, heldout
 from megatron_rl.model.architectures import read_config
 from megatron_rl.reward import RewardPool
+from megatron_rl.types import Prompt
 
 LISTED_EXAMPLES = 20
 
@@ -13,9 +17,24 @@ LISTED_EXAMPLES = 20
 def prompt_source(config: Config, data: DataConfig, tokenizer, rewards: RewardPool | None = None) -> PromptSource:
     """The prompts of `data`. rewards: every row of a file must hold what its scorer needs."""
     rollout = config.rollout
+
+    def check(prompt: Prompt) -> None:
+        rewards.check(prompt)
+        if data is config.data:
+            check_effort(prompt, config.reward.shaping)
+
     return build_prompts(data, tokenizer, Limits(
         max_prompt_tokens=rollout.max_context_tokens - rollout.max_response_tokens,
-        vocabulary_size=read_config(config.model.path).vocab_size, check=None if rewards is None else rewards.check))
+        vocabulary_size=read_config(config.model.path).vocab_size, check=None if rewards is None else check))
+
+
+def check_effort(prompt: Prompt, shaping: Sequence[ShapingConfig]) -> None:
+    """ValueError if the prompt names a thinking effort that a term of reward.shaping with efforts does not have."""
+    effort = prompt.metadata.get("effort")
+    for each in shaping:
+        if each.efforts and effort is not None and effort not in each.efforts:
+            raise ValueError(f"its effort is {effort!r}, but the efforts of reward.shaping: {each.term} are "
+                             f"{', '.join(each.efforts)}")
 
 
 def sft_source(config: Config, tokenizer) -> PromptSource:

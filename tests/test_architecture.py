@@ -29,7 +29,7 @@ FLOORS = {
     "reward": {"types", "signals", "foreign", "config", "observe", "compat"},
     "batch": {"types", "foreign", "config", "observe"},
     "handoff": {"types", "config", "observe", "batch"},
-    "prompts": {"config", "data", "model", "reward"},
+    "prompts": {"types", "config", "data", "model", "reward"},
     "model": {"types", "config", "observe", "compat", "topology"},
     "train_step": {"types", "config", "observe", "compat", "topology", "model"},
     "sync": {"types", "signals", "config", "observe", "compat", "topology", "model", "rollout"},

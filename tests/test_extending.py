@@ -51,7 +51,7 @@ def test_the_page_has_a_command_for_every_hook():
     keys = {word.partition("=")[0] for line in COMMANDS for word in shlex.split(line)}
     assert {f"algo.hooks.{name}" for name in vars(load([]).algo.hooks)} <= keys
     assert {"data.source", "observe.metrics", "observe.rollouts", "observe.loggers", "eval.functions",
-            "reward.routes.math"} <= keys
+            "reward.routes.math", "reward.shaping"} <= keys
 
 
 def group(name, rewards, tokens=4):
@@ -67,8 +67,8 @@ def group(name, rewards, tokens=4):
 
 
 def batch_of(groups, *overrides):
-    algo = load(["algo.phi=1000", "algo.underfull=train_short", *overrides]).algo
-    return assemble(groups, algo, dp=1, seed=0, step=0, max_response_tokens=16)[0]
+    config = load(["algo.phi=1000", "algo.underfull=train_short", *overrides])
+    return assemble(groups, config.algo, dp=1, seed=0, step=0, max_response_tokens=16, shaping=config.reward.shaping)[0]
 
 
 def advantages(batch):
@@ -96,8 +96,8 @@ def test_a_filter_of_ones_own_leaves_whole_groups_out():
 def test_shaping_changes_rewards_and_no_verdict():
     repeated = group("a", [1.0, 0.0], tokens=400)
     repeated.rollouts[0].token_ids[1:] = 5
-    algo = load(["algo.hooks.reward_shaping=[my_hooks.repetition_penalty]"]).algo
-    rewards = BudgetFill(algo, 1, 1000).rewards(repeated.rollouts, repeated.scores)
+    config = load(["reward.shaping=[{term: my_hooks.repetition_penalty}]"])
+    rewards = BudgetFill(config.algo, 1, 1000, config.reward.shaping).rewards(repeated)
     assert rewards.tolist() == pytest.approx([0.9, 0.0]) and [score.value for score in repeated.scores] == [1.0, 0.0]
 
 
@@ -173,15 +173,15 @@ def test_a_function_that_returns_nonsense_is_refused_before_anything_starts(name
 
 @pytest.mark.parametrize(("name", "body", "said"), [
     ("group_filter", "lambda rollouts, scores: 1 / 0", "raised ZeroDivisionError"),
-    ("reward_shaping", "lambda rollouts, scores: scores[9]", "raised IndexError"),
-    ("reward_shaping", "lambda rollouts, scores: [1.0]", "of shape (1,) instead of (2,)"),
-    ("reward_shaping", "lambda rollouts, scores: [1.0, float('nan')]", "must be finite"),
-    ("reward_shaping", "lambda rollouts, scores: None", "NoneType instead of numbers")])
+    ("shaping", "lambda group: group.scores[9]", "raised IndexError"),
+    ("shaping", "lambda group: [1.0]", "of shape (1,) instead of (2,)"),
+    ("shaping", "lambda group: [1.0, float('nan')]", "must be finite"),
+    ("shaping", "lambda group: None", "NoneType instead of numbers")])
 def test_a_function_that_fails_in_a_step_is_named(name, body, said, wrong):
     path = wrong(body)
-    value = f"[{path}]" if name == "reward_shaping" else path
-    with pytest.raises(ValueError, match=f"^algo.hooks.{name}={path} ") as caught:
-        batch_of([group("a", [1.0, 0.0])], f"algo.hooks.{name}={value}")
+    key, value = ("reward.shaping", f"[{{term: {path}}}]") if name == "shaping" else (f"algo.hooks.{name}", path)
+    with pytest.raises(ValueError, match=f"^{key}={path} ") as caught:
+        batch_of([group("a", [1.0, 0.0])], f"{key}={value}")
     assert said in str(caught.value)
 
 

@@ -40,12 +40,12 @@ def not_too_easy(rollouts, scores):
     return sum(score.correct is True for score in scores) <= 0.75 * len(scores)
 
 
-def repetition_penalty(rollouts, scores):
+def repetition_penalty(group):
     """Shaping: fine a response whose tokens compress to less than a fifth."""
     def ratio(rollout):
         raw = rollout.token_ids[rollout.trainable].tobytes()
         return len(zlib.compress(raw)) / max(1, len(raw))
-    return [-0.1 if ratio(rollout) < 0.2 else 0.0 for rollout in rollouts]
+    return [-0.1 if ratio(rollout) < 0.2 else 0.0 for rollout in group.rollouts]
 
 
 def sums():

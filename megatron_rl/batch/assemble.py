@@ -16,6 +16,7 @@ import torch
 from c3po import BudgetSelection, group_advantages, select_within_budget, selection_order
 from megatron_rl.batch.fill import BudgetFill
 from megatron_rl.batch.hooks import own_advantages
+from megatron_rl.config.reward import ShapingConfig
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.types import Rollout, RolloutGroup, TrainSample
 
@@ -44,16 +45,16 @@ class StepBatch:
 
 
 def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed: int, step: int,
-             max_response_tokens: int) -> list[StepBatch]:
-    """One StepBatch for each optimiser step of this rollout.
+             max_response_tokens: int, shaping: Sequence[ShapingConfig] = ()) -> list[StepBatch]:
+    """One StepBatch for each optimiser step of this rollout. shaping: reward.shaping.
 
     The responses are dealt in turn to the optimiser steps, in the order of algo.order: a permutation by (seed, step),
     or as they come, for whole groups whose order was fixed before they were sampled. Each optimiser step then cuts its
     own share at Phi. Objectives other than c3po keep every token. UnfillableStep if underfull=error and Phi is not met.
     """
-    fill = BudgetFill(algo, dp, max_response_tokens)
+    fill = BudgetFill(algo, dp, max_response_tokens, tuple(shaping))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards_PK = torch.stack([fill.rewards(group.rollouts, group.scores) for group in groups])
+    rewards_PK = torch.stack([fill.rewards(group) for group in groups])
     judged_PK = torch.tensor([[not score.failed for score in group.scores] for group in groups])
     if algo.hooks.advantage is None:
         advantages_PK = group_advantages(rewards_PK, judged_PK=judged_PK, scale=algo.advantage_scale)

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from c3po import soft_overlong_penalty
-from megatron_rl.batch.hooks import keeps_group, shaped_by
+from megatron_rl.batch.hooks import keeps_group
+from megatron_rl.batch.shaping import shaped
+from megatron_rl.config.reward import ShapingConfig
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.verdicts import is_mixed
-from megatron_rl.types import Finish, Rollout, Score
+from megatron_rl.types import Finish, Rollout, RolloutGroup, Score
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class BudgetFill:
     algo: AlgoConfig
     dp: int
     max_response_tokens: int
+    shaping: tuple[ShapingConfig, ...] = ()
 
     @property
     def phi(self) -> int:
@@ -36,13 +39,14 @@ class BudgetFill:
         """Response tokens that one rollout must supply: Phi for each of its optimiser steps."""
         return self.phi * self.algo.updates_per_rollout
 
-    def rewards(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
-        """The rewards of a group's responses after shaping, float32 [K]: their scores, the over-long penalty, and what
-        algo.hooks.reward_shaping adds."""
-        rewards = torch.tensor([score.value for score in scores], dtype=torch.float32) + self.penalties(rollouts)
-        for path in self.algo.hooks.reward_shaping:
-            rewards += shaped_by(path, rollouts, scores)
-        return rewards
+    def rewards(self, group: RolloutGroup) -> torch.Tensor:
+        """The rewards of a group's responses after shaping, float32 [K]: their scores and all terms of `shaped`."""
+        return sum(self.shaped(group).values(), torch.tensor([float(score.value) for score in group.scores]))
+
+    def shaped(self, group: RolloutGroup) -> dict[str, torch.Tensor]:
+        """What is added to the rewards, by term, each float32 [K]: reward.shaping's, and the over-long penalty."""
+        overlong = {"overlong": self.penalties(group.rollouts)} if self.algo.truncated == "overlong_penalty" else {}
+        return {**overlong, **shaped(group, self.shaping)}
 
     def penalties(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         """The over-long penalty of each response, float32 [K]; zeros unless truncated=overlong_penalty.

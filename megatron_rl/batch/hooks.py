@@ -1,4 +1,7 @@
-"""The user's own functions in the algorithm (algo.hooks): found once, and what they return is checked at each call."""
+"""The user's own functions in the algorithm (algo.hooks, reward.shaping).
+
+They are found once, and what they return is checked at each call.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any
 import torch
 
 from c3po import C3POLossConfig, StepTotals, policy_loss
+from megatron_rl.config.reward import SHAPING_TERMS, ShapingConfig
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.foreign import load_function, told
-from megatron_rl.types import Rollout, Score
+from megatron_rl.types import Rollout, RolloutGroup, Score
 
 
 def own_function(algo: AlgoConfig, name: str) -> Callable[..., Any] | None:
@@ -28,11 +32,11 @@ def own_advantages(path: str, rewards_PK: torch.Tensor, judged_PK: torch.Tensor)
     return advantages
 
 
-def shaped_by(path: str, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> torch.Tensor:
-    """What one function of algo.hooks.reward_shaping adds to the rewards of a group, float32 [K]."""
-    added = _numbers("algo.hooks.reward_shaping", path, (len(scores),), rollouts, scores)
+def shaped_by(path: str, group: RolloutGroup) -> torch.Tensor:
+    """What one function of the user's in reward.shaping adds to the rewards of a group, float32 [K]."""
+    added = _numbers("reward.shaping", path, (len(group.scores),), group)
     if not bool(torch.isfinite(added).all()):
-        raise ValueError(f"algo.hooks.reward_shaping={path} returned {added.tolist()}: the numbers must be finite")
+        raise ValueError(f"reward.shaping={path} returned {added.tolist()}: the numbers must be finite")
     return added
 
 
@@ -62,12 +66,13 @@ def _numbers(key: str, path: str, shape: tuple[int, ...], *given: Any) -> torch.
     return tensor
 
 
-def check_hooks(algo: AlgoConfig) -> None:
-    """Finds every function of algo.hooks, and tries those that take tensors. ValueError names the key."""
+def check_hooks(algo: AlgoConfig, shaping: Sequence[ShapingConfig]) -> None:
+    """Finds every function of algo.hooks and reward.shaping, and tries those on tensors. ValueError names the key."""
     hooks = algo.hooks
     own_function(algo, "group_filter")
-    for path in hooks.reward_shaping:
-        load_function("algo.hooks.reward_shaping", path)
+    for each in shaping:
+        if each.term not in SHAPING_TERMS:
+            load_function("reward.shaping", each.term)
     if hooks.advantage is not None:
         rewards_PK = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.5, 0.0]])
         own_advantages(hooks.advantage, rewards_PK, torch.ones_like(rewards_PK, dtype=torch.bool))

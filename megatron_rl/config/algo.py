@@ -24,15 +24,12 @@ class AlgoHooks:
     - denominator: (c3po.StepTotals, response_lengths [T]) -> a number or a tensor [T], instead of what algo.objective
       divides by. Whether the step is cut at Phi still follows from algo.objective.
     - group_filter: (rollouts, scores) -> whether the step draws from the group, besides algo.dynamic_sampling.
-    - reward_shaping: (rollouts, scores) -> K numbers, which are added to the rewards before the advantages. What is
-      called right or wrong does not change.
     """
 
     advantage: str | None = None
     surrogate: str | None = None
     denominator: str | None = None
     group_filter: str | None = None
-    reward_shaping: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

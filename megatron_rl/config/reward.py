@@ -56,6 +56,44 @@ class RemoteConfig:
                 f"reward.remote.url={self.url} must start with http:// or https://")
 
 
+SHAPING_TERMS = ("length", "format", "repetition")
+THINKING_BEGIN, THINKING_END = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class ShapingConfig:
+    """One term that is added to the rewards of a group before its advantages (docs/rewards.md has the formulas).
+
+    - term: `length` (short responses of the group are worth more, up to 0.5), `format` (-0.5 if the answer after the
+      thoughts begins to think again), `repetition` (down to -1 for a text that compresses well), or the dotted path of
+      a function of your own, group -> K numbers.
+    - strength: the term is multiplied by it.
+    - efforts: the strength by the thinking effort that a problem's column `effort` names, e.g. {low: 1.0, high: 0.1}. A
+      problem without the column has `strength`.
+    - by_pass_rate: multiply the strength by the share of the group's responses that are right, so that a hard prompt
+      is shaped less.
+    - ratio: `repetition` begins below this zlib compression ratio.
+    """
+
+    term: str = ""
+    strength: float = 1.0
+    efforts: dict[str, float] = field(default_factory=dict)
+    by_pass_rate: bool = False
+    ratio: float = 0.2
+
+    def __post_init__(self):
+        require(self.term in SHAPING_TERMS or "." in self.term,
+                f"reward.shaping={self.term} must be package.module.function, or one of {', '.join(SHAPING_TERMS)}")
+        for strength in (self.strength, *self.efforts.values()):
+            require(math.isfinite(strength), f"reward.shaping: {self.term}: strength={strength} must be finite")
+        require(0 < self.ratio <= 1, f"reward.shaping: {self.term}: ratio={self.ratio} must lie in (0, 1]")
+
+    @property
+    def name(self) -> str:
+        """What its metric is called."""
+        return self.term.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """How responses are judged.
@@ -68,6 +106,7 @@ class RewardConfig:
     - correct_from: if a function returns only a number, the response is right from this number on, wrong at 0 and
       below, and graded in between, which counts as not right. null: numbers alone do not say what is right, so accuracy
       and pass rates are not reported. A function that returns a Score says itself what is right.
+    - shaping: terms that are added to the rewards before the advantages. What is called right or wrong does not change.
     - sandbox: where the programs of `code` run. `bubblewrap` isolates them on this machine, and is refused if it
       cannot. `remote` sends them to reward.remote.url. `unsafe` runs them as they are, with your rights and your files.
     """
@@ -77,11 +116,14 @@ class RewardConfig:
     timeout_s: float = 3.0
     relative_tolerance: float = 0.01
     correct_from: float | None = 1.0
+    shaping: tuple[ShapingConfig, ...] = ()
     sandbox: Literal["bubblewrap", "remote", "unsafe"] = "bubblewrap"
     code: CodeConfig = field(default_factory=CodeConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def __post_init__(self):
+        names = [each.name for each in self.shaping]
+        require(len(set(names)) == len(names), f"reward.shaping: {', '.join(names)}: two terms have the same name")
         require(self.workers >= 1, f"reward.workers={self.workers} must be at least 1")
         require(self.timeout_s > 0, f"reward.timeout_s={self.timeout_s} must be positive")
         require(0 <= self.relative_tolerance < 1,

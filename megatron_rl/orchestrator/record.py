@@ -90,7 +90,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version
                 if not score.failed]
     scores = [score for group in groups for score in group.scores]
     rewards = [reward for group in groups for reward, score in zip(
-        fill.rewards(group.rollouts, group.scores).tolist(), group.scores, strict=True) if not score.failed]
+        fill.rewards(group).tolist(), group.scores, strict=True) if not score.failed]
+    added: dict[str, list[float]] = {}
+    for group in groups:
+        for name, values in fill.shaped(group).items():
+            added.setdefault(name, []).extend(
+                value for value, score in zip(values.tolist(), group.scores, strict=True) if not score.failed)
     lengths = [rollout.response_tokens for rollout in rollouts]
     statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
     ages = [(version - span.version, span.end - span.start)
@@ -98,6 +103,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version
     return {
         "reward/mean": float(np.mean(rewards)),
         "reward/unshaped_mean": float(np.mean([score.value for score in scores if not score.failed])),
+        **{f"reward/shaping/{name}": float(np.mean(values)) for name, values in added.items()},
         **correctness_metrics(groups),
         **{f"reward/status/{status}": count / len(scores) for status, count in sorted(statuses.items())},
         "rollout/response_tokens_mean": float(np.mean(lengths)),

@@ -72,7 +72,7 @@ class Rollouts:
         lengths = [len(sample.token_ids) - 1 for batch in batches for sample in batch.samples]
         show_rollouts(self._config.observe.rollouts, step, groups)
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
-        fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens)
+        fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens, config.reward.shaping)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
                    **budget_metrics(groups, batches), **agents}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
@@ -108,7 +108,7 @@ async def collect_budget(config: Config, collect: Collect | Callable,
             continue  # all failed; or a budget of sampled tokens ended before the first group had finished
         batches = await asyncio.to_thread(
             assemble, groups, algo, dp=dp, seed=config.run.seed, step=step,
-            max_response_tokens=config.rollout.max_response_tokens)
+            max_response_tokens=config.rollout.max_response_tokens, shaping=config.reward.shaping)
         if algo.has_budget:
             full = all(batch.is_full for batch in batches)
         else:

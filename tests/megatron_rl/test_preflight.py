@@ -144,7 +144,7 @@ def test_supervised_examples_are_looked_at_before_ranks_start(overrides, said, t
 FUNCTIONS = {
     "rollout.environment": "{}", "observe.metrics": "[{}]", "observe.rollouts": "[{}]", "observe.loggers": "[{}]",
     "eval.functions": "[{}]", "algo.hooks.advantage": "{}", "algo.hooks.surrogate": "{}",
-    "algo.hooks.denominator": "{}", "algo.hooks.group_filter": "{}", "algo.hooks.reward_shaping": "[{}]",
+    "algo.hooks.denominator": "{}", "algo.hooks.group_filter": "{}", "reward.shaping": "[{{term: {}}}]",
     "reward.routes.math": "{}", "data.path": "{}",
 }
 """Every key that names a function of the user's, and how a value of it is written; rollout.agent has tests of its

@@ -154,7 +154,7 @@ def test_the_penalty_counts_the_tokens_that_the_limit_counts():
     with_tool = rollout(4, given=14)
     assert (with_tool.response_tokens, with_tool.tokens_after_prompt) == (4, 18)
     fill = BudgetFill(AlgoConfig(truncated="overlong_penalty", overlong_buffer_tokens=8), 1, 20)
-    assert fill.rewards([with_tool, rollout(18), rollout(4)], [Score(1.0, "correct")] * 3).tolist() == [0.25, 0.25, 1.0]
+    assert fill.penalties([with_tool, rollout(18), rollout(4)]).tolist() == [-0.75, -0.75, 0.0]
 
 
 def test_a_group_is_mixed_by_its_verdicts():
