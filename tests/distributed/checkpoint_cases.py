@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import tests.distributed.cases as cases
+from megatron_rl.config.lora import LoraConfig
 
 LOOP_STATE, ROLLOUTS = {"updates_done": 2}, {"prompts": {"position": 7}, "carried": [np.arange(5, dtype=np.int32)]}
 
@@ -17,19 +18,22 @@ class Case:
     distributed: bool = True
     dtype: str = "float32"
     kernels: str = "megatron"
+    lora: LoraConfig = LoraConfig()
 
     @property
     def name(self) -> str:
         return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}" \
-            f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}"
+            f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}{'_lora' if self.lora.on else ''}"
 
     @property
     def world_size(self) -> int:
         return cases.LAYOUTS[self.layout]["world_size"]
 
 
+LORA = LoraConfig(rank=4, experts="shared_outer")
 SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2", dtype="bfloat16"),
-           Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="torch"))
+           Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="torch"),
+           Case("ep2", lora=LORA))
 TARGETS = {
     "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
     "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS if "token_dispatcher" not in cases.LAYOUTS[name]),
@@ -39,6 +43,7 @@ TARGETS = {
     "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16")),
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),
     "ep2_torch": (Case("tp2_ep2"),),
+    "ep2_lora": tuple(Case(name, lora=LORA) for name in ("ep2", "tp2", "pp2", "tp2_etp2", "tp2_pp2_ep2")),
     "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
 }
 PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS[source.name]]

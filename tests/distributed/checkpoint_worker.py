@@ -23,11 +23,12 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.model.checkpoint_files import choose
-from megatron_rl.model.convert import Exporter, load_hf, slots
+from megatron_rl.model.convert import Exporter, fill_adapters, load_hf, trained_slots
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES, Case
+from tests.distributed.lora_cases import drawn_matrix
 from tests.distributed.worker import microbatches_of, token_loss
 
 
@@ -38,14 +39,14 @@ class Trainer:
         parallel = ParallelConfig(**cases.LAYOUTS[case.layout], distributed_optimizer=case.distributed)
         model = data / "norm_head_True"
         self.here = topology.start(parallel, seed=run.seed)
-        options = ModelConfig(path=str(model), dtype=case.dtype, **cases.KERNELS[case.kernels])
+        options = ModelConfig(path=str(model), dtype=case.dtype, **cases.KERNELS[case.kernels], lora=case.lora)
         self.policy = build_policy(read_config(model), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, model)
+        fill_adapters(self.policy, self.here, drawn_matrix)
         self.optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
         if case.dtype == "bfloat16":
             self.optimizer.reload_model_params()
         self.checkpoints = Checkpoints(run, self.policy, self.optimizer, self.here)
-        self.exporter = Exporter(self.policy, self.here)
         self._step = TrainStep(self.policy, self.optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
         self._layout = case.layout
         self._data: cases.Step = torch.load(data / "step.pt", weights_only=False)
@@ -57,9 +58,9 @@ class Trainer:
                           z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Model weights, master weights and moments under their Hugging Face names, on rank 0."""
-        found = {"model": {name: tensor.clone() for name, tensor in self.exporter()}}
-        owned = slots(self.policy, self.here)
+        """What trains, its master weights and moments under their Hugging Face names, on rank 0."""
+        found = {"model": self._exported()}
+        owned = trained_slots(self.policy, self.here)
         shards = adam_shards(self.optimizer, [parameter for _, parameter in owned])
         kept = [parameter.data for _, parameter in owned]
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
@@ -72,10 +73,14 @@ class Trainer:
                         whole /= self._copies(slot).size()
                 torch.distributed.all_reduce(whole, group=self._copies(slot))
                 parameter.data = whole.view(parameter.shape)
-            found[kind] = {name: tensor.clone() for name, tensor in Exporter(self.policy, self.here)()}
+            found[kind] = self._exported()
             for (_, parameter), data in zip(owned, kept, strict=True):
                 parameter.data = data
         return found
+
+    def _exported(self) -> dict[str, torch.Tensor]:
+        exporter = Exporter(self.policy, self.here, adapters=self.policy.adapters is not None)
+        return {name: tensor.clone() for name, tensor in exporter()}
 
     @staticmethod
     def _copies(slot):

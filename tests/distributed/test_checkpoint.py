@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rl.model.checkpoint_files import read_manifest
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES
 from tests.distributed.conftest import REPOSITORY
 
@@ -60,13 +61,21 @@ def test_the_next_step_is_the_one_that_would_have_followed(folder, source, targe
                 assert (tensor - resumed[kind][name]).abs().max() <= 2e-5 * scale, (kind, name)
 
 
-@pytest.mark.parametrize("other", [case.name for case in SOURCES if "bf16" not in case.name and case.layout != "one"])
+@pytest.mark.parametrize("other", [case.name for case in SOURCES if "bf16" not in case.name and case.layout != "one"
+                                   and not case.lora.on])
 def test_what_is_saved_is_the_state_of_adam(folder, other):
     """All layouts trained the same two steps, so their states are one state up to rounding."""
     reference, found = result(folder, "one")["state"], result(folder, other)["state"]
     for kind in KINDS:
         for name, tensor in reference[kind].items():
             assert (tensor - found[kind][name]).abs().max() <= 2e-5 * tensor.abs().max(), (kind, name)
+
+
+def test_a_checkpoint_of_adapters_holds_nothing_else_and_names_its_base(folder, layouts):
+    manifest = read_manifest(next((folder / "ep2_lora" / "checkpoints").glob("step_*")))
+    assert all(".lora_A." in name or ".lora_B." in name for name in manifest["parameters"])
+    assert len(manifest["parameters"]) == len(result(folder, "ep2_lora")["state"]["model"])
+    assert manifest["adapters"]["base"]["path"] == str(layouts.folder / "norm_head_True")
 
 
 @pairs
