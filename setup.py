@@ -95,6 +95,7 @@ setup(
             "hypothesis==6.170.15",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "peft==0.21.2",
         ],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},

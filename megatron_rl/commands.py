@@ -25,7 +25,6 @@ from megatron_rl.model.network import check_layout
 from megatron_rl.observe.say import say, warn
 from megatron_rl.orchestrator.stages import stage_configs
 from megatron_rl.preflight import (
-    backend_row,
     check_backends,
     check_data,
     check_folders,
@@ -33,6 +32,7 @@ from megatron_rl.preflight import (
     check_sft_start,
     check_start,
     model_is_here,
+    model_rows,
     network_of,
     refuse_earlier_run,
     sizes_of,
@@ -48,7 +48,7 @@ __all__ = ["COMMANDS", "RunFailed", "RunInterrupted", "warn"]
 def print_summary(config: Config, sizes: Sizes) -> None:
     names = [f"{config.run.name}: {stage.name}" for stage in config.stages] or [config.run.name]
     for name, each in zip(names, stage_configs(config), strict=True):
-        print_rows(name, [*summary(each, sizes), backend_row(each)])
+        print_rows(name, [*summary(each, sizes), *model_rows(each, network_of(each))])
 
 
 def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
@@ -147,7 +147,7 @@ def sft(options) -> int:
     check_backends(config, network)
     sizes = sizes_of(network)
     check_sft(config, sizes)
-    rows = [*sft_summary(config, sizes), backend_row(config)]
+    rows = [*sft_summary(config, sizes), *model_rows(config, network)]
     if options.check:
         looked_at = _look_at(config, check_sft_start)
         print_rows(config.run.name, rows)

@@ -19,7 +19,7 @@ from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.foreign import load_function
 from megatron_rl.model.adapter_folder import identity, read_adapters
-from megatron_rl.model.adapters import check_lora
+from megatron_rl.model.adapters import check_lora, count_trained
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.checkpoint_files import check_resume, choose
@@ -36,7 +36,7 @@ from megatron_rl.reward.route import Routes
 from megatron_rl.rollout.environment import load_environment
 from megatron_rl.rollout.scratch import check_tmpdir
 
-__all__ = ["backend_row", "check_backends", "check_data", "check_devices", "check_folders", "check_memory",
+__all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory",
            "check_sft_data", "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems",
            "warn_of_shared_gpus"]
 
@@ -129,9 +129,15 @@ def check_backends(config: Config, network: Network) -> None:
     check_gpu_parts(config)
 
 
-def backend_row(config: Config) -> tuple[str, str]:
-    """(name, value) of a summary: what model.backend and model.kernels resolve to where the ranks will run."""
-    return "backend", str(resolve(config.model, gpu=_on_gpus(config)))
+def model_rows(config: Config, network: Network) -> list[tuple[str, str]]:
+    """(name, value) rows of a summary: what model.lora trains, and what model.backend and model.kernels resolve to
+    where the ranks will run."""
+    lora, rows = config.model.lora, [("backend", str(resolve(config.model, gpu=_on_gpus(config))))]
+    if lora.on:
+        trained, total = count_trained(network, lora), count_parameters(network)[0]
+        rows.insert(0, ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, experts {lora.experts}: {trained:,} "
+                                f"parameters train, {trained / total:.2%} of the model's"))
+    return rows
 
 
 def _on_gpus(config: Config) -> bool:

@@ -151,6 +151,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     for key, label, pattern in (("reward/mean", "mean reward", "{:.3f}"), ("reward/pass_rate", "pass rate", "{:.3f}"),
                                 ("budget/fill", "budget fill", "{:.3f}"),
                                 ("mismatch/mean_abs", "trainer against engine, nats", "{:.2g}"),
+                                ("train/trained_share", "of the parameters train", "{:.2%}"),
                                 ("time/step", "seconds a step", "{:.2f}"),
                                 ("tokens_per_s/train", "trained tokens/s", "{:,.0f}")):
         _, values = plots.series_of(run.rows, key)

@@ -15,10 +15,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from c3po import Max, SumCount
+from megatron_rl.model.adapters import count_trained
 from megatron_rl.model.attention import packed_sequences
 from megatron_rl.model.build import Policy
 from megatron_rl.model.router import RoutingCounts
 from megatron_rl.model.routing_replay import MicrobatchRouting
+from megatron_rl.model.slots import count_parameters
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
@@ -43,6 +45,8 @@ class TrainStep:
         self._head = HeadOptions(temperature=temperature, norm_head=policy.config.norm_head, chunk_tokens=chunk_tokens,
                                  tp_group=topology.tp_group, sequence_parallel=policy.transformer.sequence_parallel,
                                  fp32=policy.fp32_lm_head, impl=policy.backend.kernels.logprob)
+        self._trained = {} if policy.adapters is None else {
+            "train/trained_share": count_trained(policy.config, policy.lora) / count_parameters(policy.config)[0]}
         self._schedule = get_forward_backward_func()
         config = policy.transformer
         config.finalize_model_grads_func = finalize_model_grads
@@ -104,7 +108,7 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.apply()
-        return dataclasses.replace(result, gauges={**result.gauges, "train/lr": lr})
+        return dataclasses.replace(result, gauges={**result.gauges, **self._trained, "train/lr": lr})
 
     def measure(self) -> StepResult:
         """The result of the last backward(), equal on every rank; `skipped` if its loss or gradient is not finite.
