@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +18,15 @@ from megatron_rl.environment.gateway.parsing import Parser
 from megatron_rl.environment.gateway.probe import checked
 from megatron_rl.environment.gateway.server import Gateway, Limits
 from megatron_rl.environment.gateway.session import Model, Session
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.fleet import Fleet, Tally
 from megatron_rl.rollout.responses import SamplingPlan, Ticket
 from megatron_rl.rollout.sampling import SamplingParams
+from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.types import Prompt
 from tests.engine.conftest import ROLLOUT, LiveEngine, client_of, in_time
+from tests.engine.test_engines import DETERMINISTIC
 from tests.engine.test_router_replay import layers_of
 from tests.reference_bailing import response_logprobs
 
@@ -30,11 +37,19 @@ CONFIG = replace(ROLLOUT, max_response_tokens=400)
 TURNS, TURN_TOKENS = 3, 60
 
 
-def converse(engine: LiveEngine, plan: SamplingPlan, first: str, publish_at: int | None = None) -> Session:
-    """TURNS turns of a conversation that begins with `first`; the weights are sent again while one is sampled."""
+Disturb = Callable[[Session], Awaitable[object]]
+
+
+def converse(engine: LiveEngine, plan: SamplingPlan, first: str, disturb: Disturb | None = None,
+             urls: Sequence[str] = ()) -> Session:
+    """TURNS turns of a conversation that begins with `first`; disturb(session) comes while the second one is sampled.
+
+    urls: engines that are asked before this one.
+    """
     async def story() -> Session:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(engine.folder, chat_template=TEMPLATE)
-        fleet = Fleet([client_of(engine.process.base_url, timeout_s=300.0)], CONFIG)
+        clients = [client_of(url, timeout_s=300.0) for url in (*urls, engine.process.base_url)]
+        fleet = Fleet(clients, CONFIG)
         await fleet.start()
         rendering, findings = checked(tokenizer, "append")
         model = Model(fleet, rendering, findings, Parser(None, None), 0, CONFIG.max_context_tokens)
@@ -46,15 +61,21 @@ def converse(engine: LiveEngine, plan: SamplingPlan, first: str, publish_at: int
             for turn in range(TURNS):
                 asked = asyncio.create_task(client.chat.completions.create(
                     model="policy", messages=messages, max_tokens=TURN_TOKENS))
-                if turn == publish_at:
-                    await asyncio.sleep(0.15)
-                    await asyncio.to_thread(engine.publish, engine.weights)
+                if turn == 1 and disturb is not None:
+                    while not asked.done() and not await is_sampling(clients[0]):
+                        await asyncio.sleep(0.005)
+                    await disturb(session)
                 messages += [(await asked).choices[0].message, {"role": "user", "content": "On"}]
             await client.close()
         await fleet.close()
         return session
 
     return asyncio.run(asyncio.wait_for(story(), 300))
+
+
+async def is_sampling(client: EngineClient) -> bool:
+    loads = (await client._request("GET", "/v1/loads?include=core", None))["loads"]
+    return any(load["num_running_reqs"] for load in loads)
 
 
 @pytest.fixture()
@@ -85,22 +106,67 @@ def test_trained_tokens_logprobs_and_experts_are_the_engines(live_engine: LiveEn
     assert all(hit >= 0.95 * (tokens - 1) for hit, tokens in zip(cached, known, strict=True)), (cached, known)
 
 
-def test_a_publish_in_the_middle_of_a_turn_gives_the_same_conversation(live_engine: LiveEngine, plan):
-    """The same weights under a new version: the turn goes on from its tokens, and the agent sees one answer."""
-    greedy = replace(plan, temperature=1e-4, routed_layers=None)
+PLAN = SamplingPlan.from_config(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def deterministic_engine(model_folder, tmp_path_factory) -> Iterator[LiveEngine]:
+    log_path = tmp_path_factory.mktemp("deterministic") / "engine.log"
+    with EngineProcess.from_config(DETERMINISTIC, model_folder, log_path=log_path) as process:
+        yield LiveEngine(process, model_folder)
+
+
+def same_conversation(engine: LiveEngine, plan: SamplingPlan, disturbed_one: Callable[[str], Session],
+                      was_in_time: Callable[[Session], bool]) -> Session:
+    """The conversation that was disturbed in the middle of a turn, which has the tokens of a quiet one."""
     names = iter("ABCDEFGHIJ")
 
-    def attempt():
+    def attempt() -> tuple[str, Session]:
         first = next(names)
-        return first, converse(live_engine, greedy, first, publish_at=1)
+        return first, disturbed_one(first)
 
-    def was_in_time(outcome) -> bool:
-        return len(outcome[1].tree.turns[1].result.weight_versions) == 2
-
-    first, disturbed = in_time(attempt, was_in_time)
-    quiet = converse(live_engine, greedy, first)
+    first, disturbed = in_time(attempt, lambda outcome: was_in_time(outcome[1]))
+    quiet = converse(engine, plan, first)
     assert disturbed.tree.turns[-1].token_ids() == quiet.tree.turns[-1].token_ids()
     assert disturbed.tree.misses == 0 and len(disturbed.tree.turns) == TURNS
+    return disturbed
+
+
+def test_a_publish_in_the_middle_of_a_turn_gives_the_same_conversation(deterministic_engine: LiveEngine):
+    """The same weights under a new version: the turn goes on from its tokens, and the agent sees one answer."""
+    engine = deterministic_engine
+
+    async def publish(_: Session) -> None:
+        await asyncio.to_thread(engine.publish, engine.weights)
+
+    disturbed = same_conversation(engine, PLAN, lambda first: converse(engine, PLAN, first, publish),
+                                  lambda session: len(session.tree.turns[1].result.weight_versions) == 2)
     spans = disturbed.tree.turns[-1].transcript()[1].weight_versions
-    before, after = live_engine.version - 1, live_engine.version
+    before, after = engine.version - 1, engine.version
     assert [span.version for span in spans] == [before, before, after, after]
+
+
+def test_an_engine_that_aborts_a_turn_gives_the_same_conversation(deterministic_engine: LiveEngine):
+    async def abort(session: Session) -> None:
+        client = client_of(deterministic_engine.process.base_url)
+        await client.abort(f"{session.ticket.rid}-{session.id}-2-0.")
+        await client.close()
+
+    same_conversation(deterministic_engine, PLAN, lambda first: converse(deterministic_engine, PLAN, first, abort),
+                      lambda session: session.tally.retries == 1)
+
+
+def test_an_engine_that_is_killed_in_the_middle_of_a_turn_gives_the_same_conversation(
+        deterministic_engine: LiveEngine, tmp_path):
+    """kill -9; the turn is sampled by another engine, and the agent sees one answer."""
+    engine = deterministic_engine
+    with EngineProcess.from_config(DETERMINISTIC, engine.folder, log_path=tmp_path / "victim.log") as victim:
+        engine.publish(engine.weights, TensorPublisher(
+            [engine.client, client_of(victim.base_url, timeout_s=300.0)], bucket_bytes=1 << 20))
+
+        async def kill(_: Session) -> None:
+            os.kill(victim.pid, signal.SIGKILL)
+
+        killed = converse(engine, PLAN, "A", kill, [victim.base_url])
+    assert killed.tally.retries == 1, "it was killed in time"
+    same_conversation(engine, PLAN, lambda first: killed, lambda session: True)
