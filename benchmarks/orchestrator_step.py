@@ -66,7 +66,7 @@ class Orchestrator:
         self._rollouts = Rollouts(config, read_config(config.model.path),
                                   build_collector(config, responder, self.prompts),
                                   PublishedWeights(config, self.port, self._serving.fleet), self.port, folder,
-                                  agent_metrics=self._serving.agent_metrics)
+                                  counted=self._serving.agent_metrics)
         self.lateness: list[float] = []
 
     async def open(self) -> None:

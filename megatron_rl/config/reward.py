@@ -95,11 +95,50 @@ class ShapingConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """A language model as a judge, for reward.routes.<domain>=llm_judge: an OpenAI-compatible server.
+
+    - url: the base URL, to which /chat/completions is added.
+    - model: the name of the model there.
+    - rubric: a text file that says what a good response is, with the places {question}, {reference} and {response}.
+    - key_env: the environment variable that holds the server's key, sent as `Authorization: Bearer KEY`. null: no key.
+    - timeout_s: how long one request may take.
+    - retries: how often a request that fails, or whose answer holds no score, is sent again, with growing pauses.
+    - max_tokens: how long the judge's answer may be.
+    - correct_from: a response is right from this score on, wrong at 0, and graded in between.
+    """
+
+    url: str | None = None
+    model: str = "policy"
+    rubric: str | None = None
+    key_env: str | None = None
+    timeout_s: float = 60.0
+    retries: int = 2
+    max_tokens: int = 512
+    correct_from: float = 1.0
+
+    def __post_init__(self):
+        require(self.timeout_s > 0, f"reward.judge.timeout_s={self.timeout_s} must be positive")
+        require(self.retries >= 0, f"reward.judge.retries={self.retries} must not be negative")
+        require(self.max_tokens >= 1, f"reward.judge.max_tokens={self.max_tokens} must be at least 1")
+        require(0 < self.correct_from <= 1,
+                f"reward.judge.correct_from={self.correct_from} must be a score above 0, at most 1")
+        require(self.url is None or self.url.startswith(("http://", "https://")),
+                f"reward.judge.url={self.url} must start with http:// or https://")
+
+    @property
+    def longest_s(self) -> float:
+        """By the clock, with all retries and the pauses between them."""
+        return (self.retries + 1) * self.timeout_s + 0.2 * 2 ** self.retries
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """How responses are judged.
 
-    - routes: domain -> scorer: math_verify, science, code, exact, reasoning_gym, or the dotted path of a function.
-    - workers: processes that judge.
+    - routes: domain -> scorer: math_verify, science, code, exact, reasoning_gym, llm_judge, or the dotted path of a
+      function.
+    - workers: processes that judge. With `llm_judge` it is also how many requests the judge has at a time.
     - timeout_s: processor seconds for one response, for every scorer but code. By the clock it may take three times
       that plus 2 s.
     - relative_tolerance: tolerance of science answers that are numbers.
@@ -120,6 +159,7 @@ class RewardConfig:
     sandbox: Literal["bubblewrap", "remote", "unsafe"] = "bubblewrap"
     code: CodeConfig = field(default_factory=CodeConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self):
         names = [each.name for each in self.shaping]

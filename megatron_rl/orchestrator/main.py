@@ -84,7 +84,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
         collector.load_state_dict(load(files.read_whole(checkpoint, files.ORCHESTRATOR_STATE))["collector"])
     weights = PublishedWeights(config, port, serving.fleet)
     rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered,
-                        agent_metrics=serving.agent_metrics,
+                        counted=lambda step: {**serving.agent_metrics(step), **rewards.take_metrics()},
                         pieces=QuickText(tokenizer).pieces if config.algo.needs_sentences else None)
     if offered is None:
         rollouts.keep_state(first_step)

@@ -30,15 +30,16 @@ from megatron_rl.types import RolloutGroup
 class Rollouts:
     """loop.Rollouts. offered: the step that an orchestrator handed over before it died; it is handed over again.
 
+    counted: what agents did and a judge cost up to a step.
     pieces: gives the text of tokens one by one, from which sentences are found (algo.loss.surrogate=lpo); else None.
     """
 
     def __init__(self, config: Config, network: Network, collector: Collector, weights: PublishedWeights,
                  port: TrainerPort, folder: Path, offered: OfferedStep | None = None, *,
-                 agent_metrics: Callable[[int], Mapping[str, float]], pieces: Pieces | None = None):
+                 counted: Callable[[int], Mapping[str, float]], pieces: Pieces | None = None):
         self._config, self._sizes, self._collector = config, asdict(network), collector
         self._weights, self._port, self._folder, self._again = weights, port, folder, offered
-        self._own, self._agent_metrics = OwnMetrics(config.observe.metrics), agent_metrics
+        self._own, self._counted = OwnMetrics(config.observe.metrics), counted
         self._pieces = pieces
         if offered is not None:
             self._hand_over(offered)
@@ -59,13 +60,13 @@ class Rollouts:
         groups, batches, ledger, rounds = await collect_budget(self._config, collect, step)
         with timers("assemble"):
             offered = await asyncio.to_thread(self._offered, step, groups, batches, timers, ledger, rounds,
-                                              self._agent_metrics(step))
+                                              self._counted(step))
             await asyncio.to_thread(offered.write, self._folder)
         self._hand_over(offered)
         return offered
 
     def _offered(self, step: int, groups: list[RolloutGroup], batches: list[StepBatch], timers: Timers,
-                 ledger: Ledger, rounds: int, agents: Mapping[str, float]) -> OfferedStep:
+                 ledger: Ledger, rounds: int, counted: Mapping[str, float]) -> OfferedStep:
         if self._pieces is not None:
             batches = with_sentences(batches, self._pieces, self._config.algo.sentence_end)
         shards = [write_shard(shard) for shard in cut_into_shards(batches, self._config, self._sizes)]
@@ -74,7 +75,7 @@ class Rollouts:
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
         fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens, config.reward.shaping)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
-                   **budget_metrics(groups, batches), **agents}
+                   **budget_metrics(groups, batches), **counted}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
         return OfferedStep(step, shards, metrics, samples, train_flops(self._sizes, lengths),
                            timers.seconds("generate"), self._collector.state_dict())

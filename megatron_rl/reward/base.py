@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from megatron_rl.foreign import told
 from megatron_rl.types import Prompt, Score
 
-__all__ = ["Job", "STATUSES", "Scorer", "needs_answer", "run", "verdict"]
+__all__ = ["Job", "Judgement", "STATUSES", "Scorer", "needs_answer", "run", "verdict"]
 
 STATUSES = ("correct", "wrong", "no_answer", "timeout", "error", "graded",
             "compile_error", "runtime_error", "memory_limit", "output_limit")  # these four: of programs
@@ -34,6 +34,14 @@ class Job:
         with foreign:
             return self.function(*self.args)
         return Score(0.0, "error", foreign.failure)
+
+
+@dataclass(frozen=True)
+class Judgement(Score):
+    """A verdict of another model, with what it cost: requests, and tokens that were read and written for them."""
+
+    requests: int = 0
+    tokens: int = 0
 
 
 class Scorer(Protocol):

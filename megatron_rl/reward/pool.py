@@ -35,7 +35,8 @@ import pebble
 from megatron_rl.compat.pebble_exits import notice_every_exit
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.foreign import told
-from megatron_rl.reward.base import Job
+from megatron_rl.reward.base import Job, Judgement
+from megatron_rl.reward.llm import JudgeScorer
 from megatron_rl.reward.route import Routes
 from megatron_rl.reward.user import UserScorer
 from megatron_rl.signals import stop_unheard
@@ -81,8 +82,10 @@ class RewardPool:
 
     def __init__(self, config: RewardConfig):
         self.jobs_sent = 0
+        self._judged = (0, 0)
         self._config = config
         self._routes = Routes(config.routes, config)
+        self._asks_model = any(isinstance(scorer, JudgeScorer) for scorer in self._routes.scorers())
         self._lock = threading.RLock()
         self._pools: dict[int, pebble.ProcessPool] = {}
         """By the workers that attempts ask for: reward.workers, or ALONE."""
@@ -108,11 +111,11 @@ class RewardPool:
         self._routes.scorer(prompt.domain).check(prompt)
 
     def try_out(self, prompt: Prompt) -> None:
-        """ValueError if a user's own function judges the prompt's domain and fails for two plain responses.
+        """ValueError if a user's own function or a model judges the prompt's domain and fails for two plain responses.
 
         Otherwise a function that fails for every response would only show after the engines have started.
         """
-        if not isinstance(self._routes.scorer(prompt.domain), UserScorer):
+        if not isinstance(self._routes.scorer(prompt.domain), UserScorer | JudgeScorer):
             return
         scores = self.score_many([(prompt, prompt.answer), (prompt, TRIAL_RESPONSE)])
         if all(score.failed for score in scores):
@@ -146,6 +149,12 @@ class RewardPool:
         prepared = [self._routes.scorer(prompt.domain).prepare(prompt, text) for prompt, text in items]
         waiting = [self._submit(part) if isinstance(part, Job) else part for part in prepared]
         return [part if isinstance(part, Score) else part.result() for part in waiting]
+
+    def take_metrics(self) -> dict[str, float]:
+        """What a judge that is a model has cost since the last call (docs/metrics.md)."""
+        with self._lock:
+            (requests, tokens), self._judged = self._judged, (0, 0)
+        return {"reward/judge_requests": requests, "reward/judge_tokens": tokens} if self._asks_model else {}
 
     def close(self) -> None:
         """Ends the workers at once; scores still awaited are cancelled. The pool cannot be used again."""
@@ -202,6 +211,9 @@ class RewardPool:
             if isinstance(error, BrokenProcessPool):
                 return attempt.outcome.set_exception(RuntimeError(WORKERS_DIE))
             score = done.result() if error is None else self._failure(attempt.job, error)
+            if isinstance(score, Judgement):
+                self._judged = (self._judged[0] + score.requests, self._judged[1] + score.tokens)
+                score = Score(score.value, score.status, score.detail, score.correct)
             if score.status == "error":
                 self._tell(attempt.job, score)
             elif score.status != "timeout" and attempt.job.memo_key is not None:

@@ -10,6 +10,7 @@ from megatron_rl.reward.base import Scorer
 from megatron_rl.reward.code import CodeScorer
 from megatron_rl.reward.exact import ExactScorer
 from megatron_rl.reward.gym import ReasoningGymScorer
+from megatron_rl.reward.llm import JudgeScorer
 from megatron_rl.reward.math import MathVerifyScorer
 from megatron_rl.reward.science import ScienceScorer
 from megatron_rl.reward.user import UserScorer
@@ -22,6 +23,7 @@ BUILT_IN: dict[str, Callable[[RewardConfig], Scorer]] = {
     "reasoning_gym": lambda _: ReasoningGymScorer(),
     "science": lambda config: ScienceScorer(config.relative_tolerance),
     "code": CodeScorer,
+    "llm_judge": lambda config: JudgeScorer(config.judge),
 }
 
 
@@ -52,7 +54,7 @@ def _scorer(domain: str, name: str, config: RewardConfig) -> Scorer:
     if name in BUILT_IN:
         try:
             return BUILT_IN[name](config)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"reward.routes.{domain}={name}: {error}") from error
     if "." in name:
         return UserScorer(domain, name, config.correct_from)

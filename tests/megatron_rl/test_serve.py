@@ -15,13 +15,15 @@ import openai
 import pytest
 
 from megatron_rl.config.agent import GATEWAY_KEY
+from megatron_rl.config.reward import JudgeConfig, RewardConfig
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from megatron_rl.data import Limits, build_prompts
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.recipes.serve import CONVERSATIONS, serve
+from megatron_rl.reward import RewardPool
 from tests.megatron_rl.environment.templates import CHATML, tokenizer_with
-from tests.megatron_rl.environment.world import run, world
+from tests.megatron_rl.environment.world import PROMPT, run, world
 from tests.tiny_models import bailing_config, tiny_bailing_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,12 +41,12 @@ def write_model(tmp_path: Path) -> Path:
                            tokenizer_from=tmp_path / "tokenizer")
 
 
-def served(tmp_path: Path, use, data: DataConfig | None = None) -> list[dict]:
+def served(tmp_path: Path, use, data: DataConfig | None = None, script=says) -> list[dict]:
     """The conversations that were written down. use(gateway, key, session): a coroutine that talks."""
     write_model(tmp_path)
 
     async def story() -> None:
-        async with world(says) as it:
+        async with world(script) as it:
             rollout = replace(it.config, engine=EngineConfig(urls=(it.engine.url,)))
             whole = Config(rollout=rollout, data=data or DataConfig(), model=ModelConfig(path=str(tmp_path / "model")),
                            run=RunConfig(dir=str(tmp_path)))
@@ -74,6 +76,21 @@ def test_a_conversation_is_kept_whole_when_serving_ends(tmp_path):
     assert [(each["role"], each["content"]) for each in two["messages"]] == [
         ("user", "Hi"), ("assistant", "answer 1"), ("user", "Sure?"), ("assistant", "answer 2")]
     assert (two["prompt"], one["prompt"], two["reward"]) == ("Hi", "Another", None)
+
+
+def test_it_serves_a_judge_of_responses(tmp_path, monkeypatch):
+    """reward.routes.<domain>=llm_judge with the base URL and the key that serve prints."""
+    (tmp_path / "rubric.txt").write_text("Is {response} right for {question}?")
+    scores = []
+
+    async def use(gateway, key, session) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", session.key)
+        judge = JudgeConfig(f"{gateway.url}/v1", rubric=str(tmp_path / "rubric.txt"), key_env="OPENAI_API_KEY")
+        with RewardPool(RewardConfig(routes={"math": "llm_judge"}, judge=judge)) as pool:
+            scores.extend([await pool.score(PROMPT, text) for text in ("41", "42")])
+
+    served(tmp_path, use, script=lambda read: json.dumps({"why": "so", "score": int("Is 42" in read)}))
+    assert [(score.value, score.status) for score in scores] == [(0.0, "wrong"), (1.0, "correct")]
 
 
 def test_the_command_prints_what_an_sdk_needs_and_ends_by_ctrl_c(tmp_path):
