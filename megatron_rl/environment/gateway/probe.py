@@ -102,20 +102,25 @@ def checked(tokenizer: Any, history: History) -> tuple[Rendering, Findings]:
 
 def _lost(rendering: Rendering, messages: list[Message], options: Options) -> str | None:
     """The first text of a message, or name of a tool, that the template does not write."""
-    for end in range(1, len(messages) + 1):
-        if messages[end - 1]["role"] == "assistant":
-            continue
-        text = rendering.render(messages[:end], options)
-        names = [tool["function"]["name"] for tool in options.tools]
-        for wanted in (messages[end - 1]["content"], *names):
+    names = [tool["function"]["name"] for tool in options.tools]
+    asked = _where_asked(messages)
+    for earlier, place in zip([0, *asked], asked, strict=False):
+        text = rendering.render(messages[:place], options)
+        told = [message["content"] for message in messages[earlier:place] if message["role"] != "assistant"]
+        for wanted in (*told, *names):
             if wanted not in text:
                 return wanted
     return None
 
 
+def _where_asked(messages: list[Message]) -> list[int]:
+    """How many messages the model reads before each of its answers, and before the one that would come next."""
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"] + [len(messages)]
+
+
 def _first_break(rendering: Rendering, messages: list[Message], options: Options, history: History) -> str | None:
     """How the conversation, put together turn by turn, first differs from the template's; None: nowhere."""
-    asked = [place for place, message in enumerate(messages) if message["role"] == "assistant"] + [len(messages)]
+    asked = _where_asked(messages)
     text = rendering.render(messages[:asked[0]], options)
     for last, place in zip(asked[:-1], asked[1:], strict=True):
         new = messages[last + 1:place]

@@ -83,6 +83,14 @@ def test_a_template_that_leaves_a_last_answer_open_is_known():
     assert rendering.after(user, Options(), end="<|im_end|>") == follows
 
 
+def test_a_template_that_wants_a_user_is_asked_as_an_agent_asks():
+    """Nobody asks for an answer to a system prompt alone; Qwen3.5's template raises there."""
+    wants_user = "{% if messages | map(attribute='role') | select('equalto', 'user') | list == [] %}" \
+        "{{ raise_exception('No user query found in messages.') }}{% endif %}"
+    found = probe(Rendering(tokenizer_with(wants_user + CHATML)), "append")
+    assert not found.unsupported and not found.breaks
+
+
 @pytest.mark.parametrize("template, says", [
     (None, "the tokenizer has none"),
     ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out the text of an answer"),
