@@ -122,9 +122,10 @@ async def against_engine(url: str, config: RolloutConfig, tokenizer: Any, *, rep
     for repeat in range(-1, repeats):
         numbers = [range(start, start + concurrency) for start in (next(places) * concurrency for _ in range(2))]
         seconds, opened = await through_gateway(model, config, numbers[0], turns, tokens)
-        length = len(opened[0].tree.turns[0].given)
-        first = [[*opened[place].tree.turns[0].given[:length - 1], 20 + place % 90, 20 + repeat % 90]
-                 for place in range(concurrency)]  # other prompts of the same length: nothing is cached yet
+        prompts = [session.tree.turns[0].given for session in opened]
+        shared = len(os.path.commonprefix(prompts))  # both kinds of prompts differ from here on: as much is cached
+        first = [[*prompt[:shared], 20 + place % 90, 20 + repeat % 90, *prompt[shared + 2:]]
+                 for place, prompt in enumerate(prompts)]
         follow = list(opened[0].tree.turns[1].given)
         other = await straight(fleet, first, follow, numbers[1], turns, tokens)
         if repeat >= 0:

@@ -95,6 +95,9 @@ LING_V2 = """\
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"""
+RING_V2 = (LING_V2.replace("thinking off", "thinking on")
+           .replace("ASSISTANT</role>' + m.content", "ASSISTANT</role>' + m.content.split('</think>')[-1]")
+           .replace("{{ '<role>ASSISTANT</role>' }}", "{{ '<role>ASSISTANT</role><think>\\n' }}"))
 GLM45 = """\
 {{- '[gMASK]<sop>' }}
 {%- if tools %}{{ '<|system|>\\n# Tools\\n' }}{% for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}

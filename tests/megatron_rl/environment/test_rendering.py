@@ -15,6 +15,7 @@ from tests.megatron_rl.environment.templates import (
     LLAMA3,
     QWEN3,
     RING_V1,
+    RING_V2,
     tokenizer_with,
 )
 
@@ -27,6 +28,8 @@ TABLE = {  # template: (end of text, conversations that break `append`, those th
     "ling_v1": (LING_V1, "<|endoftext|>", set(), TOOLS),
     "ring_v1": (RING_V1, "<|endoftext|>", {"plain", "system", "empty", "thinking", "no_thinking"}, TOOLS),
     "ling_v2": (LING_V2, "<|role_end|>", set(), set()),
+    "ring_v2": (RING_V2, "<|role_end|>",
+                {"plain", "system", "empty", "tools", "parallel_tools", "thinking", "no_thinking"}, set()),
     "glm45": (GLM45, "<|endoftext|>", {"thinking"}, set()),
 }
 
@@ -113,6 +116,7 @@ def test_a_template_that_cannot_hold_a_conversation_is_refused(template, says):
     ("ling_v1", "<|endoftext|>", "<role>HUMAN</role>B<role>ASSISTANT</role>"),
     ("ring_v1", "<|endoftext|>", "<role>HUMAN</role>B<role>ASSISTANT</role><think>\n"),
     ("ling_v2", "", "<|role_end|><role>HUMAN</role>B<|role_end|><role>ASSISTANT</role>"),
+    ("ring_v2", "<|role_end|>", "<role>HUMAN</role>B<|role_end|><role>ASSISTANT</role><think>\n"),
     ("glm45", "<|user|>", "\nB<|assistant|>"),  # GLM ends its turns with the name of who speaks next
     ("llama3", "<|eom_id|>", "<|start_header_id|>user<|end_header_id|>\n\nB<|eot_id|>"
                              "<|start_header_id|>assistant<|end_header_id|>\n\n"),
