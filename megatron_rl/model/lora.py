@@ -94,7 +94,7 @@ class Adapter(nn.Module):
         if not self.is_expert and self.group.size() > 1:
             low = gather_from_sequence_parallel_region(low, group=self.group) if self.column else \
                 reduce_scatter_to_sequence_parallel_region(low, group=self.group)
-        return F.linear(low, b) * self.scale
+        return F.linear(self.scale * low, b)
 
 
 def _matrix(linear, shape: tuple[int, int], cut: bool) -> nn.Parameter:

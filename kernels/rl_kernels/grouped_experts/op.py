@@ -144,7 +144,8 @@ def _adapted(product, rows_NX, weights_EYX, ends_E, adapter: LowRank | None):
     out_NY = product(rows_NX, weights_EYX, ends_E)
     if adapter is None:
         return out_NY
-    return out_NY + adapter.scale * product(product(rows_NX, adapter.a_ERX, ends_E), adapter.b_EYR, ends_E)
+    low_NR = adapter.scale * product(rows_NX, adapter.a_ERX, ends_E)  # the narrow side: nothing of [N, Y] more
+    return out_NY + product(low_NR, adapter.b_EYR, ends_E)
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
