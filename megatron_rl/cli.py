@@ -117,6 +117,7 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     parts["upcycle"].add_argument("--experts-per-token", type=positive_int, default=2, help="default 2")
     parts["smollm2"].add_argument("target", metavar="TARGET", help="the folder to write")
     _overrides(parts["roundtrip"])
+    _overrides(parts["merge"])
 
 
 def _add_config(config: argparse.ArgumentParser) -> None:

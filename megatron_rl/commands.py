@@ -16,6 +16,7 @@ from rich.table import Table
 
 from megatron_rl.config.check import Sizes, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
+from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
@@ -242,12 +243,16 @@ def convert(options) -> int:
         prepare_smollm2(Path(options.target))
     else:
         config = load(options.overrides)
+        merges, folder = options.kind == "merge", config.model.lora.path
+        require(merges == (folder is not None), f"model.lora.path={folder}: `convert merge` needs an adapter folder, "
+                "and `convert roundtrip` takes none")
         network = network_of(config)
         check_layout(network, config.parallel)
         check_backends(config, network)
         check_folders(config, exports=True)
         run_ranks("convert", config)
-        Console().print(f"{config.model.path} -> Megatron ({config.parallel.world_size} ranks) -> {config.run.dir}/hf: "
+        Console().print(f"{config.model.path} + {folder} -> {config.run.dir}/hf" if merges else
+                        f"{config.model.path} -> Megatron ({config.parallel.world_size} ranks) -> {config.run.dir}/hf: "
                         "every tensor has the same sha256")
     return 0
 

@@ -202,6 +202,9 @@ CONVERT = {
     "roundtrip": Help(
         "Hugging Face -> Megatron in a parallel layout -> Hugging Face, the sha256 of every tensor compared", "",
         "  megatron-rl convert roundtrip model.path=runs/quickstart/rl/hf parallel=tp2 run.dir=runs/roundtrip\n"),
+    "merge": Help(
+        "an adapter folder and its base -> one Hugging Face folder, W + BA, in run.dir/hf", "",
+        "  megatron-rl convert merge model.path=BASE model.lora.rank=8 model.lora.path=RUN/adapter run.dir=merged\n"),
 }
 
 CONFIG = {

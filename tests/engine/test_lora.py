@@ -74,6 +74,16 @@ def test_the_folder_of_weights_is_the_base_plus_what_the_adapter_folder_adds(run
         torch.testing.assert_close(merged[name].double(), tensor.double(), rtol=1e-5, atol=1e-6)
 
 
+def test_an_adapter_folder_is_merged_into_the_folder_that_the_run_wrote(run_dir, model, tmp_path):
+    """Byte for byte, in another layout; an engine that would serve the base alone is not started with it."""
+    options = [f"model.path={model}", "model.lora.rank=8", f"model.lora.path={run_dir / 'adapter'}"]
+    done = megatron_rl("convert", "merge", *options, f"run.dir={tmp_path}", "parallel=tp2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (run_dir / "hf" / "model.safetensors").read_bytes()
+    done = megatron_rl("evaluate", *SMALL, *options, f"run.dir={tmp_path / 'evaluated'}")
+    assert done.returncode != 0 and "merge the two with `megatron-rl convert merge`" in done.stderr
+
+
 def test_a_dumped_step_holds_the_adapters_and_is_replayed_bit_for_bit(run_dir):
     dumped = run_dir / "dumps" / "step_00000002"
     assert (dumped / "adapter" / "adapter_model.safetensors").is_file() and not (dumped / "weights").exists()
