@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -17,9 +18,11 @@ from megatron_rl.model.checkpoint_files import saved_steps
 from megatron_rl.model.fresh import bailing_config, random_weights
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.ports import choose_port
 from tests.engine.faulty_proxy import FaultyProxy
 from tests.engine.kills import Kill, differences, run_programs, was_killed
 from tests.engine.test_runs import kill_launcher, rows, wait_for_rows
+from tests.examples.test_agent_verifiers import INTERPRETER, SERVER, environment_of, needs_verifiers
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +99,43 @@ def test_turns_go_on_over_steps_with_their_experts(settings, tmp_path):
         assert row["agent/misses"] == 0 and row["agent/turns_mean"] == 4
     assert steps[0]["mismatch/max_abs"] < 1e-4 and steps[0]["router/replay_differing"] == 0
     assert carried > 0 and max(row["rollout/staleness_max"] for row in steps) > 0
+
+
+def test_both_sides_of_a_debate_train(settings, tmp_path):
+    """examples/agent_debate: two conversations of two turns in each session, without a word on another path."""
+    done = subprocess.run(command(*settings, f"run.dir={tmp_path}", "run.steps=1", "rollout.agent.kind=python",
+                                  "rollout.agent.command=[]",
+                                  "rollout.agent.function=examples.agent_debate.debate.debate"), cwd=ROOT,
+                          env=rank_environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    [row] = rows(tmp_path)
+    assert row["agent/turns_mean"] == 4 and row["agent/turns_off_path"] == row["agent/misses"] == 0
+    assert row["train/selected_tokens"] == PHI and row["mismatch/max_abs"] < 1e-4
+    assert row["rollout/failed_fraction"] == 0
+
+
+@needs_verifiers
+def test_an_environment_of_verifiers_trains_a_model(settings, tmp_path):
+    """One step; verifiers holds the conversations and judges them, and the trainer agrees with every token."""
+    python, port = Path(os.environ[INTERPRETER]), choose_port(None)
+    problems = tmp_path / "problems.jsonl"
+    problems.write_bytes(subprocess.check_output([python, SERVER, "problems", "backwards_v1"]))
+    key = {"MEGATRON_RL_GATEWAY_KEY": "a key of both"}
+    server = subprocess.Popen([python, SERVER, "play", "backwards_v1", f"http://127.0.0.1:{port}", "4"],
+                              env={**environment_of(python), **key})
+    try:
+        done = subprocess.run(
+            command(*settings, f"run.dir={tmp_path / 'run'}", "run.steps=1", "rollout.agent.kind=http",
+                    "rollout.agent.command=[]", f"rollout.agent.port={port}", "data.source=jsonl",
+                    f"data.path={problems}", "rollout.max_context_tokens=400"),
+            cwd=ROOT, env={**rank_environment(), **key}, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert server.wait(60) == 0, "it ends with the run"
+    finally:
+        server.kill()
+    [row] = rows(tmp_path / "run")
+    assert row["agent/sessions"] == SESSIONS * row["budget/collect_rounds"] and row["rollout/failed_fraction"] == 0
+    assert row["train/selected_tokens"] == PHI and row["mismatch/max_abs"] < 1e-4
 
 
 def test_killed_while_sessions_are_open_a_run_ends_as_if_nothing_had_happened(settings, whole_run, tmp_path):

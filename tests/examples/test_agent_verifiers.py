@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -21,7 +22,12 @@ from tests.megatron_rl.environment.world import run, world
 
 SERVER = Path(__file__).resolve().parents[2] / "examples" / "agent_verifiers" / "server.py"
 INTERPRETER = "VERIFIERS_PYTHON"
-PROMPTS = [Prompt("right", (1,), "6*7=", "42", "math"), Prompt("wrong", (1,), "6*8=", "48", "math")]
+PROMPTS = [Prompt(place, (1,), place, "by verifiers", "math") for place in ("0", "1")]
+
+
+def backwards(read: str) -> str:
+    """The first two tasks are gbae and ggah."""
+    return "eabg" if "gbae" in read else "wrong"
 
 
 def has_verifiers() -> bool:
@@ -30,28 +36,37 @@ def has_verifiers() -> bool:
                                                  capture_output=True).returncode == 0
 
 
+needs_verifiers = pytest.mark.skipif(
+    not has_verifiers(), reason=f"{INTERPRETER} names no interpreter with verifiers 0.4, whose pin of openai does not "
+    "go with SGLang's (examples/agent_verifiers)")
+
+
 class NoJudge:
     async def score(self, prompt: Prompt, response_text: str) -> Score:
         raise AssertionError("verifiers gives the rewards")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not has_verifiers(), reason=f"{INTERPRETER} names no interpreter with verifiers 0.4, whose pin of "
-                    "openai does not go with SGLang's (examples/agent_verifiers)")
+def environment_of(python: Path) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": ""}
+
+
+pytestmark = [pytest.mark.slow, needs_verifiers]
+
+
 def test_verifiers_plays_and_judges_the_sessions_of_a_run(monkeypatch):
     monkeypatch.setenv(GATEWAY_KEY, "a key of both")
     agent = AgentConfig(kind="http", port=choose_port(None), timeout_s=240.0)
     python = Path(os.environ[INTERPRETER])
 
     async def story():
-        async with world(lambda read: "It is \\boxed{42}.") as it:
+        async with world(backwards) as it:
             programs = AgentPrograms(replace(it.config, agent=agent), it.fleet, it.tokenizer, seed=0,
                                      verdict=partial(score_of, correct_from=1.0))
             responder = Responder(it.fleet, it.config, it.tokenizer, NoJudge(), seed=0,
                                   eos_token_id=it.tokenizer.eos_token_id, agents=programs)
             server = await asyncio.create_subprocess_exec(
-                python, str(SERVER), f"http://127.0.0.1:{agent.port}", "2",
-                env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": ""})
+                python, str(SERVER), "play", "backwards_v1", f"http://127.0.0.1:{agent.port}", "2",
+                env=environment_of(python))
             try:
                 groups = await responder.groups(PROMPTS, step=0)
             finally:
@@ -60,7 +75,15 @@ def test_verifiers_plays_and_judges_the_sessions_of_a_run(monkeypatch):
             scores = [[(score.value, score.detail) for score in group.scores] for group in groups]
             assert scores == [[(1.0, "")] * 2, [(0.0, "")] * 2]
             rollout = groups[0].rollouts[0]
-            assert it.text(rollout.token_ids[rollout.trainable]) == "It is \\boxed{42}.<|im_end|>"
-            assert "system\nGive the result" in it.text(rollout.token_ids)
+            assert it.text(rollout.token_ids[rollout.trainable]) == "eabg<|im_end|>"
+            assert "user\nA: gbae backwards" in it.text(rollout.token_ids)
 
     run(story())
+
+
+def test_the_problems_of_a_run_name_the_tasks_of_the_taskset():
+    python = Path(os.environ[INTERPRETER])
+    rows = subprocess.run([python, SERVER, "problems", "backwards_v1"], check=True, capture_output=True, text=True)
+    problems = [json.loads(row) for row in rows.stdout.splitlines()]
+    assert len(problems) == 2000 and problems[:2] == [
+        {"prompt": prompt.text, "answer": prompt.answer} for prompt in PROMPTS]
