@@ -237,6 +237,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
         from megatron_rl.environment.agents import check_agent
         from megatron_rl.model.tokenizer import load_tokenizer
         from megatron_rl.orchestrator.evaluation import HELD_OUT, evaluation_data, number_evaluated
+        from megatron_rl.orchestrator.teaching import check_teachers
         from megatron_rl.prompts import prompt_source
         from megatron_rl.reward import RewardPool
 
@@ -247,6 +248,8 @@ def check_data(config: Config, *, training: bool = True) -> None:
     tokenizer = load_tokenizer(config.model)
     for each in stages.stage_configs(config):
         check_agent(each.rollout.agent, tokenizer)
+        if training:
+            check_teachers(each, tokenizer)
     with RewardPool(config.reward) as rewards:
         for each in stages.stage_configs(config):
             trained: frozenset[str] = frozenset()
@@ -257,6 +260,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
                     raise ValueError(f"data.source={data.source}: {objections[0]}")
                 _try_rewards(rewards, source)
                 if not name:
+                    each.algo.distillation.check_domains(source.domains)
                     trained = source.questions()
                 elif told := number_evaluated(each, name, len(source))[1]:
                     warn(told)

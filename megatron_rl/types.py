@@ -61,6 +61,7 @@ class Rollout:
 
     token_ids int32 [L]; trainable bool [L], True at sampled tokens; rollout_logprobs fp32 [L], the
     engine's log-probability of each sampled token, 0 elsewhere; routed_experts uint8 [L-1, M, topk] | None.
+    teacher_logprobs fp32 [L] | None, a teacher's log-probability of each token but the first (rollout/teachers.py).
     others: further sequences of the same response, an agent's other conversations. They share its reward. No sampled
     token is trainable in two of them.
     """
@@ -71,6 +72,7 @@ class Rollout:
     finish: Finish
     weight_versions: tuple[VersionSpan, ...]
     routed_experts: np.ndarray | None = None
+    teacher_logprobs: np.ndarray | None = None
     others: tuple[Rollout, ...] = ()
 
     @property
@@ -141,7 +143,8 @@ class TrainSample:
     loss_mask marks the kept response tokens; num_response_tokens is |y_i| before the cut (GRPO, Eq. 1), over all
     sequences of the response; advantage is the response's group-relative advantage; index is the response's place in
     the step's N responses; routed_experts uint8 [L-1, M, topk] | None; sentences int32 [L] | None, the number of the
-    sentence that a kept token belongs to, from 0 (batch/sentences.py).
+    sentence that a kept token belongs to, from 0 (batch/sentences.py); teacher the place of its teacher among
+    algo.distillation.teachers, or -1; teacher_logprobs fp32 [L] | None, what a teacher on a server said.
     """
 
     index: int
@@ -152,6 +155,8 @@ class TrainSample:
     num_response_tokens: int
     routed_experts: np.ndarray | None = None
     sentences: np.ndarray | None = None
+    teacher: int = -1
+    teacher_logprobs: np.ndarray | None = None
 
 
 @dataclass
@@ -171,6 +176,8 @@ class PackedMicrobatch:
     - routed_experts: uint8 [T, M, k] | None, the experts that position t takes in each MoE layer. They come from the
       rollout, or from a no-gradient pass, which records this rank's layers and rows (int16 for more than 256 experts).
     - sentence_ids: int64 [T] | None, TrainSample.sentences counted on over the sequences; 0 where loss_mask is False.
+    - teachers: int64 [T], TrainSample.teacher; -1 on padding too. teacher_logprobs: fp32 [T], NaN where nobody has said
+      any; no-gradient passes fill those of teachers that the ranks hold.
     - sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
     """
 
@@ -191,6 +198,8 @@ class PackedMicrobatch:
     ref_logprobs: torch.Tensor | None = None
     routed_experts: torch.Tensor | None = None
     sentence_ids: torch.Tensor | None = None
+    teachers: torch.Tensor | None = None
+    teacher_logprobs: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

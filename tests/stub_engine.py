@@ -60,6 +60,7 @@ class StubEngine:
         app.router.add_get("/server_info", self._server)
         app.router.add_get("/v1/loads", self._loads)
         app.router.add_post("/generate", self._generate)
+        app.router.add_post("/detokenize", self._detokenize)
         app.router.add_post("/weights_checker", self._checksums)
         app.router.add_post("/update_weights_from_disk", self._load)
         for path in ENDLESS:
@@ -76,6 +77,10 @@ class StubEngine:
 
     async def _loads(self, _: web.Request) -> web.Response:
         return web.json_response({"loads": [{"num_waiting_reqs": 0}]})
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        tokens = (await request.json())["tokens"]
+        return web.json_response({"text": ["".join(f"<{token}>" for token in each) for each in tokens]})
 
     async def _checksums(self, _: web.Request) -> web.Response:
         return web.json_response({"ranks": [{"checksums": {}}]})

@@ -66,6 +66,7 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
     usable_N = torch.tensor([tokens for group in groups
                              for tokens in fill.usable_tokens(group.rollouts, group.scores)])
 
+    teachers = [algo.distillation.place_of(group.prompt.domain) for group in groups for _ in group.rollouts]
     in_order = algo.order == "groups"
     order_N = torch.arange(len(rollouts)) if in_order else selection_order(len(rollouts), seed=seed, step=step)
     batches = []
@@ -74,7 +75,8 @@ def assemble(groups: Sequence[RolloutGroup], algo: AlgoConfig, *, dp: int, seed:
         selection = _select(usable_N[share], algo, fill.phi)
         kept = selection.kept_tokens_N.tolist()
         samples = tuple(sample for index, count in zip(share.tolist(), kept, strict=True)
-                        for sample in _samples(index, rollouts[index], count, float(advantages_N[index])))
+                        for sample in _samples(index, rollouts[index], count, float(advantages_N[index]),
+                                               teachers[index]))
         batches.append(StepBatch(samples, selection, int(drawn_N[share].sum()), int(usable_N[share].sum())))
         if algo.has_budget and algo.underfull == "error" and not batches[-1].is_full:
             raise UnfillableStep(f"step {step}: {selection.selected_tokens} response tokens for algo.phi={fill.phi}; "
@@ -89,7 +91,8 @@ def _select(lengths_N: torch.Tensor, algo: AlgoConfig, phi: int) -> BudgetSelect
     return select_within_budget(lengths_N, torch.arange(len(lengths_N)), phi=phi, cutoff=algo.cutoff)
 
 
-def _samples(index: int, rollout: Rollout, kept_tokens: int, advantage: float) -> Iterator[TrainSample]:
+def _samples(index: int, rollout: Rollout, kept_tokens: int, advantage: float,
+             teacher: int) -> Iterator[TrainSample]:
     """The rollout's sequences in their order, up to the last kept response token of all."""
     for sequence in rollout.sequences:
         trainable = np.flatnonzero(sequence.trainable)
@@ -102,4 +105,6 @@ def _samples(index: int, rollout: Rollout, kept_tokens: int, advantage: float) -
             index=index, token_ids=sequence.token_ids[:end], loss_mask=sequence.trainable[:end],
             rollout_logprobs=sequence.rollout_logprobs[:end], advantage=advantage,
             num_response_tokens=rollout.response_tokens,
-            routed_experts=None if sequence.routed_experts is None else sequence.routed_experts[:end - 1])
+            routed_experts=None if sequence.routed_experts is None else sequence.routed_experts[:end - 1],
+            teacher=teacher,
+            teacher_logprobs=None if sequence.teacher_logprobs is None else sequence.teacher_logprobs[:end])

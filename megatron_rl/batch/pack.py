@@ -85,7 +85,10 @@ def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, 
             [sample.routed_experts for sample in samples], np.uint8,
             fill=np.broadcast_to(np.arange(experts_shape[1]), experts_shape)),
         sentence_ids=None if any(sample.sentences is None for sample in samples) else joined(
-            _counted_on(samples), np.int64))
+            _counted_on(samples), np.int64),
+        teachers=joined([np.full(n, s.teacher) for n, s in zip(lengths, samples, strict=True)], np.int64, fill=-1),
+        teacher_logprobs=joined([np.full(n, np.nan) if s.teacher_logprobs is None else s.teacher_logprobs[1:]
+                                 for n, s in zip(lengths, samples, strict=True)], np.float32, fill=np.nan))
 
 
 def _counted_on(samples: Sequence[TrainSample]) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from c3po import C3POLossConfig, Normalisation
+from megatron_rl.config.distillation import DistillationConfig
 from megatron_rl.config.rules import require, require_pattern
 
 SENTENCE_END = (r"""(?:[.!?;\u2026]+["')\]]*(?=\s|\Z)|[\u3002\uff01\uff1f\uff1b]+["\u201d\u2019)\uff09]*|\n)"""
@@ -82,6 +83,7 @@ class AlgoConfig:
     dynamic_sampling: bool = False
     loss: C3POLossConfig = field(default_factory=C3POLossConfig)
     hooks: AlgoHooks = field(default_factory=AlgoHooks)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     sentence_end: str = SENTENCE_END
     balance_coef: float = 1e-5
     z_loss_coef: float = 1e-7
@@ -104,6 +106,9 @@ class AlgoConfig:
         require_pattern("algo.sentence_end", self.sentence_end)
         require(self.balance_coef >= 0, f"algo.balance_coef={self.balance_coef} must not be negative")
         require(self.z_loss_coef >= 0, f"algo.z_loss_coef={self.z_loss_coef} must not be negative")
+        require(self.distillation.task_reward or not self.dynamic_sampling,
+                "algo.distillation.task_reward=false trains on every group, whatever is right in it: use "
+                "algo.dynamic_sampling=false")
         require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
                 "algo.truncated=overlong_penalty needs algo.overlong_buffer_tokens > 0")
         require(0 < self.icepop_low < self.icepop_high,

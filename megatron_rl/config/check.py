@@ -41,6 +41,11 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
     require(algo.truncated != "overlong_penalty" or algo.overlong_buffer_tokens <= rollout.max_response_tokens,
             f"algo.overlong_buffer_tokens={algo.overlong_buffer_tokens} is more than a response may have "
             f"(rollout.max_response_tokens={rollout.max_response_tokens})")
+    asked = [name for name, teacher in algo.distillation.teachers.items() if teacher.urls]
+    require(not asked or rollout.temperature == 1.0,
+            f"rollout.temperature={rollout.temperature}: servers score at temperature 1, so algo.distillation.teachers."
+            f"{', '.join(asked)} would judge another distribution than the one that samples; use "
+            "rollout.temperature=1.0, or a teacher's checkpoint")
     if algo.has_budget:
         _check_budget(config)
     _check_collector(config)

@@ -99,6 +99,11 @@ def _to_arrays(update: UpdateShard) -> dict[str, Any]:
         "routed_experts": of_all("routed_experts"), "sentences": of_all("sentences"),
         "lengths": np.array([len(sample.token_ids) for sample in samples], dtype=np.int32),
         "indices": np.array([sample.index for sample in samples], dtype=np.int32),
+        "teachers": np.array([sample.teacher for sample in samples], dtype=np.int32),
+        "teacher_logprobs": end_to_end([
+            np.full(len(sample.token_ids), np.nan, np.float32) if sample.teacher_logprobs is None
+            else sample.teacher_logprobs for sample in samples], np.float32)
+        if any(sample.teacher_logprobs is not None for sample in samples) else None,
         "advantages": np.array([sample.advantage for sample in samples], dtype=np.float64),
         "response_tokens": np.array([sample.num_response_tokens for sample in samples], dtype=np.int32),
         "sizes": list(update.sizes), "least_tokens": list(update.least_tokens), "phi": update.phi,
@@ -110,11 +115,13 @@ def _from_arrays(arrays: Mapping[str, Any]) -> UpdateShard:
     samples = []
     for place, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
         here, experts, sentences = slice(end - length, end), arrays["routed_experts"], arrays["sentences"]
+        taught = arrays["teacher_logprobs"]
         samples.append(TrainSample(
             index=int(arrays["indices"][place]), token_ids=arrays["token_ids"][here],
             loss_mask=arrays["loss_mask"][here], rollout_logprobs=arrays["rollout_logprobs"][here],
             advantage=float(arrays["advantages"][place]), num_response_tokens=int(arrays["response_tokens"][place]),
             routed_experts=None if experts is None else experts[end - length - place:end - place - 1],
-            sentences=None if sentences is None else sentences[here]))
+            sentences=None if sentences is None else sentences[here], teacher=int(arrays["teachers"][place]),
+            teacher_logprobs=None if taught is None else taught[here]))
     return UpdateShard(tuple(samples), tuple(arrays["sizes"]), tuple(arrays["least_tokens"]), arrays["phi"],
                        arrays["selected_tokens"], arrays["num_responses"])

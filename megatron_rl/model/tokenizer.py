@@ -48,6 +48,11 @@ def _class_of(folder: Path) -> type:
     return AutoTokenizer
 
 
+def token_texts(tokenizer) -> list[str]:
+    """The text of each token id alone, special tokens included: what a vocabulary is compared by."""
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(len(tokenizer))]
+
+
 class QuickText:
     """A Hugging Face tokenizer with a fast decode() for byte-level vocabularies, which all supported models have.
 

@@ -18,7 +18,7 @@ from megatron_rl.data import build_sampler
 from megatron_rl.handoff import load
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.model.architectures import read_config
-from megatron_rl.model.tokenizer import QuickText, load_tokenizer
+from megatron_rl.model.tokenizer import QuickText, load_tokenizer, token_texts
 from megatron_rl.observe import MetricsLog, Timers, lease
 from megatron_rl.observe.timing import PhaseFile
 from megatron_rl.orchestrator import stages, state
@@ -32,6 +32,7 @@ from megatron_rl.orchestrator.stages import Stage
 from megatron_rl.orchestrator.weights import PublishedWeights
 from megatron_rl.prompts import prompt_source
 from megatron_rl.reward import RewardPool
+from megatron_rl.rollout.teachers import Teachers
 
 
 def run(config: Config) -> None:
@@ -76,7 +77,9 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
                                          resume_step=_rows_until(config, checkpoint, offered, again)))
     port = TrainerPort(config.orchestrator, config.parallel.world_size)
     serving = await stack.enter_async_context(Serving(config))
-    collector = build_collector(config, serving.responder(config, tokenizer, rewards, engine_routing(config)),
+    teachers = await stack.enter_async_context(Teachers(config.algo.distillation, config.rollout))
+    await teachers.check_vocabulary(token_texts(tokenizer) if teachers.fleets else [])
+    collector = build_collector(config, serving.responder(config, tokenizer, rewards, engine_routing(config), teachers),
                                 build_sampler(source, config.data, config.run.seed))
     if offered is not None:
         collector.load_state_dict(offered.collector)

@@ -29,6 +29,7 @@ from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.routed_experts import RoutedLayers
 from megatron_rl.rollout.router import RoutedFleet, RouterClient
+from megatron_rl.rollout.teachers import Teachers
 
 
 def build_fleet(config: Config) -> Fleet:
@@ -64,14 +65,14 @@ class Serving:
         await self.fleet.close()
 
     def responder(self, config: Config, tokenizer, rewards: RewardPool,
-                  routed_layers: RoutedLayers | None = None) -> Responder:
+                  routed_layers: RoutedLayers | None = None, teachers: Teachers | None = None) -> Responder:
         if config.rollout.agent.kind is not None and self._agents is None:  # training and evaluation share the gateway
             self._agents = AgentPrograms(
                 config.rollout, self.fleet, tokenizer, seed=config.run.seed, secrets=secret_variables(config),
                 verdict=partial(score_of, correct_from=config.reward.correct_from))
         return Responder(self.fleet, config.rollout, QuickText(tokenizer), rewards, seed=config.run.seed,
                          eos_token_id=tokenizer.eos_token_id, routed_layers=routed_layers, agents=self._agents,
-                         vocabulary=read_config(config.model.path).vocab_size)
+                         vocabulary=read_config(config.model.path).vocab_size, teachers=teachers)
 
     def agent_metrics(self, step: int) -> dict[str, float]:
         """What the agents of this step did; to be asked once."""
@@ -81,7 +82,8 @@ class Serving:
 def secret_variables(config: Config) -> frozenset[str]:
     """Environment variables with keys of the run, which an agent has no use for."""
     return frozenset({RUN_KEY, ENGINE_KEY, config.rollout.engine.api_key_env, config.rollout.agent.key_env,
-                      config.reward.remote.key_env} - {None})
+                      config.reward.remote.key_env,
+                      *(each.api_key_env for each in config.algo.distillation.teachers.values())} - {None})
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:

@@ -89,7 +89,17 @@ class EngineClient:
             pairs = answer["meta_info"]["input_token_logprobs"][1:]
             if [pair[1] for pair in pairs] != list(input_ids[1:]):
                 raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities of other tokens than asked")
-            return np.asarray([pair[0] for pair in pairs], dtype=np.float32)
+            logprobs = np.asarray([pair[0] for pair in pairs], dtype=np.float32)
+            if not np.isfinite(logprobs).all():
+                raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities that are not finite")
+            return logprobs
+
+    async def detokenize(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each sequence by the engine's own tokenizer, special tokens included."""
+        answer = await self._post("/detokenize", {"tokens": [list(each) for each in token_ids],
+                                                  "skip_special_tokens": False}, timeout_s=self.timeout_s)
+        with well_formed():
+            return [str(text) for text in answer["text"]]
 
     async def weight_version(self, *, timeout_s: float | None = None) -> int | None:
         """The version of the last publish that reached its end; None if the engine's label is not a number."""

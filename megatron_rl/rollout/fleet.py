@@ -19,8 +19,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
 
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.rollout.client import EngineClient
@@ -39,6 +43,12 @@ from megatron_rl.types import Finish
 PROBE_TIMEOUT_S = 10.0
 ABORT_GRACE_S = 5.0
 CHOICE_POLL_S = 0.05
+
+
+type Ask[R] = Callable[[EngineClient, str], Coroutine[Any, Any, R]]
+"""(engine, id of the attempt) -> its answer."""
+type Check[R] = Callable[[R, str, int | None], None]
+"""(answer, id of the attempt, the version that was current when it began): EngineHTTPError if it is no good."""
 
 
 class FleetError(RuntimeError):
@@ -92,13 +102,30 @@ class Fleet:
         at once if an engine refuses the request itself. An engine without room costs no attempt. Cancelling aborts the
         request at the engine; tokens that it had sampled count as delivered.
         """
+        async def ask(client: EngineClient, attempt: str) -> GenerateResult:
+            result = await client.generate(input_ids, rid=attempt, sampling=sampling, routed_layers=routed_layers,
+                                           timeout_s=self._config.request_timeout_s)
+            tally.delivered_tokens += len(result.output_ids)
+            return result
+
+        return await self._answered(tuple(input_ids), rid, tally, ask, partial(self._check, sampling=sampling))
+
+    async def input_logprobs(self, input_ids: Sequence[int], *, rid: str, tally: Tally) -> np.ndarray:
+        """Log-probability of each token but the first at temperature 1, fp32 [L - 1]. Failures are as in generate()."""
+        async def ask(client: EngineClient, attempt: str) -> np.ndarray:
+            return await client.input_logprobs(input_ids, rid=attempt)
+
+        return await self._answered(tuple(input_ids), rid, tally, ask, lambda result, attempt, oldest: None)
+
+    async def _answered[R](self, about: tuple[int, ...], rid: str, tally: Tally, ask: Ask[R], check: Check[R]) -> R:
+        """The answer of some engine that passes `check`. about: the input of the request."""
         wait_s, sent, failed, refused_since = self._config.engine.wait_timeout_s, 0, 0, None
         async with self._slots:
             while failed <= self._config.retries:
                 member = await self._choose(rid)
                 try:
                     # SGLang aborts every id that starts with the one given: the full stop ends it
-                    result = await self._attempt(member, input_ids, f"{rid}-{sent}.", sampling, tally, routed_layers)
+                    result = await self._attempt(member, about, f"{rid}-{sent}.", ask, check)
                 except EngineBusyError as error:
                     refused_since = refused_since or time.monotonic()
                     if time.monotonic() - refused_since > wait_s:
@@ -185,16 +212,12 @@ class Fleet:
     def _ready(self) -> list[Member]:
         return [member for member in self._members if member.version == self._version and member.free]
 
-    async def _attempt(self, member: Member, input_ids: Sequence[int], rid: str,
-                       sampling: SamplingParams, tally: Tally,
-                       routed_layers: RoutedLayers | None) -> GenerateResult | None:
+    async def _attempt[R](self, member: Member, about: tuple[int, ...], rid: str, ask: Ask[R],
+                          check: Check[R]) -> R | None:
         """The result, or None if the engine failed; its Member then records the failure. EngineBusyError if the engine
         has no room."""
         began, oldest, lost = time.monotonic(), self._version, member.gone
-        request = asyncio.create_task(member.client.generate(
-            input_ids, rid=rid, sampling=sampling, timeout_s=self._config.request_timeout_s,
-            routed_layers=routed_layers))
-        request.add_done_callback(lambda done: _count(done, tally))
+        request = asyncio.create_task(ask(member.client, rid))
         gone = asyncio.create_task(lost.wait())
         member.in_flight += 1
         try:
@@ -204,7 +227,7 @@ class Fleet:
             if lost.is_set() or not request.done():
                 raise EngineHTTPError(f"{member.client.base_url} was lost during request {rid}")
             result = await request
-            self._check(result, rid, oldest, sampling)
+            check(result, rid, oldest)
         except asyncio.CancelledError:
             await self._abort(member, rid, request)
             raise
@@ -214,7 +237,7 @@ class Fleet:
             member.refused(str(error))
             raise
         except EngineHTTPError as error:
-            member.failed(str(error), began=began, about=tuple(input_ids))
+            member.failed(str(error), began=began, about=about)
             if isinstance(error, EngineDisconnectedError):
                 member.unanswered_since = member.unanswered_since or time.monotonic()
             if isinstance(error, EngineUnreachableError):
@@ -229,10 +252,10 @@ class Fleet:
         member.succeeded()
         for other in self._members:  # an input that can be answered is no excuse for those that failed with it
             if other.failed_with:
-                other.failed_with.discard(tuple(input_ids))
+                other.failed_with.discard(about)
         return result
 
-    def _check(self, result: GenerateResult, rid: str, oldest: int | None, sampling: SamplingParams) -> None:
+    def _check(self, result: GenerateResult, rid: str, oldest: int | None, *, sampling: SamplingParams) -> None:
         """Raises EngineHTTPError for an abort that was not ours, for too few or too many tokens, and for weights that
         were not current."""
         if result.finish is Finish.ABORT:
@@ -284,8 +307,3 @@ class Fleet:
             return
         with contextlib.suppress(EngineHTTPError):  # it counts for nothing but the metric
             self._queues.append(await member.client.waiting_requests(timeout_s=min(PROBE_TIMEOUT_S, hang_s)))
-
-
-def _count(request: asyncio.Task, tally: Tally) -> None:
-    if not request.cancelled() and request.exception() is None:
-        tally.delivered_tokens += len(request.result().output_ids)

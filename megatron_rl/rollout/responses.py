@@ -121,6 +121,10 @@ class Episode:
     others: tuple[Rollout, ...] = ()
 
 
+class Teachers(Protocol):
+    async def scored(self, rollout: Rollout, domain: str) -> Rollout: ...
+
+
 class Agents(Protocol):
     async def run(self, ticket: Ticket, plan: SamplingPlan, tally: Tally) -> Episode: ...
 
@@ -136,15 +140,15 @@ class Responder:
 
     def __init__(self, fleet: Fleet, config: RolloutConfig, tokenizer: Tokenizer, scorer: Scorer, *, seed: int,
                  eos_token_id: int, routed_layers: RoutedLayers | None = None, agents: Agents | None = None,
-                 vocabulary: int | None = None):
-        """vocabulary: how many token ids the model has; None: token ids are not checked."""
+                 vocabulary: int | None = None, teachers: Teachers | None = None):
+        """vocabulary: how many token ids the model has; None: token ids are not checked. teachers: score responses."""
         self.fleet = fleet
         self._agents = agents
         self.tally = Tally()
         self.plan = SamplingPlan.from_config(config, routed_layers)
         self._config = config
         self._tokenizer = tokenizer
-        self._scorer = scorer
+        self._scorer, self._teachers = scorer, teachers
         self._seed = seed
         self._eos_token_id, self._vocabulary = eos_token_id, vocabulary
         self._turn = asyncio.Lock()
@@ -203,7 +207,8 @@ class Responder:
             return self.failed(episode.prompt, episode.transcript, episode.failure)
         text = self._tokenizer.decode(episode.transcript.token_ids, skip_special_tokens=True)
         score = episode.verdict or await self._scorer.score(prompt, episode.answer)
-        return Judged(replace(episode.transcript.rollout(episode.prompt), others=episode.others), text, score)
+        judged = Judged(replace(episode.transcript.rollout(episode.prompt), others=episode.others), text, score)
+        return await self._taught(episode.prompt, episode.transcript, judged)
 
     def failed(self, prompt: Prompt, so_far: Transcript, failure: FleetError | EnvironmentFailed) -> Judged:
         """A response that ends here, without a verdict. Its detail says why."""
@@ -250,7 +255,17 @@ class Responder:
 
     async def judge(self, prompt: Prompt, transcript: Transcript) -> Judged:
         text = self._tokenizer.decode(transcript.token_ids, skip_special_tokens=True)
-        return Judged(transcript.rollout(prompt), text, await self._scorer.score(prompt, text))
+        judged = Judged(transcript.rollout(prompt), text, await self._scorer.score(prompt, text))
+        return await self._taught(prompt, transcript, judged)
+
+    async def _taught(self, prompt: Prompt, transcript: Transcript, judged: Judged) -> Judged:
+        """With the log-probabilities of a teacher on a server, if the prompt's domain has one."""
+        if self._teachers is None or judged.score.failed:
+            return judged
+        try:
+            return replace(judged, rollout=await self._teachers.scored(judged.rollout, prompt.domain))
+        except FleetError as failure:
+            return self.failed(prompt, transcript, failure)
 
     def check_length(self, prompt: Prompt, plan: SamplingPlan) -> None:
         limit = self._config.max_context_tokens

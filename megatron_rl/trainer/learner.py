@@ -61,6 +61,19 @@ def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequen
             for members, tokens in zip(microbatches, least_tokens, strict=True)]
 
 
+def teachers_of(config: Config, topology: Topology) -> dict[int, TrainStep]:
+    """By their places in algo.distillation.teachers: those that the ranks hold, as steps that only look."""
+    found = {}
+    for place, teacher in enumerate(config.algo.distillation.teachers.values()):
+        if teacher.checkpoint is not None:
+            options = dataclasses.replace(config.model, path=teacher.checkpoint, lora=LoraConfig())
+            policy = build_policy(read_config(teacher.checkpoint), options, config.parallel, with_gradients=False)
+            load_hf(policy, topology, teacher.checkpoint)
+            found[place] = TrainStep(policy, None, topology, temperature=config.rollout.temperature,
+                                     chunk_tokens=config.batch.logprob_chunk_tokens)
+    return found
+
+
 def needs_old_pass(algo: AlgoConfig, network: Network) -> bool:
     """Whether an update needs a separate no-grad pass before it.
 
@@ -93,6 +106,7 @@ class PolicyLearner:
             whole = dataclasses.replace(config.model, lora=LoraConfig())
             self._reference = build_policy(self.policy.config, whole, config.parallel, with_gradients=False)
             load_hf(self._reference, topology, config.model.reference_path or config.model.path)
+        self._teachers = teachers_of(config, topology)
         self.updates_done = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -116,10 +130,14 @@ class PolicyLearner:
         if needs_old_pass(self.config.algo, network):
             old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
         reference = self._reference_logprobs(microbatches) if self.config.algo.loss.kl_coef > 0 else None
+        taught = {place: teacher.logprobs(microbatches, teacher.policy) for place, teacher in self._teachers.items()}
         if self.topology.is_last_stage:  # elsewhere no loss is computed
             for i, microbatch in enumerate(microbatches):
                 microbatch.old_logprobs = None if old is None else old[i]
                 microbatch.ref_logprobs = None if reference is None else reference[i]
+                for place, found in taught.items():
+                    microbatch.teacher_logprobs = torch.where(microbatch.teachers == place, found[i],
+                                                              microbatch.teacher_logprobs)
         return microbatches, counts
 
     def _reference_logprobs(self, microbatches: list[PackedMicrobatch]) -> list[torch.Tensor]:

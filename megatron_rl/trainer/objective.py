@@ -10,6 +10,7 @@ from c3po import (
     Max,
     StepTotals,
     SumCount,
+    distilled_advantages,
     geometric_mean_mask,
     icepop_weights,
     kpop_weights,
@@ -39,12 +40,17 @@ class TokenObjective:
         old_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         sequence_ids_T = packed_sequence_ids(batch.cu_seqlens) if algo.needs_whole_sequences else None
         weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
+        advantages, distilled = batch.advantages, {}
+        if algo.distillation.on:
+            advantages, distilled = distilled_advantages(
+                advantages, old_T, batch.teacher_logprobs, mask, coef=algo.distillation.coef,
+                task_reward=algo.distillation.task_reward)
         loss, sums = policy_loss(
-            logprobs_T, old_T, batch.advantages, mask, config=algo.loss, denominator=self._denominator(batch),
+            logprobs_T, old_T, advantages, mask, config=algo.loss, denominator=self._denominator(batch),
             surrogate=own_function(algo, "surrogate"), sequence_ids=sequence_ids_T, sentence_ids=batch.sentence_ids,
             ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
         gap_sums, gap_maxima = mismatch_diagnostics(old_T, batch.rollout_logprobs, mask)
-        return loss, {**sums, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
+        return loss, {**sums, **distilled, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
 
     def _denominator(self, batch: PackedMicrobatch) -> float | torch.Tensor:
         own = own_function(self.algo, "denominator")

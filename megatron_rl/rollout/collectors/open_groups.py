@@ -73,7 +73,8 @@ def _response_to_state(response: OpenResponse) -> dict[str, Any]:
         "weight_versions": [[span.version, span.start, span.end] for span in transcript.weight_versions],
         "routed_experts": transcript.routed_experts,
         "finish": None if transcript.finish is None else transcript.finish.value,
-        "judged": None if judged is None else {"text": judged.text, "score": dataclasses.asdict(judged.score)},
+        "judged": None if judged is None else {
+            "text": judged.text, "score": dataclasses.asdict(judged.score), "taught": judged.rollout.teacher_logprobs},
     }
 
 
@@ -84,5 +85,6 @@ def _response_from_state(state: dict[str, Any], prompt: Prompt) -> OpenResponse:
         None if state["finish"] is None else Finish(state["finish"]), state["routed_experts"])
     judged = None
     if state["judged"] is not None:
-        judged = Judged(transcript.rollout(prompt), state["judged"]["text"], Score(**state["judged"]["score"]))
+        rollout = dataclasses.replace(transcript.rollout(prompt), teacher_logprobs=state["judged"]["taught"])
+        judged = Judged(rollout, state["judged"]["text"], Score(**state["judged"]["score"]))
     return OpenResponse(Ticket(prompt, *state["ticket"]), transcript, judged)

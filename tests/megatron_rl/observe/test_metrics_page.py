@@ -38,7 +38,7 @@ def logged_names() -> set[str]:
     sums = {text for text in literals("c3po") if re.fullmatch(r"[a-z_0-9]+", text)} & {
         "policy_loss", "kl", "entropy", "ratio", "clip_low_fraction", "clip_high_fraction", "approx_kl",
         "selected_tokens"} | {text for text in literals("c3po") if re.fullmatch(
-            r"mismatch_\w+|(tis|icepop|kpop|sequence)_\w*fraction", text)}
+            r"mismatch_\w+|distill_\w+|(tis|icepop|kpop|sequence)_\w*fraction", text)}
     named = {text for text in literals("megatron_rl") if NAME.fullmatch(text)}
     return (named | {metric_name(key) for key in (*sums, "mismatch_max_abs", *TOTALS)}) - NO_METRICS
 

@@ -1,0 +1,81 @@
+"""Section `algo.distillation`: teachers that judge the student's own tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from megatron_rl.config.rules import require
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """One teacher: a checkpoint that the trainer's ranks load, or SGLang servers that run already.
+
+    - checkpoint: a Hugging Face folder. Every rank holds its part of it beside the policy, in the policy's layout, and
+      computes its log-probabilities before the update.
+    - urls: addresses of SGLang servers with the teacher's weights. The orchestrator asks them while responses are still
+      being sampled. Start them with --context-length rollout.max_context_tokens + 6.
+    - api_key_env: the environment variable that holds the servers' key (--api-key). null: no key.
+    """
+
+    checkpoint: str | None = None
+    urls: tuple[str, ...] = ()
+    api_key_env: str | None = None
+
+    def __post_init__(self):
+        require((self.checkpoint is None) != (not self.urls), "a teacher has a checkpoint or urls: set one of the two")
+        for url in self.urls:
+            require(urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).hostname),
+                    f"urls: {url!r} must look like http://127.0.0.1:30000")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """On-policy distillation: a token's advantage is A - coef * (ln student - ln teacher). Without teachers it is off.
+
+    - teachers: by name.
+    - routes: domain -> name of the teacher of its prompts. Empty: the only teacher has all. A prompt of a domain
+      without a teacher keeps the advantage A.
+    - coef: weight of the teacher's judgement.
+    - task_reward: false trains on the teachers alone, with A = 0. Responses are judged all the same, for the metrics.
+    """
+
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    routes: dict[str, str] = field(default_factory=dict)
+    coef: float = 1.0
+    task_reward: bool = True
+
+    def __post_init__(self):
+        require(0 < self.coef < math.inf, f"algo.distillation.coef={self.coef} must be positive and finite")
+        require(len(self.teachers) <= 1 or bool(self.routes),
+                f"algo.distillation.teachers has {len(self.teachers)} teachers ({', '.join(self.teachers)}): say in "
+                "algo.distillation.routes which domain has which")
+        for domain, name in self.routes.items():
+            require(name in self.teachers, f"algo.distillation.routes.{domain}={name} is no teacher: "
+                    f"algo.distillation.teachers has {', '.join(self.teachers) or 'none'}")
+        idle = self.teachers.keys() - set(self.routes.values()) if self.routes else set()
+        require(not idle, f"algo.distillation.teachers: no domain has {', '.join(sorted(idle))}: add it to "
+                "algo.distillation.routes or leave it out")
+
+    @property
+    def on(self) -> bool:
+        return bool(self.teachers)
+
+    def teacher_of(self, domain: str) -> str | None:
+        """The name of the teacher of this domain's prompts."""
+        return self.routes.get(domain) if self.routes else next(iter(self.teachers), None)
+
+    def check_domains(self, domains: Collection[str]) -> None:
+        """ValueError for a domain of the prompts in which nothing would be learned."""
+        untaught = sorted(domain for domain in domains if self.teacher_of(domain) is None)
+        require(not self.on or self.task_reward or not untaught,
+                f"algo.distillation.task_reward=false, but domain {', '.join(untaught)} has no teacher: add it to "
+                "algo.distillation.routes")
+
+    def place_of(self, domain: str) -> int:
+        """The place of that teacher among all, -1 if there is none."""
+        name = self.teacher_of(domain)
+        return -1 if name is None else list(self.teachers).index(name)

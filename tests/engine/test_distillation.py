@@ -1,0 +1,82 @@
+"""On-policy distillation in real runs: a self-teacher changes nothing, and the KL to another teacher falls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rl.config.load import load
+from megatron_rl.launch.local import rank_environment
+from megatron_rl.observe.jsonl import read_jsonl
+from megatron_rl.recipes.quickstart import make_random_model
+from megatron_rl.rollout.engines import EngineProcess
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "experiment=quickstart", "parallel=single", "eval.problems=0", "run.export_hf=false", "observe.wandb=off",
+    "rollout.prompts_per_step=8", "rollout.max_response_tokens=32", "rollout.max_context_tokens=96", "algo.phi=1024",
+    "algo.loss.kl_coef=0", "algo.loss.entropy_coef=0", "algo.distillation.task_reward=false",
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        make_random_model(folder / name / "model", seed)
+    return {name: folder / name / "model" for name in ("student", "teacher")}
+
+
+@pytest.fixture(scope="module")
+def teacher_url(models, tmp_path_factory):
+    """A server with the student's own weights, which is the run's only engine besides its own."""
+    config = load([*SMALL, f"model.path={models['student']}"])
+    with EngineProcess.from_config(config.rollout, models["student"],
+                                   log_path=tmp_path_factory.mktemp("engine") / "engine.log") as engine:
+        yield engine.base_url
+
+
+def run(models, run_dir: Path, *overrides: str) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_rl.cli", "rl", *SMALL, f"model.path={models['student']}", f"run.dir={run_dir}",
+         *overrides], cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_jsonl(run_dir / "metrics.jsonl")
+
+
+def test_a_self_teacher_of_the_ranks_gives_zero_exactly(models, tmp_path):
+    (row,) = run(models, tmp_path / "run", "run.steps=1",
+                 f"algo.distillation.teachers={{me: {{checkpoint: {models['student']}}}}}")
+    assert (row["train/distill_gap"], row["train/distill_kl"], row["train/policy_loss"]) == (0.0, 0.0, 0.0)
+    assert row["train/selected_tokens"] == 1024
+
+
+def test_a_self_teacher_on_a_server_gives_the_mismatch_of_engine_and_trainer(models, teacher_url, tmp_path):
+    (row,) = run(models, tmp_path / "run", "run.steps=1", "rollout.temperature=1.0",
+                 f"algo.distillation.teachers={{me: {{urls: ['{teacher_url}'], "
+                 "api_key_env: MEGATRON_RL_ENGINE_KEY}}")
+    assert abs(row["train/distill_gap"]) <= row["mismatch/max_abs"] < 1e-4
+    assert 0 < row["train/distill_kl"] < 1e-8
+
+
+def test_the_kl_to_the_teacher_falls(models, tmp_path):
+    rows = run(models, tmp_path / "run", "run.steps=12", "optimizer.lr=2e-3", "optimizer.warmup_steps=0",
+               f"algo.distillation.teachers={{other: {{checkpoint: {models['teacher']}}}}}")
+    gaps = [row["train/distill_gap"] for row in rows]
+    assert np.mean(gaps[-3:]) < 0.8 * np.mean(gaps[:3]), gaps
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_before_anything_starts(models, tmp_path):
+    from tests.tiny_models import write_tiny_bailing
+
+    other = write_tiny_bailing(tmp_path / "other")
+    with pytest.raises(AssertionError, match="has another vocabulary"):
+        run(models, tmp_path / "run", "run.steps=1",
+            f"algo.distillation.teachers={{other: {{checkpoint: {other}}}}}")
+    assert not (tmp_path / "run" / "engine.log").exists()
