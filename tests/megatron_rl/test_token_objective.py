@@ -13,6 +13,7 @@ import torch
 
 from c3po import C3POLossConfig, Max, StepTotals, SumCount, c3po_loss, icepop_weights, kpop_weights
 from megatron_rl.batch import pack
+from megatron_rl.config.distillation import DistillationConfig, TeacherConfig
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.metrics import reduce_maxima, reduce_metrics
@@ -85,6 +86,28 @@ def test_lpo_sees_the_sentences():
     found = gradient[batch.loss_mask].tolist()
     assert found[2] == pytest.approx(found[3]) and 0.0 not in found
     assert len({round(value, 6) for value in found}) == 6
+
+
+def test_phi_divides_the_teachers_term_and_the_surrogate_clips_it_with_the_tasks():
+    teacher = DistillationConfig(teachers={"a": TeacherConfig(checkpoint="x")}, coef=0.5)
+    gradients = {}
+    for name, distillation in (("task", DistillationConfig()), ("both", teacher),
+                               ("teacher", replace(teacher, task_reward=False))):
+        batch, logprobs_T = microbatch()
+        batch.teacher_logprobs = batch.rollout_logprobs.clone()
+        batch.teacher_logprobs[batch.loss_mask.nonzero()[-1]] = math.nan  # nobody judged the last token
+        logprobs_T.requires_grad_()
+        loss, report = TokenObjective(AlgoConfig(loss=UNCLIPPED, distillation=distillation), TOTALS)(
+            batch, logprobs_T, torch.zeros_like(logprobs_T))
+        loss.backward()
+        gradients[name] = logprobs_T.grad[batch.loss_mask]
+        assert ("distill_gap" in report) == distillation.on
+    gap = torch.where(batch.teacher_logprobs.isnan(), 0.0, batch.old_logprobs - batch.teacher_logprobs)
+    ratio = (logprobs_T.detach() - batch.old_logprobs).exp()
+    expected = (0.5 * gap * ratio / 10)[batch.loss_mask]  # phi = 10
+    torch.testing.assert_close(gradients["teacher"], expected)
+    torch.testing.assert_close(gradients["both"], gradients["task"] + expected)
+    assert int((expected == 0).sum()) == 1
 
 
 def test_icepop_is_what_c3po_says():
