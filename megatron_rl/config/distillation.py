@@ -75,6 +75,12 @@ class DistillationConfig:
                 f"algo.distillation.task_reward=false, but domain {', '.join(untaught)} has no teacher: add it to "
                 "algo.distillation.routes")
 
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The key of each teacher that the ranks hold, and its folder."""
+        return {f"algo.distillation.teachers.{name}.checkpoint": teacher.checkpoint
+                for name, teacher in self.teachers.items() if teacher.checkpoint is not None}
+
     def place_of(self, domain: str) -> int:
         """The place of that teacher among all, -1 if there is none."""
         name = self.teacher_of(domain)

@@ -26,7 +26,7 @@ NOT_FREE = ("rollout.engine.dtype", "rollout.engine.deterministic", "rollout.eng
 
 def changed(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of all that differs, but for PASSING."""
-    return [row for row in differences(before, now) if not row[0].startswith(PASSING) and not _same_file(*row)]
+    return [row for row in differences(before, now) if not _passes(row[0]) and not _same_file(*row)]
 
 
 def changes_experiment(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
@@ -40,7 +40,13 @@ def changes_experiment(before: Config, now: Config) -> list[tuple[str, Any, Any]
 
 def settings(raw: dict[str, Any]) -> dict[str, Any]:
     """A written configuration as {dotted key: value}, without PASSING."""
-    return {key: value for key, value in flat(raw).items() if not key.startswith(PASSING)}
+    return {key: value for key, value in flat(raw).items() if not _passes(key)}
+
+
+def _passes(key: str) -> bool:
+    """Whether it is one of PASSING, or where a teacher's servers are this time."""
+    return key.startswith(PASSING) or (key.startswith("algo.distillation.teachers.")
+                                       and key.endswith((".urls", ".api_key_env")))
 
 
 def _matters(key: str, before: Config) -> bool:

@@ -20,15 +20,16 @@ _EMPTY = (None, False, 0, "", [], {})
 _DERIVED = {"model_type", "rope_factor", "rotary_dim"}
 
 
-def read_config(folder: str | Path) -> Network:
-    """The network of a Hugging Face folder. ValueError names the file and the key that does not fit."""
+def read_config(folder: str | Path, *, key: str = "model.path") -> Network:
+    """The network of a Hugging Face folder, which `key` names. ValueError names the file and the key that does not fit.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.path={folder}: no config.json there; give a Hugging Face folder of a "
+        raise ValueError(f"{key}={folder}: no config.json there; give a Hugging Face folder of a "
                          f"{', '.join(FAMILIES)} model")
     raw = read_json(path)
     if (Path(folder) / "hf" / "config.json").is_file() and "model_type" not in raw:
-        raise ValueError(f"model.path={folder} is a run's folder; the model that it wrote is {folder}/hf")
+        raise ValueError(f"{key}={folder} is a run's folder; the model that it wrote is {folder}/hf")
     return parse_config(raw, str(path))
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.batch.schedule import plan_microbatches
+from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.adapters import needs_reference_copy
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.backend import resolve
 from megatron_rl.model.network import Network
 from megatron_rl.model.slots import count_parameters
@@ -127,13 +129,21 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
         trained_parameters=sum(sum(chunk.dense) + sum(chunk.experts) for chunk in chunks),
         num_microbatches=num_microbatches,
         weights=weights, gradients=gradients, optimizer=optimizer,
-        reference=sum(chunk.num_parameters for chunk in chunks) * element
-        if config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model) else 0,
+        reference=frozen_parameters(config, chunks, stage) * element,
         activations=math.ceil(tokens * kept),
         layer=math.ceil(tokens * (recomputed + temporaries)) + expert_gradient_bytes(model, parallel, how),
         recomputed=math.ceil(tokens * recomputed), logits=head,
         step=0 if how.with_te else step_bytes(chunks, parallel),  # FusedAdam of Transformer Engine has none
         publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes)
+
+
+def frozen_parameters(config: Config, chunks: Sequence[Chunk], stage: int) -> int:
+    """Parameters of the reference policy and of the teachers that the ranks hold, on one rank of the stage."""
+    reference = config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model)
+    own = sum(chunk.num_parameters for chunk in chunks) if reference else 0
+    return own + sum(
+        chunk.num_parameters for key, folder in config.algo.distillation.checkpoints.items()
+        for chunk in stage_chunks(read_config(folder, key=key), config.parallel, stage, LoraConfig()))
 
 
 def logits_bytes(model: Network, config: Config, element: int) -> int:

@@ -21,6 +21,7 @@ from megatron_rl.preflight import (
     warn_of_seen_problems,
     warn_of_shared_gpus,
 )
+from megatron_rl.recipes.quickstart import make_random_model
 from tests.tiny_models import write_tiny_bailing
 
 
@@ -274,3 +275,22 @@ def test_a_job_whose_engines_share_the_ranks_gpus_says_so(capsys):
 def test_held_out_problems_that_are_trained_on_are_pointed_out(overrides, seen, capsys):
     warn_of_seen_problems(load(overrides))
     assert ("held-out problems are among those that are trained on" in capsys.readouterr().err) == seen
+
+
+@pytest.mark.parametrize(("teacher", "overrides", "said"), [
+    ("nowhere", [], "algo.distillation.teachers.a.checkpoint=nowhere: no config.json there"),
+    ("cut", [], "algo.distillation.teachers.a.checkpoint"), ("other", [], "has another vocabulary (hash "),
+    ("same", ["algo.distillation.task_reward=false", "algo.distillation.routes={code: a}"],
+     "task_reward=false, but domain math has no teacher"),
+    ("same", [], None)])
+def test_a_teacher_that_cannot_teach_is_named_before_anything_starts(teacher, overrides, said, tmp_path, capsys):
+    folders = {"nowhere": "nowhere"}
+    for seed, name in enumerate(("student", "same", "cut")):
+        make_random_model(tmp_path / name / "model", seed)
+        folders[name] = str(tmp_path / name / "model")
+    (tmp_path / "cut" / "model" / "model.safetensors").unlink()
+    folders["other"] = str(write_tiny_bailing(tmp_path / "other", vocab_size=96))
+    code = main(["rl", "--check", "experiment=quickstart", f"model.path={folders['student']}",
+                 f"run.dir={tmp_path / 'run'}", *overrides,
+                 f"algo.distillation.teachers={{a: {{checkpoint: {folders[teacher]}}}}}"])
+    assert (code, said in capsys.readouterr().err if said else True) == (2 if said else 0, True)

@@ -47,6 +47,17 @@ def test_a_budget_of_each_rank_is_another_one_in_another_layout():
     assert changes_experiment(load(["parallel=single"]), load(["parallel=dp2"])) == []
 
 
+def test_a_teachers_servers_may_have_moved_but_the_teacher_may_not_change():
+    def at(teacher, *more):
+        return load([f"algo.distillation.teachers={{a: {teacher}}}", *more])
+
+    one, other = "{urls: [http://one]}", "{urls: [http://two], api_key_env: KEY}"
+    assert changed(at(one), at(other)) == []
+    assert names(changes_experiment(at("{checkpoint: x}"), at("{checkpoint: y}"))) == [
+        "algo.distillation.teachers.a.checkpoint"]
+    assert names(changes_experiment(at(one), at(one, "algo.distillation.coef=2"))) == ["algo.distillation.coef"]
+
+
 def test_two_ways_to_write_one_file_are_no_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before, now = load(["data.path=a.jsonl"]), load([f"data.path={tmp_path}/./a.jsonl"])

@@ -3,13 +3,16 @@
 import dataclasses
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_rl.cli import main
+from megatron_rl.config.distillation import DistillationConfig, TeacherConfig
 from megatron_rl.config.load import load
 from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.model.architectures import HF_FILES
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan import Hardware, plan_memory, propose, stage_chunks
 from megatron_rl.plan.activations import chunks_in_flight
@@ -66,6 +69,16 @@ def test_ling_lite_in_bfloat16_by_hand(ling_lite, ring_lite):
     plan = plan_memory(ling_lite, alone)
     assert (plan.weights, plan.gradients, plan.optimizer, plan.reference) == (
         2 * total, 4 * total, 12 * total, 2 * total)
+
+
+def test_a_teacher_that_the_ranks_hold_takes_what_a_reference_of_its_size_takes(ling_lite, ring_lite, tmp_path):
+    shutil.copy(HF_FILES / "ling_lite.json", tmp_path / "config.json")
+    loss = dataclasses.replace(ring_lite.algo.loss, kl_coef=0.0)
+    teachers = DistillationConfig({"a": TeacherConfig(checkpoint=str(tmp_path)), "b": TeacherConfig(urls=("http://x",))},
+                                  {"math": "a", "code": "b"})
+    plans = [plan_memory(ling_lite, dataclasses.replace(ring_lite, algo=dataclasses.replace(
+        ring_lite.algo, loss=loss, distillation=each))) for each in (DistillationConfig(), teachers)]
+    assert [plan.reference for plan in plans] == [0, plans[0].weights]
 
 
 def test_recompute_keeps_less_and_longer_micro_batches_keep_more(ling_lite, ring_lite):
