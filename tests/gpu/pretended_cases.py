@@ -33,6 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"parallel.pp": 2, "algo.router_replay": "rollout", "rollout.publish": "disk"},
     "pp2_vpp2": {"parallel.pp": 2, "parallel.vpp": 2, "model.recompute": "full"},
     "cp2": {"parallel.cp": 2, "model.backend": "megatron", "algo.router_replay": "trainer"},
+    "tp2_ep2_lora": {"parallel.tp": 2, "parallel.ep": 2, "model.lora.rank": 8, "model.recompute": "full",
+                     "run.steps": 2, "run.dump_steps": [1]},
     "cp2_ep2": {"parallel.cp": 2, "parallel.ep": 2, "model.recompute": "full", "algo.router_replay": "rollout"},
 }
 """Keys of the configuration. If they say nothing: bfloat16, model.backend=torch (`auto` on a GPU), the distributed
