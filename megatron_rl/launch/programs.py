@@ -21,6 +21,7 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.orchestrator import RUN_KEY, OrchestratorConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import (
+    STOP_GRACE_S,
     RunFailed,
     RunInterrupted,
     after_start,
@@ -199,6 +200,6 @@ class OrchestratorKeeper:
         except subprocess.TimeoutExpired:
             _LOG.warning("the orchestrator did not end within %g s of the trainer, and is stopped", END_GRACE_S)
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         if self._process is not None:
-            stop_group(self._process)
+            stop_group(self._process, grace_s)

@@ -73,6 +73,7 @@ class Job:
         run_dir = self.config.run.dir
         if self.several:
             check_own_name(self.trainer_hosts[0])
+            self.check_shared()
         with claimed(run_dir, job=self.id):
             try:
                 lease.take(run_dir)
@@ -87,6 +88,18 @@ class Job:
                 say(why)
                 return lease.EXIT_CODE
         return self.after(code)
+
+    def check_shared(self) -> None:
+        """SystemExit, naming node and path, if a node of the job does not see its folder or, with ranks, the model."""
+        nodes = [*self.trainer_hosts, *(host for host in self.engine_hosts if host not in self.trainer_hosts)]
+        needed = [str((self.folder / "launch.json").absolute()), str(Path(self.config.model.path).absolute())]
+        blind = subprocess.run(
+            ["srun", "--overlap", "--job-name=shared", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}",
+             "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}", "bash", "-c",
+             'for path; do [ -r "$path" ] || echo "$(hostname) does not see $path"; done', "shared", *needed],
+            capture_output=True, text=True).stdout.splitlines()
+        if blind:
+            raise SystemExit(f"{'; '.join(sorted(blind))}: run.dir and model.path must be folders that all nodes share")
 
     def start_engines(self) -> tuple[str, ...]:
         """URLs of the engines that answer here, once all have answered or failed; SystemExit if none does.
@@ -176,11 +189,13 @@ class Job:
                 lease.check(config.run.dir)
             if code == 0:
                 keeper.wait_for_end()
-        except (OrchestratorFailed, lease.Superseded) as failed:
-            ranks.terminate()
-            if isinstance(failed, lease.Superseded):
-                raise
+        except lease.Superseded:  # the programs see it too; srun may wait for a controller that is out of reach
+            ranks.kill()
+            keeper.stop(grace_s=0.0)
+            raise
+        except OrchestratorFailed as failed:
             say(str(failed))
+            ranks.terminate()
             return 1, True
         finally:
             keeper.stop()
@@ -229,7 +244,9 @@ class Job:
         bad = sorted(self.failed_nodes())
         if bad and self.faults < self.config.slurm.max_restarts:
             return self.resubmit_without(bad)
-        say(f"the run ended with exit code {code}; see {self.folder}/rank-*.log and orchestrator.log")
+        logs = [path.name for path in sorted(self.folder.glob("*.log")) if path.stat().st_size
+                and path.name.startswith(("rank", "orchestrator"))]
+        say(f"the run ended with exit code {code}; see {self.folder}: {', '.join(logs) or 'there is no log of a rank'}")
         return code
 
     def resubmit_without(self, bad: Sequence[str]) -> int:

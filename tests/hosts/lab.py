@@ -10,6 +10,7 @@ As root, with iproute2 (ip) and util-linux (unshare, nsenter); `why_not` says wh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 from megatron_rl.rollout.die_with_parent import with_parent
 
@@ -189,6 +192,16 @@ class Lab:
     def command(self, host: str, words: Sequence[str]) -> list[str]:
         return ["nsenter", "-t", str(self._init[host]), "--net", "--uts", "--mount", "--ipc", "--pid", "--",
                 "env", "-C", str(self.shared), *words]
+
+    def processes_of(self, host: str, mark: str) -> list[str]:
+        """Command lines of Python programs on the host in which `mark` occurs."""
+        inside, found = os.readlink(f"/proc/{self._init[host]}/ns/pid"), []
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or ())
+            with contextlib.suppress(OSError):
+                if mark in line and "python" in line and os.readlink(f"/proc/{process.pid}/ns/pid") == inside:
+                    found.append(line)
+        return found
 
     def environment(self) -> dict[str, str]:
         return os.environ | PROXIES | {

@@ -19,7 +19,7 @@ from megatron_rl.launch.slurm import job_folder, job_script
 from megatron_rl.observe.files import write_json
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.trainer.client import CUT_OFF
-from tests.engine.test_runs import SMALL, rows
+from tests.engine.test_runs import SMALL, rows, weights_digest
 from tests.hosts.lab import ROOT, Lab, wait_until, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,7 +54,8 @@ def lab():
         pytest.skip(why)
     shared = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
     try:
-        with Lab(shared) as lab:
+        with Lab(shared, hosts=4) as lab:
+            lab.name_like_debian("n4")
             make_random_model(shared / "model", seed=0, num_hidden_layers=2)
             yield lab
     finally:
@@ -73,8 +74,9 @@ def short(lab: Lab, run: str, *more: str) -> list[str]:
     return [*SHORT, f"model.path={lab.shared}/model", f"run.dir={lab.shared}/{run}", *more]
 
 
-def submit(lab: Lab, run: str, *more: str) -> str:
-    said = lab.run("n1", sys.executable, "-m", "megatron_rl.cli", "slurm", *short(lab, run, *more))
+def submit(lab: Lab, run: str, *more: str, **environment: str) -> str:
+    said = lab.run("n1", sys.executable, "-m", "megatron_rl.cli", "slurm", *short(lab, run, *more),
+                   environment=environment)
     return re.search(r"job (\d+);", said).group(1)
 
 
@@ -115,13 +117,54 @@ def test_every_node_gets_equally_many_ranks_and_its_engines(cluster, name):
     assert Counter(host for kind, _, _, host in said if kind.startswith("engine")) == engines
 
 
-def test_a_slurm_job_over_two_hosts_with_its_engine_on_the_third(cluster):
-    job = submit(cluster, "job", "slurm.nodes=2", "slurm.engine_nodes=1")
+def test_a_slurm_job_over_two_hosts_with_an_engine_on_the_third_and_none_on_a_fourth(cluster):
+    """n4's own name is 127.0.1.1 there, so its engine does not start, and is not waited for."""
+    job = submit(cluster, "job", "slurm.nodes=2", "slurm.engine_nodes=2", "rollout.engine.count=2")
     said = wait_for_end(cluster, "job", job)
     assert said.endswith("done\n"), said
-    assert "trainers on n1,n2, engines on n3" in said
+    assert "trainers on n1,n2, engines on n3,n4" in said
+    assert re.search(r"engine 1 on n4 ended with exit code 1 before it answered: .*n4 is 127.0.1.1 on itself", said)
+    assert "the run goes on with 1 of rollout.engine.count=2 engines" in said
     found = rows(cluster.shared / "job")
     assert [row["sync/version"] for row in found] == [1, 2] and all(row["sync/engines_verified"] == 1 for row in found)
+
+
+def test_nodes_that_do_not_share_the_folder_are_named(cluster):
+    folder = "/tmp/run"  # each host's own
+    said = cluster.run("n1", sys.executable, "-m", "megatron_rl.cli", "slurm", *short(cluster, "job"),
+                       f"run.dir={folder}", "slurm.nodes=2")
+    job = re.search(r"job (\d+);", said).group(1)
+    wait_until(lambda: cluster.run("n1", "bash", "-c", f"cat {folder}/slurm/job-{job}.log || true").count("\n") > 1,
+               "the job's words", 60)
+    said = cluster.run("n1", "cat", f"{folder}/slurm/job-{job}.log")
+    assert f"n2 does not see {folder}/slurm/launch.json: run.dir" in said and "n1 does not" not in said
+
+
+def test_a_start_that_slurm_has_lost_ends_when_the_job_starts_again_elsewhere(cluster):
+    """n1 loses the controller and keeps the file system: its ranks, engine and orchestrator would go on."""
+    folder = cluster.shared / "lost"
+    folder.mkdir()
+    (folder / "allowed").write_text("1")
+    job = submit(cluster, "lost", *HELD, HELD_RUN=str(folder))
+    wait_until(lambda: len(rows(folder)) == 1, "the first step", 300)
+    assert "trainers on n1," in job_log(cluster, "lost", job)
+    assert cluster.processes_of("n1", str(folder))
+    cluster.cut("n1")
+    try:
+        wait_until(lambda: "PENDING" in cluster.run("n3", "squeue", "-h", "-j", job, "-o", "%T"), "the requeue", 120)
+        cluster.run("n3", "scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait_until(lambda: "it is told to end" in job_log(cluster, "lost", job), "the second start", 120)
+        told = time.monotonic()
+        wait_until(lambda: not cluster.processes_of("n1", str(folder)), "the first start to end", 60)
+        print(f"nothing of the older start was left {time.monotonic() - told:.0f} s after the newer one began")
+        (folder / "allowed").write_text("9")
+        said = wait_for_end(cluster, "lost", job)
+    finally:
+        cluster.heal("n1")
+    assert said.endswith("done\n") and "start 2, trainers on n2," in said, said
+    assert re.search(r"start \d of the run, on n2 since .* has taken run.dir", said)
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    assert weights_digest(folder) == weights_digest(cluster.shared / "job"), "a run that nothing happened to"
 
 
 def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
