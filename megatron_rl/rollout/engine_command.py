@@ -14,6 +14,7 @@ import megatron_rl
 from megatron_rl.compat.cuda import SAME_IN_RANKS_AND_ENGINES, cuda_home
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig, is_loopback
+from megatron_rl.rollout.ports import choose_port
 
 # torchrun's variables would make the engine join the trainer's store instead of opening its own
 # (torch.distributed.rendezvous._torchelastic_use_agent_store).
@@ -52,7 +53,7 @@ def engine_command(
     - fp32_lm_head: logits are float32 (on CUDA out of the matrix units, on a CPU by widening the head at each step).
     """
     device = resolve_device(engine.device)
-    environment = _engine_environment(engine, device)
+    environment = _engine_environment(engine, device, port)
     # One request at a time: on CPU the last bits of a matmul depend on how many rows it has. On CUDA SGLang's
     # own batch-invariant kernels make that unnecessary.
     alone = engine.deterministic and device == "cpu"
@@ -114,7 +115,7 @@ def draw_key(engine: EngineConfig) -> None:
         os.environ.setdefault(ENGINE_KEY, secrets.token_hex(32))
 
 
-def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
+def _engine_environment(engine: EngineConfig, device: str, port: int) -> dict[str, str]:
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -124,6 +125,10 @@ def _engine_environment(engine: EngineConfig, device: str) -> dict[str, str]:
     if is_loopback(engine.host):
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         environment.setdefault("SGLANG_HOST_IP", engine.host)  # where SGLang has its global store
+    else:  # its ranks are on one machine, whatever address it serves: their stores stay on loopback (loopback_store.py)
+        store = f"tcp://127.0.0.1:{choose_port(None, [port])}"
+        environment.setdefault("SGLANG_HOST_IP", "127.0.0.1")
+        environment.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", store)
     source_root = str(Path(megatron_rl.__path__[0]).resolve().parent)
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = source_root if inherited is None else source_root + os.pathsep + inherited

@@ -10,9 +10,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.buckets import Bucket
 from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.publish import EnginePublisher
+
+UNSEEN = "Failed to get weights iterator"
+"""What SGLang 0.5.23 answers for a folder that is not there (model_runner_components/weight_updater.py); the rest of
+its answer is about a "Repo id"."""
 
 
 class DiskPublisher(EnginePublisher):
@@ -57,8 +62,18 @@ class DiskPublisher(EnginePublisher):
         if finished.exists():
             shutil.rmtree(finished)
         unfinished.rename(finished)
-        await self._on_all(f"{what}: loading {finished}",
-                           lambda client: client.update_weights_from_disk(str(finished), version=version))
+
+        async def load(client: EngineClient) -> None:
+            try:
+                await client.update_weights_from_disk(str(finished), version=version)
+            except EngineHTTPError as error:
+                if UNSEEN not in str(error):
+                    raise
+                raise EngineHTTPError(
+                    f"{client.base_url} does not see {finished}: rollout.publish=disk needs a run.dir that the "
+                    "engine's machine shares under the same name; share it, or choose broadcast") from error
+
+        await self._on_all(f"{what}: loading {finished}", load)
         for other in self._folder.glob("version_*"):
             if other != finished:
                 shutil.rmtree(other)

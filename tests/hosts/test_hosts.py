@@ -34,6 +34,19 @@ Heartbeat(OrchestratorConfig(host="n1", port=9, hang_timeout_s=3.0), 1).start()
 print("beats", flush=True)
 time.sleep(600)
 """
+UNSHARED = """
+import os, sys
+from safetensors.torch import load_file
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.sync.disk import DiskPublisher
+from megatron_rl.sync.publish import PublishError
+engine = EngineClient("http://n3:20500", api_key=os.environ["MEGATRON_RL_ENGINE_KEY"])
+publisher = DiskPublisher([engine], bucket_bytes=1 << 30, folder="/tmp/own/published", config_folder=sys.argv[1])
+try:
+    publisher.publish(load_file(f"{sys.argv[1]}/model.safetensors").items(), 9)
+except PublishError as error:
+    print(error)
+"""
 HELD = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
 LAYOUTS = {
     "8 ranks a node, engines apart": (["slurm.nodes=2", "slurm.engine_nodes=1", "parallel.world_size=16",
@@ -178,6 +191,9 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
               log=lab.shared / "engine.said", environment=key)
     wait_until(lambda: "http://n3:20500" in read(lab.shared / "engine.said"), "the engine", 200)
 
+    listening = [line.split()[3] for line in lab.run("n3", "ss", "-Hltn").splitlines()]
+    assert listening and not [place for place in listening if not place.startswith((lab.address("n3"), "127."))]
+
     def start(*more: str) -> list[subprocess.Popen]:
         script = lab.shared / "hand" / "torchrun.sh"
         launcher = lab.start("n1", *rl, "torchrun", "--nodes", "2", *overrides, "rollout.engine.urls=[http://n3:20500]",
@@ -203,6 +219,9 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
         assert process.wait(300) == 0, read(lab.shared / "launcher.said")
     assert [row["step"] for row in rows(lab.shared / "hand")] == [1, 2, 3, 4]
     assert not (lab.shared / "hand" / "torchrun.sh").exists(), "its keys are void"
+    said = lab.run("n1", sys.executable, "-c", UNSHARED, f"{lab.shared}/model", environment=key)
+    assert ("http://n3:20500 does not see /tmp/own/published/version_9: rollout.publish=disk needs a run.dir that the "
+            "engine's machine shares") in said, said
 
 
 def test_a_rank_without_a_way_to_the_orchestrator_ends(lab):
