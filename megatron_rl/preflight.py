@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import torch
 
 from megatron_rl.batch import check_hooks
@@ -284,20 +283,12 @@ def check_memory(config: Config) -> None:
 
     That part of the plan is exact. Where only the peak exceeds it, which is an estimate, a line says so.
     """
-    from megatron_rl.plan import plan_memory
+    from megatron_rl.plan import check_fits
 
-    plan = plan_memory(read_config(config.model.path), config)
-    if torch.cuda.is_available():
-        whose, ranks, have = "one GPU", 1, torch.cuda.get_device_properties(0).total_memory
-    else:
-        whose, ranks, have = "this machine", config.parallel.world_size, psutil.virtual_memory().total
-    stays, peak = ranks * plan.stays, ranks * plan.total
-    text = (f"weights, gradients and optimiser of parallel.world_size={config.parallel.world_size} ranks take "
-            f"{stays / 1e9:.1f} GB, at their peak {peak / 1e9:.1f} GB, and {whose} has {have / 1e9:.1f} GB; "
-            "`megatron-rl plan` with the same overrides shows what takes it and which layouts take less")
-    if stays > have:
-        raise ValueError(text)
-    if peak > have:
+    ranks = config.parallel.world_size
+    text = check_fits(read_config(config.model.path), config, ranks=ranks, machine="this machine",
+                      which=f"parallel.world_size={ranks} ranks")
+    if text is not None:
         warn(text)
 
 

@@ -37,7 +37,7 @@ FLOORS = {
     "rehearsal": {"types", "config", "observe", "batch", "model", "topology", "train_step", "trainer", "plan"},
     "loop": {"types", "config", "observe", "batch"},
     "orchestrator": {*LEAVES, *ENGINES, "batch", "handoff", "loop", "model", "sync"},
-    "trainer": {*LEAVES, "rollout", "batch", "handoff", "loop", "model", "sync", "topology", "train_step"},
+    "trainer": {*LEAVES, "rollout", "batch", "handoff", "loop", "model", "plan", "sync", "topology", "train_step"},
     "launch": {*LEAVES, "preflight_gpu", "rollout", "model", "loop", "orchestrator", "trainer"},
     "recipes": {*LEAVES, *ENGINES, "model", "topology", "train_step", "orchestrator", "trainer", "launch"},
     "doctor": {"observe", "reward", "compat", "config"},

@@ -16,9 +16,11 @@ import torch
 from megatron_rl import loop, topology
 from megatron_rl.config.load import build
 from megatron_rl.config.schema import Config
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.observe import lease
 from megatron_rl.observe.timing import PhaseFile, Timers
+from megatron_rl.plan import check_fits
 from megatron_rl.trainer.client import Heartbeat, Link
 from megatron_rl.trainer.export import ADAPTER_FOLDER, export, export_adapters
 from megatron_rl.trainer.learner import PolicyLearner
@@ -72,6 +74,7 @@ class Trainer:
         if self._learner is None:
             self._config = build(config)
             self._check_shared(written)
+            self._check_memory()
             self._learner = PolicyLearner(self._config, self._here, schedule_updates, stage)
             self._checkpoints = Checkpoints(self._config.run, self._learner.policy, self._learner.optimizer,
                                             self._here)
@@ -96,6 +99,21 @@ class Trainer:
         blind = [each for each in self._here.gather_objects(here + " and ".join(missing) if missing else None) if each]
         if blind:
             raise ValueError(f"{'; '.join(blind)}: every machine of the run must share these folders")
+
+    def _check_memory(self) -> None:
+        """ValueError on every rank, naming the machine, if some machine has too little memory for its ranks."""
+        names, name, refusal = self._here.gather_objects(os.uname().nodename), os.uname().nodename, None
+        if len(set(names)) == 1:
+            return  # the launcher's own, which it has looked at
+        ranks = names.count(name)
+        try:
+            check_fits(read_config(self._config.model.path), self._config, ranks=ranks, machine=name,
+                       which=f"{ranks} ranks")
+        except ValueError as error:
+            refusal = str(error)
+        refusals = [each for each in self._here.gather_objects(refusal) if each is not None]
+        if refusals:
+            raise ValueError(refusals[0])
 
     def _restore(self, checkpoint: Path | None, reset_optimizer: bool) -> None:
         state = self._checkpoints.restore(checkpoint)

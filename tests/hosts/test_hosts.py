@@ -47,6 +47,28 @@ try:
 except PublishError as error:
     print(error)
 """
+SILENT = """
+import socket, time
+listening = socket.create_server(("n1", 7777))
+print("listens", flush=True)
+kept = [listening.accept()]
+time.sleep(600)
+"""
+REQUEST = """
+import asyncio, time
+from megatron_rl.observe import wires
+from megatron_rl.rollout.client import EngineClient
+from megatron_rl.rollout.connection import EngineDisconnectedError
+wires.IDLE_S, wires.EVERY_S, wires.PROBES = 2, 1, 3
+async def ask():
+    async with EngineClient("http://n1:7777", timeout_s=600.0) as engine:
+        await engine.checksums()
+print("asks", flush=True)
+try:
+    asyncio.run(ask())
+except EngineDisconnectedError as error:
+    print("broken", error)
+"""
 HELD = ("reward.routes.math=tests.rewards.held_brevity", "reward.timeout_s=600")
 LAYOUTS = {
     "8 ranks a node, engines apart": (["slurm.nodes=2", "slurm.engine_nodes=1", "parallel.world_size=16",
@@ -224,16 +246,21 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
             "engine's machine shares") in said, said
 
 
-def test_a_rank_without_a_way_to_the_orchestrator_ends(lab):
+def test_a_cut_cable_breaks_requests_and_ends_a_rank_without_a_way_to_the_orchestrator(lab):
     """Whatever its main thread waits for. A refusal is no cut: the orchestrator may be started again."""
+    lab.start("n1", sys.executable, "-c", SILENT, log=lab.shared / "silent.said")
+    wait_until(lambda: "listens" in read(lab.shared / "silent.said"), "the server", 60)
+    request = lab.start("n2", sys.executable, "-c", REQUEST, log=lab.shared / "request.said")
     rank = lab.start("n2", sys.executable, "-c", HEART, log=lab.shared / "heart.said",
                      environment={"MEGATRON_RL_RUN_KEY": "k"})
     wait_until(lambda: "beats" in read(lab.shared / "heart.said"), "the heart", 60)
-    time.sleep(5)
-    assert rank.poll() is None
+    wait_until(lambda: "asks" in read(lab.shared / "request.said"), "the request", 60)
+    time.sleep(6)  # longer than either bears a cut
+    assert rank.poll() is None and request.poll() is None
     lab.cut("n1")
     try:
         assert rank.wait(30) == CUT_OFF
+        assert request.wait(30) == 0 and "broken POST http://n1:7777" in read(lab.shared / "request.said")
     finally:
         lab.heal("n1")
     assert "n2 has had no way to n1, the machine of the orchestrator" in read(lab.shared / "heart.said")

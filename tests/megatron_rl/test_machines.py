@@ -1,0 +1,51 @@
+"""What ranks on several machines find out before they build the policy: one that cannot take part is named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rl.config.load import load
+from megatron_rl.model.architectures import read_config
+from megatron_rl.plan import plan_memory
+from megatron_rl.trainer import main
+from megatron_rl.trainer.main import Trainer
+from tests.tiny_models import write_tiny_bailing
+
+
+def trainer(tmp_path: Path, gather) -> SimpleNamespace:
+    config = load([f"model.path={write_tiny_bailing(tmp_path / 'model')}", f"run.dir={tmp_path}"])
+    return SimpleNamespace(_config=config, _here=SimpleNamespace(rank=3, gather_objects=gather))
+
+
+def test_a_rank_that_does_not_see_a_folder_ends_all_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "APPEARS_S", 0.5)
+    mine, written = trainer(tmp_path, lambda value: [None, value]), tmp_path / "written.1"
+    written.touch()
+    Trainer._check_shared(mine, str(written))
+    written.unlink()
+    name = os.uname().nodename
+    with pytest.raises(ValueError, match=f"rank 3 on {name} does not see run.dir={tmp_path} .it lacks {written}"):
+        Trainer._check_shared(mine, str(written))
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"does not see model.path={tmp_path}/model: every machine"):
+        Trainer._check_shared(mine, None)
+    theirs = trainer(tmp_path / "other", lambda value: ["rank 0 on n9 does not see model.path=x", value])
+    with pytest.raises(ValueError, match="rank 0 on n9 does not see model.path=x: every machine"):
+        Trainer._check_shared(theirs, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the memory of a machine without GPUs")
+def test_a_machine_with_too_little_memory_for_its_ranks_is_named(tmp_path, monkeypatch):
+    here = os.uname().nodename
+    mine = trainer(tmp_path, lambda value: ["n9", here, here] if value == here else [None, value])
+    stays = plan_memory(read_config(mine._config.model.path), mine._config).stays
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2 * stays))
+    Trainer._check_memory(mine)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2 * stays - 1))
+    with pytest.raises(ValueError, match=f"of 2 ranks take .* and {here} has"):
+        Trainer._check_memory(mine)
