@@ -119,7 +119,7 @@ def test_a_small_file_as_the_world_has_it_trains_and_nothing_is_evaluated(model,
 def test_every_function_of_the_page_on_extending_takes_part_in_a_run(model, engine_url, tmp_path):
     """All commands of docs/extending.md at once, with what the page says that each of them does."""
     keys = {word.partition("=")[0]: word for line in EXTENDING for word in shlex.split(line)
-            if word.startswith(("algo.hooks", "observe.", "eval.functions", "data."))}
+            if word.startswith(("algo.hooks", "reward.shaping", "observe.", "eval.functions", "data."))}
     environment = {**rank_environment(), "PYTHONPATH": os.pathsep.join(
         [str(ROOT / "examples" / "extending"), rank_environment().get("PYTHONPATH", "")])}
     done = subprocess.run(
@@ -129,6 +129,7 @@ def test_every_function_of_the_page_on_extending_takes_part_in_a_run(model, engi
     assert done.returncode == 0, done.stderr
     steps, run_dir = rows(tmp_path / "run"), tmp_path / "run"
     assert len(steps) == 2 and all(0 <= row["extra/brief_share"] <= 1 for row in steps)
+    assert all(-0.1 <= row["reward/shaping/repetition_penalty"] <= 0 for row in steps)
     assert all(0 <= row["own/tables"] <= 1 for row in rows(run_dir, "eval.jsonl"))
     assert [json.loads(line)["step"] for line in (tmp_path / "longest.jsonl").read_text().splitlines()] == [0, 1]
     logged = [line.split(",") for line in (run_dir / "numbers.csv").read_text().splitlines()]
