@@ -22,7 +22,8 @@ from c3po import StepTotals
 from megatron_rl import topology
 from megatron_rl.batch import plan_microbatches
 from megatron_rl.batch.pack import pack
-from megatron_rl.config.schema import AlgoConfig, KernelConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.kernels import KernelConfig
+from megatron_rl.config.schema import AlgoConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.architectures import HF_FILES, parse_config
 from megatron_rl.model.attention import PackedSelfAttention, attend_at_once, attend_by_run
 from megatron_rl.model.backend import Backend, resolve

@@ -40,12 +40,21 @@ def dot(a, b, accumulator, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def store(pointers, values, mask, INTERPRETED: tl.constexpr):
-    """tl.store of float32 values, rounded to nearest: the interpreter of triton 3.8 cuts bfloat16 off instead."""
+def rounded(values, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 values rounded to the nearest of dtype, as float32: triton 3.8's interpreter cuts bfloat16 off instead.
+    """
     if INTERPRETED:
-        if pointers.dtype.element_ty == tl.bfloat16:
+        if dtype == tl.bfloat16:
             bits = values.to(tl.uint32, bitcast=True)
-            values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return values.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def store(pointers, values, mask, INTERPRETED: tl.constexpr):
+    """tl.store of float32 values, rounded to nearest."""
+    if INTERPRETED:
+        values = rounded(values, pointers.dtype.element_ty, INTERPRETED)
     tl.store(pointers, values, mask=mask)
 
 

@@ -95,7 +95,7 @@ def _check_kernels(config: Config) -> None:
     require(tp == 1 or logprob not in ("liger", "reference"),
             f"model.kernels.logprob={logprob} knows the whole head only, which parallel.tp={tp} cuts; use chunked or "
             "triton")
-    require(config.model.fp32_lm_head or logprob not in ("liger", "triton"),
+    require(config.model.fp32_lm_head or logprob not in ("liger", "triton", "fused"),
             f"model.fp32_lm_head=false with model.kernels.logprob={logprob}, which does not round logits; use chunked")
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
+from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.orchestrator import OrchestratorConfig
 from megatron_rl.config.pipeline import PipelineConfig
@@ -63,24 +64,6 @@ class RunConfig:
             require(getattr(self, name) >= 0, f"run.{name}={getattr(self, name)} must not be negative")
         require(self.resume_from is None or self.resume is not False,
                 f"run.resume_from={self.resume_from} needs run.resume=true")
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """Another implementation of one part of the step than model.backend takes (docs/performance.md).
-
-    - experts: `megatron` is Megatron's SequentialMLP, `transformer_engine` its TEGroupedMLP, which needs
-      model.backend=transformer_engine; the others are in rl_kernels.grouped_experts. `auto` is `grouped_mm` with
-      model.backend=torch and named like the backend with the other two.
-    - router: `megatron` is Megatron's TopKRouter, the others are in rl_kernels.router_topk. `auto` is `megatron`.
-    - logprob: all are in rl_kernels.linear_logprob. `liger` and `reference` need parallel.tp=1. `auto` is `chunked`.
-
-    `triton` needs a GPU. No choice falls back to another. Parameters and checkpoints are the same under every choice.
-    """
-
-    experts: Literal["auto", "megatron", "transformer_engine", "triton", "grouped_mm", "loop", "reference"] = "auto"
-    router: Literal["auto", "megatron", "triton", "reference"] = "auto"
-    logprob: Literal["auto", "triton", "chunked", "liger", "reference"] = "auto"
 
 
 @dataclass(frozen=True)

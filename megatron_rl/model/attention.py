@@ -27,6 +27,8 @@ from torch.nn.attention.varlen import varlen_attn
 from megatron_rl.model.network import Network
 from megatron_rl.model.routing_replay import MicrobatchRouting
 from megatron_rl.types import PackedMicrobatch
+from rl_kernels.pointwise import Implementation as Pointwise
+from rl_kernels.pointwise import rotate
 
 
 @dataclass(frozen=True)
@@ -142,18 +144,6 @@ def rotation(position_ids_T: torch.Tensor, model: Network) -> tuple[torch.Tensor
     return angles.cos(), angles.sin()
 
 
-def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """heads [T, H, D], whose first d dimensions are turned in the plane of each i of their first half and i + d/2.
-
-    cosine, sine: [T, 1, d]. In fp32, rounded once.
-    """
-    dim = cosine.shape[-1]
-    turning, rest = heads[..., :dim], heads[..., dim:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = (turning * cosine + torch.cat([-second, first], -1) * sine).to(heads.dtype)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
-
-
 class PackedSelfAttention(nn.Module):
     """Causal attention of a packed micro-batch, by `attend`; the core_attention of Megatron's SelfAttention.
 
@@ -165,18 +155,18 @@ class PackedSelfAttention(nn.Module):
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None,
-                 pg_collection=None, *, attend: Attend, **_):
+                 pg_collection=None, *, attend: Attend, pointwise: Pointwise = "torch", **_):
         super().__init__()
         if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"PackedSelfAttention is causal self attention, not {attention_type}/{attn_mask_type}")
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        self.cp_group, self.attend = groups.cp, attend
+        self.cp_group, self.attend, self.pointwise = groups.cp, attend, pointwise
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
                 packed_seq_params=None, **_):
         runs = packed_seq_params.runs
-        query, key = (rotate(heads, *packed_seq_params.rotation) for heads in (query, key))
+        query, key = (rotate(heads, *packed_seq_params.rotation, impl=self.pointwise) for heads in (query, key))
         if runs.key_rows is not None:
             gathered = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=self.cp_group)
             key, value = gathered.index_select(0, runs.key_rows).chunk(2, dim=-1)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.rules import require
-from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.model.network import Network
 
 FLASH_HEAD_DIM = 256
@@ -22,7 +23,7 @@ WITH_DEVICE_COUNTS = ("grouped_mm", "triton")
 @dataclass(frozen=True)
 class Backend:
     """name: torch, megatron or transformer_engine. attention_at_once: one call for the micro-batch, else one per run
-    of it (model/attention.py). kernels: without `auto` for experts and router."""
+    of it (model/attention.py). kernels: without `auto`."""
 
     name: str
     attention_at_once: bool
@@ -32,7 +33,8 @@ class Backend:
         """For people: what was chosen of each part."""
         attention = "of a micro-batch at once" if self.attention_at_once else "sequence by sequence"
         kernels = self.kernels
-        return f"{self.name}: attention {attention}, experts {kernels.experts}, router {kernels.router}"
+        return (f"{self.name}: attention {attention}, experts {kernels.experts}, router {kernels.router}, "
+                f"log-probabilities {kernels.logprob}, pointwise {kernels.pointwise}")
 
 
 def on_gpu() -> bool:
@@ -50,6 +52,11 @@ def resolve(options: ModelConfig, *, gpu: bool) -> Backend:
         kernels = replace(kernels, experts="grouped_mm" if name == "torch" else name)
     if kernels.router == "auto":
         kernels = replace(kernels, router="megatron")
+    on_gpu_by_torch = name == "torch" and gpu
+    if kernels.logprob == "auto":
+        kernels = replace(kernels, logprob="fused" if on_gpu_by_torch and options.fp32_lm_head else "chunked")
+    if kernels.pointwise == "auto":
+        kernels = replace(kernels, pointwise="triton" if on_gpu_by_torch else "torch")
     return Backend(name, name != "megatron" and gpu, kernels)
 
 
@@ -61,6 +68,9 @@ def check_backend(options: ModelConfig, network: Network, parallel: ParallelConf
             "leave it at auto")
     require(with_te or options.kernels.experts != "transformer_engine",
             "model.kernels.experts=transformer_engine needs model.backend=transformer_engine")
+    require(not with_te or options.kernels.pointwise != "triton",
+            "model.kernels.pointwise=triton with model.backend=transformer_engine, whose layers have kernels of their "
+            "own for this; leave it at auto")
     if gpu and backend.name != "megatron":
         require(options.dtype == "bfloat16",
                 f"model.backend={backend.name} with model.dtype={options.dtype}: its attention takes bfloat16 on a "

@@ -13,8 +13,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.lora import LoraConfig
-from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.model import backend
 from megatron_rl.model.adapters import check_lora
 from megatron_rl.model.config import transformer_config
@@ -95,14 +96,19 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
                   options.expert_bias_rate, options.lora, adapters, options.path)
 
 
+WITH_TRITON = ("triton", "fused")
+"""Choices of model.kernels that run kernels of rl_kernels."""
+
+
 def _check_triton(kernels: KernelConfig) -> None:
     """ValueError, naming the key, where Triton could not run. The interpreter is how tests run it on a CPU."""
-    chosen = [field.name for field in fields(kernels) if getattr(kernels, field.name) == "triton"]
+    chosen = [field.name for field in fields(kernels) if getattr(kernels, field.name) in WITH_TRITON]
     if chosen and not torch.cuda.is_available():
         from rl_kernels.triton_impl import INTERPRETED
 
         if not INTERPRETED:
-            raise ValueError(f"model.kernels.{chosen[0]}=triton needs a GPU, and there is none; leave it at auto")
+            raise ValueError(f"model.kernels.{chosen[0]}={getattr(kernels, chosen[0])} needs a GPU, and there is none; "
+                             "leave it at auto")
 
 
 def _gpt_model(model: Network, config: TransformerConfig, spec, stage: int | None) -> GPTModel:

@@ -40,6 +40,7 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
         layernorm_epsilon=model.rms_norm_eps, gated_linear_unit=True, activation_func=F.silu,
         hidden_dropout=0.0, attention_dropout=0.0, attention_softmax_in_fp32=True,
         attention_backend=AttnBackend.fused,
+        use_te_activation_func=backend.kernels.pointwise == "triton",  # kernel_layers.SwiGLU, in spec.py
         bias_activation_fusion=fused, bias_dropout_fusion=False, masked_softmax_fusion=False,
         apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
         **_experts(model, parallel, grouped=backend.kernels.experts == "transformer_engine"),

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from megatron_rl.model.router import BudgetRouter
 from rl_kernels.grouped_experts import LowRank, sorted_experts
+from rl_kernels.pointwise import weighted_swiglu
 from rl_kernels.router_topk import router_topk
 
 
@@ -62,16 +63,17 @@ class KernelExperts(SequentialMLP):
     matrix is all that its products need.
     """
 
-    def __init__(self, *args, impl: str, **kwargs):
+    def __init__(self, *args, impl: str, pointwise: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.impl = impl
+        self.impl, self.pointwise = impl, pointwise
 
     def forward(self, permuted_local_hidden_states, tokens_per_expert, permuted_probs):
         """(output [N, H], None): rows sorted by expert, int64 [E] rows of each, and their routing weights fp32 [N]."""
         matrices = [[getattr(expert, name).weight for expert in self.local_experts]
                     for name in ("linear_fc1", "linear_fc2")]
         return sorted_experts(permuted_local_hidden_states, *matrices, tokens_per_expert, permuted_probs,
-                              impl=self.impl, gate_up_adapter=self._adapter("linear_fc1"),
+                              impl=self.impl, pointwise=self.pointwise,
+                              gate_up_adapter=self._adapter("linear_fc1"),
                               down_adapter=self._adapter("linear_fc2")), None
 
     def _adapter(self, name: str) -> LowRank | None:
@@ -81,6 +83,19 @@ class KernelExperts(SequentialMLP):
             return None
         pairs = [adapter.matrices() for adapter in found]
         return LowRank([a for a, _ in pairs], [b for _, b in pairs], found[0].scale)
+
+
+class SwiGLU(torch.nn.Module):
+    """The activation of a dense layer and of shared experts in one kernel: Megatron asks for a module to put its own
+    products around (MLPSubmodules.activation_func)."""
+
+    def __init__(self, *, config):
+        super().__init__()
+        del config
+
+    def forward(self, gate_up):
+        """[..., F] of [..., 2F]."""
+        return weighted_swiglu(gate_up.flatten(0, -2), impl="triton").view(*gate_up.shape[:-1], -1)
 
 
 class KernelRouter(BudgetRouter):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -27,7 +28,7 @@ from torch import nn
 
 from megatron_rl.model import attention
 from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
-from megatron_rl.model.kernel_layers import DeviceCountsMoELayer, KernelExperts, KernelRouter
+from megatron_rl.model.kernel_layers import DeviceCountsMoELayer, KernelExperts, KernelRouter, SwiGLU
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.routing_replay import RoutedTransformerLayer
@@ -53,9 +54,9 @@ def _moe(losses: RouterLosses, backend: Backend):
     """Experts and router are Megatron's own unless the backend's kernels name an implementation of ours."""
     local, kernels = LocalSpecProvider(), backend.kernels
     mlp = shared = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear(),
-                                 activation_func=local.activation_func())
-    experts = local.grouped_mlp_modules(False) if kernels.experts == "megatron" else \
-        partial(KernelExperts, submodules=mlp, impl=kernels.experts)
+                                 activation_func=_activation(backend))
+    experts = partial(SequentialMLP, submodules=mlp) if kernels.experts == "megatron" else \
+        partial(KernelExperts, submodules=mlp, impl=kernels.experts, pointwise=kernels.pointwise)
     if backend.name == "transformer_engine":
         grouped, shared = _te_spec().experts_and_shared()
         experts = grouped if kernels.experts == "transformer_engine" else experts
@@ -64,6 +65,11 @@ def _moe(losses: RouterLosses, backend: Backend):
     return partial(layer, submodules=MoESubmodules(
         experts=experts, shared_experts=partial(SharedExpertMLP, submodules=shared),
         router=partial(router, losses=losses)))
+
+
+def _activation(backend: Backend):
+    """What MLPSubmodules.activation_func builds; None: Megatron's separate operations of torch."""
+    return SwiGLU if backend.kernels.pointwise == "triton" else None
 
 
 def _te_spec():
@@ -89,9 +95,12 @@ def _local_submodules(model: Network, num_experts: int | None, backend: Backend)
     submodules = get_gpt_layer_local_submodules(num_experts=num_experts, normalization="RMSNorm")
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm
+    if num_experts is None:
+        submodules.mlp.keywords["submodules"].activation_func = _activation(backend)
     parts = submodules.self_attention.submodules
-    parts.core_attention = partial(attention.PackedSelfAttention, attend=(
-        attention.attend_at_once if backend.attention_at_once else attention.attend_by_run))
+    parts.core_attention = partial(
+        attention.PackedSelfAttention, pointwise=backend.kernels.pointwise,
+        attend=attention.attend_at_once if backend.attention_at_once else attention.attend_by_run)
     parts.q_layernorm = parts.k_layernorm = RMSNorm if model.qk_norm else None
     return submodules
 

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_rl.model.attention import rotate
+from rl_kernels.pointwise import rotate
 
 
 class PackedTEAttention(TEDotProductAttention):

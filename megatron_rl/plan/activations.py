@@ -77,7 +77,8 @@ def _adapter_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *,
 
 def _mlp_bytes(width: float, how: Arithmetic) -> float:
     """Both halves of the first projection and their product; unfused also silu(gate) and a copy of the other half."""
-    return how.element * (3 if how.with_te else 5) * width
+    fused = how.with_te or how.backend.kernels.pointwise == "triton"
+    return how.element * (3 if fused else 5) * width
 
 
 def expert_rows(model: Network, parallel: ParallelConfig) -> float:

@@ -121,7 +121,7 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
     temporaries = max(passing for _, passing in layers) + buffers
     head = 0
     if chunks[-1].last:
-        head = logits_bytes(model, config, element) + math.ceil(
+        head = logits_bytes(model, config, how) + math.ceil(
             tokens * (buffers + (head_bytes(model, parallel, how) if recompute else 0)))
     return MemoryPlan(
         stage=stage, dense_parameters=sum(sum(chunk.dense) + chunk.frozen[0] for chunk in chunks),
@@ -146,17 +146,19 @@ def frozen_parameters(config: Config, chunks: Sequence[Chunk], stage: int) -> in
         for chunk in stage_chunks(read_config(folder, key=key), config.parallel, stage, LoraConfig()))
 
 
-def logits_bytes(model: Network, config: Config, element: int) -> int:
+def logits_bytes(model: Network, config: Config, how: Arithmetic) -> int:
     """What the head's backward pass holds at its fullest (rl_kernels/linear_logprob).
 
-    It holds three float32 blocks: the logits, their gradient, and the gradient of the block before. If the type is
-    narrower than float32, a block of the gradient is there in it too. It also holds the gradient of the weight (one
-    block of it in float32), for a NormHead the divided head, and the hidden states twice with their float32 gradient.
+    It holds two float32 blocks: the logits and their gradient. If the type is narrower than float32, these are the
+    gradient and what its first part leaves of it, and two parts in that type. `fused` holds the logits and the two
+    parts. Both also hold the gradient of the weight (one block of it in float32), for a NormHead the divided head, and
+    the hidden states twice with their float32 gradient.
     """
-    rows, chunk = model.vocab_size // config.parallel.tp, config.batch.logprob_chunk_tokens
+    rows, chunk, element = model.vocab_size // config.parallel.tp, config.batch.logprob_chunk_tokens, how.element
     tokens, narrow = config.batch.tokens_per_microbatch, element < FP32
     columns = min(rows, block_columns(chunk, torch.device("cuda")))
-    blocks = chunk * columns * (3 * FP32 + element * narrow)
+    fused = how.backend.kernels.logprob == "fused"
+    blocks = chunk * columns * ((1 if fused and narrow else 2) * FP32 + 2 * element * narrow)
     gradient = model.hidden_size * (rows * element * (1 + model.norm_head) + columns * FP32 * narrow)
     if config.model.lora.on:  # the head is frozen
         gradient = model.hidden_size * rows * element * model.norm_head

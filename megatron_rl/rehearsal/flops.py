@@ -11,8 +11,8 @@ aten = torch.ops.aten
 FLASH, FLASH_BACKWARD = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
 CPU_FLASH = aten._scaled_dot_product_flash_attention_for_cpu
 CPU_FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
-ADD_PRODUCT = "megatron_rl.add_product"
-"""The stand-in for torch.addmm with out_dtype (standins.py)."""
+ADD_PRODUCT, PRODUCT = "megatron_rl.add_product", "megatron_rl.product"
+"""The stand-ins for torch.addmm and torch.mm with out_dtype (standins.py)."""
 VARLEN, VARLEN_BACKWARD = torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 assert varlen.varlen_attn  # its module registers the two
 LENGTHS = WeakIdKeyDictionary()
@@ -42,6 +42,8 @@ def operation_flops(func, args, kwargs, out) -> int:
     if packet is aten.addmm_ or str(packet) == ADD_PRODUCT:  # torch counts addmm, not its form in place
         (rows, inner), columns = args[1].shape, args[2].shape[1]
         return 2 * rows * inner * columns
+    if str(packet) == PRODUCT:
+        return 2 * args[0].numel() * args[1].shape[1]
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 

@@ -25,8 +25,17 @@ from megatron_rl.rehearsal.storages import Peak, Storages
 aten = torch.ops.aten
 READ = aten._local_scalar_dense.default
 NO_TRAFFIC = {aten.detach.default, aten.alias.default, aten.empty.memory_format, aten.empty_strided.default,
-              aten.new_empty.default, aten.empty_like.default, aten.new_empty_strided.default}
+              aten.new_empty.default, aten.empty_like.default, aten.new_empty_strided.default,
+              aten._unsafe_view.default}
 """Operations that move no bytes besides the views."""
+SHAPED_LIKE = {aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like, aten.full_like,
+               aten.rand_like, aten.randn_like, aten.zero_, aten.fill_}
+"""They write, and read nothing."""
+PICKED = {aten.gather, aten.index_select, aten.index, aten.embedding}
+"""They read as much of their first argument as they give."""
+ADDED_TO = {aten.scatter_add_, aten.index_add_, aten.index_add, aten.scatter_add, aten.index_put_, aten.index_copy,
+            aten.scatter, aten.scatter_}
+"""They read and write as much of their first argument as the source holds, after a copy if not in place."""
 COLLECTIVES = {"_allgather_base_": "all-gather", "allgather_": "all-gather",
                "allgather_into_tensor_coalesced_": "all-gather",
                "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
@@ -115,8 +124,7 @@ class Recorder(TorchDispatchMode):
             return out
         size = flops = 0
         if func not in NO_TRAFFIC:
-            size = sum(_bytes(value) for value in outs) + sum(
-                _bytes(value) for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor))
+            size = _moved(func, args, kwargs, outs)
             flops = operation_flops(func, args, kwargs, out)
         self._happened(Operation(self._phase, name, flops, size), self.operations)
         self._advance()
@@ -172,6 +180,33 @@ class Recorder(TorchDispatchMode):
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _moved(func, args, kwargs, outs: list[torch.Tensor]) -> int:
+    """Bytes that one kernel reads and writes; of an expanded tensor, those that are there."""
+    read = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+    size = sum(map(_present, read)) + sum(map(_present, outs))
+    packet = func._overloadpacket
+    if packet in SHAPED_LIKE:
+        return sum(map(_present, outs))
+    if packet in PICKED:
+        return size - _present(read[0]) + _present(outs[0])
+    if packet in ADDED_TO:
+        whole, added = _present(read[0]), min(_bytes(read[0]), _bytes(read[-1]))
+        return size - 2 * whole + 2 * added + (0 if func._schema.is_mutable else 2 * whole)
+    if func._schema.is_mutable and not outs:  # in place, and nothing given back: written too
+        return size + sum(_present(value) for given, argument in zip(args, func._schema.arguments, strict=False)
+                          if argument.alias_info is not None and argument.alias_info.is_write
+                          for value in tree_iter(given) if isinstance(value, torch.Tensor))
+    return size
+
+
+def _present(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor in memory: a dimension of stride 0 is there once."""
+    elements = 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= length if stride or not length else 1
+    return elements * tensor.element_size()
 
 
 _NAMES: dict[object, str | None] = {}

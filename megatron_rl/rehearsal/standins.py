@@ -172,6 +172,17 @@ def _(total, left, right):
     return None
 
 
+@torch.library.custom_op("megatron_rl::product", mutates_args=())
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right of 16-bit factors in float32, as torch.mm(out_dtype=) on CUDA. Fake tensors only."""
+    raise NotImplementedError("product has no values")
+
+
+@product.register_fake
+def _(left, right):
+    return left.new_empty(left.shape[0], right.shape[1], dtype=products.math_dtype(left))
+
+
 def parts(left: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """rl_kernels' products.parts of a CUDA tensor."""
     if left.dtype == dtype or dtype not in products.NARROW:
@@ -203,8 +214,8 @@ def as_on_a_gpu() -> Iterator[None]:
           replaced(attention, attend_at_once=attend_at_once, attend_to=attend_to), replaced(F, rms_norm=rms_norm),
           replaced(experts_op, _check_sum=lambda *_: None),
           replaced(chunked, BLOCK_ELEMENTS={**blocks, "cpu": blocks["cuda"]}),
-          replaced(products, add_product=add_product, parts=parts),
-          replaced(op, add_product=add_product, parts=parts, _validate=lambda *_: None)):
+          replaced(products, add_product=add_product, product=product, parts=parts),
+          replaced(chunked, parts=parts), replaced(op, add_product=add_product, _validate=lambda *_: None)):
         yield
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from c3po import C3POLossConfig
-from megatron_rl.config.schema import KernelConfig
+from megatron_rl.config.kernels import KernelConfig
 from tests.tiny_models import write_tiny_bailing
 
 MODEL = {
@@ -70,14 +70,16 @@ KERNELS = {
     "reference": {"kernels": KernelConfig(experts="reference", router="reference")},
     "torch": {"backend": "torch"},
     "grouped_mm": {"kernels": KernelConfig(experts="grouped_mm")},
-    "triton": {"kernels": KernelConfig(experts="triton", router="triton", logprob="triton")},
+    "triton": {"kernels": KernelConfig(experts="triton", router="triton", logprob="triton", pointwise="triton")},
+    "fused": {"kernels": KernelConfig(experts="loop", logprob="fused", pointwise="triton")},
 }
-"""Keys of `model`. torch is what it is on a GPU, with its attention's call answered on the CPU (varlen.py)."""
+"""Keys of `model`. torch is as on a GPU, whose calls and operators a CPU answers (varlen.py, gpu_operators.py)."""
 KERNELS_IN = {"ep2": ("megatron", "reference", "torch"), "ep2_allgather": ("reference",),
-              "tp2_ep2": ("reference",), "tp2_etp2": ("reference",), "cp2": ("reference",), "one": ("triton",)}
-"""Choices of model/kernel_layers.py that are held against the same float64 reference, by layout. Triton runs in its
-interpreter (TRITON_INTERPRET), where one step takes seconds: it makes the gradients only. torch gives its gradients in
+              "tp2_ep2": ("reference",), "tp2_etp2": ("reference",), "cp2": ("reference",), "one": ("triton", "fused")}
+"""Choices of model.kernels that are held against the same float64 reference, by layout. torch gives its gradients in
 every layout (test_gradients.py)."""
+INTERPRETED = KERNELS_IN["one"]
+"""Triton runs in its interpreter (TRITON_INTERPRET), where one step takes seconds: these make the gradients only."""
 MUTATIONS: dict[str, tuple[str, ...]] = {
     "one": ("loss_without_microbatches", "router_scale_without_microbatches", "more_kl", "more_entropy", "wider_clip",
             "larger_phi", "more_balance_loss", "more_z_loss", "padding_is_real", "load_of_each_microbatch",

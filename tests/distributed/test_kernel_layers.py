@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tests.distributed.cases as cases
-from megatron_rl.config.schema import KernelConfig
+from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.build import _check_triton
 from tests.distributed.conftest import run_worker
@@ -22,7 +22,7 @@ from tests.distributed.test_gradients import TOLERANCE, too_different
 from tests.distributed.test_router_replay import to_float64
 
 PAIRS = [(layout, kernels) for layout, names in cases.KERNELS_IN.items() for kernels in names]
-of_torch = pytest.mark.parametrize(("layout", "kernels"), [pair for pair in PAIRS if pair[1] != "triton"])
+of_torch = pytest.mark.parametrize(("layout", "kernels"), [pair for pair in PAIRS if pair[1] not in cases.INTERPRETED])
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,11 @@ def test_replayed_experts_take_the_place_of_the_choice(results, given, layout, k
         results["ep2"]["megatron"]["given_updated"]["sums"]["router/replay_differing"]
 
 
-def test_triton_without_a_gpu_and_without_its_interpreter_names_the_key(monkeypatch):
+@pytest.mark.parametrize("chosen", [{"experts": "triton"}, {"router": "triton"}, {"logprob": "triton"},
+                                    {"logprob": "fused"}, {"pointwise": "triton"}], ids=str)
+def test_triton_without_a_gpu_and_without_its_interpreter_names_the_key(chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("rl_kernels.triton_impl.INTERPRETED", False)
-    with pytest.raises(ValueError, match="model.kernels.router=triton needs a GPU"):
-        _check_triton(KernelConfig(router="triton"))
+    (key, value), = chosen.items()
+    with pytest.raises(ValueError, match=f"model.kernels.{key}={value} needs a GPU"):
+        _check_triton(KernelConfig(**chosen))

@@ -74,13 +74,18 @@ def token_loss(batch, logprobs_T, entropy_T):
                      sentence_ids=batch.sentence_ids, ref_logprobs=batch.ref_logprobs, entropy=entropy_T)
 
 
+if "TRITON_INTERPRET" not in os.environ:
+    import tests.distributed.gpu_operators  # noqa: F401  -- the CPU answers for Triton's kernels
+
 _resolve = backend.resolve
 
 
-def attends_at_once(options: ModelConfig, *, gpu: bool) -> backend.Backend:
-    """backend.resolve, with the attention that model.backend=torch has on a GPU."""
+def as_on_a_gpu(options: ModelConfig, *, gpu: bool) -> backend.Backend:
+    """backend.resolve, with the attention and the kernels that model.backend=torch has on a GPU."""
     found = _resolve(options, gpu=gpu)
-    return replace(found, attention_at_once=found.name == "torch")
+    if found.name != "torch":
+        return found
+    return replace(found, attention_at_once=True, kernels=replace(found.kernels, logprob="fused", pointwise="triton"))
 
 
 class Runner:
@@ -96,7 +101,7 @@ class Runner:
         self.here, self.layout, self.temperature = here, layout, temperature
         options = ModelConfig(path=str(checkpoint), recompute=recompute, dtype=dtype, **cases.KERNELS[kernels],
                               lora=lora or LoraConfig())
-        with patch.object(backend, "resolve", attends_at_once):
+        with patch.object(backend, "resolve", as_on_a_gpu):
             self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
         fill_adapters(self.policy, self.here, drawn_matrix)
@@ -251,10 +256,11 @@ def run_kernels(folder: Path, layout: str, here: topology.Topology) -> None:
     saves them as LAYOUT.kernels.pt."""
     results = {}
     for kernels in cases.KERNELS_IN[layout]:
-        recompute = "none" if kernels == "triton" else "full"
+        interpreted = kernels in cases.INTERPRETED
+        recompute = "none" if interpreted else "full"
         runner = Runner(folder, layout, here, distributed_optimizer=False, kernels=kernels, recompute=recompute)
         result = results[kernels] = {"gradients": runner.gradients(cases.UPDATE_MICROBATCHES)}
-        if kernels == "triton":
+        if interpreted:
             continue
         result["without_counting_pass"] = runner.gradients(1, counting_pass=False)
         result["updated"] = runner.update(cases.UPDATE_MICROBATCHES)

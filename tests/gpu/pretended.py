@@ -106,7 +106,12 @@ def _addmm(total, left, right, out_dtype, *, out):
     return torch.ops.aten.addmm.out(total, left.to(out_dtype), right.to(out_dtype), out=out)
 
 
-ON_CUDA_ALONE = {torch.ops.aten.addmm.dtype_out: _addmm}
+def _mm(left, right, out_dtype):
+    """As _addmm."""
+    return left.to(out_dtype) @ right.to(out_dtype)
+
+
+ON_CUDA_ALONE = {torch.ops.aten.addmm.dtype_out: _addmm, torch.ops.aten.mm.dtype: _mm}
 
 
 class Watch(TorchDispatchMode):

@@ -38,7 +38,7 @@ from megatron_rl.trainer import sender
 from megatron_rl.trainer.client import Link
 from megatron_rl.trainer.main import Trainer
 from megatron_rl.types import TrainSample
-from tests.distributed import varlen  # noqa: F401  -- a CPU's kernels for attention that torch has for CUDA alone
+from tests.distributed import gpu_operators, varlen  # noqa: F401  -- a CPU's kernels for what a GPU alone has
 from tests.gpu import pretended
 from tests.gpu.pretended_cases import LAYOUTS, PLANTS, ROOT, RULES, Plant, model_of, world_size
 

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from rl_kernels.grouped_experts import grouped_experts
 from rl_kernels.linear_logprob import linear_logprob
+from rl_kernels.pointwise import rotate, weighted_swiglu
 from rl_kernels.router_topk import router_topk
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
@@ -81,6 +82,13 @@ def main() -> None:
         (logprobs_T.sum() + entropy_T.sum()).backward()
         linear_logprob(hidden_TH, head_VH, torch.zeros(256, dtype=torch.int64), impl="triton",
                        column_scale_H=torch.ones(2048))
+        logprobs_T, entropy_T = linear_logprob(hidden_TH, head_VH, torch.zeros(256, dtype=torch.int64), impl="fused")
+        (logprobs_T.sum() + entropy_T.sum()).backward()
+
+        gate_up_N2F = torch.zeros(256, 2 * 1408, dtype=dtype, requires_grad=True)
+        weighted_swiglu(gate_up_N2F, torch.ones(256, 1, requires_grad=True), impl="triton").sum().backward()
+        heads_THD = torch.zeros(256, 16, 128, dtype=dtype, requires_grad=True)
+        rotate(heads_THD, torch.ones(256, 1, 128), torch.zeros(256, 1, 128), impl="triton").sum().backward()
 
         gate_up = torch.zeros(4, 2 * 1408, 2048, dtype=dtype, requires_grad=True)
         down = torch.zeros(4, 2048, 1408, dtype=dtype, requires_grad=True)

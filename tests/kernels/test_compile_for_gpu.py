@@ -12,7 +12,8 @@ import pytest
 SHARED_BYTES = 227 * 1024
 SPILLED_BYTES = 64  # per thread; a spilled accumulator is 64 registers and more
 KERNELS = {
-    "linear_logprob": {"statistics_kernel", "gradient_kernel"},
+    "linear_logprob": {"statistics_kernel", "gradient_kernel", "block_gradient_kernel"},
+    "pointwise": {"swiglu_kernel", "swiglu_gradient_kernel", "rotation_kernel"},
     "grouped_experts": {"gate_up_kernel", "scatter_kernel", "activation_gradient_kernel", "weight_gradient_kernel"},
     "router_topk": {"forward_kernel", "backward_kernel", "weight_gradient_kernel"},
 }
@@ -29,7 +30,8 @@ def test_every_kernel_compiles_within_the_resources_of_a_gpu(capability):
     router = [name for name in names if name.startswith("router_topk")]
     assert set(found) == {f"{name}{'.64' if name in router else ''}.{dtype}" for name in names
                           for dtype in ("bf16", "fp32")} | {f"{name}.256.fp32" for name in router} | {
-                              "linear_logprob.statistics_kernel.mixed"}  # a NormHead's float32 hidden states
+                              "linear_logprob.statistics_kernel.mixed",  # a NormHead's float32 hidden states
+                              "linear_logprob.block_statistics_kernel.fp32"}  # logits are float32
     for name, used in found.items():
         assert used["shared_bytes"] <= SHARED_BYTES, name
         assert used["stack_bytes"] <= SPILLED_BYTES, f"{name} spills registers: {used}"

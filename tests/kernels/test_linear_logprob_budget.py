@@ -18,12 +18,12 @@ from tests.kernels.conftest import DEVICE
 NATS = 1e-4
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-MARKS = {"triton": pytest.mark.slow,
+MARKS = {"triton": pytest.mark.slow, "fused": pytest.mark.slow,
          "liger": pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None,
                                      reason="liger-kernel is not installed")}
 CASES = [pytest.param(impl, dtype, marks=MARKS[impl] if impl in MARKS else ())
-         for impl in ("chunked", "reference", "triton", "liger") for dtype in DTYPES
-         if dtype != torch.float64 or impl not in MARKS]  # those two compute in float32
+         for impl in ("chunked", "reference", "triton", "fused", "liger") for dtype in DTYPES
+         if dtype != torch.float64 or impl not in MARKS]  # those three compute in float32
 # tokens, hidden, vocabulary, standard deviation of the logits: one row; nothing a multiple of a tile; peaked; wide
 SHAPES = [(1, 3, 2, 1.0), (13, 37, 71, 3.0), (19, 40, 150, 10.0), (24, 256, 1500, 5.0)]
 
@@ -71,7 +71,7 @@ def assert_within_budget(impl, hidden_TH, weight_VH, labels_T, **options):
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape[:3])))
 def test_error_budget_against_float64_of_the_same_inputs(impl, shape, dtype, scaled):
-    if impl == "triton" and DEVICE == "cpu" and shape is SHAPES[-1]:
+    if impl in ("triton", "fused") and DEVICE == "cpu" and shape is SHAPES[-1]:
         pytest.skip("minutes in Triton's interpreter")
     *tensors, scale_H = problem(*shape, dtype)
     assert_within_budget(impl, *tensors, temperature=0.7, column_scale_H=scale_H if scaled else None)

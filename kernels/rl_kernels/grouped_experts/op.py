@@ -12,9 +12,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from rl_kernels.grouped_experts.reference import grouped_experts_reference
+from rl_kernels.pointwise import op as pointwise_op
 
 __all__ = ["LowRank", "grouped_experts", "sorted_experts"]
 
@@ -70,6 +70,7 @@ def sorted_experts(
     impl: Implementation = "auto",
     gate_up_adapter: LowRank | None = None,
     down_adapter: LowRank | None = None,
+    pointwise: pointwise_op.Implementation = "torch",
 ) -> torch.Tensor:
     """[N, H]: grouped_experts of rows that lie sorted by expert already, as Megatron's dispatchers leave them.
 
@@ -77,6 +78,7 @@ def sorted_experts(
 
     counts_E int64: how many rows each expert has, N in sum. "loop" and "reference" read them, so they want them on the
     CPU; "grouped_mm" and "triton" leave them on the device.
+    pointwise: what computes the SwiGLU between the products of "loop" and "grouped_mm" (rl_kernels.pointwise).
     """
     if counts_E.shape != (len(down_EHF),) or counts_E.dtype != torch.int64:
         raise ValueError(f"counts_E must be int64 [{len(down_EHF)}], not {counts_E.dtype} {tuple(counts_E.shape)}")
@@ -91,7 +93,7 @@ def sorted_experts(
         return grouped_experts_reference(rows_NH, gate_up_E2FH, down_EHF, indices_N1, weights_N[:, None]).to(
             rows_NH.dtype)
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    run = _implementation(impl, rows_NH, down_EHF)
+    run = _implementation(impl, rows_NH, down_EHF, pointwise)
     if any(adapters):
         run = partial(run, adapters=adapters)
     return run(rows_NH, gate_up_E2FH, down_EHF, weights_N[:, None], None, ends_E)
@@ -105,13 +107,14 @@ def sort_slots(indices_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     return order_N, ends_E.to(torch.int32)
 
 
-def _implementation(impl: Implementation, hidden_TH, down_EHF):
+def _implementation(impl: Implementation, hidden_TH, down_EHF, pointwise: pointwise_op.Implementation = "torch"):
     """(hidden, gate_up, down, weights_TK, order_N or None: rows are slots, ends_E) -> [T, H]"""
+    swiglu = partial(pointwise_op.weighted_swiglu, impl=pointwise)
     if impl in ("auto", "loop"):
-        return partial(_torch_experts, _loop_product)
+        return partial(_torch_experts, _loop_product, swiglu)
     if impl == "grouped_mm":
         _require_grouped_mm(hidden_TH, down_EHF[0])
-        return partial(_torch_experts, _grouped_mm_product)
+        return partial(_torch_experts, _grouped_mm_product, swiglu)
     if impl != "triton":
         raise ValueError(f"grouped_experts: impl={impl!r} must be auto, triton, grouped_mm, loop or reference")
     from rl_kernels.grouped_experts.triton_impl import triton_experts
@@ -121,23 +124,24 @@ def _implementation(impl: Implementation, hidden_TH, down_EHF):
     return triton_experts
 
 
-def _torch_experts(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E, adapters=(None, None)):
+def _torch_experts(product, swiglu, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, order_N, ends_E,
+                   adapters=(None, None)):
     if order_N is None:
-        return _products(product, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, ends_E, adapters)
+        return _products(product, swiglu, hidden_TH, gate_up_E2FH, down_EHF, weights_TK, ends_E, adapters)
     # rows past the last expert hold anything; `used` keeps them out of values and, by where's rule, of gradients
     (tokens, choices), hidden = weights_TK.shape, hidden_TH.shape[1]
     used_N1 = (torch.arange(tokens * choices, device=order_N.device) < ends_E[-1])[:, None]
     zero = torch.zeros((), dtype=hidden_TH.dtype, device=hidden_TH.device)
     rows_NH = torch.where(used_N1, hidden_TH[order_N // choices], zero)
     weights_N1 = torch.where(used_N1, weights_TK.flatten()[order_N, None], 0.0)
-    out_NH = torch.where(used_N1, _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E), zero)
+    out_NH = torch.where(used_N1, _products(product, swiglu, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E), zero)
     slots_NH = torch.zeros_like(out_NH).index_copy(0, order_N, out_NH)
     return slots_NH.view(tokens, choices, hidden).sum(1)
 
 
-def _products(product, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E, adapters=(None, None)):
+def _products(product, swiglu, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E, adapters=(None, None)):
     gate_up_N2F = _adapted(product, rows_NH, gate_up_E2FH, ends_E, adapters[0])
-    return _adapted(product, _WeightedSwiGLU.apply(gate_up_N2F, weights_N1), down_EHF, ends_E, adapters[1])
+    return _adapted(product, swiglu(gate_up_N2F, weights_N1), down_EHF, ends_E, adapters[1])
 
 
 def _adapted(product, rows_NX, weights_EYX, ends_E, adapter: LowRank | None):
@@ -146,31 +150,6 @@ def _adapted(product, rows_NX, weights_EYX, ends_E, adapter: LowRank | None):
         return out_NY
     low_NR = adapter.scale * product(rows_NX, adapter.a_ERX, ends_E)  # the narrow side: nothing of [N, Y] more
     return out_NY + product(low_NR, adapter.b_EYR, ends_E)
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight, rounded once, [N, F]. It keeps gate_up [N, 2F] and the weights, and computes the rest
-    again, where autograd would keep two more [N, F] and copies of these in float32."""
-
-    @staticmethod
-    def forward(ctx, gate_up_N2F, weights_N1):
-        ctx.save_for_backward(gate_up_N2F, weights_N1)
-        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
-        return (F.silu(gate_NF).mul_(up_NF) * weights_N1).to(gate_up_N2F.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_NF):
-        """With few [N, F] at a time: here a step of a large model has its peak."""
-        gate_up_N2F, weights_N1 = ctx.saved_tensors
-        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
-        silu_NF = F.silu(gate_NF)
-        grad_weights_N1 = (silu_NF * up_NF).to(weights_N1.dtype).mul_(grad_NF).sum(1, keepdim=True)
-        weighted_NF = (grad_NF * weights_N1).to(grad_NF.dtype)
-        grad_gate_up_N2F = torch.empty_like(gate_up_N2F)
-        grad_gate_NF, grad_up_NF = grad_gate_up_N2F.chunk(2, -1)
-        torch.mul(weighted_NF, silu_NF, out=grad_up_NF)
-        torch.ops.aten.silu_backward.grad_input(weighted_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
-        return grad_gate_up_N2F, grad_weights_N1
 
 
 def _loop_product(rows_NX, weights_EYX, ends_E):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from rl_kernels.linear_logprob.products import math_dtype, multiply
+from rl_kernels.linear_logprob.products import math_dtype, multiply, parts
 
-__all__ = ["gradient_block", "statistics"]
+__all__ = ["block", "gradient_block", "statistics"]
 
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 """Logits of one block: 4 MB in float32 stays in a CPU's cache; a GPU wants few, large kernels."""
@@ -18,6 +18,12 @@ BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 def block_columns(chunk_tokens: int, device: torch.device) -> int:
     """Vocabulary rows of one block when it has chunk_tokens rows."""
     return max(1024, whole_tiles(BLOCK_ELEMENTS.get(device.type, 2**27) // chunk_tokens))
+
+
+def block(tokens: int, chunk_tokens: int, device: torch.device) -> tuple[int, int]:
+    """(tokens, vocabulary rows) of a block of logit gradients."""
+    rows = max(1, min(tokens, chunk_tokens))
+    return rows, block_columns(rows, device)
 
 
 def whole_tiles(columns: int) -> int:
@@ -57,7 +63,7 @@ def statistics(scaled_TH, weight_VH, local_T, *, temperature, with_entropy, chun
 
 
 def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C, g_entropy_C, *, temperature, rounded):
-    """d loss / d (h . w) [C, B] in the math dtype. g_entropy_C None: the entropy carries no gradient.
+    """d loss / d (h . w) [C, B] as the parts that products takes. g_entropy_C None: the entropy carries no gradient.
 
     d loss / d z_j = g_logprob (1[j = label] - p_j) - g_entropy p_j (log p_j + entropy), z = h . w / temperature.
     """
@@ -71,7 +77,8 @@ def gradient_block(scaled_CH, weight_BH, local_C, lse_C, entropy_C, g_logprob_C,
     index_C, owned_C = _in_block(local_C, 0, weight_BH.shape[0])
     term_C = torch.where(owned_C, g_logprob_C, torch.zeros_like(g_logprob_C))
     grad_CB.scatter_add_(1, index_C[:, None], term_C[:, None])
-    return grad_CB if temperature == 1.0 else grad_CB.div_(temperature)
+    del logp_CB
+    return parts(grad_CB if temperature == 1.0 else grad_CB.div_(temperature), weight_BH.dtype)
 
 
 def _logits(scaled_CH, weight_BH, temperature, rounded):

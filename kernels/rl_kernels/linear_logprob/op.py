@@ -18,16 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from rl_kernels.linear_logprob import chunked
 from rl_kernels.linear_logprob.liger import linear_logprob_liger
-from rl_kernels.linear_logprob.products import add_product, math_dtype, parts
+from rl_kernels.linear_logprob.products import add_product, math_dtype
 from rl_kernels.linear_logprob.reference import linear_logprob_reference
 
 __all__ = ["Implementation", "linear_logprob"]
 
 NOT_HERE = -2**30
 """Row of a label that this rank does not hold; stays negative however many rows of a block are subtracted."""
-Implementation = Literal["auto", "triton", "chunked", "liger", "reference"]
-TRITON_BLOCK_ELEMENTS = 2**26
-"""Gradients of one block of logits that the Triton path holds: 256 MB, and as much for their two 16-bit parts."""
+Implementation = Literal["auto", "triton", "fused", "chunked", "liger", "reference"]
 
 
 def linear_logprob(
@@ -54,8 +52,9 @@ def linear_logprob(
     region must sum over the group. The gradient of weight_VH is whole.
     with_entropy False: entropy is None. rounded: each logit is rounded to the inputs' dtype, as by an engine whose head
     is not float32; "chunked" and "reference" can. Outputs are float64 for float64 inputs.
-    impl: "chunked" is plain torch; "triton" needs a CUDA tensor or Triton's interpreter; "liger" needs that package;
-    "reference" holds all logits. The last two know one rank only. "auto" is "chunked", the only one measured so far.
+    impl: "chunked" is plain torch; "triton" computes products in its own kernels, "fused" by torch and all that follows
+    them in one kernel, and both need a CUDA tensor or Triton's interpreter; "liger" needs that package; "reference"
+    holds all logits. The last two know one rank only. "auto" is "chunked", the only one measured so far.
     Nothing falls back to another in silence.
     Invariants: neither outputs nor gradients depend on chunk_tokens or on the number of ranks; no tensor is
     larger than chunk_tokens * V, T * H or V * H elements (triton: 2**26, T * H or V * H).
@@ -68,7 +67,7 @@ def linear_logprob(
     scale_H = None if column_scale_H is None else column_scale_H.detach()
     if world > 1 and impl in ("liger", "reference"):
         raise ValueError(f"linear_logprob: impl={impl!r} knows one rank; use 'chunked' or 'triton' with a group")
-    if rounded and impl in ("liger", "triton"):
+    if rounded and impl in ("liger", "triton", "fused"):
         raise ValueError(f"linear_logprob: impl={impl!r} does not round logits; use 'chunked' or 'reference'")
     if impl == "liger":
         return linear_logprob_liger(_scaled(hidden_TH, labels_T, scale_H), weight_VH, labels_T,
@@ -86,8 +85,12 @@ def linear_logprob(
 def _backend(impl: Implementation, tensor: torch.Tensor) -> ModuleType:
     if impl in ("auto", "chunked"):
         return chunked
+    if impl == "fused":
+        from rl_kernels.linear_logprob import fused
+
+        return fused  # its operators look at the device
     if impl != "triton":
-        raise ValueError(f"linear_logprob: impl={impl!r} must be auto, triton, chunked, liger or reference")
+        raise ValueError(f"linear_logprob: impl={impl!r} must be auto, triton, fused, chunked, liger or reference")
     from rl_kernels.linear_logprob import triton_impl
     from rl_kernels.triton_impl import require_device
 
@@ -111,10 +114,7 @@ class _Head:
 
     def block(self, tokens: int, device: torch.device) -> tuple[int, int]:
         """(tokens, vocabulary rows) of a block of logit gradients."""
-        rows = max(1, min(tokens, self.chunk_tokens if self.backend is chunked else TRITON_BLOCK_ELEMENTS // 2048))
-        if self.backend is chunked:
-            return rows, chunked.block_columns(rows, device)
-        return rows, chunked.whole_tiles(TRITON_BLOCK_ELEMENTS // rows)
+        return self.backend.block(tokens, self.chunk_tokens, device)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -188,16 +188,17 @@ def _backward(hidden_TH, weight_VH, labels_T, scale_H, lse_T, entropy_T, head, g
             sum_BH = own_BH if own_BH.dtype == lse_T.dtype else torch.zeros_like(own_BH, dtype=lse_T.dtype)
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
-            grad_CB = head.backend.gradient_block(
+            parts_CB = head.backend.gradient_block(
                 scaled_TH[rows], weight_BH, local_T[rows] - first, lse_T[rows],
                 None if entropy_T is None else entropy_T[rows], g_logprob_T[rows],
                 None if g_entropy_T is None else g_entropy_T[rows], temperature=head.temperature,
                 rounded=head.rounded)
-            for part_CB in parts(grad_CB, hidden_TH.dtype):
+            for part_CB in parts_CB:
                 if wanted[0]:
                     add_product(grad_scaled_TH[rows], part_CB, weight_BH)
                 if wanted[1]:
                     add_product(sum_BH, part_CB.T, kept_TH[rows])
+            del parts_CB, part_CB  # before the next block's are made
         if wanted[1] and scale_H is not None:
             sum_BH *= scale_H.to(sum_BH.dtype)
         if wanted[1] and sum_BH is not own_BH:

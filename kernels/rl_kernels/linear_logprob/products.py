@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["add_product", "math_dtype", "multiply", "parts"]
+__all__ = ["add_product", "math_dtype", "multiply", "parts", "product"]
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -34,9 +34,17 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in math_dtype, a buffer of its own. left and right have one dtype."""
+    if left.is_cuda and left.dtype in NARROW:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.to(math_dtype(left)) @ right.to(math_dtype(right))
+
+
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right in math_dtype, a buffer of its own; left may be float32 beside a narrower right."""
-    total = left.new_zeros((left.shape[0], right.shape[1]), dtype=math_dtype(right))
-    for part in parts(left, right.dtype):
+    first, *others = parts(left, right.dtype)
+    total = product(first, right)
+    for part in others:
         add_product(total, part, right)
     return total

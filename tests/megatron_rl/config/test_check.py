@@ -36,6 +36,9 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
       "algo.max_collect_rounds=9"], r"rollout\.budget_tokens=100 in 9 round\(s\) .* 1000 response tokens"),
     (["rollout.engine.router=local", "algo.router_replay=rollout"], r"rollout\.engine\.router drops .*router_replay"),
     (["parallel=tp2", "model.kernels.logprob=liger"], r"model\.kernels\.logprob=liger .*parallel\.tp=2 cuts"),
+    *[([f"model.kernels.logprob={each}", "model.fp32_lm_head=false"],
+       rf"model\.fp32_lm_head=false with model\.kernels\.logprob={each}, .*use chunked")
+      for each in ("triton", "fused", "liger")],
     (["algo.loss.surrogate=gspo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*surrogate=gspo"),
     (["algo=lpo", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*gspo or lpo"),
     (["algo.sequence_min_token_ratio=1e-4", "parallel.cp=2", "parallel.world_size=2"], r"parallel\.cp=2 .*sequence_"),

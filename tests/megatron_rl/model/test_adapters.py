@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.load import load
 from megatron_rl.config.lora import LoraConfig
-from megatron_rl.config.schema import KernelConfig, ModelConfig
+from megatron_rl.config.schema import ModelConfig
 from megatron_rl.model import adapter_folder
 from megatron_rl.model.adapters import check_lora, count_trained, initial, matrix_slots
 from megatron_rl.model.architectures import parse_config, read_config

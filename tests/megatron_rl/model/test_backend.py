@@ -7,7 +7,8 @@ import itertools
 
 import pytest
 
-from megatron_rl.config.schema import KernelConfig, ModelConfig, ParallelConfig
+from megatron_rl.config.kernels import KernelConfig
+from megatron_rl.config.schema import ModelConfig, ParallelConfig
 from megatron_rl.model.architectures import parse_config
 from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.families import FAMILIES
@@ -35,8 +36,21 @@ def test_auto_is_the_fast_parts_for_bfloat16_on_a_gpu(backend, dtype, gpu, name,
     assert found.kernels.router == "megatron"
 
 
+@pytest.mark.parametrize(("options", "gpu", "logprob", "pointwise"), [
+    ({"backend": "torch", "dtype": "bfloat16"}, True, "fused", "triton"),
+    ({"backend": "torch", "dtype": "bfloat16", "fp32_lm_head": False}, True, "chunked", "triton"),
+    ({"backend": "torch", "dtype": "bfloat16"}, False, "chunked", "torch"),
+    ({"backend": "megatron", "dtype": "bfloat16"}, True, "chunked", "torch"),
+    ({"backend": "transformer_engine", "dtype": "bfloat16"}, True, "chunked", "torch"),
+])
+def test_our_kernels_run_with_the_torch_backend_on_a_gpu_alone(options, gpu, logprob, pointwise):
+    found = resolve(ModelConfig(**options), gpu=gpu).kernels
+    assert (found.logprob, found.pointwise) == (logprob, pointwise)
+
+
 def test_a_part_that_is_named_is_taken_under_every_backend():
-    options = ModelConfig(backend="torch", dtype="bfloat16", kernels=KernelConfig(experts="triton", router="triton"))
+    options = ModelConfig(backend="torch", dtype="bfloat16", kernels=KernelConfig(
+        experts="triton", router="triton", logprob="liger", pointwise="torch"))
     assert resolve(options, gpu=True).kernels == options.kernels
     assert resolve(options, gpu=True).attention_at_once
 
@@ -56,6 +70,8 @@ GROUPED = {"kernels": KernelConfig(experts="grouped_mm")}
     ({"backend": "transformer_engine", **BFLOAT16}, {"head_dim": 264}, True, r"head_dim=264, .*transformer_engine"),
     ({"kernels": KernelConfig(experts="transformer_engine"), **BFLOAT16}, {}, True,
      r"model\.kernels\.experts=transformer_engine needs model\.backend=transformer_engine"),
+    ({"backend": "transformer_engine", "kernels": KernelConfig(pointwise="triton"), **BFLOAT16}, {}, True,
+     r"model\.kernels\.pointwise=triton with model\.backend=transformer_engine, whose layers"),
     ({"backend": "torch"}, {"hidden_size": 66}, False, r"model\.backend=torch: .* multiples of 4 in float32"),
     (GROUPED, {"hidden_size": 66}, False, r"model\.kernels\.experts=grouped_mm: its product wants rows of 16 bytes"),
     (GROUPED, {}, True, r"model\.kernels\.experts=grouped_mm with model\.dtype=float32: on a GPU it takes bfloat16"),

@@ -59,6 +59,30 @@ def test_operations_have_the_flops_and_bytes_of_their_shapes():
                                    Operation("products", "aten.addmm_", 10_000, 4 * 1600): 1}
 
 
+def test_bytes_are_those_that_a_kernel_moves_and_not_those_of_the_shapes():
+    recorder = Recorder()
+    table, rows, one = torch.ones(1000, 8), torch.tensor([3, 5, 7]), torch.ones(())
+    three = torch.ones(3, 8)
+    with recorder:
+        def moved(call):
+            recorder.operations.clear()
+            with recorder.phase("here", "out"):
+                call()
+            return sum(each.bytes * count for each, count in recorder.operations.items())
+
+        # elements of 4 bytes, indices of 8
+        assert moved(lambda: table.index_select(0, rows)) == 3 * 8 + 2 * 24 * 4  # the rows, read and written
+        index = rows[:, None].expand(3, 8)  # 3 indices in memory
+        assert moved(lambda: table.gather(0, index)) == 3 * 8 + 2 * 24 * 4
+        assert moved(lambda: table.scatter_add_(0, index, one.expand(3, 8))) == 3 * 8 + 4 + 2 * 24 * 4
+        assert moved(lambda: table.index_add_(0, rows, three)) == 3 * 8 + 3 * 24 * 4
+        assert moved(lambda: table.index_add(0, rows, three)) == 3 * 8 + 3 * 24 * 4 + 2 * 8000 * 4  # of a copy
+        assert moved(lambda: torch.zeros_like(table)) == 8000 * 4
+        assert moved(lambda: table.fill_(2.0)) == 8000 * 4
+        assert moved(lambda: torch.ops.aten._unsafe_view(table, [8000])) == 0
+        assert moved(lambda: torch._foreach_mul_([table], 2.0)) == 2 * 8000 * 4
+
+
 def test_causal_attention_counts_the_pairs_that_a_query_sees():
     recorder = Recorder()
     q = torch.ones(1, 2, 6, 8)
