@@ -51,7 +51,8 @@ class Teachers:
                 try:
                     theirs = await _texts_of(self.fleets[name].client(url), len(texts))
                 except EngineHTTPError as error:
-                    raise ValueError(f"{key} cannot be asked for its vocabulary: {error}") from error
+                    # not `from error`: the launcher shows the first traceback of the log, which must be this one
+                    raise ValueError(f"{key} cannot be asked for its vocabulary: {error}") from None
                 check_same_vocabulary(key, own, vocabulary_hash(theirs))
 
     async def scored(self, rollout: Rollout, domain: str) -> Rollout:
