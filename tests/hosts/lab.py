@@ -241,6 +241,10 @@ class Lab:
         self.run(control, "slurmctld")
         for host in self.hosts:
             self.run(host, "slurmd", "-N", host)
+        self.wait_for_idle(control)
+
+    def wait_for_idle(self, control: str) -> None:
+        """Until no node runs a job or cleans up after one: the next job gets the first nodes."""
         wait_until(lambda: len(self.run(control, "sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())
                    == len(self.hosts), "all nodes to be idle")
 

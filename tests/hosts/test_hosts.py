@@ -110,6 +110,7 @@ def short(lab: Lab, run: str, *more: str) -> list[str]:
 
 
 def submit(lab: Lab, run: str, *more: str, **environment: str) -> str:
+    lab.wait_for_idle("n3")
     said = lab.run("n1", sys.executable, "-m", "megatron_rl.cli", "slurm", *short(lab, run, *more),
                    environment=environment)
     return re.search(r"job (\d+);", said).group(1)
@@ -140,6 +141,7 @@ def test_every_node_gets_equally_many_ranks_and_its_engines(cluster, name):
     *script, _ = job_script(config).strip().splitlines()
     (folder / "job.sh").write_text("\n".join([*script, f"exec {sys.executable} {ROOT}/tests/hosts/layout_of_a_job.py "
                                                        f"{folder}/launch.json", ""]))
+    cluster.wait_for_idle("n3")
     job = cluster.run("n1", "sbatch", "--parsable", f"{folder}/job.sh").strip()
     wait_until(lambda: "codes" in job_log(cluster, run, job), "the layout", 60)
     assert set(json.loads(job_log(cluster, run, job).split("codes ")[1])) == {0}, job_log(cluster, run, job)
