@@ -4,7 +4,8 @@
    conversations as token ids straight to /generate of the same engine, in turns. All answers have one length.
 2. Share of the conversation so far that the engine's prefix cache held, on every turn after the first.
 3. With 1,000 sessions that begin at once, whose engine answers at once: memory of a session with all that it keeps, and
-   the longest round of the gateway's event loop in processor time, which other work on the machine does not change.
+   the longest round of the gateway's event loop and its work for a turn in processor time, which other work on the
+   machine hardly changes.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ async def against_engine(url: str, config: RolloutConfig, tokenizer: Any, *, rep
 
 
 async def many_open(config: RolloutConfig, tokenizer: Any, sessions: int, turns: int,
-                    tokens: int) -> tuple[float, float]:
-    """(bytes of an open session, processor seconds of the longest round of the event loop)"""
+                    tokens: int) -> tuple[float, float, float]:
+    """(bytes of an open session, processor seconds of the longest round of the event loop and of a turn)"""
     model, rounds = model_of(config, AtOnce(tokens), tokenizer, seed=0), [0.0]
 
     async def probe() -> None:
@@ -156,11 +157,14 @@ async def many_open(config: RolloutConfig, tokenizer: Any, sessions: int, turns:
     _, opened = await through_gateway(model, config, range(sessions), turns, tokens)
     watch.cancel()
     del opened
+    begin = time.thread_time()
+    await through_gateway(model, config, range(sessions), turns, tokens)
+    of_turn = (time.thread_time() - begin) / (sessions * turns)
     tracemalloc.start()
     _, opened = await through_gateway(model, config, range(sessions), turns, tokens)
     held = tracemalloc.get_traced_memory()[0] / len(opened)
     tracemalloc.stop()
-    return held, max(rounds)
+    return held, max(rounds), of_turn
 
 
 def measure(*, quick: bool, repeats: int, tokens: int) -> tuple[list[Row], dict[str, Any]]:
@@ -177,13 +181,14 @@ def measure(*, quick: bool, repeats: int, tokens: int) -> tuple[list[Row], dict[
             ours, theirs, cached = asyncio.run(against_engine(
                 engine.base_url, config, tokenizer, repeats=repeats, concurrency=concurrency, turns=turns,
                 tokens=tokens))
-        held, stall = asyncio.run(many_open(config, tokenizer, 50 if quick else OPEN_SESSIONS, turns, 200))
+        held, stall, of_turn = asyncio.run(many_open(config, tokenizer, 50 if quick else OPEN_SESSIONS, turns, 200))
     turns_run = concurrency * turns
     exact = [Row(f"share of the conversation so far in the prefix cache, {concurrency} sessions", cached, limit=0.95,
                  holds="at least"),
              Row("memory of an open session", held / 2**20, unit="MiB", limit=1.0)]
     timed = [Row(f"seconds of {turns_run} turns of {tokens} tokens, gateway against /generate",
                  median(ours), median(theirs), "s", None if quick else 1.05),
+             Row("processor time of the gateway's thread for a turn", of_turn * 1000, unit="ms"),
              Row("longest round of the event loop, processor time", stall * 1000, unit="ms",
                  limit=None if quick else 100.0)]
     return [*timed, *exact], {"gateway_s": ours, "straight_s": theirs, "concurrency": concurrency, "turns": turns}
