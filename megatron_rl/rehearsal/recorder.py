@@ -76,8 +76,21 @@ class Operation:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """The first use of what a rank received: from here on it has waited. index: counts its receives from `peer` in
+    this phase."""
+
+    phase: str
+    peer: int
+    index: int
+
+
 class Recorder(TorchDispatchMode):
     """operations, collectives and host_reads count calls; peaks has the fullest moment of each phase.
+
+    events: what happened in order. Megatron asks for messages ahead of their use, so a receive stands there as the
+    Receipt of its first use.
 
     fake: the mode that this one goes around; None if tensors are real. From a fake tensor the host reads 1, or False.
     """
@@ -89,7 +102,9 @@ class Recorder(TorchDispatchMode):
         self.operations: Counter[Operation] = Counter()
         self.collectives: Counter[Collective] = Counter()
         self.host_reads: Counter[tuple[str, str]] = Counter()  # (phase, where)
-        self.events: list[Operation | Collective] = []  # in order; equal ones are one object
+        self.events: list[Operation | Collective | Receipt] = []  # in order; equal ones are one object
+        self._expected: dict[int, Receipt] = {}  # by the storage that a message comes to
+        self._received: Counter[tuple[str, int]] = Counter()  # by phase and peer
         self._known: dict[Operation | Collective, Operation | Collective] = {}
         self.peaks: dict[str, Peak] = {}
         self.curve: list[tuple[int, str, int]] = []  # (operations so far, phase, bytes), at changes of 1% of the peak
@@ -111,6 +126,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._expected:
+            self._use(tree_iter((args, kwargs)))
         if func is READ:
             return self._read(func, args, kwargs)
         if func.namespace == "c10d":
@@ -133,6 +150,12 @@ class Recorder(TorchDispatchMode):
     def _happened(self, event, counts: Counter) -> None:
         counts[event] += 1
         self.events.append(self._known.setdefault(event, event))
+
+    def _use(self, values) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor) and (
+                    receipt := self._expected.pop(value.untyped_storage()._cdata, None)) is not None:
+                self.events.append(receipt)
 
     def _advance(self) -> None:
         self._count += 1
@@ -170,7 +193,15 @@ class Recorder(TorchDispatchMode):
         ranks = tuple(dist.get_process_group_ranks(ProcessGroup.unbox(group)))
         if COLLECTIVES[name] in POINT_TO_POINT:  # Megatron sends over the world's group if there are two stages
             ranks = tuple(sorted((dist.get_rank(), ranks[args[2]])))
-        self._happened(Collective(self._phase, COLLECTIVES[name], ranks, size, where()), self.collectives)
+        call = Collective(self._phase, COLLECTIVES[name], ranks, size, where())
+        if call.operation == "recv":
+            self.collectives[call] += 1
+            peer = next(rank for rank in ranks if rank != dist.get_rank())
+            receipt = Receipt(self._phase, peer, self._received[self._phase, peer])
+            self._expected |= {value.untyped_storage()._cdata: receipt for value in tree_iter(args[0])}
+            self._received[self._phase, peer] += 1
+        else:
+            self._happened(call, self.collectives)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self.storages.see(value, self._kind, name, where)

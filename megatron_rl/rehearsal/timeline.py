@@ -1,20 +1,20 @@
 """The update of several pipeline stages on one clock: each stage's recorded events in order, joined at its messages.
 
 A stage runs its operations and collectives one after another (roofline.py). A message leaves when its stage comes to
-the send and arrives after its transfer; a receiving stage waits for it. Sending keeps no stage waiting. The k-th
-message from one rank to another meets the k-th receive there.
+the send and arrives after its transfer; the receiving stage waits for it where it uses it first. Sending keeps no stage
+waiting. The k-th message from one rank to another meets the k-th receive there.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_rl.rehearsal.recorder import Collective, Operation
+from megatron_rl.rehearsal.recorder import Collective, Operation, Receipt
 from megatron_rl.rehearsal.roofline import Rates, collective_seconds, operation_seconds
 
-Event = Operation | Collective
+Event = Operation | Collective | Receipt
 SHOWN_SECONDS = 1e-4
 """Shorter collectives are drawn as part of the computation around them."""
 
@@ -57,10 +57,10 @@ class _Stage:
 def simulate(events: Mapping[int, Sequence[Event]], rates: Rates) -> dict[int, list[Slice]]:
     """Rank -> its slices in order. events: of each rank, of one phase, in order.
 
-    A receive from a rank that is not among them waits for nothing. RuntimeError if the ranks wait for each other.
+    A message from a rank that is not among them keeps nobody waiting. RuntimeError if the ranks wait for each other.
     """
     stages = {rank: _Stage(rank, deque(each)) for rank, each in events.items()}
-    arrivals: dict[tuple[int, int], deque[float]] = {}
+    arrivals: dict[tuple[int, int], list[float]] = defaultdict(list)
     while any(stage.events for stage in stages.values()):
         moved = [_advance(stage, stages, arrivals, rates) for stage in stages.values()]
         if not any(moved):
@@ -78,16 +78,14 @@ def _advance(stage: _Stage, stages: Mapping[int, _Stage], arrivals, rates: Rates
         event = stage.events[0]
         if isinstance(event, Operation):
             stage.compute(operation_seconds(event, rates))
-        elif event.operation == "send":
-            arrivals.setdefault((stage.rank, _other(event, stage.rank)), deque()).append(
-                stage.clock + collective_seconds(event, rates))
-        elif event.operation == "recv":
-            peer = _other(event, stage.rank)
-            if peer in stages:
-                waiting = arrivals.setdefault((peer, stage.rank), deque())
-                if not waiting:
+        elif isinstance(event, Receipt):
+            if event.peer in stages:
+                arrived = arrivals[event.peer, stage.rank]
+                if event.index >= len(arrived):
                     return moved
-                stage.show("wait", max(0.0, waiting.popleft() - stage.clock))
+                stage.show("wait", max(0.0, arrived[event.index] - stage.clock))
+        elif event.operation == "send":
+            arrivals[stage.rank, _other(event, stage.rank)].append(stage.clock + collective_seconds(event, rates))
         elif (seconds := collective_seconds(event, rates)) < SHOWN_SECONDS:
             stage.compute(seconds)
         else:

@@ -60,10 +60,11 @@ def looks_as_recorded(page, ranks):
         assert html.escape(each["census"][each["peak"]["phase"]][0]["where"]) in page
 
 
-def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
+@pytest.mark.parametrize("vpp", [None, 2])  # interleaved stages ask for messages ahead of their use
+def test_text_and_json_tell_of_every_distinct_rank(vpp, tmp_path, capsys):
     file = tmp_path / "stages.json"
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
-    command.run(tiny_config(world_size=4, tp=2, pp=2), NETWORK, [], json_file=str(file), trace_file=str(trace),
+    command.run(tiny_config(world_size=4, tp=2, pp=2, vpp=vpp), NETWORK, [], json_file=str(file), trace_file=str(trace),
                 page_file=str(page))
     ranks = json.loads(file.read_text())["ranks"]
     assert [each["rank"] for each in ranks] == [0, 2]
@@ -71,7 +72,7 @@ def test_text_and_json_tell_of_every_distinct_rank(tmp_path, capsys):
     for each in ranks:
         peak = each["peak"]["bytes"]
         assert sum(each["peak"]["kinds"].values()) == peak == each["phases"][each["peak"]["phase"]]["peak_bytes"]
-        assert f"rank       {each['rank']} of 4: tp=2 pp=2 dp=1" in text
+        assert f"rank       {each['rank']} of 4: tp=2 pp=2 {f'vpp={vpp} ' if vpp else ''}dp=1" in text
     drawn = json.loads(trace.read_text())["traceEvents"]
     assert {event["pid"] for event in drawn if event["name"] == "compute"} == {0, 2}
     assert {event["pid"] for event in drawn if event["name"] == "wait"} == {0, 2}  # each for the other's messages

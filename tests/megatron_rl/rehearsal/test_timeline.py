@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rl.rehearsal.recorder import Collective, Operation
+from megatron_rl.rehearsal.recorder import Collective, Operation, Receipt
 from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.timeline import Slice, perfetto, simulate, waiting_share
 
@@ -16,8 +16,12 @@ def work(seconds: int) -> Operation:
     return Operation("update", "aten.mm", seconds, 0)
 
 
-def message(operation: str, ranks: tuple[int, int], seconds: int = 1) -> Collective:
-    return Collective("update", operation, ranks, seconds, "line")
+def send(ranks: tuple[int, int], seconds: int = 1) -> Collective:
+    return Collective("update", "send", ranks, seconds, "line")
+
+
+def first_use(peer: int, index: int = 0) -> Receipt:
+    return Receipt("update", peer, index)
 
 
 def test_a_stage_waits_for_the_message_that_it_needs():
@@ -26,9 +30,8 @@ def test_a_stage_waits_for_the_message_that_it_needs():
     Rank 1 takes 3 + 4 = 7 a micro-batch: the first from 3 to 10, whose gradient arrives at 11, the second to 17 (18).
     """
     pair = (0, 1)
-    first = [work(2), message("send", pair), work(2), message("send", pair),
-             message("recv", pair), work(4), message("recv", pair), work(4)]
-    last = [message("recv", pair), work(7), message("send", pair)] * 2
+    first = [work(2), send(pair), work(2), send(pair), first_use(1, 0), work(4), first_use(1, 1), work(4)]
+    last = [first_use(0, 0), work(7), send(pair), first_use(0, 1), work(7), send(pair)]
     slices = simulate({0: first, 1: last}, RATES)
     assert slices[0] == [Slice(0, "compute", 0, 4), Slice(0, "wait", 4, 7), Slice(0, "compute", 11, 4),
                          Slice(0, "wait", 15, 3), Slice(0, "compute", 18, 4)]
@@ -39,11 +42,18 @@ def test_a_stage_waits_for_the_message_that_it_needs():
 
 
 def test_collectives_are_shown_and_messages_of_ranks_that_are_not_there_wait_for_nothing():
-    events = [message("recv", (0, 5)), work(1), Collective("update", "all-gather", (0, 1), 4, "line"), work(1)]
+    events = [first_use(5), work(1), Collective("update", "all-gather", (0, 1), 4, "line"), work(1)]
     assert simulate({0: events}, RATES)[0] == [  # half of 4 bytes leaves each of two ranks
         Slice(0, "compute", 0, 1), Slice(0, "all-gather, line", 1, 2), Slice(0, "compute", 3, 1)]
 
 
 def test_ranks_that_wait_for_each_other_are_named():
     with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] wait for each other"):
-        simulate({0: [message("recv", (0, 1))], 1: [message("recv", (0, 1))]}, RATES)
+        simulate({0: [first_use(1)], 1: [first_use(0)]}, RATES)
+
+
+def test_a_message_may_be_used_after_a_later_one():
+    """Rank 0 uses the second of two messages, which arrive at 2 and 4, before the first."""
+    slices = simulate({0: [first_use(1, 1), work(1), first_use(1, 0), work(1)],
+                       1: [work(1), send((0, 1)), work(2), send((0, 1))]}, RATES)
+    assert slices[0] == [Slice(0, "wait", 0, 4), Slice(0, "compute", 4, 1), Slice(0, "compute", 5, 1)]
