@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import json
@@ -64,7 +65,8 @@ def looks_as_recorded(page, ranks):
 def test_text_and_json_tell_of_every_distinct_rank(vpp, tmp_path, capsys):
     file = tmp_path / "stages.json"
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
-    command.run(tiny_config(world_size=4, tp=2, pp=2, vpp=vpp), NETWORK, [], json_file=str(file), trace_file=str(trace),
+    command.run(tiny_config(world_size=4, tp=2, pp=2, vpp=vpp), dataclasses.replace(NETWORK, num_hidden_layers=4),
+                [], json_file=str(file), trace_file=str(trace),
                 page_file=str(page))
     ranks = json.loads(file.read_text())["ranks"]
     assert [each["rank"] for each in ranks] == [0, 2]
