@@ -25,6 +25,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.handoff import read_shard
 from megatron_rl.model.architectures import read_config
 from megatron_rl.observe import Timers
+from megatron_rl.orchestrator.allocator import keep_freed_memory
 from megatron_rl.orchestrator.port import TrainerPort
 from megatron_rl.orchestrator.rollouts import Rollouts
 from megatron_rl.orchestrator.serving import Serving, build_collector
@@ -125,6 +126,7 @@ def step_config(folder: Path, url: str, fraction: float, collector: str) -> Conf
 
 def measured_step(folder: Path, url: str, fraction: float, collector: str) -> dict[str, Any]:
     """One step of `fraction` of the real one."""
+    keep_freed_memory()
     os.environ.update({ENGINE_KEY: "stub", RUN_KEY: "stub"})
     with quick_imports():
         from transformers import PreTrainedTokenizerFast

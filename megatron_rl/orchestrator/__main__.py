@@ -7,11 +7,13 @@ import sys
 
 from megatron_rl import signals
 from megatron_rl.compat.quick_imports import quick_imports
+from megatron_rl.orchestrator.allocator import keep_freed_memory
 from megatron_rl.rollout.die_with_parent import die_with_parent, launcher_is_gone, name_process
 
 
 def main(config_path: str, *, stop_signals: tuple[signal.Signals, ...] = (signal.SIGUSR1,)) -> None:
     name_process("orchestrator")
+    keep_freed_memory()
     signals.listen(stop_signals)  # before the slow imports: the signal may come at any time
     with quick_imports():
         from megatron_rl.config.load import from_json
