@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.config.check import Sizes, check_sft, sft_summary, summary
+from megatron_rl.config.check import Sizes, check_served_alone, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
@@ -176,6 +176,7 @@ def evaluate(options) -> int:
     from megatron_rl.recipes import evaluate as recipe
 
     config = load(options.overrides)
+    check_served_alone(config)
     validate(config, start=True, exports=False)
     run_dir = Path(config.run.dir)
     check_data(config, training=False)
@@ -191,6 +192,7 @@ def serve(options) -> int:
     from megatron_rl.recipes import serve as recipe
 
     config = load(options.overrides)
+    check_served_alone(config)
     validate(config, start=True, exports=False)
     recipe.check(config)
     run_dir = Path(config.run.dir)

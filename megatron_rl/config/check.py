@@ -81,6 +81,13 @@ def check_evaluates(config: Config, who: str) -> None:
             f"eval.problems=0 without eval.benchmarks evaluates nothing, but {who} needs evaluations: set one of them")
 
 
+def check_served_alone(config: Config) -> None:
+    """ValueError if engines are to serve model.path, no trainer publishes to them, and adapters stand beside it."""
+    path = config.model.lora.path
+    require(path is None, f"model.lora.path={path}: engines would serve model.path without it; merge the two with "
+            "`megatron-rl convert merge`, and give the result as model.path")
+
+
 def check_gloo(parallel: ParallelConfig) -> None:
     """ValueError if expert-tensor-parallel ranks would gather different numbers of rows, which gloo cannot do."""
     uneven = parallel.etp > 1 and (parallel.ep > 1 or parallel.tp * parallel.cp % parallel.etp > 0)

@@ -63,10 +63,7 @@ class RunInterrupted(RuntimeError):
 def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Config]:
     """`config` with the URLs of running engines in it: the given ones, or rollout.engine.count started here on
     `model_path`, which are watched and started again when they fail."""
-    engine, lora = config.rollout.engine, config.model.lora
-    if lora.path is not None and model_path == config.model.path:
-        raise ValueError(f"model.lora.path={lora.path}: engines would serve model.path without it; merge the two with "
-                         "`megatron-rl convert merge`, and give the result as model.path")
+    engine = config.rollout.engine
     if engine.urls:
         check_keys(engine)
         yield config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_rl.config.check import check_evaluates, check_rl, check_sft
+from megatron_rl.config.check import check_evaluates, check_rl, check_served_alone, check_sft
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import parse_config
@@ -64,6 +64,8 @@ def at(config: Config, folder: Path) -> Config:
 
 def _check_stage(stage: Stage, network: Network) -> None:
     config, sizes = stage.config, sizes_of(network)
+    if stage.recipe in ("base", "select"):
+        check_served_alone(config)
     if stage.recipe == "base":
         return
     check_layout(network, config.parallel)

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_rl.config.check import check_served_alone
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config, DataConfig
 from megatron_rl.data.benchmarks import BENCHMARKS, read_benchmark
@@ -93,6 +94,7 @@ def _samples(config: Config, items: Sequence[Item], number: int, folder: Path) -
         return []
     if not config.model.path:
         raise ValueError(f"--samples {number} asks a model: set model.path to its folder")
+    check_served_alone(config)
     read_config(config.model.path)  # ValueError before an engine is started
     folder.mkdir(parents=True, exist_ok=True)
     with terminable(), engines_for(config, config.model.path, folder / "engine.log") as served:

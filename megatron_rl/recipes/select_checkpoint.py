@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from megatron_rl.config.check import check_served_alone
 from megatron_rl.config.schema import Config, SelectConfig
 from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe.estimators import pass_at_k
@@ -77,6 +78,7 @@ def run(config: Config, engines_for: Callable[[Config, str, Path], AbstractConte
 
     An engine is started for each checkpoint in turn. ValueError when there is no checkpoint, or when engines are given.
     """
+    check_served_alone(config)
     if config.rollout.engine.urls:
         raise ValueError("rollout.engine.urls: select-checkpoint serves one checkpoint after the other and starts its "
                          "own engines; leave it empty")

@@ -75,13 +75,22 @@ def test_the_folder_of_weights_is_the_base_plus_what_the_adapter_folder_adds(run
 
 
 def test_an_adapter_folder_is_merged_into_the_folder_that_the_run_wrote(run_dir, model, tmp_path):
-    """Byte for byte, in another layout; an engine that would serve the base alone is not started with it."""
+    """Byte for byte, in another layout."""
     options = [f"model.path={model}", "model.lora.rank=8", f"model.lora.path={run_dir / 'adapter'}"]
     done = megatron_rl("convert", "merge", *options, f"run.dir={tmp_path}", "parallel=tp2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (run_dir / "hf" / "model.safetensors").read_bytes()
-    done = megatron_rl("evaluate", *SMALL, *options, f"run.dir={tmp_path / 'evaluated'}")
-    assert done.returncode != 0 and "merge the two with `megatron-rl convert merge`" in done.stderr
+
+
+def test_a_run_begins_with_an_adapter_folder_and_its_reference_is_the_base(run_dir, model, tmp_path):
+    done = megatron_rl("rl", *SMALL, *OPTIONS, f"model.path={model}", f"model.lora.path={run_dir / 'adapter'}",
+                       f"run.dir={tmp_path}", "run.steps=1", "run.dump_steps=[1]")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["sync/engines_verified"] == 1 and row["train/kl"] > 1e-6
+    start, given = (load_file(folder / "adapter" / "adapter_model.safetensors")
+                    for folder in (tmp_path / "dumps" / "step_00000001", run_dir))
+    assert start.keys() == given.keys() and all(torch.equal(start[name], given[name]) for name in given)
 
 
 def test_a_dumped_step_holds_the_adapters_and_is_replayed_bit_for_bit(run_dir):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rl.cli import main
 from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.load import load
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import ModelConfig
+from megatron_rl.launch.local import engines_for
 from megatron_rl.model import adapter_folder
 from megatron_rl.model.adapters import check_lora, count_trained, initial, matrix_slots
 from megatron_rl.model.architectures import parse_config, read_config
@@ -145,3 +148,22 @@ def test_pefts_configuration_names_the_modules_and_spares_experts_that_have_no_a
     found = json.loads((tmp_path / "spared" / adapter_folder.PEFT_CONFIG).read_text())
     assert found["target_modules"] == ["attention.dense", "attention.query_key_value", "shared_experts.down_proj",
                                        "shared_experts.gate_proj", "shared_experts.up_proj"]
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["serve"], ["select-checkpoint"],
+                                     ["data", "difficulty", "data.source=jsonl"]], ids=" ".join)
+def test_engines_that_no_trainer_publishes_to_are_not_started_beside_an_adapter_folder(command, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    more = [f"data.path={rows}", "--out", str(tmp_path / "out")] if command[0] == "data" else []
+    assert main([*command, *more, "model.path=base", "model.lora.rank=8", "model.lora.path=adapter"]) == 2
+    assert "model.lora.path=adapter: engines would serve model.path without it" in capsys.readouterr().err
+
+
+def test_a_run_whose_trainer_publishes_may_begin_with_an_adapter_folder(tmp_path):
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # nothing listens there, and this engine is left out until it answers
+        config = load(["model.path=base", "model.lora.rank=8", "model.lora.path=adapter",
+                       f"rollout.engine.urls=[http://127.0.0.1:{port.getsockname()[1]}]"])
+        with engines_for(config, "base", tmp_path / "engine.log") as served:
+            assert served.model.lora.path == "adapter"

@@ -84,9 +84,14 @@ def test_a_mistake_is_named_before_anything_starts(overrides, message):
         plan(["experiment=ring_lite_tiny", *overrides])
 
 
-def test_a_stage_that_cannot_work_is_named():
-    with pytest.raises(ValueError, match=r"stage math_rl: algo\.phi: 1000000 response tokens"):
-        check(plan(["experiment=ring_lite_tiny", "math_rl.algo.phi=1000000"]))
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["math_rl.algo.phi=1000000"], r"stage math_rl: algo\.phi: 1000000 response tokens"),
+    (["math_rl.model.lora.rank=8", "math_rl.model.lora.path=x"], "stage choice: model.lora.path=x: engines would"),
+    (["model.lora.rank=8", "model.lora.path=x"], "stage base: model.lora.path=x: engines would serve"),
+])
+def test_a_stage_that_cannot_work_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check(plan(["experiment=ring_lite_tiny", *overrides]))
 
 
 def test_a_base_checkpoint_of_ones_own_is_where_the_first_stage_begins(tmp_path):
