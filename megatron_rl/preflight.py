@@ -17,7 +17,7 @@ from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.foreign import load_function
-from megatron_rl.model.adapter_folder import identity, read_adapters
+from megatron_rl.model.adapter_folder import identity, read_adapters, why_not_peft
 from megatron_rl.model.adapters import check_lora, count_trained
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.backend import check_backend, resolve
@@ -129,13 +129,16 @@ def check_backends(config: Config, network: Network) -> None:
 
 
 def model_rows(config: Config, network: Network) -> list[tuple[str, str]]:
-    """(name, value) rows of a summary: what model.lora trains, and what model.backend and model.kernels resolve to
-    where the ranks will run."""
+    """(name, value) rows of a summary: what model.lora trains, whether peft loads its folder, and what model.backend
+    and model.kernels resolve to where the ranks will run."""
     lora, rows = config.model.lora, [("backend", str(resolve(config.model, gpu=_on_gpus(config))))]
     if lora.on:
         trained, total = count_trained(network, lora), count_parameters(network)[0]
         rows.insert(0, ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, experts {lora.experts}: {trained:,} "
                                 f"parameters train, {trained / total:.2%} of the model's"))
+        if (why := why_not_peft(network, lora)) is not None:
+            rows.insert(1, ("adapter folder", f"not for peft, which {why} and gives other logits, some without a "
+                                              "warning; use run.dir/hf (docs/lora.md)"))
     return rows
 
 

@@ -27,6 +27,7 @@ from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial
+from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.hf_folder import HFReader, atomic_folder
 from megatron_rl.model.network import Network
 
@@ -140,6 +141,24 @@ def write_adapter_folder(path: str | Path, options: ModelConfig, network: Networ
         save_file(whole, folder / TENSORS, metadata={"format": "pt"})
         _write(folder / PEFT_CONFIG, _peft_config(options, network, slots))
         _write(folder / ABOUT, identity(options.lora, options.path))
+
+
+def why_not_peft(network: Network, lora: LoraConfig) -> str | None:
+    """Why peft gives other logits for the adapter folder than the trainer; None if it gives the same, or if
+    transformers has no class of its own for the family.
+
+    Some of these folders peft loads without a warning (peft 0.21.2, transformers 5.19: utils/
+    transformers_weight_conversion.py maps all gate_proj, up_proj and down_proj to the experts' tensors).
+    """
+    mlp = {"linear_fc1", "linear_fc2"}.intersection(lora.targets)
+    beside = network.num_shared_experts > 0 or network.num_moe_layers < network.num_hidden_layers
+    if not (lora.on and network.num_experts and mlp) or FAMILIES[network.model_type].auto_map:
+        return None
+    if beside and (lora.experts != "none" or network.model_type != "qwen2_moe"):
+        return "takes the MLPs beside routed experts for experts"
+    if lora.experts != "none" and mlp == {"linear_fc1"}:
+        return "wants linear_fc2 of routed experts beside their linear_fc1"
+    return None
 
 
 def _write(file: Path, value: Any) -> None:

@@ -23,6 +23,7 @@ from megatron_rl.model.architectures import parse_config, read_config
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.slots import count_parameters
+from megatron_rl.preflight import model_rows
 from tests.tiny_models import write_tiny_bailing
 
 NETWORK = parse_config(bailing_config(num_hidden_layers=2, first_k_dense_replace=1, num_shared_experts=0), "tiny")
@@ -70,6 +71,14 @@ def test_every_family_has_adapters_on_all_projections_and_none_on_its_router(fam
     if network.num_experts:
         fewer = [count_trained(network, replace(lora, experts=experts)) for experts in ("own", "shared_outer", "none")]
         assert fewer == sorted(fewer, reverse=True) and len(set(fewer)) == 3
+
+
+def test_a_summary_says_for_which_families_peft_gives_other_logits():
+    """Which these are, test_peft.py finds out."""
+    config = load(["model.path=base", "model.lora.rank=8"])
+    said = {family for family in FAMILIES if "adapter folder" in dict(model_rows(config, parse_config(
+        {"torch_dtype": "float32", **FAMILIES[family].tiny, "model_type": family}, family)))}
+    assert said == {"glm4_moe", "qwen2_moe"}
 
 
 def test_a_fresh_adapter_depends_on_name_and_seed_and_adds_nothing():
