@@ -245,9 +245,10 @@ def convert(options) -> int:
         prepare_smollm2(Path(options.target))
     else:
         config = load(options.overrides)
-        merges, folder = options.kind == "merge", config.model.lora.path
-        require(merges == (folder is not None), f"model.lora.path={folder}: `convert merge` needs an adapter folder, "
-                "and `convert roundtrip` takes none")
+        merges, folder, rank = options.kind == "merge", config.model.lora.path, config.model.lora.rank
+        require(not merges or folder is not None, "model.lora.path is not set: `convert merge` needs an adapter folder")
+        require(merges or rank == 0, f"model.lora.rank={rank}: `convert roundtrip` takes no adapters; leave model.lora "
+                "out, or use `convert merge`")
         network = network_of(config)
         check_layout(network, config.parallel)
         check_backends(config, network)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Literal
 
@@ -42,6 +42,9 @@ class LoraConfig:
         require(len(set(self.targets)) == len(self.targets), "model.lora.targets names a projection twice")
         require(self.path is None or self.rank > 0,
                 f"model.lora.path={self.path} needs model.lora.rank: set it to the rank of that folder")
+        idle = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        require(self.rank > 0 or not idle, f"model.lora.{idle[0] if idle else ''} says nothing with model.lora.rank=0, "
+                "which trains all weights: set the rank, or leave it out")
 
     @property
     def on(self) -> bool:

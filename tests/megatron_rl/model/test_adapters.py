@@ -39,6 +39,9 @@ OPTIONS = ModelConfig(lora=LoraConfig(rank=4))
     (["model.lora.targets=[linear_qkv,linear_qkv]"], "model.lora.targets names a projection twice"),
     (["model.lora.experts=share"], r"model.lora.experts=share must be one of own, shared_outer, none"),
     (["model.lora.path=somewhere"], "model.lora.path=somewhere needs model.lora.rank"),
+    (["model.lora.alpha=16"], "model.lora.alpha says nothing with model.lora.rank=0, which trains all weights"),
+    (["model.lora.targets=[linear_qkv]"], "model.lora.targets says nothing"),
+    (["model.lora.experts=none"], "model.lora.experts says nothing"),
 ])
 def test_a_key_that_cannot_be_is_refused_by_its_name(overrides, words):
     with pytest.raises(ValueError, match=words):
@@ -50,6 +53,8 @@ def test_a_key_that_cannot_be_is_refused_by_its_name(overrides, words):
     (replace(OPTIONS, expert_bias_rate=0.01), False, "model.expert_bias_rate=0.01: model.lora freezes"),
     (replace(OPTIONS, lora=LoraConfig(rank=4, targets=("linear_fc1",), experts="none")), False,
      "experts=none puts no adapter into layer 1 of this bailing_moe"),
+    (replace(OPTIONS, lora=LoraConfig(rank=4, targets=("linear_qkv",), experts="shared_outer")), False,
+     "experts=shared_outer with model.lora.targets=linear_qkv: no routed expert"),
     (replace(OPTIONS, kernels=KernelConfig(experts="triton")), True, "model.kernels.experts=triton has no adapters"),
     (replace(OPTIONS, dtype="bfloat16"), True, "model.lora.rank=4: the grouped product .* multiples of 8 in bfloat16"),
 ])
@@ -167,6 +172,15 @@ def test_engines_that_no_trainer_publishes_to_are_not_started_beside_an_adapter_
     more = [f"data.path={rows}", "--out", str(tmp_path / "out")] if command[0] == "data" else []
     assert main([*command, *more, "model.path=base", "model.lora.rank=8", "model.lora.path=adapter"]) == 2
     assert "model.lora.path=adapter: engines would serve model.path without it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["merge", "model.lora.rank=8"], "model.lora.path is not set: `convert merge` needs"),
+    (["roundtrip", "model.lora.rank=8"], "model.lora.rank=8: `convert roundtrip` takes no adapters"),
+    (["roundtrip", "model.lora.rank=8", "model.lora.path=adapter"], "model.lora.rank=8: `convert roundtrip`")])
+def test_only_a_merge_takes_adapters(words, said, capsys):
+    assert main(["convert", *words, "model.path=base"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_run_whose_trainer_publishes_may_begin_with_an_adapter_folder(tmp_path):
