@@ -9,8 +9,8 @@ width m, shared experts of width s together, dense width f and vocabulary V, one
     once       output head            2 h V
     per pair of a query and a key it sees, per layer:  4 q d        (scores and their weighted sum of values)
 
-A causal sequence of L tokens has L (L + 1) / 2 such pairs. The backward pass costs twice the forward pass.
-Embedding lookup, norms, RoPE, softmax and activation recomputation are not counted.
+A causal sequence of L tokens has L (L + 1) / 2 such pairs. The backward pass costs twice the forward pass, and of a
+frozen matrix as much as the forward pass. Embedding lookup, norms, RoPE, softmax and activation recomputation are not counted.
 """
 
 from __future__ import annotations
@@ -52,9 +52,15 @@ def forward_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) ->
     return tokens * linear_flops_per_token(config) + pairs * _flops_per_pair(config)
 
 
-def train_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) -> int:
-    """Forward and backward FLOPs of a batch of causal sequences: three times the forward pass."""
-    return 3 * forward_flops(config, sequence_lengths)
+def train_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int], *, frozen: bool = False) -> int:
+    """Forward and backward FLOPs of a batch of causal sequences: three times the forward pass.
+
+    frozen: with model.lora a matrix has no gradient of its own, half of its backward pass. The adapters' products are
+    not counted.
+    """
+    lengths = list(sequence_lengths)
+    whole = 3 * forward_flops(config, lengths)
+    return whole - sum(lengths) * linear_flops_per_token(config) if frozen else whole
 
 
 def attention_balance_tokens(config: Mapping[str, Any]) -> float:

@@ -77,8 +77,9 @@ class Rollouts:
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
                    **budget_metrics(groups, batches), **counted}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
-        return OfferedStep(step, shards, metrics, samples, train_flops(self._sizes, lengths),
-                           timers.seconds("generate"), self._collector.state_dict())
+        flops = train_flops(self._sizes, lengths, frozen=config.model.lora.on)
+        return OfferedStep(step, shards, metrics, samples, flops, timers.seconds("generate"),
+                           self._collector.state_dict())
 
     def _hand_over(self, offered: OfferedStep) -> None:
         self._port.offer(offered.step, offered.shards)

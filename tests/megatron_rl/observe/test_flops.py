@@ -36,3 +36,8 @@ def test_attention_costs_as_much_as_the_rest_at_its_balance_length():
 def test_backward_is_twice_forward_and_sequences_add_up():
     assert train_flops(SMALL, [3, 5]) == 3 * (forward_flops(SMALL, [3]) + forward_flops(SMALL, [5]))
     assert forward_flops(SMALL, [8]) > forward_flops(SMALL, [3, 5])  # one sequence sees more pairs
+
+
+def test_frozen_matrices_have_no_gradient_of_their_own():
+    # 3 tokens: forward 2880 in matrices and 288 in pairs; backward 2880 for inputs of matrices and 576 for pairs
+    assert train_flops(SMALL, iter([3]), frozen=True) == 2880 + 288 + 2880 + 576
