@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_rl.config.load import read_json
@@ -28,7 +27,7 @@ from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial
 from megatron_rl.model.families import FAMILIES
-from megatron_rl.model.hf_folder import HFReader, atomic_folder
+from megatron_rl.model.hf_folder import HFReader, atomic_folder, open_tensors
 from megatron_rl.model.network import Network
 
 TENSORS, PEFT_CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "megatron_rl.json"
@@ -100,9 +99,12 @@ def read_adapters(options: ModelConfig, network: Network) -> dict[str, torch.Ten
                 "(<run.dir>/adapter)")
     require((folder / ABOUT).is_file(), f"{where}: no {ABOUT} there, so another program wrote it: query, key and value "
             "may have a lora_A each there, and here they share one. Merge it into its base, and start from that")
-    check_identity(where, read_json(folder / ABOUT), identity(options.lora, options.path))
+    about = read_json(folder / ABOUT)
+    require(isinstance(about, dict) and about.keys() >= {*SHAPE_KEYS, "base"},
+            f"{folder / ABOUT} lacks {', '.join(SHAPE_KEYS)} or base: the folder is damaged")
+    check_identity(where, about, identity(options.lora, options.path))
     found = {}
-    with safe_open(str(folder / TENSORS), framework="pt") as file:
+    with open_tensors(folder / TENSORS) as file:
         names = set(file.keys())
         for each in adapter_slots(network, options.lora):
             for (name, shape), module in [(next(iter(each.a.shapes.items())), each.base.names[0]),

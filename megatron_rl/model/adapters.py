@@ -93,8 +93,8 @@ def check_lora(options: ModelConfig, network: Network, *, gpu: bool) -> None:
             f"adapter into layer {min(bare, default=0)} of this {network.model_type}, and every layer needs one; add "
             "linear_qkv or linear_proj")
     require(lora.experts != "shared_outer" or (network.num_experts > 0 and not SHARED.keys().isdisjoint(lora.targets)),
-            f"model.lora.experts=shared_outer with model.lora.targets={','.join(lora.targets)}: no routed expert of this "
-            f"{network.model_type} has an adapter that could share a matrix; leave model.lora.experts out")
+            f"model.lora.experts=shared_outer with model.lora.targets={','.join(lora.targets)}: no routed expert of "
+            f"this {network.model_type} has an adapter that could share a matrix; leave model.lora.experts out")
     if network.num_experts and lora.experts != "none":
         experts = backend.kernels.experts
         require(experts not in ("triton", "reference"), f"model.kernels.experts={experts} has no adapters; use "

@@ -262,7 +262,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _open(file: Path):
+def open_tensors(file: Path):
+    """The *.safetensors file, to be read tensor by tensor. ValueError if it is damaged."""
     try:
         return safe_open(str(file), framework="pt")
     except SafetensorError as error:
@@ -281,7 +282,7 @@ class HFReader:
         self._where: dict[str, Any] = {}
         files: dict[str, Path] = {}
         for file in self.files(Path(folder), key):
-            handle = _open(file)
+            handle = open_tensors(file)
             for name in handle.keys():
                 if name in files:
                     raise ValueError(f"{self.named}: {name} is stored twice, in {files[name].name} and in {file.name}: "

@@ -10,7 +10,8 @@ width m, shared experts of width s together, dense width f and vocabulary V, one
     per pair of a query and a key it sees, per layer:  4 q d        (scores and their weighted sum of values)
 
 A causal sequence of L tokens has L (L + 1) / 2 such pairs. The backward pass costs twice the forward pass, and of a
-frozen matrix as much as the forward pass. Embedding lookup, norms, RoPE, softmax and activation recomputation are not counted.
+frozen matrix as much as the forward pass. Embedding lookup, norms, RoPE, softmax and activation recomputation are not
+counted.
 """
 
 from __future__ import annotations

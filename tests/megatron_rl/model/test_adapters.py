@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,21 @@ def test_a_folder_that_is_no_adapter_folder_of_ours_is_refused(written, tmp_path
         adapter_folder.write_adapter_folder(tmp_path / "adapter", options, network, matrices.items())
     with pytest.raises(ValueError, match="no adapter_model.safetensors there"):
         adapter_folder.read_adapters(replace(options, lora=replace(options.lora, path=str(tmp_path))), network)
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), [
+    (adapter_folder.TENSORS, lambda content: content[:-8], "adapter_model.safetensors is damaged or cut short"),
+    (adapter_folder.TENSORS, lambda content: b"", "adapter_model.safetensors is damaged or cut short"),
+    (adapter_folder.ABOUT, lambda content: b"{}", "megatron_rl.json lacks rank, .* or base: the folder is damaged"),
+    (adapter_folder.ABOUT, lambda content: b"[]", "megatron_rl.json lacks rank, .* or base: the folder is damaged"),
+    (adapter_folder.ABOUT, lambda content: content[:-9], "megatron_rl.json is not JSON"),
+])
+def test_a_damaged_folder_is_refused_by_its_file(written, name, damage, words):
+    options, network, _ = written
+    file = Path(options.lora.path) / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=words):
+        adapter_folder.read_adapters(options, network)
 
 
 def test_pefts_configuration_names_the_modules_and_spares_experts_that_have_no_adapter(written, tmp_path):
