@@ -138,9 +138,10 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
 
 
 def frozen_parameters(config: Config, chunks: Sequence[Chunk], stage: int) -> int:
-    """Parameters of the reference policy and of the teachers that the ranks hold, on one rank of the stage."""
+    """Parameters of the reference policy and of the teachers that the ranks hold, on one rank of the stage. None of
+    these has adapters."""
     reference = config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model)
-    own = sum(chunk.num_parameters for chunk in chunks) if reference else 0
+    own = sum(sum(chunk.frozen) or chunk.num_parameters for chunk in chunks) if reference else 0
     return own + sum(
         chunk.num_parameters for key, folder in config.algo.distillation.checkpoints.items()
         for chunk in stage_chunks(read_config(folder, key=key), config.parallel, stage, LoraConfig()))
