@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_rl.config.load import read_json
 from megatron_rl.config.lora import LoraConfig
@@ -27,7 +26,7 @@ from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial
 from megatron_rl.model.families import FAMILIES
-from megatron_rl.model.hf_folder import HFReader, atomic_folder, open_tensors
+from megatron_rl.model.hf_folder import HFReader, atomic_folder, open_tensors, save_tensors
 from megatron_rl.model.network import Network
 
 TENSORS, PEFT_CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "megatron_rl.json"
@@ -140,7 +139,7 @@ def write_adapter_folder(path: str | Path, options: ModelConfig, network: Networ
             whole[_peft_name(module, "B")] = found[b].clone()
     size = sum(prod(tensor.shape) * tensor.element_size() for tensor in whole.values())
     with atomic_folder(path, size, mark=ABOUT) as folder:
-        save_file(whole, folder / TENSORS, metadata={"format": "pt"})
+        save_tensors(whole, folder / TENSORS)
         _write(folder / PEFT_CONFIG, _peft_config(options, network, slots))
         _write(folder / ABOUT, identity(options.lora, options.path))
 

@@ -166,8 +166,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, d
     def flush() -> None:
         nonlocal held_bytes
         file = folder / f"part-{len(shards)}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
-        file.chmod(folder.stat().st_mode & 0o666)  # safetensors 0.8 writes 0600
+        save_tensors(held, file)
         shards.append(list(held))
         held.clear()
         held_bytes = 0
@@ -192,6 +191,12 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, d
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a *.safetensors file that the folder's readers may read: safetensors 0.8 writes 0600."""
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 @contextmanager

@@ -115,6 +115,10 @@ def test_a_folder_comes_back_matrix_by_matrix(written):
     assert found.keys() == matrices.keys() and all(torch.equal(found[name], matrices[name]) for name in matrices)
 
 
+def test_who_may_read_one_file_of_the_folder_may_read_all(written, tmp_path):
+    assert len({file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}) == 1
+
+
 def test_an_adapter_folder_for_another_base_is_refused_whatever_the_base_is_called(written, tmp_path):
     options, network, _ = written
     moved = tmp_path / "moved"
