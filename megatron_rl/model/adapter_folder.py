@@ -27,7 +27,7 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.hf_folder import HFReader, atomic_folder, open_tensors, save_tensors
-from megatron_rl.model.network import Network
+from megatron_rl.model.network import FREE_KEYS, Network
 
 TENSORS, PEFT_CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "megatron_rl.json"
 SHAPE_KEYS = ("rank", "alpha", "targets", "experts")
@@ -40,10 +40,12 @@ _SAMPLE = 4096
 def base_of(folder: str) -> dict[str, str]:
     """{"path": of the weights that adapters stand beside, "sha256": of what they are}.
 
-    The digest covers config.json, each weight file's header (names, types, shapes) and the first 4,096 bytes of every
-    tensor: training changes those of nearly every tensor, and a large model is not read whole.
+    The digest covers config.json but for FREE_KEYS, each weight file's header (names, types, shapes) and the first
+    4,096 bytes of every tensor: training changes those of nearly every tensor, and a large model is not read whole.
     """
-    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    raw = read_json(Path(folder) / "config.json")
+    network = {key: value for key, value in raw.items() if key not in FREE_KEYS}
+    digest = hashlib.sha256(json.dumps(network, sort_keys=True).encode())
     for file in HFReader.files(Path(folder)):
         with file.open("rb") as opened:
             size = opened.read(8)

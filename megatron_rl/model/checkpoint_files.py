@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model.adapter_folder import check_identity
-from megatron_rl.model.network import Network
+from megatron_rl.model.network import FREE_KEYS, Network
 
 FORMAT = 3
 MANIFEST, SUM, LOOP = "manifest.json", "manifest.sha256", "loop.json"
@@ -29,8 +29,6 @@ _NAME = re.compile(r"^step_(\d{8})$")
 _CHUNK = 1 << 24
 # of what a network could not have when a checkpoint was written
 _DEFAULTS = {each.name: each.default for each in fields(Network) if each.default is not MISSING}
-# what a config.json may change without becoming another network
-_FREE_KEYS = {"initializer_range", "max_position_embeddings"}
 
 
 class DamagedCheckpoint(ValueError):
@@ -161,7 +159,7 @@ def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[st
     """ValueError naming the keys of config.json in which the checkpoint's network is not `model`, or those of
     model.lora in which it has other adapters than `adapters` (adapter_folder.identity)."""
     saved, model = {**_DEFAULTS, **manifest["model"]}, {**_DEFAULTS, **model}
-    keys = sorted((saved.keys() | model.keys()) - _FREE_KEYS)
+    keys = sorted((saved.keys() | model.keys()) - FREE_KEYS)
     differing = [f"{key} is {saved.get(key)} there and {model.get(key)} here" for key in keys
                  if saved.get(key) != model.get(key)]
     if differing:

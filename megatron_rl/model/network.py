@@ -99,6 +99,8 @@ _MAY_BE_ZERO = {"intermediate_size", "num_experts", "num_experts_per_tok", "num_
                 "moe_intermediate_size", "first_k_dense_replace", "initializer_range", "rotary_dim",
                 "shared_expert_intermediate_size", "n_group", "topk_group", "num_nextn_predict_layers"}
 SCORES = ("softmax", "sigmoid")
+FREE_KEYS = frozenset({"initializer_range", "max_position_embeddings"})
+"""What a config.json may change without becoming another network."""
 
 
 def check_types(values: Mapping[str, Any], where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -130,6 +131,17 @@ def test_an_adapter_folder_for_another_base_is_refused_whatever_the_base_is_call
     adapter_folder.base_of.cache_clear()
     with pytest.raises(ValueError, match=r"adapter holds adapters of another base than model.path=.*moved: .*base, "):
         adapter_folder.read_adapters(replace(options, path=str(moved)), network)
+
+
+@pytest.mark.parametrize(("change", "same"), [
+    ({"max_position_embeddings": 4096}, True), ({"initializer_range": 0.5}, True), ({"rope_theta": 12345.0}, False)])
+def test_a_base_is_the_same_while_its_config_changes_only_what_a_checkpoint_may_change(written, change, same):
+    options, network, _ = written
+    config = Path(options.path) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    adapter_folder.base_of.cache_clear()
+    with contextlib.nullcontext() if same else pytest.raises(ValueError, match="adapters of another base"):
+        adapter_folder.read_adapters(options, network)
 
 
 @pytest.mark.parametrize(("change", "words"), [
