@@ -17,7 +17,7 @@ from megatron_rl.config.resume import changed, changes_experiment
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.foreign import load_function
-from megatron_rl.model.adapter_folder import identity, read_adapters, why_not_peft
+from megatron_rl.model.adapter_folder import ADAPTER_FOLDER, check_adapter_place, identity, read_adapters, why_not_peft
 from megatron_rl.model.adapters import check_lora, count_trained
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.backend import check_backend, resolve
@@ -104,6 +104,8 @@ def check_folders(config: Config, *, exports: bool) -> None:
         read_adapters(config.model, read_config(config.model.path))
     run_dir = Path(config.run.dir)
     require(run_dir.is_dir() or not run_dir.exists(), f"run.dir={run_dir} is a file: name a folder")
+    if exports and config.model.lora.on:
+        check_adapter_place(run_dir / ADAPTER_FOLDER, config.model, read_config(config.model.path))
     if exports:
         try:
             check_export(run_dir / "hf", read_json(Path(config.model.path) / "config.json"), config.model.path)

@@ -24,11 +24,13 @@ from megatron_rl.config.load import read_json
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig
-from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial
+from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial, matrix_slots
 from megatron_rl.model.families import FAMILIES
-from megatron_rl.model.hf_folder import HFReader, atomic_folder, open_tensors, save_tensors
+from megatron_rl.model.hf_folder import DTYPES, HFReader, atomic_folder, check_place, open_tensors, save_tensors
 from megatron_rl.model.network import FREE_KEYS, Network
 
+ADAPTER_FOLDER = "adapter"
+"""Beside `hf` in run.dir, with model.lora."""
 TENSORS, PEFT_CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "megatron_rl.json"
 SHAPE_KEYS = ("rank", "alpha", "targets", "experts")
 """What must be the same for adapters to fit into others."""
@@ -162,6 +164,12 @@ def why_not_peft(network: Network, lora: LoraConfig) -> str | None:
     if lora.experts != "none" and mlp == {"linear_fc1"}:
         return "wants linear_fc2 of routed experts beside their linear_fc1"
     return None
+
+
+def check_adapter_place(path: Path, options: ModelConfig, network: Network) -> None:
+    """ValueError if the folder could not be written to `path`: something else lies there, or the disk is full."""
+    elements = sum(prod(shape) for slot in matrix_slots(network, options.lora).values() for shape in slot.parts)
+    check_place(path.resolve(), elements * DTYPES[options.dtype].itemsize, str(path), ABOUT)
 
 
 def _write(file: Path, value: Any) -> None:

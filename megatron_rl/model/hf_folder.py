@@ -97,7 +97,7 @@ def check_export(path: str | Path, config: dict[str, Any], tokenizer_from: str |
     config |= {"architectures": [family.class_name]} | ({"auto_map": auto_map} if auto_map else {})
     num_bytes = sum(prod(shape) for shape in shapes.values()) * storage_dtype(config, where).itemsize
     num_bytes += sum(file.stat().st_size for file in files.values())
-    _check_place(Path(path).resolve(), num_bytes, str(path))
+    check_place(Path(path).resolve(), num_bytes, str(path))
     return Export(config, shapes, files, num_bytes)
 
 
@@ -209,7 +209,7 @@ def atomic_folder(path: str | Path, num_bytes: int, *, mark: str = "config.json"
     `.NAME.XXXXXXXX.old` beside it.
     """
     final = Path(path).resolve()
-    _check_place(final, num_bytes, str(path), mark)
+    check_place(final, num_bytes, str(path), mark)
     final.parent.mkdir(parents=True, exist_ok=True)
     stem = f".{final.name}.{uuid4().hex[:8]}"
     partial, old = final.parent / f"{stem}.partial", final.parent / f"{stem}.old"
@@ -234,7 +234,7 @@ def atomic_folder(path: str | Path, num_bytes: int, *, mark: str = "config.json"
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_place(path: Path, num_bytes: int, shown: str, mark: str = "config.json") -> None:
+def check_place(path: Path, num_bytes: int, shown: str, mark: str = "config.json") -> None:
     """ValueError when something else lies at `path`, or when its disk has no room for num_bytes."""
     _check_replaceable(path, mark)
     there = next(parent for parent in path.parents if parent.exists())

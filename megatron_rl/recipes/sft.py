@@ -15,6 +15,7 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
 from megatron_rl.data import PromptSource
 from megatron_rl.model import checkpoint_files
+from megatron_rl.model.adapter_folder import ADAPTER_FOLDER
 from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.model.convert import Exporter
 from megatron_rl.model.router import RoutingCounts
@@ -25,7 +26,7 @@ from megatron_rl.observe.files import write_json
 from megatron_rl.prompts import sft_source
 from megatron_rl.train_step.optimizer import learning_rate
 from megatron_rl.train_step.step import TrainStep
-from megatron_rl.trainer.export import ADAPTER_FOLDER, export, export_adapters
+from megatron_rl.trainer.export import export, export_adapters
 from megatron_rl.trainer.guarded import GuardedStep
 from megatron_rl.trainer.learner import build_trainable, packed_microbatches
 from megatron_rl.types import PackedMicrobatch, TrainSample

@@ -12,9 +12,6 @@ from megatron_rl.model.convert import Exporter
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.topology import Topology
 
-ADAPTER_FOLDER = "adapter"
-"""Beside `hf` in run.dir, with model.lora."""
-
 
 def export(config: Config, exporter: Exporter, here: Topology, folder: Path) -> None:
     """Collective: writes the policy, adapters merged, to `folder`, with the tokenizer of model.path."""

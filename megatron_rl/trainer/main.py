@@ -16,13 +16,14 @@ import torch
 from megatron_rl import loop, topology
 from megatron_rl.config.load import build
 from megatron_rl.config.schema import Config
+from megatron_rl.model.adapter_folder import ADAPTER_FOLDER
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.observe import lease
 from megatron_rl.observe.timing import PhaseFile, Timers
 from megatron_rl.plan import check_fits
 from megatron_rl.trainer.client import Heartbeat, Link
-from megatron_rl.trainer.export import ADAPTER_FOLDER, export, export_adapters
+from megatron_rl.trainer.export import export, export_adapters
 from megatron_rl.trainer.learner import PolicyLearner
 from megatron_rl.trainer.probe import Probe
 from megatron_rl.trainer.sender import Sender

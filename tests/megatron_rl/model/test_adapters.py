@@ -25,7 +25,7 @@ from megatron_rl.model.architectures import parse_config, read_config
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.slots import count_parameters
-from megatron_rl.preflight import model_rows
+from megatron_rl.preflight import check_folders, model_rows
 from tests.tiny_models import write_tiny_bailing
 
 NETWORK = parse_config(bailing_config(num_hidden_layers=2, first_k_dense_replace=1, num_shared_experts=0), "tiny")
@@ -204,6 +204,15 @@ def test_engines_that_no_trainer_publishes_to_are_not_started_beside_an_adapter_
     more = [f"data.path={rows}", "--out", str(tmp_path / "out")] if command[0] == "data" else []
     assert main([*command, *more, "model.path=base", "model.lora.rank=8", "model.lora.path=adapter"]) == 2
     assert "model.lora.path=adapter: engines would serve model.path without it" in capsys.readouterr().err
+
+
+def test_a_run_that_could_not_write_its_adapter_folder_at_the_end_is_refused_at_the_start(written, tmp_path):
+    options, *_ = written
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "notes.txt").write_text("mine")
+    config = load([f"model.path={options.path}", "model.lora.rank=2", f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(ValueError, match="run/adapter: not replaced, because it is no adapter folder"):
+        check_folders(config, exports=True)
 
 
 @pytest.mark.parametrize(("words", "said"), [
