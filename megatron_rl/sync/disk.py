@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
-
+from megatron_rl.model.hf_folder import save_tensors
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.sync.buckets import Bucket
@@ -49,7 +48,7 @@ class DiskPublisher(EnginePublisher):
             folder.mkdir(parents=True)
         shard = f"model-{bucket.index + 1:05d}.safetensors"
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in bucket.tensors}
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        save_tensors(tensors, folder / shard)
         self._weight_map |= dict.fromkeys(tensors, shard)
 
     async def _finish(self, version: int, what: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+import megatron_rl
 from megatron_rl.model.architectures import parse_config, read_config
 from megatron_rl.model.fresh import bailing_config, random_weights
 from megatron_rl.model.hf_folder import write_hf_folder
@@ -162,6 +165,13 @@ def test_folder_loads_with_transformers_and_its_files_are_readable(tmp_path):
     assert tokenizers[0].encode("1+1") == tokenizers[1].encode("1+1") != []
     assert {tensor.dtype for tensor in read_all(folder).values()} == {torch.bfloat16}
     assert len({file.stat().st_mode & 0o777 for file in folder.iterdir()}) == 1
+
+
+def test_every_tensor_file_for_other_programs_is_written_readable():
+    """safetensors 0.8 writes 0600: an engine of another user could not load a publish through a folder."""
+    package = Path(megatron_rl.__file__).parent
+    own = [path.name for path in package.rglob("*.py") if re.search(r"\bsave_file\(", path.read_text())]
+    assert own == ["hf_folder.py"]
 
 
 @pytest.mark.parametrize(("keys", "message"), [
