@@ -106,10 +106,12 @@ def run(config: Config, machines: Machines, tell: Callable[[str], None]) -> Ende
             raise RunFailed(f"{failed}\n{how_to_go_on(run_dir, str(failed))}") from failed
         finally:
             keeper.stop()
-            script.unlink(missing_ok=True)  # its keys are void
             ended = state.read_end(run_dir / state.FOLDER)
-            if ended is None:
-                lease.take(run_dir, over=True)  # ranks that still wait end now
+            with contextlib.suppress(lease.Superseded):  # then the script and the ranks are a newer start's
+                lease.check(run_dir)
+                script.unlink(missing_ok=True)  # its keys are void
+                if ended is None:
+                    lease.take(run_dir, over=True)  # ranks that still wait end now
     if ended is None:
         raise RunFailed(f"the orchestrator ended before the run; see {log}. {how_to_resume(run_dir)}")
     return ended[0]

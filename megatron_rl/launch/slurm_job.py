@@ -78,15 +78,13 @@ class Job:
             try:
                 lease.take(run_dir)
                 code = self.run_programs(self.start_engines())
+                lease.check(run_dir)  # a requeue would stop the newer start of the job
             except lease.Superseded as error:
                 say(str(error))
                 return lease.EXIT_CODE
             finally:
                 for engine in self.engines:
                     engine.terminate()
-            if (why := lease.superseded(run_dir)) is not None:
-                say(why)
-                return lease.EXIT_CODE
         return self.after(code)
 
     def check_shared(self) -> None:
@@ -120,7 +118,7 @@ class Job:
                  str(index), str(index // len(self.engine_hosts)), host if self.several else "127.0.0.1"]))
         urls: dict[int, str] = {}
         while waiting:
-            lease.check(self.config.run.dir)
+            self.look_at_lease()
             for index in sorted(waiting):
                 url, code = self.url_of(index), self.engines[index].poll()
                 if url is None and code is None:
@@ -140,6 +138,11 @@ class Job:
         if len(urls) < len(self.engines):
             say(f"the run goes on with {len(urls)} of rollout.engine.count={len(self.engines)} engines")
         return tuple(urls[index] for index in sorted(urls))
+
+    def look_at_lease(self) -> None:
+        """Superseded if a newer start has taken run.dir. A file system that is away for a while ends nothing."""
+        if (why := lease.superseded(self.config.run.dir)) is not None:
+            raise lease.Superseded(why)
 
     def place_of_ranks(self) -> list[str]:
         """Where srun puts the ranks: equally many on every node, in the order of the nodes."""
@@ -186,7 +189,7 @@ class Job:
         try:
             while (code := wait(ranks, POLL_S)) is None:
                 keeper.look()
-                lease.check(config.run.dir)
+                self.look_at_lease()
             if code == 0:
                 keeper.wait_for_end()
         except lease.Superseded:  # the programs see it too; srun may wait for a controller that is out of reach

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 from megatron_rl.compat.own_name import check_own_name
 from megatron_rl.config.load import load
 from megatron_rl.config.orchestrator import RUN_KEY
-from megatron_rl.launch.by_hand import Machines, check, write_script
-from megatron_rl.launch.local import rank_environment
+from megatron_rl.launch.by_hand import SCRIPT, Machines, check, run, write_script
+from megatron_rl.launch.local import RunFailed, rank_environment
+from megatron_rl.launch.programs import OrchestratorFailed, OrchestratorKeeper
+from megatron_rl.observe import lease
 
 GOOD = ["experiment=quickstart", "parallel.world_size=4", "rollout.publish=broadcast",
         "rollout.engine.urls=[http://n3:20500]", "orchestrator.host=n1"]
@@ -49,6 +52,28 @@ def test_the_script_is_for_the_user_alone_and_asks_for_its_number(tmp_path, monk
     assert "export MEGATRON_RL_RUN_KEY='secret of the run'" in text
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert done.returncode and "the number of this machine" in done.stderr
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_a_start_that_fails_ends_its_own_ranks_and_no_newer_starts(overtaken, tmp_path, monkeypatch):
+    """An orchestrator that a newer start has overtaken ends with an error, too."""
+    monkeypatch.setenv(RUN_KEY, "k")
+    monkeypatch.setenv(lease.START_NUMBER, "")  # so that it is undone
+
+    def fails(_) -> None:
+        if overtaken:
+            ours = os.environ[lease.START_NUMBER]
+            lease.take(tmp_path)
+            os.environ[lease.START_NUMBER] = ours
+        raise OrchestratorFailed("the orchestrator ended")
+
+    monkeypatch.setattr(OrchestratorKeeper, "start", fails)
+    with pytest.raises(RunFailed, match="the orchestrator ended"):
+        run(load([*GOOD, f"run.dir={tmp_path}", "rollout.engine.urls=[http://127.0.0.1:1]",
+                  "orchestrator.host=127.0.0.1"]), Machines(2, "n1:29500"), lambda _: None)
+    held = json.loads((tmp_path / lease.LEASE).read_text())
+    assert (held["number"], held["over"]) == (2, not overtaken)
+    assert (tmp_path / SCRIPT).exists() == overtaken, "the keys of a failed start, or a newer start's script"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")
