@@ -88,16 +88,23 @@ class Job:
         return self.after(code)
 
     def check_shared(self) -> None:
-        """SystemExit, naming node and path, if a node of the job does not see its folder or, with ranks, the model."""
+        """SystemExit, naming node and path, if a node of the job does not see its folder or, with ranks, the model.
+
+        The look is taken inside slurm.container, if there is one.
+        """
         nodes = [*self.trainer_hosts, *(host for host in self.engine_hosts if host not in self.trainer_hosts)]
         needed = [str((self.folder / "launch.json").absolute()), str(Path(self.config.model.path).absolute())]
-        blind = subprocess.run(
+        inside, options = contained(self.config, [
+            "bash", "-c", 'for path; do [ -r "$path" ] || echo "$(hostname) does not see $path"; done', "shared",
+            *needed])
+        done = subprocess.run(
             ["srun", "--overlap", "--job-name=shared", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}",
-             "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}", "bash", "-c",
-             'for path; do [ -r "$path" ] || echo "$(hostname) does not see $path"; done', "shared", *needed],
-            capture_output=True, text=True).stdout.splitlines()
+             "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}", *options, *inside], capture_output=True, text=True)
+        blind = [line for line in done.stdout.splitlines() if " does not see " in line]  # a cluster's prolog speaks too
         if blind:
             raise SystemExit(f"{'; '.join(sorted(blind))}: run.dir and model.path must be folders that all nodes share")
+        if done.returncode:
+            raise SystemExit(f"srun could not look at the folders on {','.join(nodes)}: {done.stderr.strip()}")
 
     def start_engines(self) -> tuple[str, ...]:
         """URLs of the engines that answer here, once all have answered or failed; SystemExit if none does.

@@ -5,7 +5,8 @@
     end.json           how the run ended, written before the trainer is told to finish
 
 The launcher removes the folder when it starts a run, and no older start writes into it (observe/lease.py), so every
-file in it belongs to this start. Each file is whole or absent. A checkpoint of S steps holds the state after collecting step S - 1.
+file in it belongs to this start. Each file is whole or absent. A checkpoint of S steps holds the state after collecting
+step S - 1.
 """
 
 from __future__ import annotations

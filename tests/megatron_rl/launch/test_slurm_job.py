@@ -1,5 +1,6 @@
 """What the ranks of a Slurm job are told of its engines."""
 
+import contextlib
 import os
 import shlex
 import socket
@@ -7,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rl.config.load import load
+from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.slurm import job_script
-from megatron_rl.launch.slurm_job import master_ports, with_engines
+from megatron_rl.launch.slurm_job import Job, master_ports, with_engines
 from megatron_rl.launch.slurm_step import check_place
+from megatron_rl.observe.files import write_json
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.ports import PORTS, choose_port
 
@@ -84,6 +86,28 @@ def test_a_rank_checks_that_nodes_run_equally_many():
         check_place(step(rank, rank // 8, rank % 8))
     with pytest.raises(ValueError, match="rank 2 is number 2 on .*, node 0 of 2: every node must run 2 ranks"):
         check_place(step(2, 0, 2, ranks=4))  # 3 + 1
+
+
+@pytest.mark.parametrize(("srun", "told"), [
+    ("echo welcome", None),
+    ("echo welcome; echo n2 does not see /a", "^n2 does not see /a: run.dir and model.path"),
+    ("echo Invalid account >&2; exit 1", "srun could not look at the folders on n1,n2: Invalid account"),
+])
+def test_the_look_at_the_folders_hears_the_nodes_and_not_the_clusters_greeting(srun, told, tmp_path, monkeypatch):
+    """It is taken where ranks and engines will run, which is inside the container."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("scontrol", "echo n1 n2"), ("srun", f'echo "$@" >{tmp_path}/asked; {srun}')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    write_json(tmp_path / "launch.json", to_dict(load([
+        "experiment=quickstart", "slurm.nodes=2", "parallel.world_size=2", "slurm.container=apptainer",
+        "slurm.container_image=rl.sif", "slurm.container_mounts=[/data:/data]"])))
+    with contextlib.nullcontext() if told is None else pytest.raises(SystemExit, match=told):
+        Job(tmp_path / "launch.json").check_shared()
+    assert "--nodelist=n1,n2 apptainer exec --bind=/data:/data rl.sif bash -c" in (tmp_path / "asked").read_text()
 
 
 def test_a_port_for_rank_0_that_is_taken_is_left_out():
