@@ -21,6 +21,7 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, is_loopback
 from megatron_rl.config.schema import Config, require
+from megatron_rl.launch.hosts import check_tensor, is_here
 from megatron_rl.launch.keys import check_keys
 from megatron_rl.launch.local import (
     RunFailed,
@@ -65,7 +66,9 @@ def check(config: Config, machines: Machines) -> Config:
     require(bool(engine.urls), "rollout.engine.urls is empty: start the engines first, with `megatron-rl engine` on "
             "their machines, and name them here")
     require(engine.router != "local", "rollout.engine.router=local is started with the engines: give its URL")
-    if nodes == 1:
+    host, _ = _place(machines)
+    if nodes == 1 and is_here(host):
+        check_tensor(config)
         return config
     for url in engine.urls:
         require(not is_loopback(url.split("://")[-1].rsplit(":", 1)[0].strip("[]")),
@@ -155,11 +158,19 @@ def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
     return path
 
 
+def _place(machines: Machines) -> tuple[str, int | None]:
+    """Host and port of --master; a port of None is still to be found. ValueError for another form."""
+    if machines.master is None:
+        return ("127.0.0.1" if machines.nodes == 1 else socket.gethostname()), None
+    host, colon, port = machines.master.partition(":")
+    require(host and (not colon or (port.isdecimal() and 1 <= int(port) <= 65535)),
+            f"--master {machines.master}: give HOST or HOST:PORT, with a port from 1 to 65535")
+    return host, int(port) if colon else None
+
+
 def _master(machines: Machines) -> tuple[str, int]:
-    """Where rank 0 listens for the others."""
-    host, _, port = (machines.master or socket.gethostname()).partition(":")
-    if port:
-        require(port.isdecimal() and 1 <= int(port) <= 65535, f"--master {machines.master}: a port lies in 1 to 65535")
-    if host == socket.gethostname() and machines.nodes > 1:
-        return host, choose_port(int(port) if port else None, host=host, key="the port of --master", ports=MASTER_PORTS)
-    return ("127.0.0.1" if machines.nodes == 1 and not machines.master else host), int(port or MASTER_PORTS.start)
+    """Where rank 0 listens for the others; a free port if that is on this machine."""
+    host, port = _place(machines)
+    if is_here(host):
+        return host, choose_port(port, host=host, key="the port of --master", ports=MASTER_PORTS)
+    return host, port or MASTER_PORTS.start

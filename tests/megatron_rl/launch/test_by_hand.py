@@ -10,13 +10,16 @@ import sys
 
 import pytest
 
+from megatron_rl import cli
 from megatron_rl.compat.own_name import check_own_name
 from megatron_rl.config.load import load
 from megatron_rl.config.orchestrator import RUN_KEY
-from megatron_rl.launch.by_hand import SCRIPT, Machines, check, run, write_script
+from megatron_rl.launch.by_hand import MASTER_PORTS, SCRIPT, Machines, _master, check, run, write_script
+from megatron_rl.launch.hosts import check_tensor
 from megatron_rl.launch.local import RunFailed, rank_environment
 from megatron_rl.launch.programs import OrchestratorFailed, OrchestratorKeeper
 from megatron_rl.observe import lease
+from tests.tiny_models import write_tiny_bailing
 
 GOOD = ["experiment=quickstart", "parallel.world_size=4", "rollout.publish=broadcast",
         "rollout.engine.urls=[http://n3:20500]", "orchestrator.host=n1"]
@@ -27,12 +30,50 @@ GOOD = ["experiment=quickstart", "parallel.world_size=4", "rollout.publish=broad
     (2, ["rollout.engine.urls=[]"], "rollout.engine.urls is empty: start the engines first, with `megatron-rl engine`"),
     (2, ["rollout.engine.urls=[http://127.0.0.1:1]"], "leads every machine to itself"),
     (2, ["rollout.publish=tensor"], "choose broadcast or disk"),
+    (1, ["rollout.publish=tensor"], "http://n3:20500 of rollout.engine.urls leads to another: choose broadcast"),
     (2, ["run.steps=2", "stages=[{name: a, steps: 1}, {name: b, steps: 1}]"], "run each stage by itself"),
 ])
 def test_what_cannot_run_by_hand_is_refused(nodes, overrides, told):
     check(load(GOOD), Machines(2))
     with pytest.raises(ValueError, match=told):
         check(load([*GOOD, *overrides]), Machines(nodes))
+
+
+@pytest.mark.parametrize("master", ["", ":29500", "n1:", "n1:0", "n1:65536", "n1:x", "fe80::1"])
+def test_a_master_that_is_no_host_and_port_is_refused(master):
+    with pytest.raises(ValueError, match=f"--master {master}: give HOST or HOST:PORT"):
+        check(load(GOOD), Machines(2, master))
+
+
+def test_engines_on_this_machine_may_share_its_memory_and_others_may_not(tmp_path, capsys):
+    """Its own name is no other machine."""
+    words = [*GOOD, "rollout.publish=tensor", "rollout.engine.urls=[http://127.0.0.1:1,http://HOST:2]"]
+    here = load([word.replace("HOST", socket.gethostname()) for word in words])
+    check(here, Machines(1))
+    check_tensor(here)
+    model = write_tiny_bailing(tmp_path / "model")
+    assert cli.main(["rl", f"model.path={model}", f"run.dir={tmp_path / 'run'}", "data.source=chains",
+                     "rollout.max_context_tokens=128", "rollout.engine.urls=[http://192.0.2.1:1]"]) == 2
+    assert "http://192.0.2.1:1 of rollout.engine.urls leads to another" in " ".join(capsys.readouterr().err.split())
+
+
+def test_ranks_on_one_other_machine_are_told_of_this_one_by_its_name(monkeypatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.2")
+    elsewhere = Machines(1, "192.0.2.1")
+    assert check(load([*GOOD, "orchestrator.host=127.0.0.1"]), elsewhere).orchestrator.host == socket.gethostname()
+    assert check(load([*GOOD, "orchestrator.host=127.0.0.1"]), Machines(1)).orchestrator.host == "127.0.0.1"
+    for override, told in (("rollout.publish=tensor", "of one machine: choose broadcast or disk"),
+                           ("rollout.engine.urls=[http://127.0.0.1:1]", "leads every machine to itself")):
+        with pytest.raises(ValueError, match=told):
+            check(load([*GOOD, override]), elsewhere)
+
+
+def test_runs_on_one_machine_find_each_a_port():
+    with socket.create_server(("127.0.0.1", MASTER_PORTS.start)):
+        assert _master(Machines(1)) == ("127.0.0.1", MASTER_PORTS.start + 1)
+        with pytest.raises(ValueError, match=f"the port of --master={MASTER_PORTS.start} is taken on 127.0.0.1"):
+            _master(Machines(1, f"127.0.0.1:{MASTER_PORTS.start}"))
+    assert _master(Machines(2, "192.0.2.1")) == ("192.0.2.1", MASTER_PORTS.start)
 
 
 def test_a_name_that_leads_home_is_refused(monkeypatch):

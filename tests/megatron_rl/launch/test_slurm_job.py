@@ -56,6 +56,14 @@ def test_shared_memory_to_engines_on_other_nodes_is_refused(elsewhere):
     job_script(load(["experiment=quickstart", "rollout.publish=tensor", "slurm.nodes=2"]))  # one engine, beside rank 0
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_shared_memory_to_engines_that_run_already_is_refused_unless_they_are_beside_rank_0(nodes):
+    tensor = ["experiment=quickstart", "rollout.publish=tensor", f"slurm.nodes={nodes}"]
+    with pytest.raises(ValueError, match="http://n9:1 of rollout.engine.urls leads to another: choose broadcast or"):
+        job_script(load([*tensor, "rollout.engine.urls=[http://127.0.0.1:1,http://n9:1]"]))
+    job_script(load([*tensor, "rollout.engine.urls=[http://127.0.0.1:1]"]))
+
+
 def test_names_with_blanks_reach_sbatch_whole(tmp_path):
     run_dir = tmp_path / "my runs"
     text = job_script(load(["experiment=quickstart", "run.name='a b'", f"run.dir='{run_dir}'"]))
