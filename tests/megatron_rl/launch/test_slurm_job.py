@@ -122,3 +122,10 @@ def test_a_port_for_rank_0_that_is_taken_is_left_out():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert choose_port(None, ports=[port, port + 1]) == port + 1
+
+
+def test_servers_that_start_later_get_each_a_port_of_their_own(monkeypatch):
+    """Engines that serve other machines have two: one for requests, one for the store of their ranks."""
+    monkeypatch.setattr("megatron_rl.rollout.ports.PORTS", range(20000, 20030))
+    drawn = [choose_port(None) for _ in range(12)]
+    assert len(set(drawn)) == len(drawn)
