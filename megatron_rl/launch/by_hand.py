@@ -21,13 +21,14 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, is_loopback
 from megatron_rl.config.schema import Config, require
-from megatron_rl.launch.hosts import check_tensor, is_here
+from megatron_rl.launch.hosts import check_tensor
 from megatron_rl.launch.keys import check_keys
 from megatron_rl.launch.local import (
     RunFailed,
     RunInterrupted,
     after_start,
     check_disk,
+    check_still_there,
     engines_for,
     follow,
     how_to_go_on,
@@ -41,7 +42,7 @@ from megatron_rl.loop import Ended
 from megatron_rl.observe import lease
 from megatron_rl.observe.files import write_json
 from megatron_rl.orchestrator import stages, state
-from megatron_rl.rollout.ports import choose_port
+from megatron_rl.rollout.ports import choose_port, is_here
 
 SCRIPT = "torchrun.sh"
 MASTER_PORTS = range(29500, 29600)
@@ -109,6 +110,7 @@ def run(config: Config, machines: Machines, tell: Callable[[str], None]) -> Ende
             raise RunFailed(f"{failed}\n{how_to_go_on(run_dir, str(failed))}") from failed
         finally:
             keeper.stop()
+            check_still_there(run_dir)
             ended = state.read_end(run_dir / state.FOLDER)
             with contextlib.suppress(lease.Superseded):  # then the script and the ranks are a newer start's
                 lease.check(run_dir)
@@ -149,7 +151,7 @@ def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
         f"--master-port={port}", "-m", "megatron_rl.train", "rl", str(Path(config.run.dir).absolute() / "launch.json")])
     path = Path(config.run.dir).absolute() / SCRIPT
     path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write("\n".join([
             "#!/bin/bash", f"# This machine's ranks: bash {path} NUMBER, from 0 to {nodes - 1}; 0 on {host}.",
             "# It holds the keys of one start of the run: the next start writes it anew.", "set -e",

@@ -1,4 +1,4 @@
-"""Where a name leads, and whether a server that answers on its own machine answers here, before a run relies on it."""
+"""Which machine a server is on, and whether it answers here, found out before a run relies on it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,10 @@ from megatron_rl.config.rollout import is_loopback
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.keys import status_of
+from megatron_rl.rollout.ports import is_here
 
 PROOF_S = 15.0
 POLL_S = 0.5
-
-
-def is_here(host: str) -> bool:
-    """Whether the name leads to this machine, which can bind its own addresses alone."""
-    with socket.socket() as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-    return True
 
 
 def check_tensor(config: Config, is_beside: Callable[[str], bool] = is_here) -> None:

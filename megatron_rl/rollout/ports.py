@@ -16,8 +16,12 @@ def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.
                 key: str = "rollout.engine.port", ports: Sequence[int] | None = None) -> int:
     """A free port of `host` that is not in `taken`, or `port` itself. ValueError naming `key` if that one is taken.
 
+    ValueError too if `host` does not lead to this machine.
     ports: those to try, in this order; None for PORTS in an order of chance, and none of them twice.
     """
+    if not is_here(host):
+        raise ValueError(f"{host} leads to no address of this machine, and {key} is to be a port of it: give a name or "
+                         "address that this machine has")
     if port is not None:
         if not _can_bind(host, port):
             raise ValueError(f"{key}={port} is taken on {host}: choose another, or leave it unset "
@@ -29,6 +33,11 @@ def choose_port(port: int | None, taken: Sequence[int] = (), host: str = "127.0.
             return candidate
     tried = ports or PORTS
     raise ValueError(f"no port from {min(tried)} to {max(tried)} is free on {host}")
+
+
+def is_here(host: str) -> bool:
+    """Whether the name leads to this machine, which can bind its own addresses alone."""
+    return _can_bind(host, 0)
 
 
 def _can_bind(host: str, port: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -85,10 +86,12 @@ def test_a_name_that_leads_home_is_refused(monkeypatch):
 
 def test_the_script_is_for_the_user_alone_and_asks_for_its_number(tmp_path, monkeypatch):
     monkeypatch.setenv(RUN_KEY, "secret of the run")
-    config = load([*GOOD, f"run.dir={tmp_path}"])
+    (tmp_path / "gr\u00f6\u00dfer").mkdir()
+    config = load([*GOOD, f"run.dir={tmp_path}/gr\u00f6\u00dfer"])
     script = write_script(config, 2, "n1", 29500)
     assert script.stat().st_mode & 0o777 == 0o600
-    text = script.read_text()
+    text = script.read_text(encoding="utf-8")
+    assert f"{tmp_path}/gr\u00f6\u00dfer/launch.json" in text
     assert "--nnodes=2" in text and "--nproc-per-node=2" in text and "--master-addr=n1 --master-port=29500" in text
     assert "export MEGATRON_RL_RUN_KEY='secret of the run'" in text
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
@@ -115,6 +118,16 @@ def test_a_start_that_fails_ends_its_own_ranks_and_no_newer_starts(overtaken, tm
     held = json.loads((tmp_path / lease.LEASE).read_text())
     assert (held["number"], held["over"]) == (2, not overtaken)
     assert (tmp_path / SCRIPT).exists() == overtaken, "the keys of a failed start, or a newer start's script"
+
+
+def test_a_folder_that_is_removed_meanwhile_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(RUN_KEY, "k")
+    monkeypatch.setenv(lease.START_NUMBER, "")
+    monkeypatch.setattr(OrchestratorKeeper, "start", lambda _: shutil.rmtree(tmp_path / "run"))
+    monkeypatch.setattr(OrchestratorKeeper, "poll", lambda _: None)
+    with pytest.raises(RunFailed, match=f"run.dir={tmp_path}/run was removed while the run went on"):
+        run(load([*GOOD, f"run.dir={tmp_path}/run", "rollout.engine.urls=[http://127.0.0.1:1]",
+                  "orchestrator.host=127.0.0.1"]), Machines(2, "n1:29500"), lambda _: None)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")
