@@ -3,7 +3,10 @@
 import contextlib
 import os
 import shlex
+import signal
 import socket
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,9 +14,11 @@ import pytest
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
+from megatron_rl.launch import slurm_step
 from megatron_rl.launch.slurm import job_script
 from megatron_rl.launch.slurm_job import Job, master_ports, with_engines
 from megatron_rl.launch.slurm_step import check_place
+from megatron_rl.observe import lease
 from megatron_rl.observe.files import write_json
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.ports import PORTS, choose_port
@@ -116,6 +121,34 @@ def test_the_look_at_the_folders_hears_the_nodes_and_not_the_clusters_greeting(s
     with contextlib.nullcontext() if told is None else pytest.raises(SystemExit, match=told):
         Job(tmp_path / "launch.json").check_shared()
     assert "--nodelist=n1,n2 apptainer exec --bind=/data:/data rl.sif bash -c" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_an_engine_of_an_older_start_gives_no_url_to_the_newer_one(overtaken, tmp_path, monkeypatch):
+    """It may answer only after the newer start has begun to wait for its own engines."""
+    monkeypatch.setenv(lease.START_NUMBER, "")  # so that it is undone
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    lease.take(tmp_path)
+    ours = os.environ[lease.START_NUMBER]
+
+    @contextlib.contextmanager
+    def engines_for(config, *_):
+        if overtaken:
+            lease.take(tmp_path)
+            monkeypatch.setenv(lease.START_NUMBER, ours)
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        yield with_engines(config, ("http://n1:20001",), resume=False)
+
+    monkeypatch.setattr(slurm_step, "engines_for", engines_for)
+    write_json(tmp_path / "launch.json", to_dict(load(["experiment=quickstart", f"run.dir={tmp_path}"])))
+    try:
+        with pytest.raises(lease.Superseded) if overtaken else contextlib.nullcontext():
+            slurm_step.engine(str(tmp_path / "launch.json"), "0", "0", "127.0.0.1")
+        time.sleep(0.4)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "engine-0.url").exists() != overtaken
 
 
 def test_a_port_for_rank_0_that_is_taken_is_left_out():
