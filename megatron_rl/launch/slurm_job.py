@@ -70,22 +70,30 @@ class Job:
         signal.signal(signal.SIGUSR1, lambda *_: self.ask_to_stop())
         say(f"job {self.id}, start {self.restarts + 1}, trainers on {','.join(self.trainer_hosts)}, "
             f"engines on {','.join(self.engine_hosts)}")
-        run_dir = self.config.run.dir
-        if self.several:
-            check_own_name(self.trainer_hosts[0])
-            self.check_shared()
-        with claimed(run_dir, job=self.id):
-            try:
-                lease.take(run_dir)
-                code = self.run_programs(self.start_engines())
-                lease.check(run_dir)  # a requeue would stop the newer start of the job
-            except lease.Superseded as error:
-                say(str(error))
-                return lease.EXIT_CODE
-            finally:
-                for engine in self.engines:
-                    engine.terminate()
+        try:
+            code = self.work()
+            lease.check(self.config.run.dir)  # a requeue would stop the newer start of the job
+        except lease.Superseded as error:
+            say(str(error))
+            return lease.EXIT_CODE
         return self.after(code)
+
+    def work(self) -> int:
+        """Exit code of the run; 1 if it could not start, as when preemption takes the engines before they answer."""
+        run_dir = self.config.run.dir
+        try:
+            if self.several:
+                check_own_name(self.trainer_hosts[0])
+                self.check_shared()
+            with claimed(run_dir, job=self.id):
+                lease.take(run_dir)
+                return self.run_programs(self.start_engines())
+        except SystemExit as failed:
+            say(str(failed))
+            return 1
+        finally:
+            for engine in self.engines:
+                engine.terminate()
 
     def check_shared(self) -> None:
         """SystemExit, naming node and path, if a node of the job does not see its folder or, with ranks, the model.

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,40 @@ def test_a_rank_checks_that_nodes_run_equally_many():
         check_place(step(2, 0, 2, ranks=4))  # 3 + 1
 
 
+def pretend_slurm(tmp_path: Path, monkeypatch, **commands: str) -> None:
+    """Programs of these names that do what the lines of bash say, and the environment of job 7."""
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+
+
+@pytest.mark.parametrize(("preempted", "code"), [("2026-11-29T12:00:00", 0), ("None", 1)])
+def test_a_job_that_is_preempted_before_its_engines_answer_goes_back_into_the_queue(
+        preempted, code, tmp_path, monkeypatch, capsys):
+    """Preemption ends the engines. A job that then ends by itself would not be started again."""
+    monkeypatch.setenv(lease.START_NUMBER, "")  # so that it is undone
+    pretend_slurm(tmp_path, monkeypatch, srun="exit 1", scontrol=f"""
+        case "$1 $2" in
+            "show hostnames") echo n1 ;;
+            "show job") echo PreemptTime={preempted} ;;
+            "requeue 7") touch {tmp_path}/requeued ;;
+        esac""")
+    (tmp_path / "slurm").mkdir()
+    write_json(tmp_path / "slurm" / "launch.json", to_dict(load([
+        "experiment=quickstart", f"run.dir={tmp_path}", "slurm.nodes=1"])))
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert Job(tmp_path / "slurm" / "launch.json").run() == code
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert "no engine could be started" in capsys.readouterr().out
+    assert (tmp_path / "requeued").exists() == (code == 0)
+
+
 @pytest.mark.parametrize(("srun", "told"), [
     ("echo welcome", None),
     ("echo welcome; echo n2 does not see /a", "^n2 does not see /a: run.dir and model.path"),
@@ -108,13 +143,7 @@ def test_a_rank_checks_that_nodes_run_equally_many():
 ])
 def test_the_look_at_the_folders_hears_the_nodes_and_not_the_clusters_greeting(srun, told, tmp_path, monkeypatch):
     """It is taken where ranks and engines will run, which is inside the container."""
-    (tmp_path / "bin").mkdir()
-    for name, text in (("scontrol", "echo n1 n2"), ("srun", f'echo "$@" >{tmp_path}/asked; {srun}')):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    pretend_slurm(tmp_path, monkeypatch, scontrol="echo n1 n2", srun=f'echo "$@" >{tmp_path}/asked; {srun}')
     write_json(tmp_path / "launch.json", to_dict(load([
         "experiment=quickstart", "slurm.nodes=2", "parallel.world_size=2", "slurm.container=apptainer",
         "slurm.container_image=rl.sif", "slurm.container_mounts=[/data:/data]"])))
@@ -152,9 +181,9 @@ def test_an_engine_of_an_older_start_gives_no_url_to_the_newer_one(overtaken, tm
 
 
 def test_a_port_for_rank_0_that_is_taken_is_left_out():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert choose_port(None, ports=[port, port + 1]) == port + 1
+    port, free = choose_port(None), choose_port(None)  # where the kernel gives no other test one
+    with socket.create_server(("127.0.0.1", port)):
+        assert choose_port(None, ports=[port, free]) == free
 
 
 def test_servers_that_start_later_get_each_a_port_of_their_own(monkeypatch):
