@@ -9,13 +9,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_rl.config.load import load
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.programs import prepared
 from megatron_rl.loop import End, Ended
+from megatron_rl.model.checkpoint import Checkpoints
 from megatron_rl.observe import lease
 from megatron_rl.orchestrator import state
 
@@ -155,3 +158,20 @@ def test_a_lock_that_nobody_gives_back_is_replaced(older, tmp_path, monkeypatch)
         os.kill(older.pid, 18)
         assert older.wait(5) == lease.EXIT_CODE
         assert str(os.getpid()) in (tmp_path / "run" / "run.lock").read_text(), "it took the newer start's lock away"
+
+
+def test_an_older_start_leaves_the_newer_ones_unfinished_checkpoint_alone(tmp_path):
+    """It has the same name if both are at the same step."""
+    mine = SimpleNamespace(_run=RunConfig(dir=str(tmp_path), keep_checkpoints=1), folder=tmp_path / "checkpoints",
+                           _topology=SimpleNamespace(is_main=True, gather_objects=lambda value: [value]))
+    mine._partial = lambda step: Checkpoints._partial(mine, step)
+    lease.take(tmp_path)
+    Checkpoints._make_folder(mine, partial := mine._partial(3))
+    take_elsewhere(tmp_path)
+    with pytest.raises(lease.Superseded):
+        Checkpoints._make_folder(mine, partial)
+    with pytest.raises(lease.Superseded):
+        Checkpoints._commit(mine, SimpleNamespace(step=3, manifest={}))
+    with pytest.raises(OSError, match="step 3 could not be saved"):
+        Checkpoints._agree(mine, 3, OSError("no space"))
+    assert list((tmp_path / "checkpoints").iterdir()) == [partial] and not list(partial.iterdir())
