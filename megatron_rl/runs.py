@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.claim import claimed
+from megatron_rl.launch.hosts import check_tensor
 from megatron_rl.launch.local import RunFailed, after_start, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import run_rl
 from megatron_rl.loop import Ended
@@ -45,6 +46,7 @@ def _train_rl(config: Config) -> Ended:
     check_devices(config)
     check_gpus_of_run(config, read_config(config.model.path))
     warn_of_shared_gpus(config)
+    check_tensor(config)
     check_start(config)
     check_memory(config)
     lease.take(run_dir)

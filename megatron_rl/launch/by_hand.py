@@ -21,12 +21,14 @@ from megatron_rl.config.load import to_dict
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, is_loopback
 from megatron_rl.config.schema import Config, require
+from megatron_rl.launch.hosts import check_tensor
 from megatron_rl.launch.keys import check_keys
 from megatron_rl.launch.local import (
     RunFailed,
     RunInterrupted,
     after_start,
     check_disk,
+    check_still_there,
     engines_for,
     follow,
     how_to_go_on,
@@ -40,7 +42,7 @@ from megatron_rl.loop import Ended
 from megatron_rl.observe import lease
 from megatron_rl.observe.files import write_json
 from megatron_rl.orchestrator import stages, state
-from megatron_rl.rollout.ports import choose_port
+from megatron_rl.rollout.ports import choose_port, is_here
 
 SCRIPT = "torchrun.sh"
 MASTER_PORTS = range(29500, 29600)
@@ -65,7 +67,9 @@ def check(config: Config, machines: Machines) -> Config:
     require(bool(engine.urls), "rollout.engine.urls is empty: start the engines first, with `megatron-rl engine` on "
             "their machines, and name them here")
     require(engine.router != "local", "rollout.engine.router=local is started with the engines: give its URL")
-    if nodes == 1:
+    host, _ = _place(machines)
+    if nodes == 1 and is_here(host):
+        check_tensor(config)
         return config
     for url in engine.urls:
         require(not is_loopback(url.split("://")[-1].rsplit(":", 1)[0].strip("[]")),
@@ -106,10 +110,13 @@ def run(config: Config, machines: Machines, tell: Callable[[str], None]) -> Ende
             raise RunFailed(f"{failed}\n{how_to_go_on(run_dir, str(failed))}") from failed
         finally:
             keeper.stop()
-            script.unlink(missing_ok=True)  # its keys are void
+            check_still_there(run_dir)
             ended = state.read_end(run_dir / state.FOLDER)
-            if ended is None:
-                lease.take(run_dir, over=True)  # ranks that still wait end now
+            with contextlib.suppress(lease.Superseded):  # then the script and the ranks are a newer start's
+                lease.check(run_dir)
+                script.unlink(missing_ok=True)  # its keys are void
+                if ended is None:
+                    lease.take(run_dir, over=True)  # ranks that still wait end now
     if ended is None:
         raise RunFailed(f"the orchestrator ended before the run; see {log}. {how_to_resume(run_dir)}")
     return ended[0]
@@ -144,7 +151,7 @@ def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
         f"--master-port={port}", "-m", "megatron_rl.train", "rl", str(Path(config.run.dir).absolute() / "launch.json")])
     path = Path(config.run.dir).absolute() / SCRIPT
     path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write("\n".join([
             "#!/bin/bash", f"# This machine's ranks: bash {path} NUMBER, from 0 to {nodes - 1}; 0 on {host}.",
             "# It holds the keys of one start of the run: the next start writes it anew.", "set -e",
@@ -153,11 +160,19 @@ def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
     return path
 
 
+def _place(machines: Machines) -> tuple[str, int | None]:
+    """Host and port of --master; a port of None is still to be found. ValueError for another form."""
+    if machines.master is None:
+        return ("127.0.0.1" if machines.nodes == 1 else socket.gethostname()), None
+    host, colon, port = machines.master.partition(":")
+    require(host and (not colon or (port.isdecimal() and 1 <= int(port) <= 65535)),
+            f"--master {machines.master}: give HOST or HOST:PORT, with a port from 1 to 65535")
+    return host, int(port) if colon else None
+
+
 def _master(machines: Machines) -> tuple[str, int]:
-    """Where rank 0 listens for the others."""
-    host, _, port = (machines.master or socket.gethostname()).partition(":")
-    if port:
-        require(port.isdecimal() and 1 <= int(port) <= 65535, f"--master {machines.master}: a port lies in 1 to 65535")
-    if host == socket.gethostname() and machines.nodes > 1:
-        return host, choose_port(int(port) if port else None, host=host, key="the port of --master", ports=MASTER_PORTS)
-    return ("127.0.0.1" if machines.nodes == 1 and not machines.master else host), int(port or MASTER_PORTS.start)
+    """Where rank 0 listens for the others; a free port if that is on this machine."""
+    host, port = _place(machines)
+    if is_here(host):
+        return host, choose_port(port, host=host, key="the port of --master", ports=MASTER_PORTS)
+    return host, port or MASTER_PORTS.start

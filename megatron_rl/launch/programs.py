@@ -39,6 +39,7 @@ from megatron_rl.launch.local import (
     terminable,
 )
 from megatron_rl.loop import End, Ended
+from megatron_rl.observe import lease
 from megatron_rl.observe.files import write_json
 from megatron_rl.orchestrator import stages, state
 from megatron_rl.rollout.die_with_parent import with_parent
@@ -118,7 +119,11 @@ def started(command: Sequence[str], log_path: Path, environment: Mapping[str, st
 
 
 def prepared(config: Config, host: str | None = None) -> Config:
-    """`config` with the place where the orchestrator will listen; its folder is emptied and the run's key drawn."""
+    """`config` with the place where the orchestrator will listen; its folder is emptied and the run's key drawn.
+
+    lease.Superseded, before anything is emptied, if a newer start has taken run.dir.
+    """
+    lease.check(config.run.dir)
     shutil.rmtree(Path(config.run.dir) / state.FOLDER, ignore_errors=True)
     os.environ.setdefault(RUN_KEY, secrets.token_hex(32))
     options = config.orchestrator if host is None else replace(config.orchestrator, host=host)

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_rl.compat.cuda import SAME_IN_RANKS_AND_ENGINES
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config, require
+from megatron_rl.launch.hosts import check_tensor
 from megatron_rl.launch.local import check_disk, rank_environment
 from megatron_rl.observe.files import write_json, write_whole
 
@@ -33,6 +34,7 @@ def job_script(config: Config) -> str:
     slurm = config.slurm
     tasks_per_node = max(_tasks_per_node(config))
     one_node = slurm.engine_nodes == 0 and (slurm.nodes == 1 or config.rollout.engine.count == 1)
+    check_tensor(config, lambda _: False)  # nobody knows yet which nodes the job gets
     require(one_node or bool(config.rollout.engine.urls) or config.rollout.publish != "tensor",
             "rollout.publish=tensor goes through shared memory, which engines on other nodes do not have "
             f"(slurm.nodes={slurm.nodes}, slurm.engine_nodes={slurm.engine_nodes}): choose broadcast or disk")

@@ -70,36 +70,49 @@ class Job:
         signal.signal(signal.SIGUSR1, lambda *_: self.ask_to_stop())
         say(f"job {self.id}, start {self.restarts + 1}, trainers on {','.join(self.trainer_hosts)}, "
             f"engines on {','.join(self.engine_hosts)}")
-        run_dir = self.config.run.dir
-        if self.several:
-            check_own_name(self.trainer_hosts[0])
-            self.check_shared()
-        with claimed(run_dir, job=self.id):
-            try:
-                lease.take(run_dir)
-                code = self.run_programs(self.start_engines())
-            except lease.Superseded as error:
-                say(str(error))
-                return lease.EXIT_CODE
-            finally:
-                for engine in self.engines:
-                    engine.terminate()
-            if (why := lease.superseded(run_dir)) is not None:
-                say(why)
-                return lease.EXIT_CODE
+        try:
+            code = self.work()
+            lease.check(self.config.run.dir)  # a requeue would stop the newer start of the job
+        except lease.Superseded as error:
+            say(str(error))
+            return lease.EXIT_CODE
         return self.after(code)
 
+    def work(self) -> int:
+        """Exit code of the run; 1 if it could not start, as when preemption takes the engines before they answer."""
+        run_dir = self.config.run.dir
+        try:
+            if self.several:
+                check_own_name(self.trainer_hosts[0])
+                self.check_shared()
+            with claimed(run_dir, job=self.id):
+                lease.take(run_dir)
+                return self.run_programs(self.start_engines())
+        except SystemExit as failed:
+            say(str(failed))
+            return 1
+        finally:
+            for engine in self.engines:
+                engine.terminate()
+
     def check_shared(self) -> None:
-        """SystemExit, naming node and path, if a node of the job does not see its folder or, with ranks, the model."""
+        """SystemExit, naming node and path, if a node of the job does not see its folder or, with ranks, the model.
+
+        The look is taken inside slurm.container, if there is one.
+        """
         nodes = [*self.trainer_hosts, *(host for host in self.engine_hosts if host not in self.trainer_hosts)]
         needed = [str((self.folder / "launch.json").absolute()), str(Path(self.config.model.path).absolute())]
-        blind = subprocess.run(
+        inside, options = contained(self.config, [
+            "bash", "-c", 'for path; do [ -r "$path" ] || echo "$(hostname) does not see $path"; done', "shared",
+            *needed])
+        done = subprocess.run(
             ["srun", "--overlap", "--job-name=shared", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}",
-             "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}", "bash", "-c",
-             'for path; do [ -r "$path" ] || echo "$(hostname) does not see $path"; done', "shared", *needed],
-            capture_output=True, text=True).stdout.splitlines()
+             "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}", *options, *inside], capture_output=True, text=True)
+        blind = [line for line in done.stdout.splitlines() if " does not see " in line]  # a cluster's prolog speaks too
         if blind:
             raise SystemExit(f"{'; '.join(sorted(blind))}: run.dir and model.path must be folders that all nodes share")
+        if done.returncode:
+            raise SystemExit(f"srun could not look at the folders on {','.join(nodes)}: {done.stderr.strip()}")
 
     def start_engines(self) -> tuple[str, ...]:
         """URLs of the engines that answer here, once all have answered or failed; SystemExit if none does.
@@ -120,7 +133,7 @@ class Job:
                  str(index), str(index // len(self.engine_hosts)), host if self.several else "127.0.0.1"]))
         urls: dict[int, str] = {}
         while waiting:
-            lease.check(self.config.run.dir)
+            self.look_at_lease()
             for index in sorted(waiting):
                 url, code = self.url_of(index), self.engines[index].poll()
                 if url is None and code is None:
@@ -140,6 +153,11 @@ class Job:
         if len(urls) < len(self.engines):
             say(f"the run goes on with {len(urls)} of rollout.engine.count={len(self.engines)} engines")
         return tuple(urls[index] for index in sorted(urls))
+
+    def look_at_lease(self) -> None:
+        """Superseded if a newer start has taken run.dir. A file system that is away for a while ends nothing."""
+        if (why := lease.superseded(self.config.run.dir)) is not None:
+            raise lease.Superseded(why)
 
     def place_of_ranks(self) -> list[str]:
         """Where srun puts the ranks: equally many on every node, in the order of the nodes."""
@@ -186,7 +204,7 @@ class Job:
         try:
             while (code := wait(ranks, POLL_S)) is None:
                 keeper.look()
-                lease.check(config.run.dir)
+                self.look_at_lease()
             if code == 0:
                 keeper.wait_for_end()
         except lease.Superseded:  # the programs see it too; srun may wait for a controller that is out of reach

@@ -17,6 +17,7 @@ With model.lora they are the adapters alone, and the manifest names the base tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -106,17 +107,16 @@ class Checkpoints:
         self._on_main(pending.step, lambda: self._commit(pending))
 
     def _commit(self, pending: _Pending) -> None:
-        lease.check(self._run.dir)
         files.commit(self._partial(pending.step), self.folder / files.step_name(pending.step), pending.manifest,
-                     keep=self._run.keep_checkpoints)
+                     keep=self._run.keep_checkpoints, allowed=lambda: lease.check(self._run.dir))
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{files.step_name(step)}.partial"
 
     def _make_folder(self, partial: Path) -> None:
-        lease.check(self._run.dir)
         if not self.folder.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "run.dir was removed", str(self.folder.parent))
+        lease.check(self._run.dir)
         files.clean(self.folder)
         partial.mkdir(parents=True)
 
@@ -174,8 +174,10 @@ class Checkpoints:
         failed = [f"rank {rank}: {message}" for rank, message in enumerate(found) if message is not None]
         if not failed:
             return
-        if self._topology.is_main and lease.superseded(self._run.dir) is None:  # else it may be the newer start's
-            shutil.rmtree(self._partial(step), ignore_errors=True)
+        if self._topology.is_main:
+            with contextlib.suppress(OSError):  # it may be a newer start's
+                lease.check(self._run.dir)
+                shutil.rmtree(self._partial(step), ignore_errors=True)
         raise OSError(f"the checkpoint of step {step} could not be saved: {'; '.join(failed)}; earlier checkpoints "
                       f"in {self.folder} are whole")
 

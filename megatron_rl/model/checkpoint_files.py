@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -201,13 +201,20 @@ def check_resume(run: RunConfig, model: Mapping[str, Any], adapters: Mapping[str
         raise explained(error, checkpoint) from None
 
 
-def commit(partial: Path, final: Path, manifest: Mapping[str, Any], *, keep: int) -> None:
-    """Make the written folder `partial` the checkpoint `final`; then only the newest `keep` stay."""
+def commit(partial: Path, final: Path, manifest: Mapping[str, Any], *, keep: int,
+           allowed: Callable[[], None] = lambda: None) -> None:
+    """Make the written folder `partial` the checkpoint `final`; then only the newest `keep` stay.
+
+    allowed: called first, and right before each rename, when nothing waits for a disk any more; what it raises leaves
+    the rest undone.
+    """
+    allowed()
     content = json.dumps(manifest).encode()
     for name, data in ((MANIFEST, content), (SUM, _sum_of(content))):
         with writing(partial / name) as file:
             file.write(data)
     sync(partial)
+    allowed()
     if final.exists():
         set_aside(final)
     os.rename(partial, final)
@@ -215,6 +222,7 @@ def commit(partial: Path, final: Path, manifest: Mapping[str, Any], *, keep: int
     for step in saved_steps(final.parent)[:-keep]:
         old = final.parent / step_name(step)
         dropped = old.with_suffix(".dropped")  # half a folder must never bear the name of a whole one
+        allowed()
         os.rename(old, dropped)
         shutil.rmtree(dropped, ignore_errors=True)  # what stays, the next clean() takes
 

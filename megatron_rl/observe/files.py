@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ def write_whole(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """As write_whole."""
-    write_together({path: content})
+def write_bytes(path: Path, content: bytes, *, allowed: Callable[[], None] = lambda: None) -> None:
+    """As write_whole. allowed: called before the file appears; what it raises leaves the file as it was."""
+    write_together({path: content}, allowed=allowed)
 
 
-def write_together(contents: Mapping[Path, bytes]) -> None:
+def write_together(contents: Mapping[Path, bytes], *, allowed: Callable[[], None] = lambda: None) -> None:
     """As write_bytes for several files: none changes before all of them are on the disk."""
     partials = {path: path.with_name(path.name + ".partial") for path in contents}
     for path, content in contents.items():
@@ -27,6 +27,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+    allowed()  # after the fsync, which takes minutes if a file server is away
     for path, partial in partials.items():
         os.replace(partial, path)
 

@@ -12,7 +12,8 @@ def keep_alive(connection: socket.socket) -> None:
     """From now on the kernel breaks this TCP connection about IDLE_S + EVERY_S * PROBES after its cable was cut.
 
     That also holds for data that were sent and never acknowledged (tcp(7): TCP_USER_TIMEOUT). A program at the other
-    end that is only slow, or stopped, breaks nothing: its kernel answers.
+    end that is slow to answer, or stopped, breaks nothing: its kernel answers. One that leaves more unread for so long
+    than the two kernels' buffers hold does break it (Linux, tcp_timer.c: tcp_probe_timer); our requests fit into them.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)

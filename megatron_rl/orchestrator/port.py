@@ -18,6 +18,8 @@ LOOK_S = 1.0
 KEPT = 2
 """Steps whose shards and states are kept: the trainer asks for the one under way, or for the one before."""
 LARGEST_OUTCOME = 1 << 30
+BACKLOG = 4096
+"""Connections that the kernel keeps while the event loop stands still: a heartbeat of every rank, every few seconds."""
 
 
 class RankHangs(RuntimeError):
@@ -55,7 +57,7 @@ class TrainerPort:
             web.post(r"/heartbeat/{rank:\d+}", self._heartbeat), web.get("/health", self._health)])
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._options.host, self._options.port).start()
+        await web.TCPSite(self._runner, self._options.host, self._options.port, backlog=BACKLOG).start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -4,8 +4,9 @@
     step.safetensors   the step that was offered last: its shards, its metrics, and the state after collecting it
     end.json           how the run ended, written before the trainer is told to finish
 
-The launcher removes the folder when it starts a run, so every file in it belongs to this run. Each file is whole or
-absent. A checkpoint of S steps holds the state after collecting step S - 1.
+The launcher removes the folder when it starts a run, and no older start writes into it (observe/lease.py), so every
+file in it belongs to this start. Each file is whole or absent. A checkpoint of S steps holds the state after collecting
+step S - 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 
 from megatron_rl.handoff import dump, load
 from megatron_rl.loop import End, Ended
-from megatron_rl.observe.files import write_bytes, write_json
+from megatron_rl.observe import lease
+from megatron_rl.observe.files import write_bytes
 
 FOLDER, START, STEP, END = "orchestrator", "start.json", "step.safetensors", "end.json"
 
@@ -39,7 +41,7 @@ class Start:
     last_step: int
 
     def write(self, folder: Path) -> None:
-        write_json(folder / START, asdict(self))
+        _write_json(folder / START, asdict(self))
 
 
 def read_start(folder: Path) -> Start | None:
@@ -68,7 +70,7 @@ class OfferedStep:
     def write(self, folder: Path) -> None:
         shards = [np.frombuffer(shard, dtype=np.uint8) for shard in self.shards]
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        write_bytes(folder / STEP, dump({**fields, "shards": shards}))
+        _write(folder / STEP, dump({**fields, "shards": shards}))
 
 
 def read_offered(folder: Path) -> OfferedStep | None:
@@ -81,7 +83,7 @@ def read_offered(folder: Path) -> OfferedStep | None:
 
 def write_end(folder: Path, ended: Ended, *, is_last: bool) -> None:
     """is_last: no further stage of the run is left."""
-    write_json(folder / END, {"how": ended.how.value, "why": ended.why, "is_last": is_last})
+    _write_json(folder / END, {"how": ended.how.value, "why": ended.why, "is_last": is_last})
 
 
 def read_end(folder: Path) -> tuple[Ended, bool] | None:
@@ -90,3 +92,11 @@ def read_end(folder: Path) -> tuple[Ended, bool] | None:
         return None
     end = json.loads(path.read_text())
     return Ended(End(end["how"]), end["why"]), end["is_last"]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_bytes(path, content, allowed=lambda: lease.check(path.parent.parent))

@@ -15,8 +15,8 @@ from megatron_rl.sync.memory import EngineMemory
 from megatron_rl.sync.publish import EnginePublisher
 
 UNSEEN = "Failed to get weights iterator"
-"""What SGLang 0.5.23 answers for a folder that is not there (model_runner_components/weight_updater.py); the rest of
-its answer is about a "Repo id"."""
+"""What SGLang 0.5.23 answers for a folder that is not there or in which it finds no weights
+(model_runner_components/weight_updater.py); for one that is not there the rest of its answer is about a "Repo id"."""
 
 
 class DiskPublisher(EnginePublisher):
@@ -70,7 +70,7 @@ class DiskPublisher(EnginePublisher):
                     raise
                 raise EngineHTTPError(
                     f"{client.base_url} does not see {finished}: rollout.publish=disk needs a run.dir that the "
-                    "engine's machine shares under the same name; share it, or choose broadcast") from error
+                    f"engine's machine shares under the same name; share it, or choose broadcast ({error})") from error
 
         await self._on_all(f"{what}: loading {finished}", load)
         for other in self._folder.glob("version_*"):

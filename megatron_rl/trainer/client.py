@@ -132,7 +132,8 @@ class Heartbeat(threading.Thread):
 
     doing: what the rank reports that it does. If the orchestrator does not answer, this thread ignores it, since the
     orchestrator may be started again. If its machine is out of reach for hang_timeout_s, this thread ends the process,
-    because the main thread may wait for other ranks in vain: the orchestrator has given this rank up by then.
+    because the main thread may wait for other ranks in vain: the orchestrator has given this rank up by then. That
+    holds for every wait_timeout_s, after which rank 0 ends the run.
     """
 
     def __init__(self, options: OrchestratorConfig, rank: int):
@@ -145,8 +146,8 @@ class Heartbeat(threading.Thread):
         while True:
             try:
                 heard = self._client.try_once("POST", self._path, {**about, "doing": self.doing}, timeout_s=HEARTBEAT_S)
-            except OrchestratorLost:
-                return  # rank 0 says so
+            except OrchestratorLost:  # rank 0 says so, if it is not cut off from this rank
+                heard = None
             since, limit_s = self._client.no_way_since, self._options.hang_timeout_s
             if since is not None and time.monotonic() - since > limit_s:
                 print(f"megatron-rl: {about['host']} has had no way to {self._options.host}, the machine of the "

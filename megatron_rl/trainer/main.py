@@ -102,10 +102,11 @@ class Trainer:
             raise ValueError(f"{'; '.join(blind)}: every machine of the run must share these folders")
 
     def _check_memory(self) -> None:
-        """ValueError on every rank, naming the machine, if some machine has too little memory for its ranks."""
+        """ValueError on every rank, naming the machine, if some machine has too little memory for its ranks.
+
+        Even a single one may be another than the launcher's: a Slurm job is submitted elsewhere.
+        """
         names, name, refusal = self._here.gather_objects(os.uname().nodename), os.uname().nodename, None
-        if len(set(names)) == 1:
-            return  # the launcher's own, which it has looked at
         ranks = names.count(name)
         try:
             check_fits(read_config(self._config.model.path), self._config, ranks=ranks, machine=name,

@@ -11,6 +11,8 @@ import yaml
 from megatron_rl.cli import parse
 from megatron_rl.config.load import load
 from megatron_rl.launch.by_hand import SCRIPT, Machines, check
+from megatron_rl.launch.programs import EXIT_CODES
+from megatron_rl.loop import End
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,3 +74,13 @@ def test_every_role_has_the_engines_key_and_the_shared_folder(jobset, jobs):
         mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         volumes = {volume["name"] for volume in jobs[role]["template"]["spec"]["template"]["spec"]["volumes"]}
         assert mounted["shared"] == container["workingDir"] and set(mounted) == volumes
+
+
+def test_a_run_that_is_over_early_is_not_started_again(jobset, jobs):
+    (rule,) = jobs["orchestrator"]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["values"] == [EXIT_CODES[End.UNFILLABLE]] and rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == pod(jobs, "orchestrator")["name"]
+    assert jobs["orchestrator"]["template"]["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # asked for by it
+    (of_all,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert of_all["action"] == "FailJobSet" and of_all["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert of_all["targetReplicatedJobs"] == ["orchestrator"]

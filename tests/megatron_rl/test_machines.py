@@ -40,9 +40,10 @@ def test_a_rank_that_does_not_see_a_folder_ends_all_and_is_named(tmp_path, monke
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the memory of a machine without GPUs")
-def test_a_machine_with_too_little_memory_for_its_ranks_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("others", [["n9"], []])
+def test_a_machine_with_too_little_memory_for_its_ranks_is_named(others, tmp_path, monkeypatch):
     here = os.uname().nodename
-    mine = trainer(tmp_path, lambda value: ["n9", here, here] if value == here else [None, value])
+    mine = trainer(tmp_path, lambda value: [*others, here, here] if value == here else [None, value])
     stays = plan_memory(read_config(mine._config.model.path), mine._config).stays
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2 * stays))
     Trainer._check_memory(mine)

@@ -1,18 +1,26 @@
 """What the ranks of a Slurm job are told of its engines."""
 
+import contextlib
 import os
 import shlex
+import signal
 import socket
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.load import load
+from megatron_rl.config.load import load, to_dict
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
+from megatron_rl.launch import slurm_step
 from megatron_rl.launch.slurm import job_script
-from megatron_rl.launch.slurm_job import master_ports, with_engines
+from megatron_rl.launch.slurm_job import Job, master_ports, with_engines
 from megatron_rl.launch.slurm_step import check_place
+from megatron_rl.observe import lease
+from megatron_rl.observe.files import write_json
 from megatron_rl.rollout.engine_command import draw_key
 from megatron_rl.rollout.ports import PORTS, choose_port
 
@@ -54,6 +62,14 @@ def test_shared_memory_to_engines_on_other_nodes_is_refused(elsewhere):
     job_script(load(["experiment=quickstart", "rollout.publish=tensor", "slurm.nodes=2"]))  # one engine, beside rank 0
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_shared_memory_to_engines_that_run_already_is_refused_unless_they_are_beside_rank_0(nodes):
+    tensor = ["experiment=quickstart", "rollout.publish=tensor", f"slurm.nodes={nodes}"]
+    with pytest.raises(ValueError, match="http://n9:1 of rollout.engine.urls leads to another: choose broadcast or"):
+        job_script(load([*tensor, "rollout.engine.urls=[http://127.0.0.1:1,http://n9:1]"]))
+    job_script(load([*tensor, "rollout.engine.urls=[http://127.0.0.1:1]"]))
+
+
 def test_names_with_blanks_reach_sbatch_whole(tmp_path):
     run_dir = tmp_path / "my runs"
     text = job_script(load(["experiment=quickstart", "run.name='a b'", f"run.dir='{run_dir}'"]))
@@ -86,7 +102,98 @@ def test_a_rank_checks_that_nodes_run_equally_many():
         check_place(step(2, 0, 2, ranks=4))  # 3 + 1
 
 
+def pretend_slurm(tmp_path: Path, monkeypatch, **commands: str) -> None:
+    """Programs of these names that do what the lines of bash say, and the environment of job 7."""
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+
+
+@pytest.mark.parametrize(("preempted", "code"), [("2026-11-29T12:00:00", 0), ("None", 1)])
+def test_a_job_that_is_preempted_before_its_engines_answer_goes_back_into_the_queue(
+        preempted, code, tmp_path, monkeypatch, capsys):
+    """Preemption ends the engines. A job that then ends by itself would not be started again."""
+    monkeypatch.setenv(lease.START_NUMBER, "")  # so that it is undone
+    pretend_slurm(tmp_path, monkeypatch, srun="exit 1", scontrol=f"""
+        case "$1 $2" in
+            "show hostnames") echo n1 ;;
+            "show job") echo PreemptTime={preempted} ;;
+            "requeue 7") touch {tmp_path}/requeued ;;
+        esac""")
+    (tmp_path / "slurm").mkdir()
+    write_json(tmp_path / "slurm" / "launch.json", to_dict(load([
+        "experiment=quickstart", f"run.dir={tmp_path}", "slurm.nodes=1"])))
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert Job(tmp_path / "slurm" / "launch.json").run() == code
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert "no engine could be started" in capsys.readouterr().out
+    assert (tmp_path / "requeued").exists() == (code == 0)
+
+
+@pytest.mark.parametrize(("srun", "told"), [
+    ("echo welcome", None),
+    ("echo welcome; echo n2 does not see /a", "^n2 does not see /a: run.dir and model.path"),
+    ("echo Invalid account >&2; exit 1", "srun could not look at the folders on n1,n2: Invalid account"),
+])
+def test_the_look_at_the_folders_hears_the_nodes_and_not_the_clusters_greeting(srun, told, tmp_path, monkeypatch):
+    """It is taken where ranks and engines will run, which is inside the container."""
+    pretend_slurm(tmp_path, monkeypatch, scontrol="echo n1 n2", srun=f'echo "$@" >{tmp_path}/asked; {srun}')
+    write_json(tmp_path / "launch.json", to_dict(load([
+        "experiment=quickstart", "slurm.nodes=2", "parallel.world_size=2", "slurm.container=apptainer",
+        "slurm.container_image=rl.sif", "slurm.container_mounts=[/data:/data]"])))
+    with contextlib.nullcontext() if told is None else pytest.raises(SystemExit, match=told):
+        Job(tmp_path / "launch.json").check_shared()
+    assert "--nodelist=n1,n2 apptainer exec --bind=/data:/data rl.sif bash -c" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_an_engine_of_an_older_start_gives_no_url_to_the_newer_one(overtaken, tmp_path, monkeypatch):
+    """It may answer only after the newer start has begun to wait for its own engines."""
+    monkeypatch.setenv(lease.START_NUMBER, "")  # so that it is undone
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    lease.take(tmp_path)
+    ours = os.environ[lease.START_NUMBER]
+
+    @contextlib.contextmanager
+    def engines_for(config, *_):
+        if overtaken:
+            lease.take(tmp_path)
+            monkeypatch.setenv(lease.START_NUMBER, ours)
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        yield with_engines(config, ("http://n1:20001",), resume=False)
+
+    monkeypatch.setattr(slurm_step, "engines_for", engines_for)
+    write_json(tmp_path / "launch.json", to_dict(load(["experiment=quickstart", f"run.dir={tmp_path}"])))
+    try:
+        with pytest.raises(lease.Superseded) if overtaken else contextlib.nullcontext():
+            slurm_step.engine(str(tmp_path / "launch.json"), "0", "0", "127.0.0.1")
+        time.sleep(0.4)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "engine-0.url").exists() != overtaken
+
+
 def test_a_port_for_rank_0_that_is_taken_is_left_out():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert choose_port(None, ports=[port, port + 1]) == port + 1
+    port, free = choose_port(None), choose_port(None)  # where the kernel gives no other test one
+    with socket.create_server(("127.0.0.1", port)):
+        assert choose_port(None, ports=[port, free]) == free
+
+
+def test_servers_that_start_later_get_each_a_port_of_their_own(monkeypatch):
+    """Engines that serve other machines have two: one for requests, one for the store of their ranks."""
+    monkeypatch.setattr("megatron_rl.rollout.ports.PORTS", range(20000, 20030))
+    drawn = [choose_port(None) for _ in range(12)]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("port", [None, 20500])
+def test_a_host_that_is_another_machine_is_not_said_to_lack_ports(port):
+    with pytest.raises(ValueError, match="192.0.2.1 leads to no address of this machine, and rollout.engine.port is"):
+        choose_port(port, host="192.0.2.1")

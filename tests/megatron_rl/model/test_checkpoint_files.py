@@ -14,7 +14,7 @@ from megatron_rl.model import checkpoint_files as files
 MODEL = {"hidden_size": 64, "num_experts": 8, "max_position_embeddings": 512}
 
 
-def save(run_dir: Path, step: int, *, keep: int = 9) -> Path:
+def save(run_dir: Path, step: int, *, keep: int = 9, allowed=lambda: None) -> Path:
     """A checkpoint of two files, written as Checkpoints does."""
     folder = run_dir / "checkpoints"
     partial = folder / f"{files.step_name(step)}.partial"
@@ -25,7 +25,7 @@ def save(run_dir: Path, step: int, *, keep: int = 9) -> Path:
             file.write(f"{name} of step {step}".encode())
         entries[name] = file.entry
     manifest = {"format": files.FORMAT, "step": step, "model": MODEL, "files": entries}
-    files.commit(partial, folder / files.step_name(step), manifest, keep=keep)
+    files.commit(partial, folder / files.step_name(step), manifest, keep=keep, allowed=allowed)
     return folder / files.step_name(step)
 
 
@@ -44,6 +44,25 @@ def test_the_newest_is_chosen_and_an_unfinished_one_never(tmp_path):
     (tmp_path / "checkpoints" / "step_00000011.partial").mkdir()
     assert files.choose(resume(tmp_path)) == newest
     assert files.step_of(newest) == 10
+
+
+def test_a_start_that_is_overtaken_while_it_waits_for_the_disk_changes_nothing(tmp_path, monkeypatch):
+    """A file server may be away for minutes, and meanwhile the run starts elsewhere."""
+    older, sync = [save(tmp_path, step) for step in (1, 2)], files.sync
+
+    def check() -> None:
+        if overtaken:
+            raise OSError("overtaken")
+
+    overtaken, late = [], []
+    monkeypatch.setattr(files, "sync", lambda folder: [sync(folder), overtaken.append(1) if late.pop(0) else None])
+    for late_at, stay in ((0, older), (1, [*older, older[0].with_name(files.step_name(3))])):
+        overtaken.clear()
+        late[:] = [number == late_at for number in range(2)]  # the disk's answers before and after the first rename
+        with pytest.raises(OSError, match="overtaken"):
+            save(tmp_path, 3, keep=1, allowed=check)
+        assert [path.name for path in stay] == [name for name in names(tmp_path) if not name.endswith(".partial")]
+        files.clean(tmp_path / "checkpoints")
 
 
 def test_checkpoints_of_an_earlier_run_are_not_built_upon_unasked(tmp_path):

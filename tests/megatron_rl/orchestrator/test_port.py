@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +19,9 @@ from megatron_rl.config.orchestrator import RUN_KEY, OrchestratorConfig
 from megatron_rl.orchestrator import port as port_module
 from megatron_rl.orchestrator.port import RankHangs, TrainerPort
 from megatron_rl.rollout.ports import choose_port
-from megatron_rl.trainer.client import Heartbeat, Link, OrchestratorClient, OrchestratorLost
+from megatron_rl.trainer.client import CUT_OFF, Heartbeat, Link, OrchestratorClient, OrchestratorLost
 
+ROOT = Path(__file__).resolve().parents[3]
 ALONE = SimpleNamespace(is_main=True, rank=0, dp_rank=0, replica_firsts=(0,), broadcast_object=lambda value: value,
                         share_with_replica=lambda body: body)
 
@@ -132,6 +139,36 @@ def test_an_orchestrator_that_never_comes_is_named(options):
     with pytest.raises(OrchestratorLost, match=rf"at 127.0.0.1:{options.port} has not answered for "
                                                r"orchestrator.wait_timeout_s=0.5"):
         link.next()
+
+
+CUT = """
+import time
+from megatron_rl.config.orchestrator import OrchestratorConfig
+from megatron_rl.trainer import client
+client.Heartbeat(OrchestratorConfig("nowhere.invalid", 9, wait_timeout_s=0.1, hang_timeout_s=1.0), 1).start()
+time.sleep(10)
+"""
+
+
+def test_a_rank_that_is_cut_off_ends_however_short_the_wait_for_the_orchestrator(options):
+    done = subprocess.run([sys.executable, "-c", CUT], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    assert done.returncode == CUT_OFF and "has had no way to nowhere.invalid" in done.stderr, done.stderr
+
+
+def test_an_orchestrator_that_hangs_is_not_out_of_reach_for_hundreds_of_ranks(options):
+    """Connections that it does not take yet queue in its kernel; with a full queue its machine would seem cut off."""
+    async def use(port):
+        def connect() -> list[socket.socket]:
+            return [socket.create_connection(("127.0.0.1", options.port), timeout=1.0) for _ in range(300)]
+
+        with ThreadPoolExecutor(1) as thread:
+            connected = thread.submit(connect)
+            connected.exception(20.0)  # the event loop stands still
+        for each in connected.result():
+            each.close()
+
+    with_port(options, use)
 
 
 @pytest.mark.parametrize("spoke_once", [True, False])
