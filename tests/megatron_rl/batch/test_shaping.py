@@ -108,7 +108,7 @@ def test_the_overlong_penalty_is_a_term_among_the_others():
     assert fill.rewards(given).tolist() == pytest.approx([1.5, 0.0])
 
 
-def test_the_metrics_ask_a_function_of_your_own_once_so_that_the_reward_is_the_sum_that_they_tell(monkeypatch, tmp_path):
+def test_metrics_ask_your_function_once_so_that_the_mean_reward_is_the_sum_they_tell(monkeypatch, tmp_path):
     (tmp_path / "my_draws.py").write_text("import random\n\n\ndef draw(group):\n    return [random.random()]\n")
     monkeypatch.syspath_prepend(tmp_path)
     fill = BudgetFill(AlgoConfig(), 1, 20, (ShapingConfig("my_draws.draw"),))
