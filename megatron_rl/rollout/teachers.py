@@ -75,11 +75,17 @@ class Teachers:
         return np.concatenate([np.zeros(1, np.float32), logprobs])
 
 
-def _clients(name: str, teacher: TeacherConfig, rollout: RolloutConfig) -> list[EngineClient]:
+def key_of(name: str, teacher: TeacherConfig) -> str | None:
+    """The key of its servers, if they have one. ValueError if the environment lacks it."""
     key = None if teacher.api_key_env is None else os.environ.get(teacher.api_key_env)
     if teacher.api_key_env is not None and key is None:
         raise ValueError(f"algo.distillation.teachers.{name}.api_key_env: the environment variable "
                          f"{teacher.api_key_env} is not set")
+    return key
+
+
+def _clients(name: str, teacher: TeacherConfig, rollout: RolloutConfig) -> list[EngineClient]:
+    key = key_of(name, teacher)
     return [EngineClient(url, timeout_s=rollout.request_timeout_s,
                          control_timeout_s=rollout.engine.control_timeout_s, api_key=key) for url in teacher.urls]
 
