@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ class Teachers:
         self._config, self._tally = config, Tally()
         self.fleets = {name: Fleet(_clients(name, teacher, rollout), rollout)
                        for name, teacher in config.teachers.items() if teacher.urls}
-        self._numbers = 0
+        self._name, self._numbers = f"teacher-{secrets.token_hex(6)}", 0  # several runs may share a server
 
     async def __aenter__(self) -> Teachers:
         for fleet in self.fleets.values():
@@ -70,7 +71,7 @@ class Teachers:
 
     async def _logprobs(self, fleet: Fleet, sequence: Rollout) -> np.ndarray:
         self._numbers += 1
-        logprobs = await fleet.input_logprobs(sequence.token_ids.tolist(), rid=f"teacher-{os.getpid()}-{self._numbers}",
+        logprobs = await fleet.input_logprobs(sequence.token_ids.tolist(), rid=f"{self._name}-{self._numbers}",
                                               tally=self._tally)
         return np.concatenate([np.zeros(1, np.float32), logprobs])
 

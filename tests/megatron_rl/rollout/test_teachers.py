@@ -113,6 +113,25 @@ def test_a_teacher_that_is_gone_costs_the_response_and_not_the_run():
     assert bad.rollout.teacher_logprobs is None
 
 
+def test_runs_that_share_a_server_name_their_requests_apart():
+    """An engine refuses an id that is under way, and in containers orchestrators have the same process id."""
+    asked = []
+
+    async def heard(request, body, answer):
+        asked.append(body["rid"])
+        by_token(request, body, answer)
+
+    async def score():
+        async with teachers_at(engine.url) as teachers:
+            await teachers.scored(rollout(3, 4, 5), "math")
+
+    with StubEngine(VOCABULARY) as engine:
+        engine.spoil = heard
+        asyncio.run(score())
+        asyncio.run(score())
+    assert len(set(asked)) == 2
+
+
 def test_another_vocabulary_is_refused_by_its_hash():
     async def check(texts):
         async with teachers_at(engine.url) as teachers:
