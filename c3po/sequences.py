@@ -12,10 +12,14 @@ import torch
 __all__ = ["packed_sequence_ids", "padded_sequence_ids", "sequence_mean", "sequence_min"]
 
 
-def packed_sequence_ids(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """int64 [T] for sequences laid end to end: cu_seqlens [S+1] = (0, 3, 5) gives 0 0 0 1 1."""
+def packed_sequence_ids(cu_seqlens: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
+    """int64 [T] for sequences laid end to end: cu_seqlens [S+1] = (0, 3, 5) gives 0 0 0 1 1.
+
+    num_tokens: T, if the caller knows it; None: it is read from the device.
+    """
     lengths_S = cu_seqlens.diff()
-    return torch.arange(lengths_S.numel(), device=cu_seqlens.device).repeat_interleave(lengths_S)
+    return torch.arange(lengths_S.numel(), device=cu_seqlens.device).repeat_interleave(
+        lengths_S, output_size=num_tokens)
 
 
 def padded_sequence_ids(per_token: torch.Tensor) -> torch.Tensor:

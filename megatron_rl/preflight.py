@@ -198,8 +198,9 @@ def check_functions(config: Config) -> None:
         load_function("observe.rollouts", path)
     for path in config.observe.loggers:
         check_logger(path)
-    check_evaluations(config.eval)
-    check_hooks(config.algo, config.reward.shaping)
+    for each in stages.stage_configs(config):
+        check_evaluations(each.eval)
+        check_hooks(each.algo, each.reward.shaping)
 
 
 def check_sft_start(config: Config) -> None:
@@ -254,8 +255,8 @@ def check_data(config: Config, *, training: bool = True) -> None:
         check_agent(each.rollout.agent, tokenizer)
         if training:
             check_teachers(each, tokenizer)
-    with RewardPool(config.reward) as rewards:
-        for each in stages.stage_configs(config):
+    for each in stages.stage_configs(config):
+        with RewardPool(each.reward) as rewards:
             trained: frozenset[str] = frozenset()
             for name, data in (*[("", each.data)][:training], *evaluation_data(each).items()):
                 source = prompt_source(each, data, tokenizer, rewards)

@@ -45,8 +45,8 @@ def _sentences_of_text(pieces: Sequence[str], ends: re.Pattern[str]) -> np.ndarr
     text_ends_L = np.cumsum([len(piece) for piece in pieces])
     # the token that holds character e - 1 is the first whose text ends at or behind e
     last_L = np.searchsorted(text_ends_L, [match.end() for match in ends.finditer("".join(pieces)) if match.group()])
-    begins_L = np.zeros(len(pieces), dtype=np.int32)
-    begins_L[np.minimum(last_L + 1, len(pieces) - 1)] = last_L + 1 < len(pieces)
-    numbers_L = begins_L.cumsum()
+    begins_L = np.zeros(len(pieces) + 1, dtype=np.int32)  # one more: behind the last token nothing begins
+    begins_L[last_L + 1] = 1
+    numbers_L = begins_L[:-1].cumsum()
     with_text = int(np.searchsorted(text_ends_L, text_ends_L[-1]))  # the last token that has some
     return np.minimum(numbers_L, numbers_L[with_text])

@@ -9,7 +9,8 @@ from megatron_rl.config.schema import Config
 from megatron_rl.config.show import differences, flat
 
 PASSING = ("run.resume", "run.resume_from", "run.accept_changes", "run.dir", "orchestrator.port", "rollout.engine.urls",
-           "rollout.engine.router")
+           "rollout.engine.router", "reward.remote.url", "reward.remote.key_env", "reward.judge.url",
+           "reward.judge.key_env")
 """Keys of one start: nothing of the run depends on them."""
 FREE = (
     "run.name", "run.save_every_steps", "run.keep_checkpoints", "run.async_save", "run.export_hf",
@@ -17,7 +18,8 @@ FREE = (
     "model.backend", "model.kernels.", "model.architecture", "rollout.concurrency", "rollout.request_timeout_s",
     "rollout.retries", "rollout.max_failed_fraction", "rollout.environment_threads", "rollout.agent.concurrency",
     "rollout.agent.host", "rollout.agent.port", "rollout.publish", "rollout.verify_checksums",
-    "rollout.probe_tolerance", "rollout.bucket_bytes", "rollout.engine.", "orchestrator.", "reward.workers", "eval.",
+    "rollout.probe_tolerance", "rollout.bucket_bytes", "rollout.engine.", "orchestrator.", "reward.workers",
+    "reward.remote.timeout_s", "reward.remote.retries", "reward.judge.timeout_s", "reward.judge.retries", "eval.",
     "select.", "observe.", "slurm.", "pipeline.", "sft.export_epochs",
 )
 """Keys, or beginnings of keys, that say how a run is done, watched and kept, and not what it learns."""
@@ -58,5 +60,5 @@ def _matters(key: str, before: Config) -> bool:
 
 def _same_file(key: str, before: Any, now: Any) -> bool:
     """Two ways to write one place."""
-    return (key.endswith(("path", "folder")) and isinstance(before, str) and isinstance(now, str)
-            and Path(before).resolve() == Path(now).resolve())
+    return (key.endswith(("path", "folder", "rubric", "checkpoint")) and isinstance(before, str)
+            and isinstance(now, str) and Path(before).resolve() == Path(now).resolve())

@@ -84,6 +84,8 @@ class ShapingConfig:
     def __post_init__(self):
         require(self.term in SHAPING_TERMS or "." in self.term,
                 f"reward.shaping={self.term} must be package.module.function, or one of {', '.join(SHAPING_TERMS)}")
+        require(self.name != "overlong", f"reward.shaping={self.term}: overlong is the term of "
+                "algo.truncated=overlong_penalty; give the function another name")
         for strength in (self.strength, *self.efforts.values()):
             require(math.isfinite(strength), f"reward.shaping: {self.term}: strength={strength} must be finite")
         require(0 < self.ratio <= 1, f"reward.shaping: {self.term}: ratio={self.ratio} must lie in (0, 1]")

@@ -104,14 +104,18 @@ class MLflow:
         where = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self._id = self._client.create_run(where, run_name=run_dir.resolve().name).info.run_id
         id_path.write_text(self._id + "\n")
-        settings = [Param(key, str(value)) for key, value in leaves(config)]
+        settings = [Param(self._named(key), str(value)) for key, value in leaves(config)]
         for begin in range(0, len(settings), 100):  # the most that a request may hold
             self._client.log_batch(self._id, params=settings[begin:begin + 100])
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         now = int(1000 * time.time())
         self._client.log_batch(self._id, metrics=[
-            self._metric(re.sub(r"[^\w./ -]", "_", name), value, now, step) for name, value in numbers.items()])
+            self._metric(self._named(name), value, now, step) for name, value in numbers.items()])
+
+    @staticmethod
+    def _named(name: str) -> str:
+        return re.sub(r"[^\w./ -]", "_", name)
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self._id, status="FINISHED" if finished else "FAILED")

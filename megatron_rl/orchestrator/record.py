@@ -89,20 +89,19 @@ def rollout_metrics(groups: Sequence[RolloutGroup], fill: BudgetFill, *, version
     rollouts = [rollout for group in groups for rollout, score in zip(group.rollouts, group.scores, strict=True)
                 if not score.failed]
     scores = [score for group in groups for score in group.scores]
-    rewards = [reward for group in groups for reward, score in zip(
-        fill.rewards(group).tolist(), group.scores, strict=True) if not score.failed]
     added: dict[str, list[float]] = {}
     for group in groups:
         for name, values in fill.shaped(group).items():
             added.setdefault(name, []).extend(
                 value for value, score in zip(values.tolist(), group.scores, strict=True) if not score.failed)
+    unshaped = [score.value for score in scores if not score.failed]
     lengths = [rollout.response_tokens for rollout in rollouts]
     statuses = {status: sum(score.status == status for score in scores) for status in {s.status for s in scores}}
     ages = [(version - span.version, span.end - span.start)
             for rollout in rollouts for sequence in rollout.sequences for span in sequence.weight_versions]
     return {
-        "reward/mean": float(np.mean(rewards)),
-        "reward/unshaped_mean": float(np.mean([score.value for score in scores if not score.failed])),
+        "reward/mean": float(np.mean(np.sum([unshaped, *added.values()], axis=0))),
+        "reward/unshaped_mean": float(np.mean(unshaped)),
         **{f"reward/shaping/{name}": float(np.mean(values)) for name, values in added.items()},
         **correctness_metrics(groups),
         **{f"reward/status/{status}": count / len(scores) for status, count in sorted(statuses.items())},

@@ -9,14 +9,17 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.model.network import check_layout
 from megatron_rl.model.tokenizer import load_tokenizer, token_texts
-from megatron_rl.rollout.teachers import check_same_vocabulary, vocabulary_hash
+from megatron_rl.rollout.teachers import check_same_vocabulary, key_of, vocabulary_hash
 
 
 def check_teachers(config: Config, tokenizer) -> None:
-    """ValueError for a teacher whose checkpoint is not whole or has another vocabulary than the student.
+    """ValueError for a teacher whose checkpoint is not whole or has another vocabulary than the student, or whose
+    servers' key is not there.
 
     Teachers on servers are asked when the orchestrator starts (Teachers.check_vocabulary).
     """
+    for name, teacher in config.algo.distillation.teachers.items():
+        key_of(name, teacher)
     for key, folder in config.algo.distillation.checkpoints.items():
         network = read_config(folder, key=key)
         check_layout(network, config.parallel)

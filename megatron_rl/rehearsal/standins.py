@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.utils._python_dispatch import _disable_current_modes
 
+from c3po import sequences
 from megatron_rl.model import attention, backend
 from megatron_rl.model.kernel_layers import DeviceCounts
 from megatron_rl.rehearsal.flops import LENGTHS
@@ -23,6 +24,7 @@ from rl_kernels.grouped_experts import op as experts_op
 from rl_kernels.linear_logprob import chunked, op, products
 
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py (MoEAlltoAllTokenDispatcher)"
+SEQUENCES = "c3po/sequences.py (_num_sequences)"
 
 
 @contextlib.contextmanager
@@ -108,6 +110,16 @@ def known_experts(read_by_host: Callable[[str], None], imbalance: float = 1.0) -
 
     with replaced(MoEAlltoAllTokenDispatcher, preprocess=preprocess, __init__=init):
         yield
+
+
+def known_sequences(read_by_host: Callable[[str], None], number: int):
+    """The host, which reads how many sequences or sentences a micro-batch has, reads `number`."""
+    def num_sequences(ids):
+        ids.max()
+        read_by_host(SEQUENCES)
+        return number
+
+    return replaced(sequences, _num_sequences=num_sequences)
 
 
 def forgotten_loss_scale():

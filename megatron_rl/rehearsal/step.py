@@ -28,6 +28,7 @@ from megatron_rl.rehearsal.standins import (
     fake_parameters,
     forgotten_loss_scale,
     known_experts,
+    known_sequences,
     shapes_of_neighbours,
 )
 from megatron_rl.rehearsal.world import one_rank
@@ -94,6 +95,9 @@ def check_rehearsable(config: Config, imbalance: float = 1.0) -> None:
                          "only alltoall can")
     if config.algo.router_replay != "none":
         raise ValueError(f"algo.router_replay={config.algo.router_replay} cannot be rehearsed; set it to none")
+    for key, folder in config.algo.distillation.checkpoints.items():
+        raise ValueError(f"{key}={folder}: the pass of a teacher cannot be rehearsed; leave algo.distillation out "
+                         "(megatron-rl plan counts the teacher's weights)")
 
 
 def rehearse(config: Config, network: Network, rank: int, workload: Workload, *, gpu: bool = True,
@@ -106,9 +110,11 @@ def rehearse(config: Config, network: Network, rank: int, workload: Workload, *,
     parallel = config.parallel
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(fake)
-    rows = packed(workload, config, 0)[0].num_tokens // (parallel.tp if parallel.use_sequence_parallel else 1)
+    first = packed(workload, config, 0)[0]
+    rows = first.num_tokens // (parallel.tp if parallel.use_sequence_parallel else 1)
+    parts = int(first.sentence_ids.max()) + 1 if config.algo.needs_sentences else len(first.spans)
     with (one_rank(rank, parallel, network) as here, fake_parameters(), forgotten_loss_scale(),
-          known_experts(recorder.read_by_host, imbalance),
+          known_experts(recorder.read_by_host, imbalance), known_sequences(recorder.read_by_host, parts),
           shapes_of_neighbours(lambda: [rows, 1, network.hidden_size]),
           as_on_a_gpu() if gpu else contextlib.nullcontext()):
         batches = packed(workload, config, here.cp_rank)

@@ -20,13 +20,15 @@ class Job:
     """The costly part of one judgement: an importable function and picklable arguments, run in a worker.
 
     memo_key: holds everything the function reads, so equal keys have equal scores. None: the score is never remembered.
-    timeout_s: limit of this job, if reward.timeout_s does not apply to it.
+    timeout_s: limit of this job, if reward.timeout_s does not apply to it. overdue: the status of a job over its limit;
+    `error` where the response is not to blame.
     """
 
     function: Callable[..., Score]
     args: tuple[Any, ...]
     memo_key: Hashable | None
     timeout_s: float | None = None
+    overdue: str = "timeout"
 
     def run(self) -> Score:
         """The score. If the function raises, the status is `error`, with the exception's type and message."""

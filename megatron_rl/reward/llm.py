@@ -1,7 +1,8 @@
 """A language model as a judge: one request to an OpenAI-compatible server for each response, under a rubric.
 
-What is asked for is a JSON object with a score from 0 to 1, in the judge's answer. An answer without one is asked for
-again, as a failed request is; after the retries the response has no verdict (`error`), and nothing trains on it.
+What is asked for is a JSON object with a score from 0 to 1, in the judge's answer. An answer without one, or one that
+reward.judge.max_tokens cut, is asked for again, as a failed request is; after the retries the response has no verdict
+(`error`), and nothing trains on it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class JudgeScorer:
                            "messages": [{"role": "user", "content": f"{text.rstrip()}\n\n{FORM}"}]})
         content = hashlib.sha256(f"{self._config.url}\n{body}".encode()).digest()
         return Job(ask_judge, (self._config, body, self._key), memo_key=content,
-                   timeout_s=self._config.longest_s / CLOCK_FACTOR)
+                   timeout_s=self._config.longest_s / CLOCK_FACTOR, overdue="error")  # late is the judge
 
     def check(self, prompt: Prompt) -> None:
         """Checks nothing: a rubric may do without a reference."""
@@ -94,12 +95,15 @@ def ask_judge(config: JudgeConfig, body: str, key: Mapping[str, str]) -> Score:
         if attempt:
             time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         cost.requests += 1
+        deadline = time.monotonic() + config.timeout_s
         request = urllib.request.Request(f"{config.url.rstrip('/')}/chat/completions", body.encode(),
                                          {"Content-Type": "application/json", **key})
         try:
             with urllib.request.urlopen(request, timeout=config.timeout_s) as answer:
-                text, tokens = _said(json.loads(answer.read()))
+                text, tokens, is_cut = _said(json.loads(_read(answer, deadline)))
             cost.tokens += tokens
+            if is_cut:  # what it quoted so far may hold a score that is not its own
+                raise ValueError(f"its answer was cut at reward.judge.max_tokens={config.max_tokens}: {text[:200]!r}")
             value, why = read_verdict(text)
         except urllib.error.HTTPError as error:
             failure = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
@@ -116,29 +120,46 @@ def ask_judge(config: JudgeConfig, body: str, key: Mapping[str, str]) -> Score:
 
 
 def read_verdict(text: str) -> tuple[float, str]:
-    """(score, why) of the last JSON object in `text` that has a score. ValueError if none has one from 0 to 1."""
-    decoder, found = json.JSONDecoder(), None
-    for place, character in enumerate(text):
-        if character == "{":
-            try:
-                value, _ = decoder.raw_decode(text, place)
-            except (ValueError, RecursionError):
-                continue
-            found = value if "score" in value else found
+    """(score, why) of the last JSON object in `text` that has a score. ValueError if none has one from 0 to 1.
+
+    Within such an object nothing is looked for: what it quotes is no verdict.
+    """
+    decoder, found, begin = json.JSONDecoder(), None, text.find("{")
+    while begin >= 0:
+        end = begin + 1
+        try:
+            value, behind = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            if "score" in value:
+                found, end = value, behind
+        begin = text.find("{", end)
     score = None if found is None else found["score"]
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score) or not 0 <= score <= 1:
         raise ValueError(f"no score from 0 to 1 in the judge's answer: {text[:200]!r}")
     return float(score), as_utf8(str(found.get("why", ""))[:LONGEST_MESSAGE])
 
 
-def _said(answer: Any) -> tuple[str, int]:
-    """(text, tokens that were read and written). ValueError if it is no chat completion."""
+def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The body. TimeoutError if it is not whole by then: the socket's own limit begins anew with every byte."""
+    parts = []
+    while part := answer.read1():
+        parts.append(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError("its answer was not whole within reward.judge.timeout_s")
+    return b"".join(parts)
+
+
+def _said(answer: Any) -> tuple[str, int, bool]:
+    """(text, tokens that were read and written, whether a limit cut it). ValueError if it is no chat completion."""
     try:
-        text, usage = answer["choices"][0]["message"]["content"], answer.get("usage") or {}
-        tokens = int(usage.get("prompt_tokens", 0)) + int(usage.get("completion_tokens", 0))
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+        tokens = int(usage.get("prompt_tokens") or 0) + int(usage.get("completion_tokens") or 0)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"no chat completion: {str(answer)[:200]}") from error
-    return text if isinstance(text, str) else "", tokens
+    return text if isinstance(text, str) else "", tokens, is_cut
 
 
 def _key(config: JudgeConfig) -> Mapping[str, str]:

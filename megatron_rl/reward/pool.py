@@ -72,11 +72,9 @@ class _Attempt:
 class RewardPool:
     """Scores responses by reward.routes, on reward.workers processes.
 
-    Each job has reward.timeout_s processor seconds, or its
-    own limit.
-
-    A job over its time scores (0, timeout). A scorer that raises, or takes its worker down twice, scores (0, error,
-    why). Neither is remembered. Every other score of a job with a memo key is, and equal jobs in flight share one run.
+    Each job has reward.timeout_s processor seconds, or its own limit. A job over its time scores (0, timeout), or the
+    status that the job names. A scorer that raises, or takes its worker down twice, scores (0, error, why). Neither is
+    remembered. Every other score of a job with a memo key is, and equal jobs in flight share one run.
     Workers start with the first job (or warm_up) and end with close. Safe from several threads.
     """
 
@@ -225,7 +223,7 @@ class RewardPool:
     def _failure(self, job: Job, error: BaseException) -> Score:
         if isinstance(error, TimeoutError) or _out_of_time(error):
             limit = f"{job.timeout_s} s" if job.timeout_s else f"reward.timeout_s={self._config.timeout_s}"
-            return Score(0.0, "timeout", f"not judged within {limit}")
+            return Score(0.0, job.overdue, f"not judged within {limit}")
         if isinstance(error, pebble.ProcessExpired):
             return Score(0.0, "error", f"the scorer took its worker down (exit code {error.exitcode})")
         return Score(0.0, "error", told(error))

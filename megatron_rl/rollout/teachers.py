@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ class Teachers:
         self._config, self._tally = config, Tally()
         self.fleets = {name: Fleet(_clients(name, teacher, rollout), rollout)
                        for name, teacher in config.teachers.items() if teacher.urls}
-        self._numbers = 0
+        self._name, self._numbers = f"teacher-{secrets.token_hex(6)}", 0  # several runs may share a server
 
     async def __aenter__(self) -> Teachers:
         for fleet in self.fleets.values():
@@ -70,16 +71,22 @@ class Teachers:
 
     async def _logprobs(self, fleet: Fleet, sequence: Rollout) -> np.ndarray:
         self._numbers += 1
-        logprobs = await fleet.input_logprobs(sequence.token_ids.tolist(), rid=f"teacher-{os.getpid()}-{self._numbers}",
+        logprobs = await fleet.input_logprobs(sequence.token_ids.tolist(), rid=f"{self._name}-{self._numbers}",
                                               tally=self._tally)
         return np.concatenate([np.zeros(1, np.float32), logprobs])
 
 
-def _clients(name: str, teacher: TeacherConfig, rollout: RolloutConfig) -> list[EngineClient]:
+def key_of(name: str, teacher: TeacherConfig) -> str | None:
+    """The key of its servers, if they have one. ValueError if the environment lacks it."""
     key = None if teacher.api_key_env is None else os.environ.get(teacher.api_key_env)
     if teacher.api_key_env is not None and key is None:
         raise ValueError(f"algo.distillation.teachers.{name}.api_key_env: the environment variable "
                          f"{teacher.api_key_env} is not set")
+    return key
+
+
+def _clients(name: str, teacher: TeacherConfig, rollout: RolloutConfig) -> list[EngineClient]:
+    key = key_of(name, teacher)
     return [EngineClient(url, timeout_s=rollout.request_timeout_s,
                          control_timeout_s=rollout.engine.control_timeout_s, api_key=key) for url in teacher.urls]
 

@@ -74,6 +74,16 @@ def teachers_of(config: Config, topology: Topology) -> dict[int, TrainStep]:
     return found
 
 
+def fill_in_teacher(microbatch: PackedMicrobatch, place: int, logprobs_T: torch.Tensor) -> None:
+    """Writes what the teacher at `place` says of its own samples into teacher_logprobs.
+
+    There NaN means that nobody has said anything, and the token would train without its teacher. A NaN of the teacher
+    itself becomes -inf, so that the loss is not finite and the step is skipped and told.
+    """
+    logprobs_T = torch.where(logprobs_T.isnan(), -torch.inf, logprobs_T)
+    microbatch.teacher_logprobs = torch.where(microbatch.teachers == place, logprobs_T, microbatch.teacher_logprobs)
+
+
 def needs_old_pass(algo: AlgoConfig, network: Network) -> bool:
     """Whether an update needs a separate no-grad pass before it.
 
@@ -136,8 +146,7 @@ class PolicyLearner:
                 microbatch.old_logprobs = None if old is None else old[i]
                 microbatch.ref_logprobs = None if reference is None else reference[i]
                 for place, found in taught.items():
-                    microbatch.teacher_logprobs = torch.where(microbatch.teachers == place, found[i],
-                                                              microbatch.teacher_logprobs)
+                    fill_in_teacher(microbatch, place, found[i])
         return microbatches, counts
 
     def _reference_logprobs(self, microbatches: list[PackedMicrobatch]) -> list[torch.Tensor]:

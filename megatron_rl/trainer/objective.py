@@ -38,7 +38,9 @@ class TokenObjective:
         algo, mask = self.algo, batch.loss_mask
         # No old-logprob pass ran, so this is the first update on this batch: old == new, with the gradient stopped.
         old_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
-        sequence_ids_T = packed_sequence_ids(batch.cu_seqlens) if algo.needs_whole_sequences else None
+        sequence_ids_T = None
+        if algo.needs_whole_sequences:
+            sequence_ids_T = packed_sequence_ids(batch.cu_seqlens, batch.num_tokens)
         weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
         advantages, distilled = batch.advantages, {}
         if algo.distillation.on:

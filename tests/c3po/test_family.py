@@ -258,6 +258,7 @@ def test_mismatch_weights_scale_the_policy_gradient_of_every_surrogate_and_nothi
 
 def test_sequence_ids():
     assert packed_sequence_ids(torch.tensor([0, 3, 3, 5], dtype=torch.int32)).tolist() == [0, 0, 0, 2, 2]
+    assert packed_sequence_ids(torch.tensor([0, 3, 5]), 5).tolist() == [0, 0, 0, 1, 1]
     assert packed_sequence_ids(torch.tensor([0])).tolist() == []
     assert padded_sequence_ids(torch.zeros(2, 3)).tolist() == [[0, 0, 0], [1, 1, 1]]
 

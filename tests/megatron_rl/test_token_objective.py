@@ -19,6 +19,7 @@ from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.observe.metrics import reduce_maxima, reduce_metrics
 from megatron_rl.train_step.report import TOTALS as TOTALS_REPORTED
 from megatron_rl.train_step.report import metric_name
+from megatron_rl.trainer.learner import fill_in_teacher
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
 
@@ -108,6 +109,17 @@ def test_phi_divides_the_teachers_term_and_the_surrogate_clips_it_with_the_tasks
     torch.testing.assert_close(gradients["teacher"], expected)
     torch.testing.assert_close(gradients["both"], gradients["task"] + expected)
     assert int((expected == 0).sum()) == 1
+
+
+def test_a_teacher_whose_network_gives_nan_does_not_pass_for_one_that_was_not_asked():
+    algo = AlgoConfig(loss=PLAIN, distillation=DistillationConfig(teachers={"a": TeacherConfig(checkpoint="x")}))
+    batch, logprobs_T = microbatch()
+    batch.teachers[:3] = 0  # the first response; nobody is the teacher of the others
+    broken = torch.full_like(logprobs_T, math.nan)
+    for place, judged_tokens, is_finite in ((1, 0, True), (0, 2, False)):
+        fill_in_teacher(batch, place, broken)
+        loss, report = TokenObjective(algo, TOTALS)(batch, logprobs_T, torch.zeros_like(logprobs_T))
+        assert (report["distill_gap"].count, bool(loss.isfinite())) == (judged_tokens, is_finite)
 
 
 def test_icepop_is_what_c3po_says():

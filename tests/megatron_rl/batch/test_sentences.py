@@ -39,6 +39,8 @@ def numbered(*pieces: str, mask=None) -> list[int]:
     (["", ""], [0, 0]),
     (["x", ";", " y"], [0, 0, 1]),
     (["...", " so"], [0, 1]),
+    (["A", ". ", "B!"], [0, 0, 1]),  # the last token is a sentence
+    (["\u597d\u3002", "\u5bf9\u3002", "\u5417\u3002"], [0, 1, 2]),
 ])
 def test_sentences_by_hand(pieces, expected):
     assert numbered(*pieces) == expected

@@ -108,10 +108,19 @@ def test_the_overlong_penalty_is_a_term_among_the_others():
     assert fill.rewards(given).tolist() == pytest.approx([1.5, 0.0])
 
 
+def test_metrics_ask_your_function_once_so_that_the_mean_reward_is_the_sum_they_tell(monkeypatch, tmp_path):
+    (tmp_path / "my_draws.py").write_text("import random\n\n\ndef draw(group):\n    return [random.random()]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fill = BudgetFill(AlgoConfig(), 1, 20, (ShapingConfig("my_draws.draw"),))
+    metrics = rollout_metrics([group((10, RIGHT))], fill, version=0)
+    assert metrics["reward/mean"] == pytest.approx(1 + metrics["reward/shaping/draw"])
+
+
 @pytest.mark.parametrize(("shaping", "said"), [
     ("[{term: lenght}]", "reward.shaping=lenght must be package.module.function, or one of length, format, repetition"),
     ("[{}]", "reward.shaping= must be"), ("[{term: length, strength: .inf}]", "strength="),
     ("[{term: length}, {term: a.length}]", "length, length: two terms have the same name"),
+    ("[{term: my.overlong}]", "reward.shaping=my.overlong: overlong is the term of algo.truncated=overlong_penalty"),
     ("[{term: repetition, ratio: 0}]", r"ratio=0.0 must lie in \(0, 1\]"), ("[{name: length}]", "name")])
 def test_a_wrong_term_is_named(shaping, said):
     with pytest.raises(ValueError, match=said):

@@ -58,9 +58,20 @@ def test_a_teachers_servers_may_have_moved_but_the_teacher_may_not_change():
     assert names(changes_experiment(at(one), at(one, "algo.distillation.coef=2"))) == ["algo.distillation.coef"]
 
 
-def test_two_ways_to_write_one_file_are_no_change(tmp_path, monkeypatch):
+@pytest.mark.parametrize("server", ["judge", "remote"])
+def test_a_server_that_judges_may_have_moved_and_be_waited_for_longer(server):
+    before, now = load([f"reward.{server}.url=http://one"]), load([f"reward.{server}.url=http://two"])
+    assert changed(before, now) == []
+    patient = load([f"reward.{server}.url=http://one", f"reward.{server}.timeout_s=90", f"reward.{server}.retries=9"])
+    assert len(changed(before, patient)) == 2 and changes_experiment(before, patient) == []
+    assert names(changes_experiment(load([]), load(["reward.judge.model=other"]))) == ["reward.judge.model"]
+
+
+@pytest.mark.parametrize("key", ["data.path={}", "reward.judge.rubric={}",
+                                 "algo.distillation.teachers={{a: {{checkpoint: {}}}}}"])
+def test_two_ways_to_write_one_file_are_no_change(key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before, now = load(["data.path=a.jsonl"]), load([f"data.path={tmp_path}/./a.jsonl"])
+    before, now = load([key.format("a.jsonl")]), load([key.format(f"{tmp_path}/./a.jsonl")])
     assert changed(before, now) == []
 
 

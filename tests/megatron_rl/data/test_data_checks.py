@@ -15,7 +15,7 @@ from megatron_rl.data import Limits, build_prompts, build_source, chains_tokeniz
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.orchestrator.evaluation import HELD_OUT, number_evaluated
-from megatron_rl.preflight import check_data, check_sft_data
+from megatron_rl.preflight import check_data, check_functions, check_sft_data
 from megatron_rl.prompts import sft_source
 from megatron_rl.reward import RewardPool
 from tests.megatron_rl.data.shipped import rows, write_jsonl
@@ -207,6 +207,16 @@ def test_evaluated_problems_that_are_trained_on_are_counted_whatever_surrounds_t
     assert "7 of the 8 problems of the held-out set are among" in capsys.readouterr().err
     check_data(rl(tmp_path, 200, "eval.problems=2"))
     assert "among those" not in capsys.readouterr().err
+
+
+def test_a_stage_is_looked_at_with_its_own_rewards(tmp_path):
+    stages = "stages=[{name: a, steps: 1}, {name: b, steps: 1, set: {data.domain: essay, %s}}]"
+    always = ["eval.problems=0", "run.steps=2"]
+    check_data(rl(tmp_path, 2, *always, stages % "reward.routes.essay: exact"))
+    with pytest.raises(ValueError, match=r"reward.routes.essay=llm_judge: llm_judge needs reward.judge.url"):
+        check_data(rl(tmp_path, 2, *always, stages % "reward.routes.essay: llm_judge"))
+    with pytest.raises(ValueError, match=r"reward.shaping=os.no_step: module os has no no_step"):
+        check_functions(rl(tmp_path, 2, *always, stages % "reward.shaping: [{term: os.no_step}]"))
 
 
 def test_a_bad_row_of_a_benchmark_is_found_before_the_start(tmp_path):

@@ -25,7 +25,8 @@ from megatron_rl.observe.sinks import check_logger
 from megatron_rl.rollout.ports import choose_port
 
 PROJECT = "project-of-test"
-CONFIG = {"run": {"steps": 3}, "algo": {"phi": 64}, "observe": {"project": PROJECT}}
+CONFIG = {"run": {"steps": 3}, "algo": {"phi": 64}, "observe": {"project": PROJECT},
+          "reward": {"routes": {"a@b": "exact"}}}
 LOGGED = {"reward/mean": {1: 0.5, 2: 0.75, 3: 0.25}, "eval/pass@4": {1: 0.125, 2: 0.25, 3: 0.5}}
 
 
@@ -66,7 +67,7 @@ def check_mlflow(folder: Path, uri: str) -> None:
     experiment = client.get_experiment_by_name(PROJECT)
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == (folder.name, "FINISHED")
-    assert run.data.params["algo.phi"] == "64"
+    assert (run.data.params["algo.phi"], run.data.params["reward.routes.a_b"]) == ("64", "exact")
     for name, values in LOGGED.items():
         history = client.get_metric_history(run.info.run_id, name.replace("@", "_"))
         assert {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)} == values

@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 import torch.distributed as dist
 
+from megatron_rl.config.load import build
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.flops import forward_flops
 from megatron_rl.rehearsal.command import full_microbatches
-from megatron_rl.rehearsal.standins import DISPATCHER, rows_of_experts
+from megatron_rl.rehearsal.standins import DISPATCHER, SEQUENCES, rows_of_experts
 from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
-from tests.megatron_rl.rehearsal.tiny import NETWORK, rehearsed, tiny_config
+from tests.megatron_rl.rehearsal.tiny import NETWORK, WORKLOAD, rehearsed, tiny_config
 
 OLD, TRAIN_STEP = "old log-probabilities", "megatron_rl/train_step/step.py"
 STATE_OF_HOST = "(fork)"
@@ -74,6 +75,16 @@ def test_a_rehearsal_repeats_bit_for_bit():
     assert rehearsed(config) == rehearsed(config)
 
 
+@pytest.mark.parametrize(("algo", "reads"), [
+    ({"loss": {"surrogate": "gspo"}}, 1), ({"loss": {"surrogate": "lpo"}}, 1),
+    ({"sequence_ratio_low": 0.5, "sequence_ratio_high": 2.0, "sequence_min_token_ratio": 0.1}, 2)])
+def test_an_objective_over_sequences_reads_their_number_once_for_each_reduction(algo, reads):
+    config = tiny_config()
+    options = build({"algo": algo}).algo
+    found = rehearse(dataclasses.replace(config, algo=options), NETWORK, 0, WORKLOAD).recorder
+    assert found.host_reads["update", SEQUENCES] == reads
+
+
 def test_what_has_no_stand_in_is_refused_by_name():
     config = tiny_config(world_size=2, ep=2, token_dispatcher="allgather")
     with pytest.raises(ValueError, match=r"parallel\.token_dispatcher=allgather"):
@@ -82,6 +93,9 @@ def test_what_has_no_stand_in_is_refused_by_name():
     routed = dataclasses.replace(routed, algo=dataclasses.replace(routed.algo, router_replay="rollout"))
     with pytest.raises(ValueError, match=r"algo\.router_replay=rollout"):
         check_rehearsable(routed)
+    taught = build({"algo": {"distillation": {"teachers": {"big": {"checkpoint": "/big"}}}}})
+    with pytest.raises(ValueError, match=r"algo\.distillation\.teachers\.big\.checkpoint=/big"):
+        check_rehearsable(taught)
 
 
 def test_the_rehearsed_micro_batches_are_full_and_fill_the_pipeline():

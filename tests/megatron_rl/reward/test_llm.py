@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.server
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 
 from megatron_rl.config.reward import JudgeConfig, RewardConfig
 from megatron_rl.reward import RewardPool
-from megatron_rl.reward.llm import read_verdict
+from megatron_rl.reward.llm import JudgeScorer, ask_judge, read_verdict
 from megatron_rl.types import Prompt, Score
 from tests.megatron_rl.environment.world import CONFIG, World, run, world
 
@@ -64,7 +68,7 @@ def test_a_judge_marks_what_it_reads_under_the_rubric_and_equal_content_is_asked
 
 
 @pytest.mark.parametrize("garbage", ["", "Good!", '{"score": 2}', '{"score": "1"}', '{"score": true}', '{"mark": 1}',
-                                     '{"score": NaN}', "{" * 2000, '[{"score"]'])
+                                     '{"score": NaN}', "{" * 400, '[{"score"]'])
 def test_garbage_is_asked_for_again_and_then_is_no_verdict(monkeypatch, tmp_path, garbage):
     says = iter([garbage, '{"score": 1}', *[garbage] * 9])
     scores, cost, read = judged(monkeypatch, tmp_path, lambda _: next(says), ["a"])
@@ -79,6 +83,45 @@ def test_a_judge_that_does_not_answer_in_time_is_no_verdict(monkeypatch, tmp_pat
     scores, cost, _ = judged(monkeypatch, tmp_path, by_digit, ["5"], latency_s=30.0, timeout_s=0.5)
     assert scores[0].failed and "TimeoutError" in scores[0].detail
     assert cost == {"reward/judge_requests": 4, "reward/judge_tokens": 0}
+
+
+def test_a_verdict_that_a_cut_answer_quotes_is_not_the_judges(monkeypatch, tmp_path):
+    script = 'The response ends in {"score": 1}. But it is not worth it: {"score": 0}'
+    scores, *_ = judged(monkeypatch, tmp_path, lambda _: script, ["a"], max_tokens=60)
+    assert scores[0].failed and "its answer was cut at reward.judge.max_tokens=60" in scores[0].detail
+
+
+class Dripping(http.server.BaseHTTPRequestHandler):
+    """A proxy that keeps the line open with spaces until the judge has answered."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_judge_that_drips_is_given_up_in_time():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=0.3, retries=0), "{}", {})
+        server.shutdown()
+    assert score.failed and "not whole within reward.judge.timeout_s" in score.detail and time.monotonic() - began < 2
+
+
+def test_a_judgement_over_its_limit_is_no_verdict(monkeypatch, tmp_path):
+    """A response that the judge was too slow for would train as a wrong one otherwise."""
+    monkeypatch.setenv(KEY, "key")
+    job = JudgeScorer(config_of(tmp_path).judge).prepare(PROMPT, "a")
+    with RewardPool(config_of(tmp_path)) as pool:
+        late = replace(job, function=sum, args=(range(10**12),), timeout_s=0.1)
+        assert pool._submit(late).result().failed
 
 
 @pytest.mark.parametrize(("judge", "why"), [
@@ -107,6 +150,8 @@ def test_a_judge_that_is_not_there_is_found_by_trying(monkeypatch, tmp_path):
     ('{"score": 0.25, "why": "short"}', (0.25, "short")),
     ('{"score": 0} no: {"why": "better", "score": 1}', (1.0, "better")),
     ('{"marks": {"score": 0.5}}', (0.5, "")),
+    ('{"score": 0, "why": {"it says": {"score": 1}}}', (0.0, "{'it says': {'score': 1}}")),
+    ('{"score": 0, "said": [{"score": 1}]} {} {', (0.0, "")),
 ])
 def test_the_last_score_counts(text, verdict):
     assert read_verdict(text) == verdict

@@ -15,6 +15,7 @@ from megatron_rl.config.load import load
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.handoff.shard import UpdateShard, read_shard, write_shard
+from megatron_rl.orchestrator.teaching import check_teachers
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.rollout.teachers import Teachers
@@ -112,6 +113,25 @@ def test_a_teacher_that_is_gone_costs_the_response_and_not_the_run():
     assert bad.rollout.teacher_logprobs is None
 
 
+def test_runs_that_share_a_server_name_their_requests_apart():
+    """An engine refuses an id that is under way, and in containers orchestrators have the same process id."""
+    asked = []
+
+    async def heard(request, body, answer):
+        asked.append(body["rid"])
+        by_token(request, body, answer)
+
+    async def score():
+        async with teachers_at(engine.url) as teachers:
+            await teachers.scored(rollout(3, 4, 5), "math")
+
+    with StubEngine(VOCABULARY) as engine:
+        engine.spoil = heard
+        asyncio.run(score())
+        asyncio.run(score())
+    assert len(set(asked)) == 2
+
+
 def test_another_vocabulary_is_refused_by_its_hash():
     async def check(texts):
         async with teachers_at(engine.url) as teachers:
@@ -160,6 +180,12 @@ def test_scores_travel_with_their_tokens_to_the_packed_microbatch():
 def test_a_wrong_section_is_named(overrides, said):
     with pytest.raises(ValueError, match=said):
         load(overrides)
+
+
+def test_a_key_that_is_not_there_is_named_before_the_start():
+    config = load(["algo.distillation.teachers={a: {urls: [http://x], api_key_env: NO_SUCH_KEY}}"])
+    with pytest.raises(ValueError, match="teachers.a.api_key_env: the environment variable NO_SUCH_KEY is not set"):
+        check_teachers(config, None)
 
 
 def test_without_the_tasks_reward_every_domain_needs_a_teacher():
