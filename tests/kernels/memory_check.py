@@ -17,13 +17,16 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, _get_np
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    """From its first element to its last; the gaps that strides leave are inside."""
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    elements = 1 + last if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 @contextmanager
 def watched(reachable: Iterable[torch.Tensor] = ()):
-    """AssertionError in here when a kernel touches an address outside its arguments and `reachable` (contiguous
-    tensors), or writes one address twice in a launch. Yields the list of launched kernels' names."""
+    """AssertionError in here when a kernel touches an address outside its arguments and `reachable`, or writes one
+    address twice in a launch. Yields the list of launched kernels' names."""
     launched: list[str] = []
     spans: list[tuple[int, int]] = []
     written: list[np.ndarray] = []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from rl_kernels.grouped_experts import grouped_experts, sorted_experts
+from rl_kernels.linear_logprob import linear_logprob
+from rl_kernels.pointwise import rotate, weighted_swiglu
 from rl_kernels.router_topk import router_topk
 from tests.kernels import test_grouped_experts as experts
 from tests.kernels import test_linear_logprob_triton as logprob
+from tests.kernels import test_pointwise as pointwise
 from tests.kernels import test_router_topk as router
 from tests.kernels.conftest import DEVICE
 from tests.kernels.memory_check import watched
@@ -22,8 +27,24 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("shape", [(1, 3, 2), (16, 16, 32), (35, 20, 70)])
 def test_linear_logprob(shape, dtype):
     with watched() as launched:
-        logprob.results(logprob.triton, *logprob.problem(*shape, dtype))
-    assert set(launched) == KERNELS["linear_logprob"]
+        for impl in ("triton", "fused"):
+            logprob.results(partial(linear_logprob, impl=impl), *logprob.problem(*shape, dtype))
+    assert set(launched) == KERNELS["linear_logprob"] | {"block_statistics_kernel"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointwise(dtype):
+    with watched() as launched:
+        for rows, width in pointwise.ROWS_AND_WIDTHS:
+            pointwise.with_gradients(lambda *each: weighted_swiglu(*each, impl="triton"),
+                                     pointwise.random(rows, 2 * width, dtype=dtype), pointwise.random(rows, 1),
+                                     upstream=pointwise.random(rows, width))
+        for tokens, heads, dim, turned in pointwise.HEADS:
+            cosine, sine = pointwise.angles(tokens, turned)
+            pointwise.with_gradients(
+                lambda both: rotate(both[..., dim:], cosine, sine, impl="triton"),  # noqa: B023
+                pointwise.random(tokens, heads, 2 * dim, dtype=dtype), upstream=pointwise.random(tokens, heads, dim))
+    assert set(launched) == KERNELS["pointwise"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

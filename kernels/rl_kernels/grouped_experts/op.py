@@ -140,8 +140,8 @@ def _torch_experts(product, swiglu, hidden_TH, gate_up_E2FH, down_EHF, weights_T
 
 
 def _products(product, swiglu, rows_NH, gate_up_E2FH, down_EHF, weights_N1, ends_E, adapters=(None, None)):
-    gate_up_N2F = _adapted(product, rows_NH, gate_up_E2FH, ends_E, adapters[0])
-    return _adapted(product, swiglu(gate_up_N2F, weights_N1), down_EHF, ends_E, adapters[1])
+    return _adapted(product, swiglu(_adapted(product, rows_NH, gate_up_E2FH, ends_E, adapters[0]), weights_N1),
+                    down_EHF, ends_E, adapters[1])  # nested, so that the first product is not alive with the second
 
 
 def _adapted(product, rows_NX, weights_EYX, ends_E, adapter: LowRank | None):
