@@ -24,7 +24,7 @@ def distilled_advantages(advantages: torch.Tensor, old_logprobs: torch.Tensor, t
     All tensors share one shape. old_logprobs: of the student, by the trainer, before the update. teacher_logprobs: of
     the same tokens; NaN marks a token without a teacher, which keeps A. The result goes into policy_loss, whose divisor
     (Phi) then divides this term too. Outside loss_mask it is 0.
-    Returns (advantages, sums): distill_gap, the mean of which estimates KL(old || teacher) in nats; distill_kl, its k3
+    Returns (advantages, sums): distill_gap, whose mean estimates KL(old || teacher) in nats; distill_kl, its k3
     estimate, never negative. Both are over tokens that have a teacher.
     ValueError: coef is negative or not finite, shapes differ, mask not bool.
     """

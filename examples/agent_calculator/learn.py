@@ -11,7 +11,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,20 @@ def write_tokenizer(folder: Path) -> Any:
 
 
 def write(folder: Path, seed: int) -> None:
+    asked = {text: calculate(json.dumps(arguments))
+             for (text, arguments), _ in zip(problems(seed), range(PROBLEMS), strict=False)}
+    write_start(folder, seed, asked, lessons)
+
+
+def write_start(folder: Path, seed: int, asked: Mapping[str, str],
+                lessons: Callable[[Any, int], Iterator[dict[str, str]]]) -> None:
+    """The random model, the problems with their answers, and what fine-tuning shows: lessons(tokenizer, seed)."""
     from megatron_rl.model.fresh import bailing_config, random_weights
     from megatron_rl.model.hf_folder import write_hf_folder
 
     tokenizer = write_tokenizer(folder / "tokenizer")
     config = bailing_config(vocab_size=len(tokenizer))
     write_hf_folder(folder / "init", config, random_weights(config, seed), tokenizer_from=folder / "tokenizer")
-    asked = {text: calculate(json.dumps(arguments))
-             for (text, arguments), _ in zip(problems(seed), range(PROBLEMS), strict=False)}
     rows = {"problems": [{"prompt": text, "answer": answer} for text, answer in asked.items()],
             "sft": list(lessons(tokenizer, seed))}
     for name, lines in rows.items():

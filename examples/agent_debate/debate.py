@@ -8,14 +8,13 @@ fine-tuned model guesses six first answers in ten, and follows the other's answe
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.agent_calculator.learn import write_tokenizer
+from examples.agent_calculator.learn import write_start
 
 NAMES = ("A", "B")
 LETTERS, LENGTH = "abcdefgh", 4
@@ -73,17 +72,8 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 def write(folder: Path, seed: int) -> None:
-    from megatron_rl.model.fresh import bailing_config, random_weights
-    from megatron_rl.model.hf_folder import write_hf_folder
-
-    tokenizer = write_tokenizer(folder / "tokenizer")
-    config = bailing_config(vocab_size=len(tokenizer))
-    write_hf_folder(folder / "init", config, random_weights(config, seed), tokenizer_from=folder / "tokenizer")
-    asked = {text: answer for (text, answer), _ in zip(problems(seed), range(PROBLEMS), strict=False)}
-    rows = {"problems": [{"prompt": text, "answer": answer} for text, answer in asked.items()],
-            "sft": list(lessons(tokenizer, seed))}
-    for name, lines in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="ascii")
+    write_start(folder, seed, dict(answered for answered, _ in zip(problems(seed), range(PROBLEMS), strict=False)),
+                lessons)
 
 
 if __name__ == "__main__":

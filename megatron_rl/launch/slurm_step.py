@@ -72,7 +72,7 @@ def engine(config_path: str, index: str, place: str, host: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     with engines_for(config, config.model.path, folder / f"engine-{index}.server.log") as served:
-        lease.check(config.run.dir)  # a newer start would take the URL for that of its own engine
+        lease.check(config.run.dir)  # a newer start would take this URL for its own engine's
         write_whole(folder / f"engine-{index}.url", served.rollout.engine.urls[0])
         while not over.wait(lease.CHECK_S) and lease.superseded(config.run.dir) is None:
             pass

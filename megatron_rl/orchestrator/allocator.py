@@ -1,7 +1,8 @@
 """What the C library does with memory that large answers leave: the process keeps it.
 
 An answer of /generate is copied several times on its way to arrays. By default glibc hands each freed copy back to the
-kernel, which clears the pages of the next one. That took a fifth of the orchestrator's processor time and more.
+kernel, which clears the pages of the next one. That took a tenth of the orchestrator's processor time, and more under
+load.
 """
 
 from __future__ import annotations

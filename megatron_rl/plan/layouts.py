@@ -106,7 +106,7 @@ def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
 
     A token sees a quarter of rollout.max_context_tokens: half of a sequence of the mean length. Layers run again under
     recompute. The head takes its logits twice, and its two backward products in two halves below float32
-    (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward product, that of its input's gradient.
+    (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward product, for the gradient of its input.
     """
     frozen = config.model.lora.on
     _, active = _count(model)

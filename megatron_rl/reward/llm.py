@@ -14,7 +14,6 @@ import math
 import os
 import re
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,14 +23,13 @@ from typing import Any
 from megatron_rl.config.reward import JudgeConfig
 from megatron_rl.foreign import LONGEST_MESSAGE, as_utf8
 from megatron_rl.reward.base import Job, Judgement, run
+from megatron_rl.reward.requests import FAILURES, attempts, failure_of
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["JudgeScorer", "ask_judge", "read_verdict"]
 
 PLACES = ("{question}", "{reference}", "{response}")
 FORM = 'Answer with one JSON object and nothing else: {"why": "<one sentence>", "score": <a number from 0 to 1>}'
-FIRST_PAUSE_S = 0.2
-MAY_PASS = (408, 409, 425, 429)
 CLOCK_FACTOR = 3
 """A job's clock time is this many times its limit, which is processor time (reward/pool.py)."""
 
@@ -91,9 +89,7 @@ def ask_judge(config: JudgeConfig, body: str, key: Mapping[str, str]) -> Score:
     key: the header that holds it.
     """
     cost, failure = _Cost(), ""
-    for attempt in range(config.retries + 1):
-        if attempt:
-            time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+    for _ in attempts(config.retries):
         cost.requests += 1
         deadline = time.monotonic() + config.timeout_s
         request = urllib.request.Request(f"{config.url.rstrip('/')}/chat/completions", body.encode(),
@@ -105,12 +101,10 @@ def ask_judge(config: JudgeConfig, body: str, key: Mapping[str, str]) -> Score:
             if is_cut:  # what it quoted so far may hold a score that is not its own
                 raise ValueError(f"its answer was cut at reward.judge.max_tokens={config.max_tokens}: {text[:200]!r}")
             value, why = read_verdict(text)
-        except urllib.error.HTTPError as error:
-            failure = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
-            if error.code < 500 and error.code not in MAY_PASS:
+        except FAILURES as error:
+            failure, may_pass = failure_of(error)
+            if not may_pass:
                 break
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            failure = f"{type(error).__name__}: {error}"
         else:
             graded = 0.0 < value < config.correct_from
             status = "graded" if graded else "wrong" if value < config.correct_from else "correct"

@@ -6,23 +6,18 @@ The server isolates and limits the programs. What is right is still decided here
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import os
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config.reward import RemoteConfig
+from megatron_rl.reward.requests import FAILURES, attempts, failure_of
 from megatron_rl.reward.sandbox import Limits, Outcome, out_of_memory
 
 __all__ = ["Remote", "RemoteProgram"]
-
-FIRST_PAUSE_S = 0.2
-BUSY = (408, 425, 429)
 
 
 @dataclass(frozen=True)
@@ -71,20 +66,16 @@ class RemoteProgram:
         """
         body, failure = json.dumps(content).encode(), ""
         headers = {"Content-Type": "application/json"} | self._key()
-        for attempt in range(self.config.retries + 1):
-            if attempt:
-                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+        for _ in attempts(self.config.retries):
             request = urllib.request.Request(f"{self.config.url.rstrip('/')}/run_code", body,
                                              headers)
             try:
                 with urllib.request.urlopen(request, timeout=self._patience_s) as response:
                     answer = json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                failure = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
-                if error.code < 500 and error.code not in BUSY:
+            except FAILURES as error:
+                failure, may_pass = failure_of(error)
+                if not may_pass:
                     break
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                failure = f"{type(error).__name__}: {error}"
             else:
                 if isinstance(answer, dict) and answer.get("status") in ("Success", "Failed"):
                     return answer

@@ -1,4 +1,4 @@
-"""The debate as a run starts it: two conversations in one session, each of which hears the other."""
+"""The debate as a run starts it: one session holds two conversations, and each hears the other."""
 
 from __future__ import annotations
 

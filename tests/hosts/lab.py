@@ -219,7 +219,7 @@ class Lab:
 
     def start(self, host: str, *words: str, log: Path,
               environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-        """The command in the background; its end is that of the process."""
+        """Starts the command and returns its process, which ends when the command does."""
         with log.open("ab") as file:
             process = subprocess.Popen(self.command(host, words), env=self.environment() | dict(environment or {}),
                                        stdin=subprocess.DEVNULL, stdout=file, stderr=file)

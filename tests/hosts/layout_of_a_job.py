@@ -1,4 +1,4 @@
-"""In a job's place: starts its ranks and engines where the job would, each of which only says where it is."""
+"""Stands in for a job: starts a program where the job would start each rank and engine; it only says where it is."""
 
 import sys
 from pathlib import Path

@@ -32,7 +32,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.parametrize(("how", "rounds"), [("kept", (0, 2)), ("as it comes", (ROUNDS, 3 * ROUNDS))])
 def test_freed_memory_is_used_again(how, rounds):
-    """Page faults, in rounds of which each uses other pages. Without the call every round does, or the call is idle."""
+    """Counts page faults in units of one round. Without the call every round faults, or the test shows nothing."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
     least, most = rounds
     assert least * PAGES_OF_A_ROUND <= int(done.stdout) <= most * PAGES_OF_A_ROUND
