@@ -38,7 +38,7 @@ NODE = ["parallel.world_size=4", "parallel.ep=4", "rollout.engine.first_gpu=4"]
 CASES: dict[str, list[str]] = {
     **{name: [f"experiment={name}"] for name in EXPERIMENTS},
     **{f"{name} in bfloat16": [f"experiment={name}", "model.dtype=bfloat16"] for name in EXPERIMENTS
-       if not name.startswith("ring_lite_rl")},
+       if not name.startswith(("ring_lite_rl", "ring_mini_2"))},
     "quickstart as `megatron-rl quickstart` runs it": ["experiment=quickstart", "QUICKSTART"],
     "ring_lite_rl_stage1, ranks and engines apart": [
         "experiment=ring_lite_rl_stage1", *NODE, "rollout.engine.count=2", "rollout.engine.tp=2"],

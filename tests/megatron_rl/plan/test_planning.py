@@ -128,15 +128,19 @@ def test_where_nothing_fits_the_smallest_are_shown(capsys):
     assert "DOES NOT FIT" in shown and "no layout fits" in shown
 
 
-@pytest.mark.parametrize(("layout", "gpus"), [("ling_lite_8", 8), ("ling_lite_64", 64), ("ring_lite_256", 256)])
-def test_a_shipped_layout_of_ling_lite_fits_and_is_accepted(ling_lite, layout, gpus):
-    asked = ["experiment=ring_lite_rl_stage1", f"parallel={layout}"]
+@pytest.mark.parametrize(("command", "experiment", "layout", "gpus"), [
+    *(("rl", "ring_lite_rl_stage1", layout, gpus)
+      for layout, gpus in (("ling_lite_8", 8), ("ling_lite_64", 64), ("ring_lite_256", 256))),
+    *((command, f"ring_mini_2_{command}", f"ring_mini_2_{gpus}", gpus)
+      for command in ("sft", "rl") for gpus in (8, 64, 256))])
+def test_a_shipped_layout_fits_and_is_accepted(command, experiment, layout, gpus):
+    asked = [f"experiment={experiment}", f"parallel={layout}"]
     config = load(asked)
     assert config.parallel.world_size == gpus
     for backend in ("torch", "transformer_engine"):
         variant = dataclasses.replace(config, model=dataclasses.replace(config.model, backend=backend))
-        assert plan_memory(ling_lite, variant).total <= Hardware().usable
-    assert main(["rl", "--check", *asked]) == 0
+        assert plan_memory(network_of(config), variant).total <= Hardware().usable
+    assert main([command, "--check", *asked]) == 0
 
 
 def test_a_backend_decides_what_a_layer_keeps(ling_lite, ring_lite):
