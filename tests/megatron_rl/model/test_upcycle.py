@@ -1,4 +1,4 @@
-"""An upcycled Llama or Qwen2 is the same function at step 0, its experts ready to move; the rest is refused."""
+"""An upcycled Llama, Qwen2 or Qwen3 is the same function at step 0, its experts ready to move; the rest is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.slots import expected_shapes
@@ -16,6 +16,7 @@ from megatron_rl.model.upcycle import upcycle
 from tests.reference_bailing import bailing_forward, bailing_logits
 from tests.tiny_models import write_tiny_known, write_tiny_tokenizer
 
+TARGETS = ("bailing_moe", "bailing_moe_v2")
 TOKENS = [5, 90, 17, 17, 3, 42, 60, 1, 0, 33, 71, 8]
 
 
@@ -37,10 +38,10 @@ def write_tiny_llama(folder: Path, *, tied: bool = True, seed: int = 0, **overri
     return model
 
 
-def write_tiny_qwen2(folder: Path, *, tied: bool) -> Qwen2ForCausalLM:
-    """As write_tiny_known makes it, with biases of query, key and value that matter."""
-    write_tiny_known(folder, "qwen2", tie_word_embeddings=tied, initializer_range=0.3)
-    model = Qwen2ForCausalLM(Qwen2Config(**json.loads((folder / "config.json").read_text()))).eval()
+def write_tiny_qwen(folder: Path, kind: str, *, tied: bool) -> AutoModelForCausalLM:
+    """As write_tiny_known makes it: qwen2 has biases of query, key and value that matter, qwen3 norms."""
+    write_tiny_known(folder, kind, tie_word_embeddings=tied, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)  # a tied head is not in the file
     return model
 
@@ -55,15 +56,17 @@ def load(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "llama-linear_rope", "qwen2"])
-def test_logits_equal_the_dense_model(tmp_path, kind, tied):
-    if kind == "qwen2":
-        dense = write_tiny_qwen2(tmp_path / "dense", tied=tied)
+@pytest.mark.parametrize(("kind", "target"), [
+    *((kind, target) for kind in ("llama", "llama-linear_rope", "qwen2") for target in TARGETS),
+    ("qwen3", "bailing_moe_v2")])
+def test_logits_equal_the_dense_model(tmp_path, kind, target, tied):
+    if kind.startswith("qwen"):
+        dense = write_tiny_qwen(tmp_path / "dense", kind, tied=tied)
     else:
         rope = {"rope_type": "linear", "factor": 4.0} if "linear" in kind else {"rope_type": "default"}
         dense = write_tiny_llama(tmp_path / "dense", tied=tied, rope_parameters={**rope, "rope_theta": 500.0})
-    config, weights = load(upcycle(tmp_path / "dense", tmp_path / "moe"))
-    assert config["use_qkv_bias"] == (kind == "qwen2")
+    config, weights = load(upcycle(tmp_path / "dense", tmp_path / "moe", model_type=target))
+    assert (config["model_type"], config["use_qkv_bias"]) == (target, kind == "qwen2")
     with torch.no_grad():
         expected = dense(torch.tensor([TOKENS])).logits[0]
         found = bailing_logits(weights, config, TOKENS)
@@ -77,27 +80,32 @@ def test_old_style_rope_theta_is_carried(tmp_path):
     assert read_config(upcycle(tmp_path / "dense", tmp_path / "moe")).rope_theta == 500.0
 
 
-def test_tensors_are_those_of_the_config(tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_tensors_are_those_of_the_config(tmp_path, target):
     write_tiny_llama(tmp_path / "dense")
-    folder = upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=6, experts_per_token=3,
-                           moe_intermediate_size=16)
+    folder = upcycle(tmp_path / "dense", tmp_path / "moe", model_type=target, num_experts=6, experts_per_token=3,
+                     moe_intermediate_size=16)
     config, weights = read_config(folder), load_file(folder / "model.safetensors")
     assert (config.num_experts, config.num_experts_per_tok, config.num_shared_experts) == (6, 3, 2)
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected_shapes(config)
 
 
-def test_bfloat16_target_is_the_cast_float32_target(tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_bfloat16_target_is_the_cast_float32_target(tmp_path, target):
+    """The biases of experts stay float32."""
     write_tiny_llama(tmp_path / "dense")
-    _, full = load(upcycle(tmp_path / "dense", tmp_path / "full"))
-    config, half = load(upcycle(tmp_path / "dense", tmp_path / "half", dtype="bfloat16"))
+    _, full = load(upcycle(tmp_path / "dense", tmp_path / "full", model_type=target))
+    config, half = load(upcycle(tmp_path / "dense", tmp_path / "half", model_type=target, dtype="bfloat16"))
     assert config["torch_dtype"] == "bfloat16"
-    assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
+    for name in full:
+        assert torch.equal(half[name], full[name] if name.endswith("expert_bias") else full[name].bfloat16())
 
 
-def test_every_routed_expert_can_learn_and_no_two_are_alike(tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_routed_expert_can_learn_and_no_two_are_alike(tmp_path, target):
     """Gradients reach the zero down_proj; num_shared_experts=1, where only the noise tells experts apart."""
     write_tiny_llama(tmp_path / "dense")
-    folder = upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, moe_intermediate_size=32)
+    folder = upcycle(tmp_path / "dense", tmp_path / "moe", model_type=target, num_experts=4, moe_intermediate_size=32)
     config, weights = load(folder)
     weights = {name: tensor.requires_grad_() for name, tensor in weights.items()}
     tokens = list(range(48))
@@ -166,9 +174,11 @@ def test_unsupported_tensor_is_named(tmp_path, extra):
         upcycle(tmp_path / "dense", tmp_path / "moe")
 
 
-def test_width_must_divide_the_ffn(tmp_path):
+def test_what_does_not_fit_is_named(tmp_path):
     write_tiny_llama(tmp_path / "dense")
     with pytest.raises(ValueError, match="moe_intermediate_size=12 does not divide intermediate_size=32"):
         upcycle(tmp_path / "dense", tmp_path / "moe", moe_intermediate_size=12)
+    with pytest.raises(ValueError, match="--model-type=bailing_moe_2 must be one of bailing_moe, bailing_moe_v2"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", model_type="bailing_moe_2")
     with pytest.raises(ValueError, match="same folder"):
         upcycle(tmp_path / "dense", tmp_path / "dense")
