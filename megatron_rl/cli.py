@@ -49,8 +49,12 @@ def parser() -> argparse.ArgumentParser:
                                    help="also write the rehearsed ranks' update on one clock, for ui.perfetto.dev")
     parts["rehearse"].add_argument("--page", default=None, metavar="FILE",
                                    help="also write a page to look at: memory over the step, timeline, tables")
-    parts["rehearse"].add_argument("--imbalance", type=positive, default=1.0, metavar="X",
-                                   help="rows of this rank's experts over the mean (default 1: even)")
+    parts["rehearse"].add_argument("--imbalance", default="1", metavar="X|RUN_DIR",
+                                   help="rows of this rank's experts over the mean (default 1: even), or a run whose "
+                                   "recorded loads the busiest expert of each layer gets")
+    parts["rehearse"].add_argument("--lengths", default=None, metavar="uniform|lognormal:MEAN:SIGMA|RUN_DIR",
+                                   help="lengths of responses, which the run's own schedule packs (default: full "
+                                   "micro-batches)")
     parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",
                                    help="instead compare the layout with the N fastest that `plan` proposes")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)

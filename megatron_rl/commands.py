@@ -308,7 +308,7 @@ def rehearse(options) -> int:
             command.compare_layouts(config, network, count=options.layouts, json_file=options.json)
             return 0
         command.run(config, network, options.ranks, json_file=options.json, imbalance=options.imbalance,
-                    trace_file=options.trace, page_file=options.page)
+                    lengths=options.lengths, trace_file=options.trace, page_file=options.page)
     return 0
 
 

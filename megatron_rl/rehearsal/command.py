@@ -13,39 +13,45 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.observe.say import say
 from megatron_rl.plan import Hardware, Proposal, propose
-from megatron_rl.plan.activations import chunks_in_flight
-from megatron_rl.plan.memory import expected_microbatches
 from megatron_rl.plan.report import layout
 from megatron_rl.rehearsal.page import rehearsal_page
 from megatron_rl.rehearsal.ranks import check_rank, distinct_ranks
+from megatron_rl.rehearsal.records import Lengths, lengths_of, loads_of
 from megatron_rl.rehearsal.report import layouts_text, rank_text, stages_text
 from megatron_rl.rehearsal.roofline import Rates
-from megatron_rl.rehearsal.standins import shares
-from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
+from megatron_rl.rehearsal.standins import Imbalance
+from megatron_rl.rehearsal.step import check_rehearsable, rehearse
 from megatron_rl.rehearsal.summary import summary
 from megatron_rl.rehearsal.timeline import Event, perfetto, simulate, waiting_share
+from megatron_rl.rehearsal.workload import full_microbatches, workload_of
 
 
 def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None,
-        imbalance: float = 1.0, trace_file: str | None = None, page_file: str | None = None) -> None:
+        imbalance: str = "1", lengths: str | None = None, trace_file: str | None = None,
+        page_file: str | None = None) -> None:
     """Rehearse each rank and say what was seen; `ranks` empty: one of each distinct kind.
 
+    imbalance: a number, or a run's folder (records.loads_of). lengths: as records.lengths_of; None: full micro-batches.
     trace_file: the update of all of them on one clock, for ui.perfetto.dev. page_file: everything as an HTML page.
     """
     check_layout(network, config.parallel)
-    check_rehearsable(config, imbalance)
+    uneven = _imbalance(imbalance, network)
+    check_rehearsable(config, uneven)
+    drawn = None if lengths is None else lengths_of(lengths, config.rollout)
     for rank in ranks:
         check_rank(rank, config.parallel)
     for option, file in (("--json", json_file), ("--trace", trace_file), ("--page", page_file)):
         if file is not None:
             _check_folder(option, file)
-    workload, rates = full_microbatches(config), Rates()
+    rates = Rates()
     chosen = list(ranks) or distinct_ranks(config.parallel)
     found: list[dict[str, Any]] = []
     updates: dict[int, list[Event]] = {}
     for rank in chosen:
-        seen = rehearse(config, network, rank, workload, imbalance=imbalance)
-        found.append(summary(config, network, workload, seen, rates) | {"imbalance": imbalance})
+        workload = workload_of(config, network, rank, drawn)
+        seen = rehearse(config, network, rank, workload, imbalance=uneven)
+        found.append(summary(config, network, workload, seen, rates) | {
+            "imbalance": uneven, "sources": _sources(imbalance, uneven, drawn)})
         updates[rank] = [event for event in seen.recorder.events if event.phase == "update"]
         del seen
         gc.collect()  # modules and their optimiser hold each other
@@ -62,6 +68,24 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
         say(f"page: {page_file}")
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"ranks": found}, indent=1) + "\n")
+
+
+def _imbalance(text: str, network: Network) -> Imbalance:
+    try:
+        return float(text)
+    except ValueError:
+        return loads_of(text, network)
+
+
+def _sources(imbalance: str, uneven: Imbalance, lengths: Lengths | None) -> dict[str, str]:
+    """Where the experts' rows and the lengths come from, for people."""
+    if isinstance(uneven, float):
+        experts = f"this rank's get {uneven:g} times the mean of rows"
+    else:
+        experts = (f"the busiest of each layer stands here and gets {min(uneven.values()):.2f} to "
+                   f"{max(uneven.values()):.2f} times the mean of rows, as in {imbalance}")
+    return {"experts": experts,
+            "lengths": "full micro-batches of equal sequences" if lengths is None else f"responses {lengths.name}"}
 
 
 def compare_layouts(config: Config, network: Network, *, count: int, json_file: str | None = None) -> None:
@@ -104,23 +128,3 @@ def layout_name(config: Config) -> str:
 def _check_folder(option: str, file: str) -> None:
     if not Path(file).resolve().parent.is_dir():
         raise ValueError(f"{option} {file}: there is no folder {Path(file).parent}")
-
-
-def full_microbatches(config: Config) -> Workload:
-    """Micro-batches at their cap, of sequences of the mean length that `plan` expects; as many as fill the pipeline.
-
-    A sequence has half the prompt's room and half of the longest response.
-    """
-    rollout, parallel = config.rollout, config.parallel
-    room = config.batch.tokens_per_microbatch * parallel.cp
-    mean = rollout.max_context_tokens / 2
-    lengths = shares(room, max(1, round(room / mean)))
-    if parallel.cp > 1:
-        unit = 2 * parallel.cp
-        lengths = [length // unit * unit for length in lengths]
-    count = 1
-    if parallel.pp > 1:
-        step = parallel.pp if parallel.vpp else 1
-        fill = chunks_in_flight(parallel, 0, expected_microbatches(config))
-        count = -(-fill // ((parallel.vpp or 1) * step)) * step
-    return Workload(tuple(lengths), count)

@@ -34,8 +34,9 @@ def _head(config: Config, found: dict[str, Any]) -> list[str]:
         f"parameters {dense:,} dense and {parameters['experts']:,} expert",
         f"rehearsed  {batch['rehearsed']} micro-batch{'es' * (batch['rehearsed'] > 1)} of "
         f"{len(batch['lengths'])} sequences, {sum(batch['lengths']):,} positions over {parallel.cp} context-parallel "
-        f"rank{'s' * (parallel.cp > 1)}; a step has about {batch['expected_per_step']}",
-        f"experts    this rank's get {found['imbalance']:g} times the mean of rows"]
+        f"rank{'s' * (parallel.cp > 1)}; a step has about {batch['expected_per_step']:.4g}",
+        f"lengths    {found['sources']['lengths']}",
+        f"experts    {found['sources']['experts']}"]
 
 
 def _memory(found: dict[str, Any]) -> list[str]:

@@ -7,11 +7,12 @@ asks whether it runs on a CPU and should do as on a GPU here. Written for torch 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.utils._python_dispatch import _disable_current_modes
@@ -60,6 +61,18 @@ def shares(total: int, parts: int) -> list[int]:
     return [base + (index < extra) for index in range(parts)]
 
 
+Imbalance = float | Mapping[int, float]
+"""Rows of this rank's experts over the mean; or, by the number of the layer (from 1), rows of its busiest expert over
+the mean, which stands on this rank."""
+
+
+def rows_with_busiest(total: int, experts: int, own: range, busiest: float) -> list[int]:
+    """How many of `total` rows each expert gets: the first of `own` `busiest` times the mean, all others the rest."""
+    most = min(total, round(busiest * total / experts))
+    others = shares(total - most, experts - 1)
+    return [*others[:own.start], most, *others[own.start:]]
+
+
 def rows_of_experts(total: int, experts: int, own: range, imbalance: float) -> list[int]:
     """How many of `total` rows each expert gets: those of `own` `imbalance` times the mean, the others the rest."""
     if imbalance == 1.0 or len(own) == experts:
@@ -70,21 +83,27 @@ def rows_of_experts(total: int, experts: int, own: range, imbalance: float) -> l
 
 
 @contextlib.contextmanager
-def known_experts(read_by_host: Callable[[str], None], imbalance: float = 1.0) -> Iterator[None]:
-    """Every rank sends every expert equally many rows, but this rank's experts get `imbalance` times the mean.
+def known_experts(read_by_host: Callable[[str], None], imbalance: Imbalance = 1.0) -> Iterator[None]:
+    """Every rank sends every expert equally many rows, but for what `imbalance` says.
 
     Router, top-k, permutation and the collective of the counts run as they are; only the counts themselves, which the
     host needs to size the buffers, are said here. read_by_host: told once per dispatch, for the copy to the host that
     Megatron makes of them (_maybe_dtoh_and_synchronize), unless the dispatcher needs none (kernel_layers.DeviceCounts).
     """
     original, original_init = MoEAlltoAllTokenDispatcher.preprocess, MoEAlltoAllTokenDispatcher.__init__
+    original_number = BaseMoELayer.set_layer_number
+
+    def set_layer_number(self, layer_number):
+        original_number(self, layer_number)
+        self.token_dispatcher.rehearsed_layer = layer_number
 
     def preprocess(self, routing_map):
         on_device = original(self, routing_map)  # and its operations and its collective
         experts, peers = len(self.local_expert_indices), self.ep_size * self.tp_size
         first = self.local_expert_indices[0]
-        rows = rows_of_experts(routing_map.size(0) * self.config.moe_router_topk, self.num_experts,
-                               range(first, first + experts), imbalance)
+        total, own = routing_map.size(0) * self.config.moe_router_topk, range(first, first + experts)
+        rows = rows_with_busiest(total, self.num_experts, own, imbalance[self.rehearsed_layer]) \
+            if isinstance(imbalance, Mapping) else rows_of_experts(total, self.num_experts, own, imbalance)
         mine = rows[first:first + experts]
         if peers > 1:
             self.input_splits = _on_host([sum(rows[start:start + experts])
@@ -108,7 +127,8 @@ def known_experts(read_by_host: Callable[[str], None], imbalance: float = 1.0) -
             self.restore_output_by_local_experts = chunks.reshape(self.num_local_experts, -1).T.ravel().as_subclass(
                 OnHost)
 
-    with replaced(MoEAlltoAllTokenDispatcher, preprocess=preprocess, __init__=init):
+    with (replaced(MoEAlltoAllTokenDispatcher, preprocess=preprocess, __init__=init),
+          replaced(BaseMoELayer, set_layer_number=set_layer_number)):
         yield
 
 

@@ -24,6 +24,7 @@ from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.recorder import Recorder
 from megatron_rl.rehearsal.standins import (
+    Imbalance,
     as_on_a_gpu,
     fake_parameters,
     forgotten_loss_scale,
@@ -44,11 +45,16 @@ TOKENS_PER_SENTENCE = 20
 
 @dataclass(frozen=True)
 class Workload:
-    """Equal micro-batches of one step: positions of the sequences of one, over all context-parallel ranks; how many
-    micro-batches this rank runs."""
+    """Equal micro-batches of one step.
+
+    - lengths: positions of the sequences of one, over all context-parallel ranks.
+    - microbatches: how many of them are rehearsed.
+    - per_step: how many of them a step of this rank costs as much as.
+    """
 
     lengths: tuple[int, ...]
     microbatches: int
+    per_step: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,9 @@ class Rehearsed:
     recorder: Recorder
 
 
-def check_rehearsable(config: Config, imbalance: float = 1.0) -> None:
+def check_rehearsable(config: Config, imbalance: Imbalance = 1.0) -> None:
     """ValueError for what has no stand-in yet, and for more rows than there are."""
-    if not 1.0 <= imbalance <= config.parallel.ep:
+    if isinstance(imbalance, float) and not 1.0 <= imbalance <= config.parallel.ep:
         raise ValueError(f"--imbalance {imbalance:g}: between 1 (even experts) and parallel.ep={config.parallel.ep} "
                          "(every row of the group comes to this rank)")
     if config.model.backend == "transformer_engine":
@@ -101,10 +107,10 @@ def check_rehearsable(config: Config, imbalance: float = 1.0) -> None:
 
 
 def rehearse(config: Config, network: Network, rank: int, workload: Workload, *, gpu: bool = True,
-             imbalance: float = 1.0) -> Rehearsed:
+             imbalance: Imbalance = 1.0) -> Rehearsed:
     """One rank of config.parallel on fake tensors.
 
-    gpu False: with a CPU's attention, norms and blocks. imbalance: rows of this rank's experts over the mean.
+    gpu False: with a CPU's attention, norms and blocks.
     """
     check_rehearsable(config, imbalance)
     parallel = config.parallel

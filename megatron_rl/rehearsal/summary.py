@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network
-from megatron_rl.plan.memory import expected_microbatches, plan_stage
+from megatron_rl.plan.memory import plan_stage
 from megatron_rl.rehearsal.ranks import coordinates, group_name
 from megatron_rl.rehearsal.recorder import Recorder
 from megatron_rl.rehearsal.roofline import Rates, link, phase_seconds
@@ -28,7 +28,7 @@ def summary(config: Config, network: Network, workload: Workload, seen: Rehearse
     return {
         "rank": seen.here.rank, "place": dataclasses.asdict(coordinates(seen.here.rank, parallel)),
         "microbatch": {"lengths": list(workload.lengths), "rehearsed": workload.microbatches,
-                       "expected_per_step": expected_microbatches(config)},
+                       "expected_per_step": workload.per_step},
         "parameters": dataclasses.asdict(seen.parameters),
         "peak": {"phase": fullest, "bytes": peaks[fullest].total, "kinds": peaks[fullest].kinds},
         "census": {phase: [{**dataclasses.asdict(made), "bytes": size, "count": count}
@@ -90,7 +90,7 @@ def step_seconds(config: Config, workload: Workload, seconds: dict[str, Counter[
 
     scoring: both passes; update: both with the pipeline's bubble; once: what comes once a step.
     """
-    parallel, expected = config.parallel, expected_microbatches(config)
+    parallel, expected = config.parallel, workload.per_step
     chunks = expected * (parallel.vpp or 1)
     factor = expected / workload.microbatches * (1 + (parallel.pp - 1) / chunks)
     totals = {phase: sum(seconds.get(phase, {}).values()) for phase in PHASES}

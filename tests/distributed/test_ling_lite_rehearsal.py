@@ -21,10 +21,10 @@ from megatron_rl.model.network import Network
 from megatron_rl.observe.flops import forward_flops
 from megatron_rl.plan.layouts import microbatch_flops
 from megatron_rl.rehearsal.budget import figures, grown
-from megatron_rl.rehearsal.command import full_microbatches
 from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.step import rehearse
 from megatron_rl.rehearsal.summary import summary
+from megatron_rl.rehearsal.workload import full_microbatches
 from tests.distributed.all_ranks import parameters_of_all_ranks
 
 pytestmark = pytest.mark.slow

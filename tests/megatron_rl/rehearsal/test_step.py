@@ -11,9 +11,10 @@ from megatron_rl.config.load import build
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.flops import forward_flops
-from megatron_rl.rehearsal.command import full_microbatches
+from megatron_rl.plan.memory import expected_microbatches
 from megatron_rl.rehearsal.standins import DISPATCHER, SEQUENCES, rows_of_experts
 from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
+from megatron_rl.rehearsal.workload import full_microbatches
 from tests.megatron_rl.rehearsal.tiny import NETWORK, WORKLOAD, rehearsed, tiny_config
 
 OLD, TRAIN_STEP = "old log-probabilities", "megatron_rl/train_step/step.py"
@@ -99,8 +100,10 @@ def test_what_has_no_stand_in_is_refused_by_name():
 
 
 def test_the_rehearsed_micro_batches_are_full_and_fill_the_pipeline():
-    assert full_microbatches(tiny_config(world_size=2)) == Workload((32, 32, 32), 1)  # 96 tokens, sequences of 64 / 2
-    assert full_microbatches(tiny_config(world_size=2, cp=2)) == Workload((32,) * 6, 1)
+    config = tiny_config(world_size=2)
+    expected = expected_microbatches(config)
+    assert full_microbatches(config) == Workload((32, 32, 32), 1, expected)  # 96 tokens, sequences of 64 / 2
+    assert full_microbatches(tiny_config(world_size=2, cp=2)).lengths == (32,) * 6
     assert full_microbatches(tiny_config(world_size=2, pp=2)).microbatches == 2
 
 
