@@ -21,6 +21,7 @@ os.environ.update(
 if os.environ.get("MEGATRON_RL_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -44,3 +45,9 @@ def pytest_collection_modifyitems(items):
                     len(LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+@pytest.fixture
+def messages(caplog):
+    """messages() -> what megatron_rl has logged in this test. Python's own complaints about earlier tests stay out."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("megatron_rl")]

@@ -93,7 +93,8 @@ def model_of(config: RolloutConfig, fleet: Fleet, tokenizer: Any, *, seed: int) 
 class AgentPrograms:
     """responses.Agents: the gateway and what is started at it. Opens at the first response; close() ends all.
 
-    secrets: environment variables that a program does not inherit. verdict: what an agent's own reward says.
+    secrets: environment variables that a program does not inherit, as it inherits no MEGATRON_RL_*. verdict: what an
+    agent's own reward says.
     """
 
     def __init__(self, config: RolloutConfig, fleet: Fleet, tokenizer: Any, *, seed: int,
@@ -182,7 +183,8 @@ class AgentPrograms:
                                     f"{wrote.decode(errors='replace').strip()[-500:]}")
 
     def _environment(self, session: Session) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name not in self._secrets}
+        inherited = {name: value for name, value in os.environ.items()
+                     if not name.startswith("MEGATRON_RL_") and name not in self._secrets}
         url = self.gateway.url
         direct = ",".join(filter(None, [inherited.get("NO_PROXY"), self._config.host]))
         return {**inherited, "NO_PROXY": direct, "no_proxy": direct,

@@ -143,7 +143,7 @@ class OrchestratorKeeper:
         self._process: subprocess.Popen | None = None
         self._restarts = 0
         self._began = 0
-        self._answered: float | None = None  # None: not yet; until then it may take its time
+        self._answered: float | None = None  # None: it does not listen yet; until then it may take its time
         self._asked = 0.0
 
     def start(self) -> None:
@@ -187,6 +187,9 @@ class OrchestratorKeeper:
     def _healthy(self) -> bool:
         connection = http.client.HTTPConnection(self._options.host, self._options.port, timeout=HEALTH_TIMEOUT_S)
         try:
+            connection.connect()
+            if self._answered is None:  # it listens, so from here on it has to answer
+                self._answered = time.monotonic()
             connection.request("GET", "/health", headers={"Authorization": f"Bearer {os.environ[RUN_KEY]}"})
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):

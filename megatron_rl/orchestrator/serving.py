@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from megatron_rl.batch import BudgetFill
-from megatron_rl.config.orchestrator import RUN_KEY
-from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.config.schema import Config
 from megatron_rl.environment.agents import AgentPrograms
 from megatron_rl.model.architectures import read_config
@@ -80,9 +78,8 @@ class Serving:
 
 
 def secret_variables(config: Config) -> frozenset[str]:
-    """Environment variables with keys of the run, which an agent has no use for."""
-    return frozenset({RUN_KEY, ENGINE_KEY, config.rollout.engine.api_key_env, config.rollout.agent.key_env,
-                      config.reward.remote.key_env,
+    """Environment variables with keys, under names that the configuration gives; an agent has no use for them."""
+    return frozenset({config.rollout.engine.api_key_env, config.rollout.agent.key_env, config.reward.remote.key_env,
                       *(each.api_key_env for each in config.algo.distillation.teachers.values())} - {None})
 
 

@@ -94,10 +94,10 @@ def asked(path):
 @pytest.mark.parametrize(("name", "said"), [
     ("again", "which another function returns too"), ("raises", "KeyError: 'answers'"), ("text", "str, not numbers"),
     ("hangs", "eval.function_timeout_s=0.2 is over"), ("late", "TimeoutError: of its own")])
-def test_an_evaluation_of_ones_own_that_fails_costs_its_own_numbers_and_a_warning(name, said, own, caplog):
+def test_an_evaluation_of_ones_own_that_fails_costs_its_own_numbers_and_a_warning(name, said, own, messages):
     options = load([f"eval.functions=[{own}.right,{own}.{name}]", "eval.function_timeout_s=0.2"]).eval
     assert asyncio.run(own_evaluations(options, 5, asked)) == {"own/right": 7}
-    (warning,) = caplog.messages
+    (warning,) = messages()
     assert f"eval.functions: {own}.{name} gave no numbers after step 5: " in warning and said in warning
 
 

@@ -78,7 +78,8 @@ def greedy() -> None:
 
 
 def secrets() -> None:
-    ask([{"role": "user", "content": ",".join(sorted(name for name in os.environ if name.startswith("MEGATRON_RL")))}])
+    names = sorted(name for name in os.environ if name.startswith(("MEGATRON_RL", "TEST_")))
+    ask([{"role": "user", "content": ",".join(names)}])
 
 
 def sdk() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config, ModelConfig
 from megatron_rl.environment.agents import AgentPrograms, check_agent
+from megatron_rl.observe.lease import START_NUMBER
 from megatron_rl.orchestrator.serving import Serving, secret_variables
 from megatron_rl.reward.user import score_of
 from megatron_rl.rollout.collectors import SyncCollector
@@ -67,7 +67,8 @@ class Agents:
     def __init__(self, it: World, agent: AgentConfig, correct_from: float | None = 1.0):
         self.judge = Judge()
         self.programs = AgentPrograms(
-            replace(it.config, agent=agent), it.fleet, it.tokenizer, seed=0, secrets=secret_variables(Config()),
+            replace(it.config, agent=agent), it.fleet, it.tokenizer, seed=0,
+            secrets=secret_variables(Config(rollout=it.config)),
             verdict=partial(score_of, correct_from=correct_from))
         self.responder = Responder(it.fleet, it.config, it.tokenizer, self.judge, seed=0,
                                    eos_token_id=it.tokenizer.eos_token_id, agents=self.programs)
@@ -282,11 +283,12 @@ def test_a_conversation_without_room_is_cut_and_judged():
 
 
 def test_a_program_gets_no_key_of_the_run(monkeypatch):
-    monkeypatch.setenv(RUN_KEY, "a secret")
-    monkeypatch.setenv(GATEWAY_KEY, "another")
-    assert ENGINE_KEY in os.environ
-    _, it, _ = respond(command("secrets"))
-    assert "user\nMEGATRON_RL_SESSION_URL<" in it.text(it.engine.asked[0]["input_ids"])
+    config = replace(CONFIG, engine=replace(CONFIG.engine, api_key_env="TEST_OWN_ENGINE_KEY"))
+    for name in (RUN_KEY, ENGINE_KEY, GATEWAY_KEY, START_NUMBER, "MEGATRON_RL_OF_TOMORROW", "TEST_OWN_ENGINE_KEY"):
+        monkeypatch.setenv(name, "a secret")
+    monkeypatch.setenv("TEST_INHERITED", "no secret")
+    _, it, _ = respond(command("secrets"), config=config)
+    assert "user\nMEGATRON_RL_SESSION_URL,TEST_INHERITED<" in it.text(it.engine.asked[0]["input_ids"])
 
 
 def test_a_program_with_the_sdk_needs_nothing_but_its_environment():

@@ -22,10 +22,10 @@ STEP = [group(Score(0.0, "error", "first"), RIGHT, Score(0.0, "engine_error", "g
         group(Score(0.0, "error", "second"), Score(0.0, "wrong"), Score(0.0, "timeout"), RIGHT)]
 
 
-def test_a_share_at_the_limit_is_borne_and_said(caplog):
+def test_a_share_at_the_limit_is_borne_and_said(caplog, messages):
     with caplog.at_level(logging.WARNING):
         bear_failures(STEP, what="step 3", max_fraction=3 / 8)
-    assert caplog.messages == ["step 3: 3 of 8 responses failed and train nothing: 1 x engine_error (gone); "
+    assert messages() == ["step 3: 3 of 8 responses failed and train nothing: 1 x engine_error (gone); "
                                "2 x error (first)"]
 
 
@@ -35,6 +35,6 @@ def test_a_larger_share_ends_the_run_and_names_the_key():
         bear_failures(STEP, what="step 3", max_fraction=0.37)
 
 
-def test_wrong_answers_are_no_failures(caplog):
+def test_wrong_answers_are_no_failures(messages):
     bear_failures([group(Score(0.0, "wrong"), Score(0.0, "timeout"))], what="step 0", max_fraction=0.0)
-    assert not caplog.messages
+    assert not messages()

@@ -46,10 +46,10 @@ def log_a_resumed_run(folder: Path, name: str) -> None:
                 log.log_eval(step, "during", {"pass@4": 9.0 if undone else LOGGED["eval/pass@4"][step], "text": "x"})
 
 
-def test_tensorboard_reads_the_numbers_back_without_the_steps_that_a_resume_took_back(tmp_path, caplog):
+def test_tensorboard_reads_the_numbers_back_without_the_steps_that_a_resume_took_back(tmp_path, messages):
     needs("tensorboard")
     log_a_resumed_run(tmp_path / "run", "tensorboard")
-    assert caplog.messages == [], (tmp_path / "run" / "loggers" / "tensorboard" / "feed.log").read_text()
+    assert messages() == [], (tmp_path / "run" / "loggers" / "tensorboard" / "feed.log").read_text()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -73,7 +73,7 @@ def check_mlflow(folder: Path, uri: str) -> None:
         assert {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)} == values
 
 
-def test_mlflow_holds_one_run_that_a_resume_goes_on(tmp_path, monkeypatch, caplog):
+def test_mlflow_holds_one_run_that_a_resume_goes_on(tmp_path, monkeypatch, messages):
     """On a real server, where mlflow's server is installed too; in a folder with the client alone."""
     needs("mlflow")
     has_server = importlib.util.find_spec("flask") and importlib.util.find_spec("sqlalchemy")
@@ -94,7 +94,7 @@ def test_mlflow_holds_one_run_that_a_resume_goes_on(tmp_path, monkeypatch, caplo
         wait_for(uri + "/health", server)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         log_a_resumed_run(tmp_path / "run", "mlflow")
-        assert caplog.messages == [], (tmp_path / "run" / "loggers" / "mlflow" / "feed.log").read_text()
+        assert messages() == [], (tmp_path / "run" / "loggers" / "mlflow" / "feed.log").read_text()
         check_mlflow(tmp_path / "run", uri)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
@@ -112,11 +112,11 @@ def wait_for(url: str, server: subprocess.Popen) -> None:
     pytest.fail(f"the server did not answer at {url}")
 
 
-def test_swanlab_writes_its_files_inside_the_run_directory(tmp_path, monkeypatch, caplog):
+def test_swanlab_writes_its_files_inside_the_run_directory(tmp_path, monkeypatch, messages):
     needs("swanlab")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     log_a_resumed_run(tmp_path / "run", "swanlab")
-    assert caplog.messages == [], (tmp_path / "run" / "loggers" / "swanlab" / "feed.log").read_text()
+    assert messages() == [], (tmp_path / "run" / "loggers" / "swanlab" / "feed.log").read_text()
     written = b"".join(path.read_bytes() for path in (tmp_path / "run" / "swanlab").rglob("*") if path.is_file())
     for name in LOGGED:
         assert name.encode() in written
@@ -124,19 +124,19 @@ def test_swanlab_writes_its_files_inside_the_run_directory(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_logger_that_cannot_be_made_costs_a_warning(name, tmp_path, monkeypatch, caplog):
+def test_a_logger_that_cannot_be_made_costs_a_warning(name, tmp_path, monkeypatch, messages):
     """Its client is not there, or a module of that name raises: the run goes on, and metrics.jsonl has everything."""
     (tmp_path / "broken" / name).mkdir(parents=True)
     (tmp_path / "broken" / name / "__init__.py").write_text("raise OSError('no route')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     monkeypatch.syspath_prepend(tmp_path / "broken")
     log_a_resumed_run(tmp_path / "run", name)
-    assert len(caplog.messages) == 2 and all(f"{name} did not get everything" in text for text in caplog.messages)
+    assert len(messages()) == 2 and all(f"{name} did not get everything" in text for text in messages())
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert "no route" in (tmp_path / "run" / "loggers" / name / "feed.log").read_text()
 
 
-def test_a_logger_that_is_killed_costs_a_warning(tmp_path, caplog):
+def test_a_logger_that_is_killed_costs_a_warning(tmp_path, messages):
     needs("tensorboard")
     options = ObserveConfig(wandb="off", project=PROJECT, loggers=("tensorboard",))
     with MetricsLog(tmp_path / "run", options, CONFIG) as log:
@@ -145,7 +145,7 @@ def test_a_logger_that_is_killed_costs_a_warning(tmp_path, caplog):
             if "feed.py" in " ".join(child.cmdline()):
                 child.kill()
         log.log(2, {"reward/mean": 0.75})
-    (warning,) = caplog.messages
+    (warning,) = messages()
     assert "tensorboard did not get everything" in warning
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 

@@ -48,15 +48,15 @@ def test_a_path_that_leads_nowhere_is_refused_at_once(module, paths, said):
 @pytest.mark.parametrize(("name", "said"), [
     ("slash", "without a slash"), ("text", "no finite number"), ("infinite", "no finite number"),
     ("none", "NoneType, not numbers by name"), ("words_again", "another function"), ("raises", "KeyError: 'answers'")])
-def test_a_metric_that_fails_costs_its_own_numbers_and_a_warning(module, name, said, caplog):
+def test_a_metric_that_fails_costs_its_own_numbers_and_a_warning(module, name, said, messages):
     assert OwnMetrics([f"{module}.words", f"{module}.{name}"])(GROUPS) == {"words": 7}
-    (warning,) = caplog.messages
+    (warning,) = messages()
     assert f"observe.metrics: {module}.{name} gave no numbers: " in warning and said in warning
 
 
-def test_a_function_that_is_shown_rollouts_cannot_end_the_run(module, caplog):
+def test_a_function_that_is_shown_rollouts_cannot_end_the_run(module, messages):
     show_rollouts([f"{module}.not_shown", f"{module}.shown"], 3, GROUPS)
-    assert caplog.messages == [f"observe.rollouts: {module}.not_shown failed at step 3: OSError: disk full"]
+    assert messages() == [f"observe.rollouts: {module}.not_shown failed at step 3: OSError: disk full"]
     assert load_function("observe.rollouts", f"{module}.shown").__globals__["seen"] == [(3, len(GROUPS))]
 
 

@@ -231,12 +231,12 @@ def test_a_logger_of_ones_own_is_told_each_number_once_across_a_resume(loggers, 
 
 
 @pytest.mark.parametrize("fault", ["NotMade", "Raises", "NotClosed", "Hangs"])
-def test_whatever_becomes_of_a_logger_the_run_goes_on_and_says_so(fault, loggers, tmp_path, monkeypatch, caplog):
+def test_whatever_becomes_of_a_logger_the_run_goes_on_and_says_so(fault, loggers, tmp_path, monkeypatch, messages):
     monkeypatch.setattr(sinks, "LOGGER_CLOSE_S", 2.0)
     names = (f"{loggers}.{fault}", f"{loggers}.Good")
     with MetricsLog(tmp_path / "run", ObserveConfig(wandb="off", loggers=names), {"phi": 64}) as log:
         log.log(1, {"reward/mean": 0.5})
-    (warning,) = caplog.messages
+    (warning,) = messages()
     assert f"{loggers}.{fault} did not get everything" in warning
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
     assert "1 [('reward/mean', 0.5)] 64\nTrue\n" in (tmp_path / "run" / "told.txt").read_text()
