@@ -7,6 +7,7 @@ tested against it. L tokens, V vocabulary, H hidden, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -135,14 +136,44 @@ def response_logprobs(
 
 def _rope_tables(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factor = {"default": 1.0, "linear": rope.get("factor")}[rope.get("rope_type", rope.get("type", "default"))]
     theta = rope.get("rope_theta") or config["rope_theta"]
     part = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
     dim = int(_head_dim(config) * part)
-    inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
-    angles = torch.outer(torch.arange(length, dtype=dtype) / factor, inverse)
+    inverse, factor = _frequencies(rope, theta, dim, dtype)
+    angles = torch.outer(torch.arange(length, dtype=dtype), inverse)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _frequencies(rope: Mapping[str, Any], theta: float, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """(angles per position [dim/2], what cosines and sines are multiplied by), pair by pair."""
+    kind, original = rope.get("rope_type", rope.get("type", "default")), rope.get("original_max_position_embeddings")
+    found = []
+    for pair in range(dim // 2):
+        plain = theta ** (-2 * pair / dim)
+        turns = (original or 1) * plain / (2 * math.pi)
+        if kind == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            kept = min(max((turns - low) / (high - low), 0), 1)
+        elif kind == "yarn":
+            first, last = (dim * math.log(original / (2 * math.pi * rope.get(key, default))) / (2 * math.log(theta))
+                           for key, default in (("beta_fast", 32), ("beta_slow", 1)))
+            if rope.get("truncate", True):
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, dim - 1)
+            kept = 1 - min(max((pair - first) / (last - first or 1e-3), 0), 1)
+        else:
+            kept = {"default": 1, "linear": 0}[kind]
+        found.append(plain * kept + plain / rope.get("factor", 1.0) * (1 - kept))
+    scale = 1.0
+    if kind == "yarn":
+        tops = (rope.get("mscale"), rope.get("mscale_all_dim"))
+        scale = _mscale(rope, tops[0]) / _mscale(rope, tops[1]) if all(tops) else _mscale(rope, 1.0)
+    return torch.tensor(found, dtype=dtype), scale
+
+
+def _mscale(rope: Mapping[str, Any], mscale: float) -> float:
+    return 1 + 0.1 * mscale * math.log(rope["factor"])
 
 
 def _attention(

@@ -12,12 +12,11 @@ from megatron_rl.config.load import read_json
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.families.base import OTHER_NETWORKS, Family
 from megatron_rl.model.network import Network, check_network, check_types
+from megatron_rl.model.rope import read_rope
 
 HF_FILES = Path(__file__).parent / "hf_files"
-_ROPE_KEYS = ("rope_parameters", "rope_scaling")  # transformers 5 writes the first, older versions the second
-_ROPE_PARTS = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
 _EMPTY = (None, False, 0, "", [], {})
-_DERIVED = {"model_type", "rope_factor", "rotary_dim"}
+_DERIVED = {"model_type", "rope", "rotary_dim"}
 
 
 def read_config(folder: str | Path, *, key: str = "model.path") -> Network:
@@ -49,9 +48,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
     """The network of the parsed config.json `raw`; `where` is named in errors."""
     family = family_of(raw, where)
     _check_keys(family, raw, where)
-    rope = _rope(raw, where)
+    rope, scaling = read_rope(raw, where)
     values = {**raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
-    found = {"model_type": family.model_type, "rope_factor": _rope_factor(rope, where)}
+    found = {"model_type": family.model_type}
     missing = []
     for item in fields(Network):
         if item.name in _DERIVED:
@@ -74,7 +73,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
         if heads < 1 or hidden % heads:
             raise ValueError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
         found["head_dim"] = hidden // heads
-    network = Network(**found, rotary_dim=_rotary_dim(family, {**raw, **rope}, found["head_dim"], where))
+    network = Network(**found, rope=scaling, rotary_dim=_rotary_dim(family, {**raw, **rope}, found["head_dim"], where))
     if network.num_experts == 0 and "num_experts" not in family.fixed:
         raise ValueError(f"{where}: num_experts=0: a {network.model_type} has experts")
     check_network(network, where)
@@ -107,22 +106,6 @@ def _require_only(where: str, key: str, found: Any, accepted: Any) -> None:
         raise ValueError(f"{where}: {key}={json.dumps(found)} is not supported; only {json.dumps(accepted)} is")
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Everything that config.json says of the rotation, its kind as rope_type ("default" without scaling)."""
-    given = [raw[name] for name in _ROPE_KEYS if raw.get(name)]
-    if len(given) == 2 and given[0] != given[1]:
-        raise ValueError(f"{where}: rope_parameters={given[0]} and rope_scaling={given[1]} say different things, and "
-                         "transformers takes one of them: keep the one that is meant")
-    found = given[0] if given else {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: rope_parameters={json.dumps(found)} must be a mapping")
-    for key in found.keys() - _ROPE_PARTS:
-        if found[key] is not None and not (key == "original_max_position_embeddings" and type(found[key]) is int):
-            raise ValueError(f"{where}: {key}={json.dumps(found[key])} in the rotation's parameters is not supported; "
-                             f"only {', '.join(sorted(_ROPE_PARTS))} are")
-    return {"rope_type": found.get("type", "default")} | found
-
-
 def _rotary_dim(family: Family, raw: Mapping[str, Any], head_dim: int, where: str) -> int:
     """Network.rotary_dim, from the key that holds it. raw: config.json with the rotation's own parameters on top."""
     factor, dim = raw.get("partial_rotary_factor"), raw.get("rotary_dim")
@@ -140,22 +123,3 @@ def _rotary_dim(family: Family, raw: Mapping[str, Any], head_dim: int, where: st
                          "different things: keep the one that is meant")
     found = int(head_dim * factor) if dim is None else dim
     return 0 if found == head_dim else found
-
-
-def _rope_factor(rope: Mapping[str, Any], where: str) -> float:
-    """What positions are divided by: 1 without scaling, the factor of linear scaling. ValueError for other kinds."""
-    kind = rope["rope_type"]
-    if kind == "default":
-        return 1.0
-    if kind == "dynamic":
-        raise ValueError(
-            f"{where}: rope_scaling={rope} is not supported: transformers recomputes the base as a sequence "
-            "grows, SGLang takes one base for all lengths, so engine and trainer would disagree. Up to "
-            "max_position_embeddings the network is the one with rope_scaling null")
-    if kind != "linear":
-        raise ValueError(f"{where}: rope_scaling={rope} is not supported; only null and linear are")
-    factor = rope.get("factor")
-    if not isinstance(factor, float) or factor < 1.0:
-        raise ValueError(f"{where}: rope_scaling.factor={factor!r} must be a float of at least 1.0 (the engine takes "
-                         "no integer)")
-    return factor

@@ -25,6 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.model.network import Network
+from megatron_rl.model.rope import inverse_frequencies
 from megatron_rl.model.routing_replay import MicrobatchRouting
 from megatron_rl.types import PackedMicrobatch
 from rl_kernels.pointwise import Implementation as Pointwise
@@ -133,15 +134,15 @@ def _on_device(numbers: np.ndarray, dtype: torch.dtype, device: torch.device) ->
 
 
 def rotation(position_ids_T: torch.Tensor, model: Network) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, fp32 [T, 1, d], of rotary embedding: angles position / factor * theta^(-2i/d), halves alike.
+    """Cosine and sine, fp32 [T, 1, d], of rotary embedding (rope.py), halves alike, times YaRN's attention factor.
 
     d: model.rotary_dim, or D if that is 0.
     """
-    dim = model.rotary_dim or model.head_dim
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids_T.device) / dim
-    angles = torch.outer(position_ids_T.float() / model.rope_factor, 1.0 / model.rope_theta ** exponents)
+    angles = torch.outer(position_ids_T.float(), inverse_frequencies(
+        model.rope, model.rope_theta, model.rotary_dim or model.head_dim, position_ids_T.device))
     angles = torch.cat([angles, angles], -1)[:, None]
-    return angles.cos(), angles.sin()
+    factor = model.rope.attention_factor
+    return angles.cos() * factor, angles.sin() * factor
 
 
 class PackedSelfAttention(nn.Module):

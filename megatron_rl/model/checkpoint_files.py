@@ -14,13 +14,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.model.adapter_folder import check_identity
 from megatron_rl.model.network import FREE_KEYS, Network
+from megatron_rl.model.rope import RopeScaling
 
 FORMAT = 3
 MANIFEST, SUM, LOOP = "manifest.json", "manifest.sha256", "loop.json"
@@ -28,7 +29,8 @@ ORCHESTRATOR_STATE = "orchestrator.safetensors"
 _NAME = re.compile(r"^step_(\d{8})$")
 _CHUNK = 1 << 24
 # of what a network could not have when a checkpoint was written
-_DEFAULTS = {each.name: each.default for each in fields(Network) if each.default is not MISSING}
+_DEFAULTS = {each.name: each.default for each in fields(Network) if each.default is not MISSING} | {
+    "rope": asdict(RopeScaling())}
 
 
 class DamagedCheckpoint(ValueError):
@@ -159,6 +161,8 @@ def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[st
     """ValueError naming the keys of config.json in which the checkpoint's network is not `model`, or those of
     model.lora in which it has other adapters than `adapters` (adapter_folder.identity)."""
     saved, model = {**_DEFAULTS, **manifest["model"]}, {**_DEFAULTS, **model}
+    if (factor := saved.pop("rope_factor", 1.0)) != 1.0:  # how rope was called first
+        saved["rope"] = asdict(RopeScaling("linear", factor))
     keys = sorted((saved.keys() | model.keys()) - FREE_KEYS)
     differing = [f"{key} is {saved.get(key)} there and {model.get(key)} here" for key in keys
                  if saved.get(key) != model.get(key)]

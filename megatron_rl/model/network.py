@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.model.rope import RopeScaling
 from megatron_rl.observe.flops import is_dense, shared_width
 
 
@@ -19,7 +20,7 @@ class Network:
     model_type: the family (families/) that names its keys and tensors.
 
     Rotation:
-    - rope_factor: positions are divided by it (linear rope_scaling).
+    - rope_theta: its base. rope: how it is stretched (rope.py).
     - rotary_dim: so many leading dimensions of a head rotate. 0: all.
 
     Attention and head:
@@ -54,7 +55,6 @@ class Network:
     rms_norm_eps: float
     max_position_embeddings: int
     rope_theta: float
-    rope_factor: float
     num_experts: int
     num_experts_per_tok: int
     num_shared_experts: int
@@ -66,6 +66,7 @@ class Network:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    rope: RopeScaling = RopeScaling()
     rotary_dim: int = 0
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False

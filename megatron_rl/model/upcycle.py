@@ -78,13 +78,12 @@ def _moe_config(dense: Network, folder: Path, model_type: str, num_experts: int,
         raise ValueError(f"moe_intermediate_size={width} does not divide intermediate_size={ffn} of {folder}")
     carried = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
-    scaling = {"type": "linear", "factor": dense.rope_factor} if dense.rope_factor != 1.0 else None
     pad = raw.get("pad_token_id")
     second = {"use_qk_norm": dense.qk_norm, "partial_rotary_factor": 1.0, "n_group": 1, "topk_group": 1} \
         if model_type == "bailing_moe_v2" else {}
     return bailing_config(
         model_type, **second, **{key: getattr(dense, key) for key in carried}, use_qkv_bias=dense.qkv_bias,
-        rope_theta=float(dense.rope_theta), rope_scaling=scaling, bos_token_id=raw.get("bos_token_id"),
+        rope_theta=float(dense.rope_theta), rope_scaling=dense.rope.as_config(), bos_token_id=raw.get("bos_token_id"),
         eos_token_id=raw["eos_token_id"],
         pad_token_id=raw["eos_token_id"] if pad is None else pad, num_experts=num_experts,
         num_experts_per_tok=experts_per_token, moe_intermediate_size=width, num_shared_experts=ffn // width,

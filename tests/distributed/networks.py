@@ -37,7 +37,7 @@ NETWORKS: dict[str, dict] = {
                    "topk_group": 2, "num_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
                    "num_nextn_predict_layers": 1},
     "qwen3_moe": {"model_type": "qwen3_moe", **_EXPERTS, "head_dim": 12, "rope_parameters": {
-        "rope_type": "default", "rope_theta": 100.0}},
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}},
     "qwen2_moe": {"model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 24},
     "glm4_moe": {"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                  "head_dim": 8},

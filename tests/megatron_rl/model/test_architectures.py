@@ -18,15 +18,24 @@ from tests.reference_bailing import bailing_logits
 from tests.tiny_models import write_tiny_known
 
 TOKENS = [5, 90, 17, 17, 3, 42, 60, 1, 0, 33, 71, 8]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 MODELS = {
     "llama": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    "llama-llama3": {"head_dim": 32, "rope_parameters": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 500.0}},
     "qwen2": {},
+    "qwen2-yarn": {"rope_parameters": {**YARN, "rope_theta": 500.0}},
     "qwen2_moe": {"shared_expert_intermediate_size": 48},
     "glm4_moe": {"num_hidden_layers": 3, "tie_word_embeddings": False},
     "glm4_moe-groups": {"n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
                         "use_qk_norm": False, "n_shared_experts": 2, "partial_rotary_factor": 0.25},
+    "glm4_moe-yarn": {"rope_parameters": {
+        **YARN, "rope_theta": 500.0, "partial_rotary_factor": 0.5, "beta_fast": 8, "truncate": False}},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 24},
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_moe-yarn": {"rope_parameters": {
+        **YARN, "rope_theta": 500.0, "beta_fast": 4.0, "beta_slow": 0.5, "mscale": 2.0, "mscale_all_dim": 0.5}},
     "qwen3_moe-plain_gates": {"norm_topk_prob": False},
 }
 in_models = pytest.mark.parametrize("name", MODELS)

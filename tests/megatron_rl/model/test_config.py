@@ -48,7 +48,7 @@ def test_missing_keys_are_named_together():
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("model_type", "gpt2", "model_type='gpt2' is not supported; only bailing_moe, .*llama"),
-    ("rope_scaling", {"type": "yarn"}, "rope_scaling=.*yarn.* is not supported; only null and linear are"),
+    ("rope_scaling", {"type": "longrope"}, "rope_scaling=.*longrope.* is not supported; only null, linear,"),
     ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "rope_scaling=.*dynamic.* engine and trainer would disagree"),
     ("rope_scaling", {"type": "linear", "factor": 2}, "rope_scaling.factor=2 must be a float"),
     ("rope_scaling", {"type": "linear"}, "rope_scaling.factor=None must be a float"),
@@ -76,7 +76,7 @@ def test_tied_embeddings_exclude_a_norm_head():
 ])
 def test_rope_is_read_as_old_and_new_transformers_write_it(keys, theta, factor):
     network = parsed(**keys)
-    assert (network.rope_theta, network.rope_factor) == (theta, factor)
+    assert (network.rope_theta, network.rope.factor) == (theta, factor)
 
 
 def test_dense_networks_have_no_experts_to_spread():

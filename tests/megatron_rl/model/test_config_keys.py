@@ -26,7 +26,7 @@ def network_keys(model_type: str) -> dict[str, tuple[str, ...]]:
     """Field of Network -> the keys that hold it in a config.json of the family."""
     family = FAMILIES[model_type]
     keys = {field.name: family.keys_of(field.name, field.default is not MISSING) for field in fields(Network)
-            if field.name not in family.fixed and field.name not in ("model_type", "rope_factor")}
+            if field.name not in family.fixed and field.name not in ("model_type", "rope")}
     return {name: those for name, those in keys.items() if those}
 
 
@@ -108,8 +108,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     ({"rope_parameters": {"full_attention": LINEAR}}, r"full_attention=.* in the rotation's parameters"),
     ({"rope_parameters": {**LINEAR, "mrope_section": [4, 2, 2]}}, r"mrope_section=\[4, 2, 2\] in the rotation's"),
     ({"rope_parameters": {"rope_type": "default", "use_fope": True}}, "use_fope=true in the rotation's"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "only null and linear are"),
-    ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "only null and linear are"),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0}}, "only null, linear, llama3 and yarn are"),
     ({"rope_scaling": "linear"}, 'rope_parameters="linear" must be a mapping'),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding_attention is not supported"),
     ({"layer_types": ["linear_attention", "chunked"]}, "layer_types with chunked, linear_attention is not supported"),
@@ -122,7 +121,7 @@ def test_another_rotation_or_attention_is_refused(model_type, keys, message):
 @in_families
 def test_two_keys_that_say_the_same_rotation_are_one(model_type):
     one = parse_config(tiny(model_type, rope_parameters=LINEAR), "here")
-    assert (one.rope_factor, one.rope_theta) == (2.0, 500.0)
+    assert (one.rope.factor, one.rope_theta) == (2.0, 500.0)
     assert parse_config(tiny(model_type, rope_parameters=LINEAR, rope_scaling=dict(LINEAR)), "here") == one
     full = parse_config(tiny(model_type, layer_types=["full_attention", "full_attention"]), "here")
     assert full == parse_config(tiny(model_type), "here")

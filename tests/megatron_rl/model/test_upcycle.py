@@ -57,13 +57,14 @@ def load(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("kind", "target"), [
-    *((kind, target) for kind in ("llama", "llama-linear_rope", "qwen2") for target in TARGETS),
+    *((kind, target) for kind in ("llama", "llama-linear_rope", "llama-yarn", "qwen2") for target in TARGETS),
     ("qwen3", "bailing_moe_v2")])
 def test_logits_equal_the_dense_model(tmp_path, kind, target, tied):
     if kind.startswith("qwen"):
         dense = write_tiny_qwen(tmp_path / "dense", kind, tied=tied)
     else:
-        rope = {"rope_type": "linear", "factor": 4.0} if "linear" in kind else {"rope_type": "default"}
+        rope = {"llama": {"rope_type": "default"}, "llama-linear_rope": {"rope_type": "linear", "factor": 4.0},
+                "llama-yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}[kind]
         dense = write_tiny_llama(tmp_path / "dense", tied=tied, rope_parameters={**rope, "rope_theta": 500.0})
     config, weights = load(upcycle(tmp_path / "dense", tmp_path / "moe", model_type=target))
     assert (config["model_type"], config["use_qkv_bias"]) == (target, kind == "qwen2")
@@ -149,8 +150,7 @@ def test_tokenizer_files_are_copied(tmp_path):
     ({"attention_bias": True}, "attention_bias=true"),
     ({"mlp_bias": True}, "mlp_bias=true"),
     ({"hidden_act": "gelu"}, 'hidden_act="gelu"'),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.*yarn"),
-    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope_scaling=.*llama3"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling=.*dynamic"),
     ({"eos_token_id": [0, 1]}, r"eos_token_id=\[0, 1\]"),
     ({"model_type": "qwen3"}, "model_type='qwen3' cannot be upcycled: a bailing_moe has no norms of queries and keys"),
     ({"model_type": "bailing_moe", "num_experts": 2, "num_experts_per_tok": 2, "num_shared_experts": 1,
