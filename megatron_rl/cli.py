@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
                                    "micro-batches)")
     parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",
                                    help="instead compare the layout with the N fastest that `plan` proposes")
+    parts["rehearse"].add_argument("--collectors", action="store_true",
+                                   help="instead compare whole RL steps with every rollout.collector")
+    parts["rehearse"].add_argument("--engines", type=positive_int, default=None, metavar="N",
+                                   help="with --collectors: engines apart from the ranks (default: as many GPUs as "
+                                   "the ranks have)")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
     parts["quickstart"].set_defaults(own_keys=("model",))
     parts["torchrun"].add_argument("--nodes", type=positive_int, required=True, metavar="N",

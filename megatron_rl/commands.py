@@ -304,8 +304,15 @@ def rehearse(options) -> int:
         warnings.simplefilter("ignore")  # Megatron's, about libraries that it can do without
         from megatron_rl.rehearsal import command
 
+        if options.engines and not options.collectors:
+            raise ValueError(f"--engines {options.engines} says how many engines --collectors simulates; add it")
         if options.layouts:
             command.compare_layouts(config, network, count=options.layouts, json_file=options.json)
+            return 0
+        if options.collectors:
+            command.compare_collectors(config, network, options.ranks, lengths=options.lengths,
+                                       engines=options.engines, imbalance=options.imbalance, json_file=options.json,
+                                       page_file=options.page)
             return 0
         command.run(config, network, options.ranks, json_file=options.json, imbalance=options.imbalance,
                     lengths=options.lengths, trace_file=options.trace, page_file=options.page)

@@ -14,16 +14,18 @@ from megatron_rl.model.network import Network, check_layout
 from megatron_rl.observe.say import say
 from megatron_rl.plan import Hardware, Proposal, propose
 from megatron_rl.plan.report import layout
-from megatron_rl.rehearsal.page import rehearsal_page
+from megatron_rl.rehearsal.engines import EngineRates
+from megatron_rl.rehearsal.page import collectors_page, rehearsal_page
 from megatron_rl.rehearsal.ranks import check_rank, distinct_ranks
 from megatron_rl.rehearsal.records import Lengths, lengths_of, loads_of
-from megatron_rl.rehearsal.report import layouts_text, rank_text, stages_text
+from megatron_rl.rehearsal.report import collectors_text, layouts_text, rank_text, stages_text
 from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.standins import Imbalance
 from megatron_rl.rehearsal.step import check_rehearsable, rehearse
 from megatron_rl.rehearsal.summary import summary
 from megatron_rl.rehearsal.timeline import Event, perfetto, simulate, waiting_share
-from megatron_rl.rehearsal.workload import full_microbatches, workload_of
+from megatron_rl.rehearsal.whole_step import engine_of, variants, whole_steps
+from megatron_rl.rehearsal.workload import full_microbatches, tokens_per_update, workload_of
 
 
 def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None,
@@ -68,6 +70,46 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
         say(f"page: {page_file}")
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"ranks": found}, indent=1) + "\n")
+
+
+def compare_collectors(config: Config, network: Network, ranks: Sequence[int], *, lengths: str | None = None,
+                       engines: int | None = None, imbalance: str = "1", json_file: str | None = None,
+                       page_file: str | None = None) -> None:
+    """The whole RL step with every collector: the ranks' step is rehearsed, then engines and loop are simulated.
+
+    lengths None: uniform. engines: how many stand apart from the ranks; None: on as many GPUs as the ranks have.
+    """
+    check_layout(network, config.parallel)
+    uneven = _imbalance(imbalance, network)
+    check_rehearsable(config, uneven)
+    drawn = lengths_of(lengths or "uniform", config.rollout)
+    for option, file in (("--json", json_file), ("--page", page_file)):
+        if file is not None:
+            _check_folder(option, file)
+    rates, engine_rates = Rates(), EngineRates()
+    count = engines or max(1, config.parallel.world_size // config.rollout.engine.tp)
+    variants(config), engine_of(network, config, drawn, engine_rates)  # refuse what cannot be simulated
+    found = []
+    for rank in ranks or distinct_ranks(config.parallel):
+        check_rank(rank, config.parallel)
+        workload = workload_of(config, network, rank, drawn)
+        found.append(summary(config, network, workload, rehearse(config, network, rank, workload, imbalance=uneven),
+                             rates))
+        gc.collect()
+    seconds = max(sum(each["step_seconds"].values()) for each in found)
+    tokens = tokens_per_update(config, drawn)
+    say(f"one optimiser step of {tokens:,} response tokens takes {seconds:.1f} s")
+    rows = whole_steps(config, network, drawn, train_s_per_token=seconds / tokens, engines=count, rates=rates,
+                       engine_rates=engine_rates)
+    assumed = [f"responses {drawn.name}; judging takes no time", engine_rates.stated(), f"ranks: {rates.stated()}"]
+    print(collectors_text(rows, assumed))
+    if page_file is not None:
+        Path(page_file).write_text(collectors_page(config, rows, assumed), encoding="utf-8")
+        say(f"page: {page_file}")
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps({"collectors": rows, "assumed": assumed, "optimiser_step_s": seconds,
+                                               "engine_rates": dataclasses.asdict(engine_rates),
+                                               "rates": dataclasses.asdict(rates)}, indent=1) + "\n")
 
 
 def _imbalance(text: str, network: Network) -> Imbalance:

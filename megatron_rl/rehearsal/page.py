@@ -35,6 +35,34 @@ def rehearsal_page(config: Config, found: Sequence[dict[str, Any]], slices: Mapp
     return page(f"rehearsal of {title}", body)
 
 
+def collectors_page(config: Config, rows: Sequence[dict[str, Any]], assumed: Sequence[str]) -> str:
+    """rows: whole_step.whole_steps; a bar for each collector, on one scale."""
+    title = f"{config.run.name}: whole steps by collector, {layout(config.parallel)}"
+    longest = max(row["seconds"] for row in rows)
+    parts = ("rollout", "train", "publish")
+    legend = "".join(f'<span><i style="border-top-style:solid;border-top-color:{css(place)}"></i>{part}</span>'
+                     for place, part in enumerate(parts))
+    bars = "".join(
+        f'<div style="display:flex;align-items:center;gap:.6em;margin:.3em 0"><span style="min-width:14em">'
+        f'{text(_named(row))}</span><div style="display:flex;flex:1;height:1.6em">' + "".join(
+            f'<div title="{part}: {row[part]:.1f} s" style="width:{100 * row[part] / longest:.3f}%;'
+            f'background:{css(place)}"></div>' for place, part in enumerate(parts)) + "</div></div>" for row in rows)
+    return page(f"collectors of {config.run.name}", [
+        f"<h1>{text(title)}</h1>", *(f"<p>assumed: {text(each)}</p>" for each in assumed),
+        f'<div class="legend">{legend}<span>where the ranks spend a step</span></div>{bars}',
+        table(["collector", "engines", "GPUs", "step s", "rollout s", "train s", "publish s", "engines busy", "dropped",
+               "staleness", "oldest", "steps a day", "Gtok a day", "tok/s/GPU"], [
+            [_named(row), row["engines"], row["gpus"], f"{row['seconds']:.1f}", f"{row['rollout']:.1f}",
+             f"{row['train']:.1f}", f"{row['publish']:.1f}", f"{row['engine_busy']:.0%}",
+             f"{row['dropped'] / max(1.0, row['generated']):.1%}", f"{row['staleness']:.2f}", row["oldest"],
+             f"{row['steps_per_day']:,.0f}", f"{row['tokens_per_day'] / GB:.2f}",
+             f"{row['tokens_per_s_per_gpu']:,.0f}"] for row in rows], numbers_from=1)])
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['collector']}, engines {'on the ranks' if row['colocated'] else 'apart'}"
+
+
 def _stages(found: Sequence[dict[str, Any]]) -> str:
     return table(["rank", "stage", "context rank", "peak GB", "TFLOP", "TB moved", "seconds of the update",
                   "seconds of a step"], [

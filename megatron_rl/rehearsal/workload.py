@@ -65,14 +65,21 @@ def scheduled_microbatches(config: Config, network: Network, rank: int, lengths:
 
 
 def responses_per_update(config: Config, lengths: Lengths) -> int:
-    """Responses that one optimiser step trains on: those that hold Phi, or its share of the rollout without a budget.
-    At least one for each data-parallel rank."""
-    algo, rollout, dp = config.algo, config.rollout, config.parallel.dp
-    count = rollout.prompts_per_step * rollout.responses_per_prompt / algo.updates_per_rollout
+    """Responses that one optimiser step trains on, at least one for each data-parallel rank."""
+    return max(config.parallel.dp, round(tokens_per_update(config, lengths) / _mean(config, lengths)))
+
+
+def tokens_per_update(config: Config, lengths: Lengths) -> int:
+    """Response tokens that one optimiser step trains on: Phi, or without a budget its share of the rollout."""
+    algo, rollout = config.algo, config.rollout
     if algo.has_budget:
-        mean = float(np.mean(lengths.draw(4096, rollout.max_response_tokens)))
-        count = BudgetFill(algo, dp, rollout.max_response_tokens).phi / mean
-    return max(dp, round(count))
+        return BudgetFill(algo, config.parallel.dp, rollout.max_response_tokens).phi
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt / algo.updates_per_rollout
+    return round(responses * _mean(config, lengths))
+
+
+def _mean(config: Config, lengths: Lengths) -> float:
+    return float(np.mean(lengths.draw(4096, config.rollout.max_response_tokens)))
 
 
 def _filling(config: Config, microbatches: int) -> int:

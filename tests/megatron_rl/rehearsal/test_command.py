@@ -11,6 +11,7 @@ import re
 import pytest
 
 from megatron_rl.cli import main, parse
+from megatron_rl.config.load import build
 from megatron_rl.rehearsal import command
 from tests.megatron_rl.rehearsal.tiny import NETWORK, tiny_config
 
@@ -38,6 +39,10 @@ def test_other_ranks_are_refused(words, message, capsys):
     (["rank=256"], "rank=256: parallel.world_size=256 has the ranks 0 to 255"),
     (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no folder"),
     (["parallel.tp=3"], "parallel.tp"),
+    (["--engines", "8"], "--engines 8 says how many engines --collectors simulates"),
+    (["--collectors", "rollout.engine.mem_fraction_static=0.1"], "raise rollout.engine.tp"),
+    (["--lengths", "gamma:3"], "--lengths gamma:3: expected uniform, lognormal:MEAN:SIGMA or a run's folder"),
+    (["--imbalance", "no/run"], "there is no no/run/metrics.jsonl"),
     (["parallel.token_dispatcher=allgather"], "parallel.token_dispatcher=allgather cannot be rehearsed"),
 ])
 def test_bad_input_is_named_before_anything_runs(words, message, capsys):
@@ -93,3 +98,22 @@ def test_layouts_are_put_into_the_order_of_their_seconds(tmp_path, capsys):
     table = [line for line in lines if line.startswith(tuple(seconds))]
     names = [next(name for name in seconds if line.startswith(name)) for line in table]
     assert names == sorted(seconds, key=seconds.get)
+
+
+def test_whole_steps_are_compared_for_every_collector_and_place_of_the_engines(tmp_path, capsys):
+    config = build({"algo": {"phi": 64, "scope": "global"}, "parallel": {"world_size": 2},
+                    "model": {"dtype": "bfloat16"}, "batch": {"tokens_per_microbatch": 96},
+                    "rollout": {"prompts_per_step": 4, "responses_per_prompt": 2, "max_context_tokens": 64,
+                                "max_response_tokens": 48, "slice_tokens": 8}})
+    file, page = tmp_path / "steps.json", tmp_path / "steps.html"
+    command.compare_collectors(config, NETWORK, [0], engines=3, json_file=str(file), page_file=str(page))
+    rows = json.loads(file.read_text())["collectors"]
+    assert [(row["collector"], row["gpus"], row["engines"]) for row in rows] == [
+        ("sync", 2, 2), ("sync", 5, 3), ("budgeted", 2, 2), ("budgeted", 5, 3), ("partial", 2, 2), ("partial", 5, 3),
+        ("async", 5, 3)]
+    assert {row["trained"] for row in rows} == {64.0}
+    text, html_text = capsys.readouterr().out, page.read_text(encoding="utf-8")
+    for row in rows:
+        assert row["seconds"] == pytest.approx(row["rollout"] + row["train"] + row["publish"])
+        assert row["steps_per_day"] == pytest.approx(86400 / row["seconds"])
+        assert f"{row['steps_per_day']:,.0f}" in text and f"{row['steps_per_day']:,.0f}" in html_text
