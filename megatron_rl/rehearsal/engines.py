@@ -100,7 +100,7 @@ class Decoder:
         return self.overhead_s + (self.always + self.rest * (1 - (1 - self.chosen) ** batch)) / self.rate
 
     def seconds(self, tokens: float, batch: int, held: float) -> float:
-        """Of `tokens` steps of `batch` sequences that hold `held` tokens at their beginning: each step adds `batch`."""
+        """Seconds of `tokens` steps of `batch` sequences, which hold `held` tokens at first; each step adds `batch`."""
         per_token = self.token_bytes / self.rate
         return tokens * (self.weight_seconds(batch) + per_token * held) + per_token * batch * tokens * tokens / 2
 

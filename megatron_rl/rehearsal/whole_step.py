@@ -297,7 +297,7 @@ def publish_seconds(config: Config, network: Network, rates: Rates) -> float:
 
 def whole_steps(config: Config, network: Network, lengths: Lengths, *, train_s_per_token: float, engines: int,
                 rates: Rates, engine_rates: EngineRates) -> list[dict[str, Any]]:
-    """Of each collector the mean of its measured steps, and what that makes of a day.
+    """The mean of each collector's measured steps, and what that makes of a day.
 
     engines: how many stand apart, on rollout.engine.tp GPUs each; on the ranks' GPUs there are as many as fit.
     """
