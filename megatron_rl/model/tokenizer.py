@@ -57,32 +57,32 @@ class QuickText:
     """A Hugging Face tokenizer with a fast decode() for byte-level vocabularies, which all supported models have.
 
     If the tokenizer's decoder is ByteLevel alone, a text is its tokens' bytes end to end, and decode() copies them out
-    of one table. For any other decoder, and for token ids beyond the vocabulary, it asks the tokenizer. Both ways give
-    the same text.
+    of one table, eight at a time. For any other decoder, and for token ids beyond the vocabulary, it asks the
+    tokenizer. Both ways give the same text.
     """
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
         table = _bytes_of_tokens(tokenizer)
         self._is_quick, self._size = table is not None, len(table or ())
-        self._lengths = np.array([len(each) for each in table or ()], dtype=np.int64)
-        self._begins = np.cumsum(self._lengths) - self._lengths
-        self._bytes = np.frombuffer(b"".join(table or ()), dtype=np.uint8)
-        self._counted = np.arange(0)
-        """0, 1, 2, ... as far as the longest text so far has bytes."""
+        self._table = table or []
+        self._words = np.array([-(-len(each) // 8) for each in self._table], dtype=np.int64)
+        self._begins = np.cumsum(self._words) - self._words
+        # The end of a token's last word is filled with 0xFF. A token that has that byte itself gets 0xFE, since neither
+        # is ever a part of UTF-8: each becomes one replacement character.
+        self._bytes = np.frombuffer(b"".join(
+            each.replace(b"\xff", b"\xfe").ljust(8 * words, b"\xff")
+            for each, words in zip(self._table, self._words.tolist(), strict=True)), dtype=np.uint64)
 
     def decode(self, token_ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool) -> str:
         ids = np.asarray(token_ids, dtype=np.int64)
         if not self._is_quick or not skip_special_tokens or (len(ids) and ids.max() >= self._size):
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        lengths = self._lengths.take(ids)
-        ends = np.cumsum(lengths)
-        # byte i of the text is byte (its token's begin in the table - its token's begin in the text + i) of the table
-        places = (self._begins.take(ids) - ends + lengths).repeat(lengths)
-        if len(places) > len(self._counted):
-            self._counted = np.arange(2 * len(places))
-        places += self._counted[:len(places)]
-        return self._bytes.take(places).tobytes().decode(errors="replace")
+        words = self._words.take(ids)
+        # word i of the text is word (its token's begin in the table - its token's begin in the text + i) of the table
+        places = (self._begins.take(ids) - np.cumsum(words) + words).repeat(words)
+        places += np.arange(len(places))
+        return self._bytes.take(places).tobytes().translate(None, b"\xff").decode(errors="replace")
 
     def pieces(self, token_ids: Sequence[int] | np.ndarray) -> list[str]:
         """The text that each token completes, "" if it ends inside of a character; joined, they are the whole text.
@@ -93,8 +93,7 @@ class QuickText:
         ids = np.asarray(token_ids, dtype=np.int64)
         if self._is_quick and not (len(ids) and ids.max() >= self._size):
             stream = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            begins, ends = self._begins.take(ids), (self._begins + self._lengths).take(ids)
-            texts = [stream.decode(self._bytes[begin:end].tobytes()) for begin, end in zip(begins, ends, strict=True)]
+            texts = [stream.decode(self._table[token_id]) for token_id in ids.tolist()]
             rest = stream.decode(b"", final=True)
         else:
             steps = decoders.DecodeStream(skip_special_tokens=True)

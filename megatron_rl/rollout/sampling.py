@@ -79,11 +79,31 @@ def read_result(body: bytes, *, prompt_tokens: int = 0, routed_layers: RoutedLay
     prompt_tokens, routed_layers: of the request, if it asked for the experts that its tokens took. EngineHTTPError if
     the answer is not whole: no JSON, lost, unequal or non-finite tokens, or other experts than can be.
     """
-    # [log-probability, token id, null] becomes an array of numbers, which can be copied out as it is. A text that the
-    # engine quotes changes too; none of it is read here.
     with well_formed(body):
-        answer = simdjson.Parser().parse(body.replace(b"null]", b"0   ]"))
-        return _read(answer, prompt_tokens, routed_layers)
+        return _read(simdjson.Parser().parse(_with_numbers(body)), prompt_tokens, routed_layers)
+
+
+def _with_numbers(body: bytes) -> bytes | bytearray:
+    """The answer with " 0  " for each null of its log-probabilities.
+
+    [log-probability, token id, null] becomes an array of numbers, which can be copied out as it is. Letters from "l" on
+    lose all bits but those of 0x30; numbers have no such letter. The answer stays as it is if a text stands among them,
+    or if they have not one null for each token: a log-probability that is no number is null too.
+    """
+    name = b'"output_token_logprobs":'
+    begin = body.find(name) + len(name)
+    end = body.rfind(b"]]", begin)
+    if begin < len(name) or end < 0 or body.find(b'"', begin, end) >= 0:
+        return body
+    changed = bytearray(body)
+    letters = np.frombuffer(changed, np.uint8)[begin:end]
+    kept = (letters >= ord("l")).view(np.uint8)
+    if np.count_nonzero(kept) != len("null") * (1 + np.count_nonzero(letters == ord("]"))):
+        return body
+    kept *= 0xFF - 0x30
+    np.invert(kept, out=kept)
+    letters &= kept
+    return changed
 
 
 def _read(answer: simdjson.Object, prompt_tokens: int, routed_layers: RoutedLayers | None) -> GenerateResult:
@@ -129,7 +149,7 @@ def _pairs(entries: simdjson.Array) -> np.ndarray:
     """(log-probability, token id) of each entry, float64 [R, 2]."""
     try:
         return _numbers(entries, "d", np.float64).reshape(-1, 3)[:, :2]
-    except TypeError:  # a third part that is still there: white space before its null, or a token's text
+    except TypeError:  # a third part that is no number: a token's text
         return np.array([[entry[0], entry[1]] for entry in _plain(entries)], dtype=np.float64)
 
 

@@ -21,7 +21,8 @@ ADDED = ["<think>", "<\uff5cuser\u2581says\uff5c>", "two words", "\u00e9t\u00e9"
 def byte_level(decoder=None) -> PreTrainedTokenizerFast:
     """All bytes, and words of several bytes that end and begin inside of characters."""
     rng = np.random.default_rng(0)
-    words = dict.fromkeys([*ALPHABET, *("".join(rng.choice(ALPHABET, rng.integers(2, 5))) for _ in range(2000))])
+    lengths = [*rng.integers(2, 5, 2000), *range(5, 40)]
+    words = dict.fromkeys([*ALPHABET, *("".join(rng.choice(ALPHABET, length)) for length in lengths)])
     tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     tokenizer.decoder = decoders.ByteLevel() if decoder is None else decoder
     tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])

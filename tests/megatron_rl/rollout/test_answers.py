@@ -61,6 +61,7 @@ WHOLE = orjson.dumps(answer(IDS, LOGPROBS))
     (orjson.dumps(answer(IDS, LOGPROBS, output_token_logprobs=[PAIRS[1], PAIRS[0], PAIRS[2]])), "not of the same"),
     (orjson.dumps(answer(IDS, LOGPROBS, output_token_logprobs=[pair[:1] for pair in PAIRS])), "malformed|not of"),
     (orjson.dumps(answer(IDS, LOGPROBS, output_token_logprobs=[[None, *pair[1:]] for pair in PAIRS])), "not finite"),
+    (orjson.dumps(answer(IDS, [LOGPROBS[0], float("nan"), LOGPROBS[2]])), "not finite"),
     (orjson.dumps(answer(IDS, LOGPROBS, output_token_logprobs={})), "malformed|0 log-probabilities"),
     (orjson.dumps(answer(IDS, LOGPROBS, output_token_logprobs={"a": 1})), "malformed"),
     (orjson.dumps(answer(IDS, LOGPROBS, output_token_logprobs=None)), "malformed"),
