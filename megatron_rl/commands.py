@@ -284,12 +284,12 @@ def plan(options) -> int:
     from megatron_rl.plan import Hardware, estimate, propose
     from megatron_rl.plan.report import GB, plan_text
 
-    config = load(options.overrides)
+    config = load([*options.overrides, *(["rollout.engine.colocate=true"] if options.colocated else [])])
     network = network_of(config)
     check_layout(network, config.parallel)
     check_lora(config.model, network, gpu=True)
-    hardware = Hardware(gpu_memory=options.gpu_memory * GB)
-    engine = round(config.rollout.engine.mem_fraction_static * hardware.gpu_memory) if options.colocated else 0
+    hardware, engine = Hardware(gpu_memory=options.gpu_memory * GB), config.rollout.engine
+    engine = round(engine.mem_fraction_static * hardware.gpu_memory) if engine.colocate else 0
     given = estimate(network, config, hardware, engine_bytes=engine)
     print(plan_text(network, config, given, propose(network, config, hardware, engine_bytes=engine), hardware))
     return 0

@@ -15,8 +15,9 @@ PASSING = ("run.resume", "run.resume_from", "run.accept_changes", "run.dir", "or
 FREE = (
     "run.name", "run.save_every_steps", "run.keep_checkpoints", "run.async_save", "run.export_hf",
     "run.max_skipped_in_a_row", "run.keep_dumps", "run.dump_steps", "parallel.", "batch.", "model.recompute",
-    "model.backend", "model.kernels.", "model.architecture", "rollout.concurrency", "rollout.request_timeout_s",
-    "rollout.retries", "rollout.max_failed_fraction", "rollout.environment_threads", "rollout.agent.concurrency",
+    "model.backend", "model.kernels.", "model.architecture", "optimizer.offload", "rollout.concurrency",
+    "rollout.request_timeout_s", "rollout.retries", "rollout.max_failed_fraction", "rollout.environment_threads",
+    "rollout.agent.concurrency",
     "rollout.agent.host", "rollout.agent.port", "rollout.publish", "rollout.verify_checksums",
     "rollout.probe_tolerance", "rollout.bucket_bytes", "rollout.engine.", "orchestrator.", "reward.workers",
     "reward.remote.timeout_s", "reward.remote.retries", "reward.judge.timeout_s", "reward.judge.retries", "eval.",

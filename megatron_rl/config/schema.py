@@ -14,6 +14,7 @@ from megatron_rl.config.algo import AlgoConfig
 from megatron_rl.config.data import DataConfig, EvalConfig, SelectConfig
 from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.lora import LoraConfig
+from megatron_rl.config.optimizer import OptimizerConfig
 from megatron_rl.config.orchestrator import OrchestratorConfig
 from megatron_rl.config.pipeline import PipelineConfig
 from megatron_rl.config.reward import RewardConfig
@@ -66,6 +67,9 @@ class RunConfig:
                 f"run.resume_from={self.resume_from} needs run.resume=true")
 
 
+RECOMPUTE_MODULES = ("moe", "shared_experts", "mlp", "core_attn")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model, and how the trainer holds it.
@@ -79,7 +83,10 @@ class ModelConfig:
       megatron; never transformer_engine.
     - fp32_lm_head: trainer and engines sum the products of the head in float32 and keep the logits in float32. false:
       both round the logits to dtype.
-    - recompute: `full` keeps only the inputs of layers and computes the rest again in the backward pass.
+    - recompute: what the backward pass computes again instead of keeping it. `full`: everything but the inputs of
+      layers. `selective`: the parts of a layer that recompute_modules names.
+    - recompute_modules: `moe` a layer's router and experts, `shared_experts` those alone, `mlp` the dense layers'
+      projections, `core_attn` rotation and attention.
     - expert_bias_rate: how far each optimiser step moves the bias of every expert towards an equal load (arXiv
       2408.15664), in networks that have one (bailing_moe_v2, glm4_moe). 0: the bias stays as it was loaded.
     - reference_path: the frozen policy of the KL term (Eq. 2). null: the starting weights.
@@ -95,7 +102,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     backend: Literal["auto", "torch", "megatron", "transformer_engine"] = "auto"
     fp32_lm_head: bool = True
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[str, ...] = ("moe", "mlp")
     expert_bias_rate: float = 0.0
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
@@ -103,6 +111,11 @@ class ModelConfig:
 
     def __post_init__(self):
         require(0 <= self.expert_bias_rate < 1, f"model.expert_bias_rate={self.expert_bias_rate} must be in 0..1")
+        unknown = [name for name in self.recompute_modules if name not in RECOMPUTE_MODULES]
+        require(not unknown, f"model.recompute_modules: {', '.join(unknown)} is none of {', '.join(RECOMPUTE_MODULES)}")
+        require(self.recompute != "selective" or len(self.recompute_modules) > 0,
+                "model.recompute=selective with empty model.recompute_modules recomputes nothing; name a module, or "
+                "set model.recompute=none")
 
 
 @dataclass(frozen=True)
@@ -188,44 +201,6 @@ class BatchConfig:
                 f"batch.tokens_per_microbatch={self.tokens_per_microbatch} must be at least 1")
         require(self.logprob_chunk_tokens >= 1,
                 f"batch.logprob_chunk_tokens={self.logprob_chunk_tokens} must be at least 1")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW as Megatron runs it, and the learning-rate schedule.
-
-    - lr: the highest learning rate.
-    - schedule: after the warm-up the rate stays (`constant`) or falls until the end (`cosine`). min_lr_ratio: `cosine`
-      ends at this times lr.
-    - warmup_steps: the rate rises to lr over this many optimiser steps. warmup_fraction: or over this share of all
-      steps.
-    - beta1, beta2: decay of Adam's moments. eps: Adam's. weight_decay: AdamW's.
-    - clip_grad: the largest norm of the gradient; 0 does not clip.
-    """
-
-    lr: float = 3e-6
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    warmup_fraction: float | None = None
-    min_lr_ratio: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-
-    def __post_init__(self):
-        require(self.lr > 0, f"optimizer.lr={self.lr} must be positive")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
-        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive")
-        for name in ("warmup_steps", "weight_decay", "clip_grad"):
-            require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
-        for name in ("min_lr_ratio", "warmup_fraction"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value <= 1, f"optimizer.{name}={value} must lie in [0, 1]")
-        require(self.warmup_fraction is None or self.warmup_steps == 0,
-                "optimizer.warmup_steps and optimizer.warmup_fraction are both set; keep one")
 
 
 @dataclass(frozen=True)
@@ -374,6 +349,11 @@ class Config:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     stages: tuple[StageConfig, ...] = ()
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """optimizer.offload, resolved."""
+        return self.rollout.engine.colocate if self.optimizer.offload is None else self.optimizer.offload
 
     def __post_init__(self):
         total = sum(stage.steps for stage in self.stages)

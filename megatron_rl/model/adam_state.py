@@ -21,7 +21,8 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 class AdamShard:
     """Elements [start, end) of one flattened parameter: `main` is the optimiser's own fp32 tensor of them.
 
-    replicated: every data-parallel rank holds the same.
+    replicated: every data-parallel rank holds the same. With optimizer.offload (host_states.py) `main` has
+    values during the optimiser's step only; tensors() are then those on the host.
     """
 
     parameter: torch.nn.Parameter
@@ -31,14 +32,20 @@ class AdamShard:
     owner: torch.optim.Optimizer
     replicated: bool
 
+    @property
+    def has_own_weight(self) -> bool:
+        """Whether `main` is a copy. A network in float32 is trained in place."""
+        return self.parameter.dtype != torch.float32
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """KINDS -> flat fp32 [end - start], to be read or written in place. Moments not yet made become zeros."""
         state = self.owner.state[self.main]
         if "exp_avg" not in state:
             state |= {"exp_avg": torch.zeros_like(self.main), "exp_avg_sq": torch.zeros_like(self.main)}
-            if _counts_per_parameter(self.owner):
+            if counts_per_parameter(self.owner):
                 state["step"] = torch.tensor(0.0)
-        return {"weight": self.main.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
+        weight = state.get("host_weight", self.main)
+        return {"weight": weight.detach().view(-1), **{kind: state[kind].view(-1) for kind in KINDS[1:]}}
 
 
 def adam_shards(optimizer, parameters: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, AdamShard]:
@@ -65,7 +72,7 @@ def step_count(optimizer) -> int:
     counts = set()
     for each in _megatron_optimizers(optimizer):
         inner = each.optimizer
-        if _counts_per_parameter(inner):
+        if counts_per_parameter(inner):
             counts |= {int(state["step"]) for state in inner.state.values() if "step" in state}
         else:
             counts |= {int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group}
@@ -76,7 +83,7 @@ def step_count(optimizer) -> int:
 def set_step_count(optimizer, count: int) -> None:
     """Every counter of this rank, each parameter's its own tensor. After AdamShard.tensors has made the state."""
     for each in _megatron_optimizers(optimizer):
-        if _counts_per_parameter(each.optimizer):
+        if counts_per_parameter(each.optimizer):
             for state in each.optimizer.state.values():
                 state["step"] = torch.tensor(float(count))
         else:
@@ -84,7 +91,7 @@ def set_step_count(optimizer, count: int) -> None:
                 group["step"] = count
 
 
-def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+def counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
     """torch's Adam counts steps per parameter, Transformer Engine's and Apex's per parameter group."""
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
 

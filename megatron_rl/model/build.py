@@ -56,6 +56,13 @@ class Policy:
         """Those of this rank's MoE layers, in order."""
         return _routers(self.gpt_models)
 
+    @property
+    def routes_twice(self) -> bool:
+        """Whether a router runs again in the backward pass."""
+        config = self.transformer
+        return config.recompute_granularity == "full" or (
+            config.recompute_granularity == "selective" and "moe" in config.recompute_modules)
+
     def train(self, mode: bool = True) -> None:
         for chunk in self.chunks:
             chunk.train(mode)

@@ -29,8 +29,10 @@ def transformer_config(model: Network, options: ModelConfig, parallel: ParallelC
     Transformer Engine's layers come with Megatron's fused SwiGLU and, where its experts run, fused permutation.
     """
     dtype, fused = DTYPES[options.dtype], backend.name == "transformer_engine"
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} \
-        if options.recompute == "full" else {}
+    recompute: dict[str, Any] = {
+        "none": {}, "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": list(options.recompute_modules)},
+    }[options.recompute]
     pipeline = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if parallel.vpp else {}
     return TransformerConfig(
         num_layers=model.num_hidden_layers, hidden_size=model.hidden_size,

@@ -11,17 +11,17 @@ from functools import partial
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_rl.model.router import BudgetRouter
+from megatron_rl.model.routing_replay import RoutedMoELayer
 from rl_kernels.grouped_experts import LowRank, sorted_experts
 from rl_kernels.pointwise import weighted_swiglu
 from rl_kernels.router_topk import router_topk
 
 
-class DeviceCountsMoELayer(MoELayer):
-    """A MoELayer whose all-to-all dispatcher is DeviceCounts."""
+class DeviceCountsMoELayer(RoutedMoELayer):
+    """A RoutedMoELayer whose all-to-all dispatcher is DeviceCounts."""
 
     def __init__(self, config, *args, pg_collection=None, **kwargs):
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)

@@ -120,7 +120,7 @@ def attach(gpt_models: Sequence[GPTModel], lora: LoraConfig) -> Adapters:
         for experts in [module for module in gpt.modules() if isinstance(module, SequentialMLP)]:
             if lora.experts != "none":
                 _attach_experts(adapters, experts, lora)
-        if gpt.pre_process and gpt.config.recompute_granularity == "full":
+        if gpt.pre_process and gpt.config.recompute_granularity is not None:
             # recomputation gives outputs a gradient only if an input has one
             gpt.embedding.register_forward_hook(
                 lambda _module, _inputs, output: output.requires_grad_() if torch.is_grad_enabled() else output)

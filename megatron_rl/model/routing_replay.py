@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
@@ -82,24 +84,47 @@ MADE_ONCE = ("sort_input_by_local_experts", "restore_output_by_local_experts")
 """Tensors that a dispatcher has from its construction on."""
 
 
-class RoutedTransformerLayer(TransformerLayer):
-    """A layer with experts, whose router follows the micro-batch that this forward is about.
+class RoutedMoELayer(MoELayer):
+    """Router and experts of one layer, of which nothing of a micro-batch stays after its forward pass.
 
-    Nothing of the micro-batch stays here afterwards. Megatron-Core 0.19.2's dispatcher keeps the router's
-    probabilities, whose graph holds all of the layer, until the layer's next forward (transformer/moe/
-    token_dispatcher.py: dispatch_preprocess; Megatron-LM issue 3221). Delete `_forget` when it lets go of them.
+    Megatron-Core 0.19.2's dispatcher keeps the router's probabilities, whose graph holds all of the layer, until the
+    layer's next forward (transformer/moe/token_dispatcher.py: dispatch_preprocess; Megatron-LM issue 3221). Delete
+    `forget` when it lets go of them.
+    If the layer is recomputed by itself (model.recompute_modules: moe), the second forward meets the record of the
+    micro-batch that the first was about. Megatron's own checkpoint around the layer does not know of records.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.checkpointed, self.moe_layer_recompute = self.moe_layer_recompute, False
+
+    def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
+        if not (self.checkpointed and self.training):
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        record = self.router.router_replay.microbatch
+
+        def run(hidden_states, padding_mask):
+            self.router.router_replay.microbatch = record
+            try:
+                return super(RoutedMoELayer, self).forward(hidden_states, None, padding_mask)
+            finally:
+                self.forget()
+
+        return tensor_parallel.checkpoint(run, False, hidden_states, padding_mask)
+
+    def forget(self) -> None:
+        self.router.router_replay.microbatch = None
+        for name, value in list(vars(self.token_dispatcher).items()):
+            if isinstance(value, torch.Tensor) and name not in MADE_ONCE:
+                setattr(self.token_dispatcher, name, None)
+
+
+class RoutedTransformerLayer(TransformerLayer):
+    """A layer with experts, whose router follows the micro-batch that this forward is about."""
 
     def forward(self, *args, **kwargs):
         self.mlp.router.router_replay.microbatch = kwargs["packed_seq_params"].routing
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._forget()
-
-    def _forget(self) -> None:
-        self.mlp.router.router_replay.microbatch = None
-        dispatcher = self.mlp.token_dispatcher
-        for name, value in list(vars(dispatcher).items()):
-            if isinstance(value, torch.Tensor) and name not in MADE_ONCE:
-                setattr(dispatcher, name, None)
+            self.mlp.forget()

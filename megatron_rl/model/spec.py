@@ -15,7 +15,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -31,7 +31,7 @@ from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
 from megatron_rl.model.kernel_layers import DeviceCountsMoELayer, KernelExperts, KernelRouter, SwiGLU
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
-from megatron_rl.model.routing_replay import RoutedTransformerLayer
+from megatron_rl.model.routing_replay import RoutedMoELayer, RoutedTransformerLayer
 
 
 class RMSNorm(nn.Module):
@@ -61,7 +61,7 @@ def _moe(losses: RouterLosses, backend: Backend):
         grouped, shared = _te_spec().experts_and_shared()
         experts = grouped if kernels.experts == "transformer_engine" else experts
     router = BudgetRouter if kernels.router == "megatron" else partial(KernelRouter, impl=kernels.router)
-    layer = DeviceCountsMoELayer if kernels.experts in WITH_DEVICE_COUNTS else MoELayer
+    layer = DeviceCountsMoELayer if kernels.experts in WITH_DEVICE_COUNTS else RoutedMoELayer
     return partial(layer, submodules=MoESubmodules(
         experts=experts, shared_experts=partial(SharedExpertMLP, submodules=shared),
         router=partial(router, losses=losses)))

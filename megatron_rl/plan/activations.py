@@ -22,12 +22,15 @@ FP32, INT64 = 4, 8
 @dataclass(frozen=True)
 class Arithmetic:
     """What decides how many bytes a layer keeps. element: bytes of a number. backend: what computes its parts. gpu:
-    RMSNorm is one kernel there, which keeps no float32 copy of its input. lora: adapters, which keep A x."""
+    RMSNorm is one kernel there, which keeps no float32 copy of its input. lora: adapters, which keep A x. recompute,
+    modules: model.recompute and its modules."""
 
     element: int
     backend: Backend
     gpu: bool = True
     lora: LoraConfig = field(default_factory=LoraConfig)
+    recompute: str = "none"
+    modules: tuple[str, ...] = ()
 
     @property
     def grouped(self) -> bool:
@@ -50,6 +53,14 @@ def layer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, de
         norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
         head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
     inputs = 2 * element * hidden / tp  # of the attention and of the MLP, after their norms
+    mlp = _mlp_bytes(model.intermediate_size / tp, how) if dense else _moe_bytes(model, parallel, how)
+    return norms + head_norms + inputs + _attention_bytes(model, parallel, how) + mlp + _adapter_bytes(
+        model, parallel, how, dense=dense)
+
+
+def _attention_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
+    tp = parallel.tp
+    query, key_value = (heads * model.head_dim / tp for heads in (model.num_attention_heads, model.num_key_value_heads))
     if how.with_te:
         keys = 2 * key_value  # rotated keys, and values copied out of the projection
     elif parallel.cp == 1:
@@ -57,9 +68,24 @@ def layer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, de
     else:
         keys = 2 * key_value * (parallel.cp + 0.5)  # those of all context-parallel ranks that two chunks see
     outputs = query * (1 if how.backend.attention_at_once else 2)  # run by run: each run's, and all together
-    attention = element * (keys + query + outputs) + FP32 * model.num_attention_heads / tp  # log-sum-exp
-    mlp = _mlp_bytes(model.intermediate_size / tp, how) if dense else _moe_bytes(model, parallel, how)
-    return norms + head_norms + inputs + attention + mlp + _adapter_bytes(model, parallel, how, dense=dense)
+    return how.element * (keys + query + outputs) + FP32 * model.num_attention_heads / tp  # log-sum-exp
+
+
+def again_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> list[float]:
+    """What one layer does not keep because the backward pass computes it again, a part for each checkpoint that runs by
+    itself, in bytes per token. With `full` the layer is one; with `selective` its MLP or experts, and its attention."""
+    if how.recompute == "full":
+        return [layer_bytes(model, parallel, how, dense=dense)]
+    if how.recompute == "none":
+        return []
+    query, key_value = (heads * model.head_dim / parallel.tp
+                        for heads in (model.num_attention_heads, model.num_key_value_heads))
+    shared = _mlp_bytes(model.shared_intermediate_size / parallel.tp, how)
+    parts = {"mlp": _mlp_bytes(model.intermediate_size / parallel.tp, how)} if dense else \
+        {"moe": _moe_bytes(model, parallel, how)} if "moe" in how.modules else {"shared_experts": shared}
+    # besides query, key and value as they are projected, and the output
+    parts["core_attn"] = _attention_bytes(model, parallel, how) - how.element * (2 * query + 2 * key_value)
+    return [size for name, size in parts.items() if name in how.modules]
 
 
 def _adapter_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> float:
@@ -130,7 +156,7 @@ def expert_gradient_bytes(model: Network, parallel: ParallelConfig, how: Arithme
     return 2 * how.element * model.num_experts * model.hidden_size * model.moe_intermediate_size
 
 
-def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Arithmetic, *, recompute: bool) -> float:
+def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Arithmetic) -> float:
     """What stays of one micro-batch in one chunk between its forward and its backward pass, per token.
 
     Under recompute without the head, which is done before the first layer is recomputed (`head_bytes`).
@@ -138,10 +164,12 @@ def chunk_bytes(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Ari
     hidden = how.element * model.hidden_size / parallel.tp
     sent_on = 0 if chunk.last else hidden
     rotation = 2 * (model.rotary_dim or model.head_dim) * FP32  # cosine and sine, for all layers
-    if recompute:
+    if how.recompute == "full":
         return len(chunk.layers) * hidden + sent_on + rotation
-    return sent_on + rotation + (head_bytes(model, parallel, how) if chunk.last else 0) + sum(
-        layer_bytes(model, parallel, how, dense=model.is_dense_layer(layer)) for layer in chunk.layers)
+    head = head_bytes(model, parallel, how) if chunk.last and how.recompute == "none" else 0
+    return sent_on + rotation + head + sum(
+        layer_bytes(model, parallel, how, dense=dense) - sum(again_bytes(model, parallel, how, dense=dense))
+        for dense in map(model.is_dense_layer, chunk.layers))
 
 
 def head_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
@@ -151,10 +179,10 @@ def head_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> flo
 
 
 def fullest_layer(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Arithmetic) -> tuple[float, float]:
-    """(what the fullest layer of a chunk keeps while it is recomputed, its temporaries), per token."""
+    """(what the fullest layer of a chunk keeps while it is computed again, its temporaries), per token."""
     kinds = {model.is_dense_layer(layer) for layer in chunk.layers}
-    return max((layer_bytes(model, parallel, how, dense=dense), layer_temporaries(model, parallel, how, dense=dense))
-               for dense in kinds)
+    return max((max(again_bytes(model, parallel, how, dense=dense), default=0),
+                layer_temporaries(model, parallel, how, dense=dense)) for dense in kinds)
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> int:

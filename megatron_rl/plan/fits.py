@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import torch
 
@@ -17,10 +19,16 @@ def check_fits(model: Network, config: Config, *, ranks: int, which: str, machin
     which, machine: what the ranks and the machine are called in the text.
     """
     plan = plan_memory(model, config)
+    memory = psutil.virtual_memory().total
     if torch.cuda.is_available():
+        if ranks * plan.host > memory:
+            raise ValueError(f"optimizer.offload: the optimiser's states of {which} take {ranks * plan.host / 1e9:.1f} "
+                             f"GB of {machine}'s own memory, which has {memory / 1e9:.1f} GB; set "
+                             "optimizer.offload=false, or train on more machines")
         whose, ranks, have = f"one GPU of {machine}", 1, torch.cuda.get_device_properties(0).total_memory
     else:
-        whose, have = machine, psutil.virtual_memory().total
+        whose, have = machine, memory
+        plan = replace(plan, optimizer=plan.optimizer + plan.host)  # there the host's memory is the device's
     stays, peak = ranks * plan.stays, ranks * plan.total
     text = (f"weights, gradients and optimiser of {which} take {stays / 1e9:.1f} GB, at their peak {peak / 1e9:.1f} "
             f"GB, and {whose} has {have / 1e9:.1f} GB; `megatron-rl plan` with the same overrides shows what takes it "

@@ -2,7 +2,7 @@
 
 The estimate is arithmetic over the stated speeds, for ordering only; nothing of it was measured:
 
-    step = m (stage + head) + (p - 1) / v stage + data traffic
+    step = m (stage + head) + (p - 1) / v stage + data traffic + the optimiser's states from the host and back
 
 stage: a micro-batch's FLOPs in the layers of one of p stages (plus the forward pass again under recompute) at the
 stated rate, and the tensor, expert and context traffic: bytes that a rank sends, over the link that its group reaches
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rl.config.check import check_rl
-from megatron_rl.config.schema import Config, ParallelConfig
+from megatron_rl.config.schema import RECOMPUTE_MODULES, Config, ParallelConfig
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan.memory import ELEMENT_BYTES, MemoryPlan, plan_memory, state_bytes
@@ -36,6 +36,7 @@ class Hardware:
     reserve: float = 0.1  # of the memory: CUDA context, communication buffers, temporaries, fragmentation
     gpus_per_node: int = 8
     flops: float = 300e12
+    host_bytes_per_s: float = 25 * GB
     node_bytes_per_s: float = 200 * GB
     network_bytes_per_s: float = 25 * GB
 
@@ -67,7 +68,7 @@ def propose(model: Network, config: Config, hardware: Hardware, *, engine_bytes:
 
 
 def variants(model: Network, config: Config) -> Iterator[Config]:
-    """`config` under every layout that the rules allow, with and without recompute; Phi of the cluster stays."""
+    """`config` under every layout that the rules allow, with each recompute; Phi of the cluster stays."""
     world = config.parallel.world_size
     algo = dataclasses.replace(config.algo, scope="global", phi=config.algo.phi_global(config.parallel.dp))
     powers = [size for size in (1, 2, 4, 8) if world % size == 0]
@@ -84,7 +85,7 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
                 check_rl(variant, None)
             except ValueError:
                 continue
-            for recompute in ("none", "full"):
+            for recompute in ("none", "selective", "full"):
                 yield dataclasses.replace(variant, model=dataclasses.replace(config.model, recompute=recompute))
 
 
@@ -97,42 +98,66 @@ def estimate(model: Network, config: Config, hardware: Hardware, *, engine_bytes
     stage, count = layers / parallel.pp + traffic, memory.num_microbatches
     pipeline = count * (stage + head) + (parallel.pp - 1) / (parallel.vpp or 1) * stage
     bubble = 1 - count * (stage + head / parallel.pp) / pipeline
-    data = _data_seconds(model, config, hardware)
+    data = _data_seconds(model, config, hardware) + 2 * memory.host / hardware.host_bytes_per_s
     return Proposal(parallel, config.model.recompute, memory, pipeline + data, count * traffic + data, bubble)
 
 
 def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
     """(of all layers, of the head) for one full micro-batch, forward and backward.
 
-    A token sees a quarter of rollout.max_context_tokens: half of a sequence of the mean length. Layers run again under
-    recompute. The head takes its logits twice, and its two backward products in two halves below float32
-    (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward product, for the gradient of its input.
+    A token sees a quarter of rollout.max_context_tokens: half of a sequence of the mean length. Under recompute layers
+    run again, or their modules. The head takes its logits twice, and its two backward products in two halves below
+    float32 (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward product, for the gradient of its
+    input.
     """
     frozen = config.model.lora.on
     _, active = _count(model)
     table = model.vocab_size * model.hidden_size
     matrices = 2 * (active - table * (1 if model.tie_word_embeddings else 2))
     attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 4
-    passes = 4 if config.model.recompute == "full" else 3
-    layers = matrices * (passes - frozen) + model.num_hidden_layers * attention * passes
+    again = _again(config)
+    recomputed = matrices if config.model.recompute == "full" else 2 * sum(
+        _module_parameters(model)[module] for module in again if module != "core_attn")
+    layers = matrices * (3 - frozen) + recomputed + (3 + ("core_attn" in again)) * attention * model.num_hidden_layers
     head = 2 * table * (2 + (2 - frozen) * (1 if config.model.dtype == "float32" else 2))
     tokens = config.batch.tokens_per_microbatch
     return tokens * layers, tokens * head
 
 
+def _again(config: Config) -> tuple[str, ...]:
+    """The modules of a layer that run again in the backward pass; those that hold others without these."""
+    model = config.model
+    if model.recompute == "none":
+        return ()
+    return tuple(module for module in (RECOMPUTE_MODULES if model.recompute == "full" else model.recompute_modules)
+                 if module != "shared_experts" or "moe" not in model.recompute_modules)
+
+
+def _module_parameters(model: Network) -> dict[str, int]:
+    """Elements of the matrices of each module that a token meets, in all layers."""
+    dense = model.num_hidden_layers - model.num_moe_layers
+    shared = 3 * model.hidden_size * model.shared_intermediate_size
+    routed = model.num_experts_per_tok * 3 * model.hidden_size * model.moe_intermediate_size
+    return {"mlp": dense * 3 * model.hidden_size * model.intermediate_size,
+            "shared_experts": model.num_moe_layers * shared,
+            "moe": model.num_moe_layers * (model.hidden_size * model.num_experts + routed + shared)}
+
+
 def _traffic_seconds(model: Network, config: Config, hardware: Hardware) -> float:
     """What one full micro-batch spends in one stage."""
     parallel = config.parallel
-    passes = 3 if config.model.recompute == "full" else 2  # of a layer: forward, backward, and the forward again
+    again = _again(config)  # passes of a part of a layer: forward, backward, and the forward again
+    projections, experts, attention = (2 + each for each in (
+        config.model.recompute == "full", "moe" in again, "core_attn" in again))
     row = ELEMENT_BYTES[config.model.dtype] * model.hidden_size
     per_layer = sum((
         # all-gather and reduce-scatter around attention and MLP, and the inputs gathered again for weight gradients
-        (2 * 2 * passes + 2) * _share(parallel.tp) * row / _speed(hardware, parallel.tp) if parallel.tp > 1 else 0,
+        (2 * (projections + experts) + 2) * _share(parallel.tp) * row / _speed(hardware, parallel.tp),
         # rows to their experts and back
-        2 * passes * model.num_experts_per_tok / parallel.tp * _share(parallel.ep * parallel.etp) * row
+        2 * experts * model.num_experts_per_tok / parallel.tp * _share(parallel.ep * parallel.etp) * row
         / _speed(hardware, parallel.ep * parallel.etp) * model.num_moe_layers / model.num_hidden_layers,
         # keys and values of the other context-parallel ranks
-        (passes + 1) * _share(parallel.cp) * row * 2 * model.num_key_value_heads / model.num_attention_heads
+        (attention + 1) * _share(parallel.cp) * row * 2 * model.num_key_value_heads / model.num_attention_heads
         / parallel.tp * parallel.cp / _speed(hardware, parallel.tp * parallel.cp)))
     return model.num_hidden_layers / parallel.pp * config.batch.tokens_per_microbatch * per_layer
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_rl.batch.schedule import plan_microbatches
 from megatron_rl.config.lora import LoraConfig
+from megatron_rl.config.optimizer import OFFLOAD_SLICE
 from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.model.adapters import needs_reference_copy
 from megatron_rl.model.architectures import read_config
@@ -39,8 +40,9 @@ class MemoryPlan:
     model.lora are the adapters), everything else bytes on one rank.
 
     activations: kept for the backward passes of the micro-batches in flight. layer: what one layer needs beside them
-    while it computes; recomputed: the part of it that autograd saves, with model.recompute=full. logits: what the head
-    needs instead. step: temporaries of the optimiser.
+    while it computes; recomputed: the part of it that autograd saves, with model.recompute. logits: what the head
+    needs instead. step: temporaries of the optimiser. host: states of the optimiser in host memory, not on the GPU.
+    engine: what colocated engines take of the GPU while the trainer does not train.
     """
 
     stage: int
@@ -59,16 +61,19 @@ class MemoryPlan:
     publishing: int
     engine: int
     recomputed: int
+    host: int = 0
 
     @property
     def stays(self) -> int:
         """Held through the whole run."""
-        return self.weights + self.gradients + self.optimizer + self.reference + self.engine
+        return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def total(self) -> int:
-        """The peak: a layer or the head of a training pass, the optimiser's step after it, or a publish after that."""
-        return self.stays + max(self.activations + max(self.layer, self.logits), self.step, self.publishing)
+        """The peak: a layer or the head of a training pass, the optimiser's step after it, or engines on the same GPUs,
+        which have given their memory back until then: a publish to them, and their sampling."""
+        return self.stays + max(self.activations + max(self.layer, self.logits), self.step,
+                                self.publishing + self.engine)
 
 
 def plan_memory(model: Network, config: Config, *, engine_bytes: int = 0) -> MemoryPlan:
@@ -108,15 +113,17 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
     """The plan of one rank of pipeline stage `stage`. gpu False: as the same step keeps it on a CPU, for tests."""
     parallel, element = config.parallel, ELEMENT_BYTES[config.model.dtype]
     lora = config.model.lora
-    how = Arithmetic(element, resolve(config.model, gpu=gpu), gpu, lora)
+    how = Arithmetic(element, resolve(config.model, gpu=gpu), gpu, lora, config.model.recompute,
+                     config.model.recompute_modules)
     chunks = stage_chunks(model, parallel, stage, lora)
     weights, gradients, optimizer = state_bytes(chunks, parallel, element)
-    tokens, recompute = config.batch.tokens_per_microbatch, config.model.recompute == "full"
-    held = [chunk_bytes(model, parallel, chunk, how, recompute=recompute) for chunk in chunks]
+    offload = config.offloads_optimizer
+    tokens, recompute = config.batch.tokens_per_microbatch, config.model.recompute != "none"
+    held = [chunk_bytes(model, parallel, chunk, how) for chunk in chunks]
     passes = chunks_in_flight(parallel, stage, num_microbatches)
     kept = sum(held[index // parallel.pp % len(held)] for index in range(passes))  # pp passes of each in turn
     layers = [fullest_layer(model, parallel, chunk, how) for chunk in chunks]
-    recomputed = max(saved for saved, _ in layers) if recompute else 0
+    recomputed = max(saved for saved, _ in layers)
     buffers = buffer_bytes(model, parallel, how, stage)
     temporaries = max(passing for _, passing in layers) + buffers
     head = 0
@@ -128,13 +135,14 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
         expert_parameters=sum(sum(chunk.experts) + chunk.frozen[1] for chunk in chunks),
         trained_parameters=sum(sum(chunk.dense) + sum(chunk.experts) for chunk in chunks),
         num_microbatches=num_microbatches,
-        weights=weights, gradients=gradients, optimizer=optimizer,
+        weights=weights, gradients=gradients, optimizer=0 if offload else optimizer,
         reference=frozen_parameters(config, chunks, stage) * element,
         activations=math.ceil(tokens * kept),
         layer=math.ceil(tokens * (recomputed + temporaries)) + expert_gradient_bytes(model, parallel, how),
         recomputed=math.ceil(tokens * recomputed), logits=head,
-        step=0 if how.with_te else step_bytes(chunks, parallel),  # FusedAdam of Transformer Engine has none
-        publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes)
+        step=step_bytes(chunks, parallel, element, offload=offload, fused=how.with_te),
+        publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes,
+        host=optimizer if offload else 0)
 
 
 def frozen_parameters(config: Config, chunks: Sequence[Chunk], stage: int) -> int:
@@ -173,20 +181,31 @@ def state_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig, element: int)
     groups of their own (ep > 1 or etp != tp, as ColumnParallelLinear decides) are shared among fewer.
     """
     optimisers = _optimisers(chunks, parallel)
-    elements, shards = (sum(sizes) for sizes in zip(*optimisers, strict=True))
-    per_element = 2 * FP32 + (0 if element == FP32 else FP32)
+    elements, shards, _ = (sum(sizes) for sizes in zip(*optimisers, strict=True))
     frozen = sum(sum(chunk.frozen) for chunk in chunks)
-    return (elements + frozen) * element, elements * FP32, shards * per_element
+    return (elements + frozen) * element, elements * FP32, shards * _per_element(element)
 
 
-def step_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig) -> int:
-    """Temporaries of torch's AdamW: with foreach, as on a GPU, the roots of all second moments of one optimiser
-    (torch 2.14.1, optim/adam.py: _multi_tensor_adam). Those of dense and of expert parameters step one by one."""
-    return FP32 * max(shard for _, shard in _optimisers(chunks, parallel))
+def _per_element(element: int) -> int:
+    """Bytes of the optimiser's state of one element."""
+    return 2 * FP32 + (0 if element == FP32 else FP32)
 
 
-def _optimisers(chunks: Sequence[Chunk], parallel: ParallelConfig) -> list[tuple[int, int]]:
-    """(elements of its buffers, elements of this rank's share) of the optimiser of each kind of parameters."""
+def step_bytes(chunks: Sequence[Chunk], parallel: ParallelConfig, element: int, *, offload: bool, fused: bool) -> int:
+    """What the optimiser's step needs for itself. Those of dense and of expert parameters step one by one.
+
+    Torch's AdamW with foreach, as on a GPU, has temporaries: the roots of all second moments of one optimiser (torch
+    2.14.1, optim/adam.py: _multi_tensor_adam). Transformer Engine's FusedAdam (`fused`) has none. With
+    optimizer.offload only a slice of the optimiser is there, and its state too (model/host_states.py).
+    """
+    stepping = max(min(shard, max(OFFLOAD_SLICE, largest)) if offload else shard
+                   for _, shard, largest in _optimisers(chunks, parallel))
+    return stepping * ((0 if fused else FP32) + (_per_element(element) if offload else 0))
+
+
+def _optimisers(chunks: Sequence[Chunk], parallel: ParallelConfig) -> list[tuple[int, int, int]]:
+    """(elements of its buffers, of this rank's share, of its largest tensor) of the optimiser of each kind of
+    parameters."""
     own_groups = parallel.ep > 1 or parallel.etp != parallel.tp
     expert_dp = parallel.world_size // (parallel.ep * parallel.etp * parallel.pp)
     dense_dp = parallel.dp * parallel.cp
@@ -195,7 +214,8 @@ def _optimisers(chunks: Sequence[Chunk], parallel: ParallelConfig) -> list[tuple
     found = []
     for buffers, ranks in kinds:
         sizes = [padded(tensors, ranks) if parallel.distributed_optimizer else sum(tensors) for tensors in buffers]
-        found.append((sum(sizes), sum(sizes) // ranks if parallel.distributed_optimizer else sum(sizes)))
+        found.append((sum(sizes), sum(sizes) // ranks if parallel.distributed_optimizer else sum(sizes),
+                      max((size for tensors in buffers for size in tensors), default=0)))
     return found
 
 

@@ -17,11 +17,11 @@ KINDS = (
     ("gradients", "gradients", "float32, whole on every rank"),
     ("optimizer", "optimiser", "{moments}"),
     ("reference", "reference", "frozen weights of the KL term"),
-    ("engine", "engine", "SGLang's share of the same GPU"),
+    ("engine", "engine", "SGLang's share of the same GPU, between the steps"),
     ("activations", "activations", "recompute={recompute}, {flight}"),
     ("layer", "layer", "one layer while it computes"),
     ("logits", "head", "{chunk:,} tokens of the head at a time, and its gradient; before or after the layers"),
-    ("step", "step", "temporaries of AdamW, after the passes"),
+    ("step", "step", "{step}"),
     ("publishing", "publishing", "one bucket, after the step"),
 )
 
@@ -55,6 +55,8 @@ def _memory(config: Config, plan: MemoryPlan, hardware: Hardware) -> list[str]:
     flight = "one micro-batch in flight" if parallel.pp == 1 else "the micro-batches in flight of 1F1B"
     fills = {"dtype": config.model.dtype, "recompute": config.model.recompute, "flight": flight,
              "chunk": config.batch.logprob_chunk_tokens,
+             "step": ("a slice of the optimiser's states, " if plan.host else "temporaries of AdamW, ")
+             + "after the passes",
              "moments": "moments" + (" and float32 weights" if config.model.dtype != "float32" else "")
              + (", divided over data parallelism" if parallel.distributed_optimizer else "")}
     rows = [f"per rank   {plan.dense_parameters:,} dense and {plan.expert_parameters:,} expert parameters"
@@ -67,6 +69,8 @@ def _memory(config: Config, plan: MemoryPlan, hardware: Hardware) -> list[str]:
         size = getattr(plan, field)
         if size:
             rows.append(f"{name:<11}{size / GB:8.2f} GB  {remark.format(**fills)}")
+    if plan.host:
+        rows.append(f"{'(host)':<11}{plan.host / GB:8.2f} GB  {fills['moments']}, in host memory (optimizer.offload)")
     verdict = "fits" if plan.total <= hardware.usable else "DOES NOT FIT"
     return [*rows, f"{'peak':<11}{plan.total / GB:8.2f} GB  {verdict}: {hardware.usable / GB:g} GB usable "
                    f"({hardware.reserve:.0%} kept back)"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_rl.rehearsal.flops import operation_flops
-from megatron_rl.rehearsal.storages import Peak, Storages
+from megatron_rl.rehearsal.storages import ON_HOST, Peak, Storages
 
 aten = torch.ops.aten
 READ = aten._local_scalar_dense.default
@@ -123,6 +123,15 @@ class Recorder(TorchDispatchMode):
         finally:
             self.peaks[name] = self.storages.at_peak()
             self._phase, self._kind = before
+
+    @contextlib.contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Storages made inside lie in host memory."""
+        before, self._kind = self._kind, ON_HOST
+        try:
+            yield
+        finally:
+            self._kind = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

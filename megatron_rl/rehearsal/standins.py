@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.utils._python_dispatch import _disable_current_modes
 
 from c3po import sequences
-from megatron_rl.model import attention, backend
+from megatron_rl.model import attention, backend, host_states
 from megatron_rl.model.kernel_layers import DeviceCounts
 from megatron_rl.rehearsal.flops import LENGTHS
 from rl_kernels.grouped_experts import op as experts_op
@@ -39,6 +39,19 @@ def replaced(owner, **values) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def host_memory(on_host: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Buffers for optimizer.offload are made inside `on_host`: here the device's memory is the CPU's too."""
+    original = host_states.host_buffer
+
+    def host_buffer(*args, **kwargs):
+        with on_host():
+            return original(*args, **kwargs)
+
+    with replaced(host_states, host_buffer=host_buffer):
+        yield
 
 
 class OnHost(torch.Tensor):

@@ -28,13 +28,14 @@ from megatron_rl.rehearsal.standins import (
     as_on_a_gpu,
     fake_parameters,
     forgotten_loss_scale,
+    host_memory,
     known_experts,
     known_sequences,
     shapes_of_neighbours,
 )
 from megatron_rl.rehearsal.world import one_rank
 from megatron_rl.topology import Topology
-from megatron_rl.train_step.optimizer import build_optimizer
+from megatron_rl.train_step.optimizer import build_optimizer, settle
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.trainer.learner import needs_old_pass
 from megatron_rl.trainer.objective import TokenObjective
@@ -122,7 +123,7 @@ def rehearse(config: Config, network: Network, rank: int, workload: Workload, *,
     with (one_rank(rank, parallel, network) as here, fake_parameters(), forgotten_loss_scale(),
           known_experts(recorder.read_by_host, imbalance), known_sequences(recorder.read_by_host, parts),
           shapes_of_neighbours(lambda: [rows, 1, network.hidden_size]),
-          as_on_a_gpu() if gpu else contextlib.nullcontext()):
+          host_memory(recorder.on_host), as_on_a_gpu() if gpu else contextlib.nullcontext()):
         batches = packed(workload, config, here.cp_rank)
         with fake, recorder:
             for batch in batches:
@@ -149,8 +150,7 @@ def run_step(config: Config, network: Network, here: Topology, batches: list[Pac
         _initialise(policy)
     with recorder.phase("build optimiser", "optimiser"):
         optimizer = build_optimizer(policy, config.optimizer, parallel)
-        if policy.transformer.bf16:
-            optimizer.reload_model_params()
+        settle(optimizer, policy, offload=config.offloads_optimizer)
         parameters = [parameter for gpt in policy.gpt_models for parameter in gpt.parameters()]
         for shard in adam_shards(optimizer, parameters).values():
             shard.tensors()  # makes the moments, which a step before this one would have made

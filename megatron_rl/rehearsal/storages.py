@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+ON_HOST = "on the host"
+"""The kind of what takes no memory of the device."""
+
 
 @dataclass(frozen=True, order=True)
 class Made:
@@ -68,7 +71,7 @@ class Storages:
         key = storage._cdata
         if key in self._live:
             return
-        size = storage.nbytes()
+        size = 0 if kind == ON_HOST else storage.nbytes()
         self._serial += 1
         made = Made(kind, operation, where(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         self._live[key] = _Held(size, made, self._serial, weakref.ref(storage, lambda _: self._free(key)))

@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_rl.compat import multi_tensor
 from megatron_rl.config.schema import OptimizerConfig, ParallelConfig
 from megatron_rl.model.build import Policy
+from megatron_rl.model.host_states import HostStates
 
 multi_tensor.use_foreach()
 
@@ -31,6 +32,18 @@ def build_optimizer(policy: Policy, options: OptimizerConfig, parallel: Parallel
     for each in optimizer.chained_optimizers:
         each._defer_param_sync = True  # apply_gradients gathers
     return optimizer
+
+
+def settle(optimizer, policy: Policy, *, offload: bool) -> None:
+    """To be called once when the policy has its weights: the optimiser's float32 copies follow them.
+
+    offload: the states then go to the host (host_states.py), and every step visits the device slice by slice.
+    """
+    if policy.transformer.bf16:
+        optimizer.reload_model_params()
+    if offload:
+        parameters = [parameter for gpt in policy.gpt_models for parameter in gpt.parameters()]
+        optimizer.step_with_ready_grads = HostStates(optimizer, parameters).step
 
 
 def apply_gradients(optimizer, policy: Policy, norm: float) -> None:

@@ -188,9 +188,8 @@ class TrainStep:
             num_microbatches=len(microbatches), seq_length=max(b.num_tokens for b in microbatches),
             micro_batch_size=1, decoder_seq_length=None, forward_only=forward_only,
             collect_non_loss_data=forward_only)
-        runs_twice = not forward_only and policy.transformer.recompute_granularity == "full"
         for record in filter(None, routing):
-            record.check_used(policy.moe_layers, times=2 if runs_twice else 1)
+            record.check_used(policy.moe_layers, times=2 if policy.routes_twice and not forward_only else 1)
         return outputs
 
     def _replayed(self, microbatches: Sequence[PackedMicrobatch]) -> Routing:

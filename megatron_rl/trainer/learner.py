@@ -23,7 +23,7 @@ from megatron_rl.model.router import RoutingCounts
 from megatron_rl.observe.dump import StepInputs
 from megatron_rl.observe.timing import Timers
 from megatron_rl.topology import Topology
-from megatron_rl.train_step.optimizer import build_optimizer, learning_rate
+from megatron_rl.train_step.optimizer import build_optimizer, learning_rate, settle
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.trainer.guarded import GuardedStep
 from megatron_rl.trainer.objective import TokenObjective
@@ -38,8 +38,7 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
     if policy.adapters is not None:
         fill_adapters(policy, topology, starting_adapters(config.model, network, config.run.seed))
     optimizer = build_optimizer(policy, config.optimizer, config.parallel)
-    if policy.transformer.bf16:
-        optimizer.reload_model_params()  # the fp32 master copies were made before the weights were loaded
+    settle(optimizer, policy, offload=config.offloads_optimizer)
     step = TrainStep(policy, optimizer, topology, temperature=temperature,
                      chunk_tokens=config.batch.logprob_chunk_tokens)
     return policy, optimizer, step

@@ -61,6 +61,7 @@ VARIANTS = {
     "distributed_optimizer": {"distributed_optimizer": True},
     "overlap": {"distributed_optimizer": True, "overlap": True},
     "recompute": {"distributed_optimizer": False, "recompute": "full"},
+    "selective": {"distributed_optimizer": False, "recompute": "selective"},
 }
 """Beside the plain optimiser, over whose gradients the layouts are compared. The distributed optimiser holds a reduced
 gradient on the rank that owns it only, so for these the weights after one step are compared."""

@@ -19,11 +19,13 @@ class Case:
     dtype: str = "float32"
     kernels: str = "megatron"
     lora: LoraConfig = LoraConfig()
+    offload: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}" \
-            f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}{'_lora' if self.lora.on else ''}"
+            f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}{'_lora' if self.lora.on else ''}" \
+            f"{'_offload' if self.offload else ''}"
 
     @property
     def world_size(self) -> int:
@@ -33,17 +35,22 @@ class Case:
 LORA = LoraConfig(rank=4, experts="shared_outer")
 SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2", dtype="bfloat16"),
            Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="torch"),
-           Case("ep2", lora=LORA))
+           Case("ep2", lora=LORA), Case("ep2", dtype="bfloat16", offload=True),
+           Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16"),
+           Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16", offload=True), Case("ep2", offload=True))
 TARGETS = {
     "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
     "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS if "token_dispatcher" not in cases.LAYOUTS[name]),
             Case("tp2_ep2", distributed=False),
             Case("ep2", kernels="torch")),
     "ep2_plain": (Case("tp2_ep2"), Case("pp2_ep2", distributed=False)),
-    "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16")),
+    "ep2_bf16": (Case("tp2_ep2", dtype="bfloat16"), Case("ep2", distributed=False, dtype="bfloat16"),
+                 Case("ep2", dtype="bfloat16", offload=True)),
+    "ep2_bf16_offload": (Case("ep2", dtype="bfloat16"), Case("ep2", dtype="bfloat16", offload=True),
+                         Case("tp2_ep2", distributed=False, dtype="bfloat16", offload=True)),
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),
     "ep2_torch": (Case("tp2_ep2"),),
     "ep2_lora": tuple(Case(name, lora=LORA) for name in ("ep2", "tp2", "pp2", "tp2_etp2", "tp2_pp2_ep2")),
     "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
 }
-PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS[source.name]]
+PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS.get(source.name, ())]

@@ -18,6 +18,7 @@ import tests.distributed.cases as cases
 from megatron_rl import topology
 from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_rl.handoff import dump, load
+from megatron_rl.model import host_states
 from megatron_rl.model.adam_state import adam_shards, step_count
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
@@ -25,11 +26,14 @@ from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.model.checkpoint_files import choose
 from megatron_rl.model.convert import Exporter, fill_adapters, load_hf, trained_slots
 from megatron_rl.rollout.ports import choose_port
-from megatron_rl.train_step.optimizer import build_optimizer
+from megatron_rl.train_step.optimizer import build_optimizer, settle
 from megatron_rl.train_step.step import TrainStep
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES, Case
 from tests.distributed.lora_cases import drawn_matrix
 from tests.distributed.worker import microbatches_of, token_loss
+
+host_states.OFFLOAD_SLICE = 2000
+"""Several slices for each of the tiny model's optimisers, some of one large shard."""
 
 
 class Trainer:
@@ -44,8 +48,7 @@ class Trainer:
         load_hf(self.policy, self.here, model)
         fill_adapters(self.policy, self.here, drawn_matrix)
         self.optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
-        if case.dtype == "bfloat16":
-            self.optimizer.reload_model_params()
+        settle(self.optimizer, self.policy, offload=case.offload)
         self.checkpoints = Checkpoints(run, self.policy, self.optimizer, self.here)
         self._step = TrainStep(self.policy, self.optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
         self._layout = case.layout

@@ -40,6 +40,9 @@ CASES: dict[str, dict] = {
     "cp2_ep2": {"parallel": {"cp": 2, "ep": 2}},
     "pp4": {"parallel": {"pp": 4}},
     "pp2_vpp2": {"parallel": {"pp": 2, "vpp": 2}},
+    "ep2_selective": {"parallel": {"ep": 2}, "model": {"recompute": "selective"}},
+    "tp2_selective_attention": {"parallel": {"tp": 2}, "model": {
+        "recompute": "selective", "recompute_modules": ["core_attn", "shared_experts"]}},
     "pp2_recompute": {"parallel": {"pp": 2, "ep": 2}, "model": {"recompute": "full"}},
 }
 

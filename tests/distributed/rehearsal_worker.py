@@ -30,7 +30,7 @@ from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.ranks import distinct_ranks
 from megatron_rl.rehearsal.recorder import Recorder
-from megatron_rl.rehearsal.standins import forgotten_loss_scale, known_experts, replaced
+from megatron_rl.rehearsal.standins import forgotten_loss_scale, host_memory, known_experts, replaced
 from megatron_rl.rehearsal.step import Workload, packed, rehearse, run_step
 from megatron_rl.rollout.ports import choose_port
 
@@ -52,6 +52,8 @@ CASES: dict[str, dict] = {
     "tp2_etp2": {"parallel": {"tp": 2, "etp": 2}},
     "tp2_pp2_ep2": {"parallel": {"world_size": 4, "tp": 2, "pp": 2, "ep": 2}},
     "cp2_ep2": {"parallel": {"cp": 2, "ep": 2}},
+    "ep2_selective_offload_bf16": {"parallel": {"ep": 2}, "model": {"recompute": "selective", "dtype": "bfloat16"},
+                                   "optimizer": {"offload": True}},
     "pp2_recompute_bf16": {"parallel": {"pp": 2}, "model": {"recompute": "full", "dtype": "bfloat16"}},
     "pp2_vpp2": {"parallel": {"pp": 2, "vpp": 2}},
 }
@@ -99,7 +101,8 @@ def real(name: str) -> dict[str, dict]:
     here = topology.start(config.parallel, seed=0)
     recorder = Recorder()
     batches = packed(workload, config, here.cp_rank)
-    with with_mask(config), forgotten_loss_scale(), known_experts(recorder.read_by_host), recorder:
+    with (with_mask(config), forgotten_loss_scale(), known_experts(recorder.read_by_host),
+          host_memory(recorder.on_host), recorder):
         run_step(config, network, here, batches, recorder)
     topology.stop(keep_processes=True)
     found = seen(recorder)

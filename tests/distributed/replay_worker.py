@@ -87,7 +87,7 @@ def refused(runner: Runner, name: str) -> bool:
 def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     given = torch.load(folder / "given.pt", weights_only=False)
     result: dict = {"given": {}, "recorded": {}}
-    for recompute in ("none", "full"):
+    for recompute in ("none", "selective", "full"):
         runner = Runner(folder, layout, here, distributed_optimizer=False, recompute=recompute)
         result["recorded"][recompute] = record_and_replay(runner, folder)
         runner.step = given

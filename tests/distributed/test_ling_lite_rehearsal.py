@@ -41,6 +41,8 @@ PLANNED = {
     **BUDGETS,
     "tp2_pp2_ep8_last_stage": (
         ["parallel.world_size=64", "parallel.tp=2", "parallel.pp=2", "model.recompute=none"], 32, 8),
+    "ep8_selective_states_on_host": (
+        ["parallel.world_size=8", "model.recompute=selective", "optimizer.offload=true"], 0, 4),
     "tp2_etp2_ep4": (["parallel.world_size=64", "parallel.tp=2", "parallel.etp=2", "parallel.ep=4"], 0, 4),
 }
 """Layouts whose peak `plan` must know: full recompute and none, first and last stages, exchanges of each kind."""

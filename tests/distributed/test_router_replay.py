@@ -26,7 +26,7 @@ from tests.reference_bailing import bailing_forward
 pytestmark = pytest.mark.slow
 LAYOUTS = ("tp2", "ep2", "pp2", "pp2_vpp2", "cp2")
 in_layouts = pytest.mark.parametrize("layout", LAYOUTS)
-with_recompute = pytest.mark.parametrize("recompute", ["none", "full"])
+with_recompute = pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 
 
 @dataclass

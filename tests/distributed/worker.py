@@ -24,7 +24,7 @@ from c3po import c3po_loss, packed_sequence_ids
 from megatron_rl import topology
 from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
 from megatron_rl.config.lora import LoraConfig
-from megatron_rl.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.schema import RECOMPUTE_MODULES, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model import backend
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
@@ -99,8 +99,8 @@ class Runner:
                                   overlap=overlap)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
-        options = ModelConfig(path=str(checkpoint), recompute=recompute, dtype=dtype, **cases.KERNELS[kernels],
-                              lora=lora or LoraConfig())
+        options = ModelConfig(path=str(checkpoint), recompute=recompute, recompute_modules=RECOMPUTE_MODULES,
+                              dtype=dtype, **cases.KERNELS[kernels], lora=lora or LoraConfig())
         with patch.object(backend, "resolve", as_on_a_gpu):
             self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)

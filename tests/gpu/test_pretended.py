@@ -68,7 +68,8 @@ def test_the_layouts_cover_what_the_configuration_offers():
     wanted = [
         *((f"parallel.{size}", 2) for size in ("tp", "pp", "vpp", "ep", "etp", "cp")),
         ("parallel.token_dispatcher", "allgather"), ("parallel.overlap", True),
-        ("parallel.distributed_optimizer", False), ("model.recompute", "full"), ("model.kernels.experts", "grouped_mm"),
+        ("parallel.distributed_optimizer", False), ("model.recompute", "full"),
+        ("model.recompute", "selective"), ("optimizer.offload", True), ("model.kernels.experts", "grouped_mm"),
         ("model.backend", "megatron"), *(("algo.router_replay", source) for source in ("rollout", "trainer")),
         *(("rollout.publish", transport) for transport in ("broadcast", "disk"))]
     assert [each for each in wanted if each not in settings] == []

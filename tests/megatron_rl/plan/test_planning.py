@@ -174,6 +174,43 @@ def test_the_optimisers_temporaries_are_those_of_the_larger_one(ling_lite, ring_
     assert plan_memory(ling_lite, with_te).step == 0
 
 
+def test_states_on_the_host_leave_the_gpu_and_visit_it_in_slices(ling_lite, ring_lite):
+    """On 8 ranks a slice is the dense optimiser's whole share, 1.3B / 8 elements, which is less than the embedding: 12
+    bytes of state and 4 of temporaries for each."""
+    plans = [plan_memory(ling_lite, dataclasses.replace(ring_lite, optimizer=dataclasses.replace(
+        ring_lite.optimizer, offload=offload))) for offload in (False, True)]
+    assert plans[1].host == plans[0].optimizer == 12 * (1_299_826_688 // 8 + 1_937_768_448)
+    assert (plans[0].host, plans[1].optimizer) == (0, 0)
+    assert plans[1].step == 16 * (1_299_826_688 // 8)
+    assert plans[0].stays - plans[1].stays == plans[0].optimizer
+
+
+def test_ling_lite_and_its_engines_take_turns_on_8_gpus_of_80_gb(ling_lite, capsys):
+    asked = ["experiment=ring_lite_rl_stage1", "parallel=ling_lite_8", "rollout.engine.mem_fraction_static=0.55"]
+    assert main(["plan", *asked, "--colocated"]) == 0
+    assert re.search(r"peak +\d+\.\d+ GB  fits", capsys.readouterr().out)
+    assert main(["plan", *asked, "--colocated", "optimizer.offload=false"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_what_is_recomputed_is_not_kept_and_costs_its_flops(ling_lite, ring_lite):
+    """Experts and dense layers, by hand: per token a dense layer has 3 h i elements, one with experts 6 of 3 h f, the
+    shared 3 h 2f, and the router; each is multiplied twice an element, once more."""
+    def found(recompute, *modules):
+        model = dataclasses.replace(ring_lite.model, recompute=recompute, recompute_modules=modules or ("moe", "mlp"))
+        config = dataclasses.replace(ring_lite, model=model)
+        return plan_memory(ling_lite, config), microbatch_flops(ling_lite, config)[0] / 24_576
+
+    (none, flops), (selective, more), (full, most) = found("none"), found("selective"), found("full")
+    assert full.activations < selective.activations < none.activations
+    assert flops < more < most
+    hidden, dense = 2048, ling_lite.num_hidden_layers - ling_lite.num_moe_layers
+    experts = 3 * hidden * 1408 * (6 + 2) + hidden * 64
+    assert more - flops == 2 * (dense * 3 * hidden * ling_lite.intermediate_size + ling_lite.num_moe_layers * experts)
+    attention, _ = found("selective", "core_attn")
+    assert selective.activations < attention.activations < none.activations
+
+
 def test_an_engine_on_the_same_gpus_takes_its_share(capsys):
     """mem_fraction_static 0.85 of 80 GB."""
     assert main(["plan", "experiment=ring_lite_rl_stage1", "parallel.world_size=8", "--colocated"]) == 0

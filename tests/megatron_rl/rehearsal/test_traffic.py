@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rl.compat import multi_tensor
-from megatron_rl.model.routing_replay import RoutedTransformerLayer
+from megatron_rl.model.routing_replay import RoutedMoELayer
 from megatron_rl.train_step import step
 from tests.megatron_rl.rehearsal.tiny import rehearsed, tiny_config
 
@@ -34,8 +34,8 @@ def gathered(summary: dict) -> int:
 
 def test_nothing_of_a_layer_is_alive_after_its_backward_pass(monkeypatch):
     assert kept_of_layers(ours()) == []
-    monkeypatch.setattr(RoutedTransformerLayer, "_forget", lambda self: None)
-    assert kept_of_layers(found()) != [], "Megatron lets go by itself now: delete _forget"
+    monkeypatch.setattr(RoutedMoELayer, "forget", lambda self: None)
+    assert kept_of_layers(found()) != [], "Megatron lets go by itself now: delete forget"
 
 
 def test_each_weight_is_gathered_once(monkeypatch):
