@@ -96,7 +96,7 @@ def check_folders(config: Config, *, exports: bool) -> None:
     when its Hugging Face folder could not be written at the end.
     """
     refuse_code(config.model.path, trusted=config.model.trust_remote_code)
-    check_checkpoint(read_config(config.model.path), HFReader(config.model.path))
+    check_checkpoint(read_config(config.model.path), HFReader(config.model.path), mtp=config.model.mtp)
     reference = config.model.reference_path
     if reference is not None and config.algo.loss.kl_coef > 0:
         check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
@@ -108,7 +108,8 @@ def check_folders(config: Config, *, exports: bool) -> None:
         check_adapter_place(run_dir / ADAPTER_FOLDER, config.model, read_config(config.model.path))
     if exports:
         try:
-            check_export(run_dir / "hf", read_json(Path(config.model.path) / "config.json"), config.model.path)
+            check_export(run_dir / "hf", read_json(Path(config.model.path) / "config.json"), config.model.path,
+                         mtp=config.model.mtp)
         except ValueError as error:
             raise ValueError(f"model.path={config.model.path} could not be exported at the end (run.export_hf): "
                              f"{error}") from error
@@ -186,7 +187,8 @@ def warn_of_shared_gpus(config: Config, *, slurm: bool = False) -> None:
 def check_start(config: Config) -> None:
     """What a start of RL is refused for that asks neither for a GPU nor for an engine, beside `validate`."""
     refuse_earlier_run(config)
-    check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path))
+    check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path),
+                 mtp=config.model.mtp)
     check_data(config)
     warn_of_seen_problems(config)
 
@@ -207,7 +209,8 @@ def check_sft_start(config: Config) -> None:
     """check_start of supervised fine-tuning."""
     check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
     refuse_earlier_run(config)
-    check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path))
+    check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path),
+                 mtp=config.model.mtp)
     check_sft_data(config)
 
 

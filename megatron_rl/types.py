@@ -166,6 +166,8 @@ class PackedMicrobatch:
     Every per-token array describes labels[t], except routed_experts.
 
     - input_ids, labels, position_ids: int64 [T].
+    - second_labels: int64 [T], the token after labels[t] in its sequence. second_mask: bool [T], whether there is one
+      and it carries loss.
     - spans [S]: positions of each sequence over all context-parallel ranks; alignment padding, if any, is one more
       sequence. cu_seqlens int32 [S+1]: their bounds.
     - loss_mask: bool [T]. real: bool [T], False on padding.
@@ -200,6 +202,8 @@ class PackedMicrobatch:
     sentence_ids: torch.Tensor | None = None
     teachers: torch.Tensor | None = None
     teacher_logprobs: torch.Tensor | None = None
+    second_labels: torch.Tensor | None = None
+    second_mask: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -38,9 +38,12 @@ def bailing_logits(
 
 def bailing_forward(
     weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], token_ids: Sequence[int], *,
-    dtype: torch.dtype = torch.float32, experts: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32, experts: Sequence[torch.Tensor] | None = None, mtp: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(logits [L, V], experts chosen in each MoE layer, int64 [L, top-k], best first, or `experts` when given)."""
+    """(logits [L, V], experts chosen in each MoE layer, int64 [L, top-k], best first, or `experts` when given).
+
+    mtp: the logits [L-1, V] are those of the layer behind the last instead, whose row t is about token t+2.
+    """
 
     def weight(name: str) -> torch.Tensor:
         return weights[name].to(dtype)
@@ -105,21 +108,33 @@ def bailing_forward(
     x_LH = weight(embedding)[torch.as_tensor(list(token_ids))]
     rotation = _rope_tables(config, len(x_LH), dtype)
     routes = []
-    for layer in range(config["num_hidden_layers"]):
+
+    def block(x_LH: torch.Tensor, layer: int) -> torch.Tensor:
         prefix = f"model.layers.{layer}"
         normed = rms_norm(x_LH, f"{prefix}.input_layernorm.weight")
         x_LH = x_LH + attention(normed, f"{prefix}.{'attention' if is_bailing else 'self_attn'}")
         normed = rms_norm(x_LH, f"{prefix}.post_attention_layernorm.weight")
         if f"{prefix}.mlp.up_proj.weight" in weights:
-            x_LH = x_LH + mlp(normed, f"{prefix}.mlp")
-            continue
+            return x_LH + mlp(normed, f"{prefix}.mlp")
         out_LH, experts_Lk = moe(normed, f"{prefix}.mlp")
-        x_LH = x_LH + out_LH
         routes.append(experts_Lk)
+        return x_LH + out_LH
+
+    embedded_LH = x_LH
+    for layer in range(config["num_hidden_layers"]):
+        x_LH = block(x_LH, layer)
     head = weight(embedding if config["tie_word_embeddings"] else "lm_head.weight")
     if config.get("norm_head"):
         head = head / (head.norm(dim=0, keepdim=True).detach() + NORM_HEAD_EPS)
-    return F.linear(rms_norm(x_LH, "model.norm.weight"), head), routes
+    states_LH = rms_norm(x_LH, "model.norm.weight")
+    if mtp:
+        prefix = f"model.layers.{config['num_hidden_layers']}"
+        rotation = tuple(table[:-1] for table in rotation)
+        mixed = torch.cat([rms_norm(embedded_LH[1:], f"{prefix}.enorm.weight"),
+                           rms_norm(states_LH[:-1], f"{prefix}.hnorm.weight")], -1)
+        out_LH = block(F.linear(mixed, weight(f"{prefix}.eh_proj.weight")), config["num_hidden_layers"])
+        states_LH = rms_norm(out_LH, f"{prefix}.{'final_layernorm' if is_bailing else 'shared_head.norm'}.weight")
+    return F.linear(states_LH, head), routes
 
 
 def response_logprobs(

@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
+from megatron_rl.model.slots import expected_shapes
 
 END_OF_TEXT = "<|end|>"
 CHARACTERS = ["\n"] + [chr(code) for code in range(32, 126)]
@@ -129,5 +131,19 @@ def write_tiny_known(path: str | Path, model_type: str, *, seed: int = 0, **over
             if name.endswith("e_score_correction_bias"):  # of the size that scores differ by: it changes choices
                 buffer.normal_(0.0, 0.1)
     model.save_pretrained(path)
+    if keys.get("num_nextn_predict_layers"):
+        _add_layer_behind(Path(path), model.config.initializer_range)
     write_tiny_tokenizer(Path(path), model.config.vocab_size)
     return Path(path)
+
+
+def _add_layer_behind(folder: Path, deviation: float) -> None:
+    """What transformers does not read: a random layer for multi-token prediction, and GLM-4.5's copy of the head."""
+    network, file = read_config(folder), folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, shape in expected_shapes(network, mtp=True).items():
+        if name not in tensors:
+            bias = name.endswith("e_score_correction_bias")
+            tensors[name] = torch.randn(shape) * (0.1 if bias else deviation) + float("norm" in name)
+    tensors[f"model.layers.{network.num_hidden_layers}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})

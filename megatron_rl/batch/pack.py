@@ -88,7 +88,9 @@ def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, 
             _counted_on(samples), np.int64),
         teachers=joined([np.full(n, s.teacher) for n, s in zip(lengths, samples, strict=True)], np.int64, fill=-1),
         teacher_logprobs=joined([np.full(n, np.nan) if s.teacher_logprobs is None else s.teacher_logprobs[1:]
-                                 for n, s in zip(lengths, samples, strict=True)], np.float32, fill=np.nan))
+                                 for n, s in zip(lengths, samples, strict=True)], np.float32, fill=np.nan),
+        second_labels=joined([np.append(sample.token_ids[2:], 0) for sample in samples], np.int64),
+        second_mask=joined([np.append(sample.loss_mask[2:], False) for sample in samples], np.bool_))
 
 
 def _counted_on(samples: Sequence[TrainSample]) -> list[np.ndarray]:

@@ -89,6 +89,9 @@ class ModelConfig:
       projections, `core_attn` rotation and attention.
     - expert_bias_rate: how far each optimiser step moves the bias of every expert towards an equal load (arXiv
       2408.15664), in networks that have one (bailing_moe_v2, glm4_moe). 0: the bias stays as it was loaded.
+    - mtp: train the layer for multi-token prediction, which lies behind the last one of a bailing_moe_v2 or glm4_moe,
+      beside the model (docs/models.md). The model's own update is the same with it and without. It needs
+      `num_nextn_predict_layers` 1 and parallel.pp=1. false: an export has the layer as it was.
     - reference_path: the frozen policy of the KL term (Eq. 2). null: the starting weights.
     - architecture: a config.json to check sizes against if the checkpoint is not at hand (`--check`), or the name of
       one that ships with the project: ling_lite, ling_mini_2, ling_flash_2, ling_1t, glm_4_5_air, qwen1_5_moe_a2_7b,
@@ -105,6 +108,7 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[str, ...] = ("moe", "mlp")
     expert_bias_rate: float = 0.0
+    mtp: bool = False
     trust_remote_code: bool = False
     kernels: KernelConfig = field(default_factory=KernelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

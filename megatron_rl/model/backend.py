@@ -86,6 +86,8 @@ def check_backend(options: ModelConfig, network: Network, parallel: ParallelConf
     require(options.expert_bias_rate == 0 or network.expert_bias,
             f"model.expert_bias_rate={options.expert_bias_rate}: this {network.model_type} network has no expert bias; "
             "set it to 0")
+    if options.mtp:
+        _check_mtp(options, network, parallel, backend)
     if network.num_experts and backend.kernels.experts == "grouped_mm":
         key = "model.kernels.experts=grouped_mm" if options.kernels.experts == "grouped_mm" else \
             f"model.backend={options.backend}"
@@ -98,3 +100,15 @@ def check_backend(options: ModelConfig, network: Network, parallel: ParallelConf
         require(not gpu or options.dtype == "bfloat16",
                 f"{key} with model.dtype={options.dtype}: on a GPU it takes bfloat16; set model.dtype=bfloat16, or "
                 "model.kernels.experts=megatron")
+
+
+def _check_mtp(options: ModelConfig, network: Network, parallel: ParallelConfig, backend: Backend) -> None:
+    layers = network.num_nextn_predict_layers
+    require(layers == 1, f"model.mtp=true: this {network.model_type} network has num_nextn_predict_layers={layers}, "
+            "and one layer behind the last can be trained; set model.mtp=false")
+    require(parallel.pp == 1, f"model.mtp=true with parallel.pp={parallel.pp}: the layer behind the last needs the "
+            "embedding and the last states on one rank; set parallel.pp=1 or model.mtp=false")
+    require(not options.lora.on, "model.mtp=true with model.lora, which freezes all weights of model.path: set one of "
+            "them")
+    require(backend.name != "transformer_engine", "model.mtp=true with model.backend=transformer_engine, for which the "
+            "layer behind the last is not built; set model.backend=torch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron_rl.model import backend
 from megatron_rl.model.adapters import check_lora
 from megatron_rl.model.config import transformer_config
 from megatron_rl.model.lora import Adapters, attach
+from megatron_rl.model.mtp import MultiTokenPrediction
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.spec import block_spec
@@ -32,6 +33,7 @@ class Policy:
     chunks: what Megatron's schedules run, one per virtual stage; with gradients each is a
     DistributedDataParallel. gpt_models: the GPTModel inside each chunk. backend: what computes the layers' parts.
     fp32_lm_head, expert_bias_rate, lora: as configured. adapters: those of model.lora, or None. path: model.path.
+    mtp: the layer behind the last, if model.mtp trains it; mtp_chunk: what holds its gradients, apart from `chunks`.
     """
 
     config: Network
@@ -45,6 +47,8 @@ class Policy:
     lora: LoraConfig = field(default_factory=LoraConfig)
     adapters: Adapters | None = None
     path: str = ""
+    mtp: MultiTokenPrediction | None = None
+    mtp_chunk: torch.nn.Module | None = None
 
     @property
     def moe_layers(self) -> list[int]:
@@ -68,8 +72,8 @@ class Policy:
             chunk.train(mode)
 
 
-def _routers(gpt_models: Iterable[GPTModel]) -> list[BudgetRouter]:
-    return [module for gpt in gpt_models for module in gpt.modules() if isinstance(module, BudgetRouter)]
+def _routers(modules: Iterable[torch.nn.Module]) -> list[BudgetRouter]:
+    return [module for each in modules for module in each.modules() if isinstance(module, BudgetRouter)]
 
 
 def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig, *,
@@ -92,15 +96,19 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
                   for stage in stages]
     adapters = attach(gpt_models, options.lora) if options.lora.on else None
     chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
-    for router in _routers(gpt_models):
+    mtp = _mtp(model, config, chosen) if options.mtp else None
+    for router in _routers([*gpt_models, *([] if mtp is None else [mtp])]):
         router._maintain_float32_expert_bias()  # Float16Module casts buffers too
+    mtp_chunk = None
     if with_gradients:
         chunks = [_data_parallel(config, parallel, chunk) for chunk in chunks]
+        # without overlap: Megatron's schedules say when a micro-batch is the last to the chunks that they run
+        mtp_chunk = None if mtp is None else _data_parallel(config, replace(parallel, overlap=False), mtp)
     else:
-        for chunk in chunks:
-            chunk.requires_grad_(False)
+        for module in (*chunks, *([] if mtp is None else [mtp])):
+            module.requires_grad_(False)
     return Policy(model, config, chunks, gpt_models, losses, chosen, options.fp32_lm_head,
-                  options.expert_bias_rate, options.lora, adapters, options.path)
+                  options.expert_bias_rate, options.lora, adapters, options.path, mtp, mtp_chunk)
 
 
 WITH_TRITON = ("triton", "fused")
@@ -127,6 +135,12 @@ def _gpt_model(model: Network, config: TransformerConfig, spec, stage: int | Non
         share_embeddings_and_output_weights=model.tie_word_embeddings, vp_stage=stage,
         position_embedding_type="none")  # the attention rotates, see model/attention.py
     return gpt.cuda() if torch.cuda.is_available() else gpt
+
+
+def _mtp(model: Network, config: TransformerConfig, chosen: backend.Backend) -> MultiTokenPrediction:
+    mtp = MultiTokenPrediction(model, config, chosen)
+    mtp = mtp.bfloat16() if config.bf16 else mtp  # as Float16Module does
+    return mtp.cuda() if torch.cuda.is_available() else mtp
 
 
 def _data_parallel(config: TransformerConfig, parallel: ParallelConfig, chunk: torch.nn.Module):

@@ -125,6 +125,7 @@ class Checkpoints:
         held = [self._held(slot, parameter) for slot, parameter in self._slots if self._saves(slot, parameter)]
         return {"format": files.FORMAT, "step": step, "optimizer_steps": max(gather(step_count(self._optimizer))),
                 "layout": self._layout(), "model": dataclasses.asdict(self._policy.config), "adapters": self._adapters,
+                "mtp": self._policy.mtp is not None,
                 "parameters": locate(gather(held)), "files": {}}
 
     def _small_files(self, loop_state: dict[str, Any], others: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -232,7 +233,8 @@ class Checkpoints:
         here, error, manifest = self._topology, None, {}
         try:
             manifest = files.read_manifest(checkpoint)
-            files.check_model(checkpoint, manifest, dataclasses.asdict(self._policy.config), self._adapters)
+            files.check_model(checkpoint, manifest, dataclasses.asdict(self._policy.config), self._adapters,
+                              mtp=self._policy.mtp is not None)
             files.check_sums(checkpoint, manifest, sorted(manifest["files"])[here.rank::here.world_size])
         except ValueError as caught:
             error = caught

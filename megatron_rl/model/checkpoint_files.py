@@ -157,9 +157,10 @@ def _sum_of(manifest: bytes) -> bytes:
 
 
 def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[str, Any],
-                adapters: Mapping[str, Any] | None = None) -> None:
-    """ValueError naming the keys of config.json in which the checkpoint's network is not `model`, or those of
-    model.lora in which it has other adapters than `adapters` (adapter_folder.identity)."""
+                adapters: Mapping[str, Any] | None = None, *, mtp: bool = False) -> None:
+    """ValueError naming the keys of config.json in which the checkpoint's network is not `model`, those of model.lora
+    in which it has other adapters than `adapters` (adapter_folder.identity), or model.mtp if only one has the layer.
+    """
     saved, model = {**_DEFAULTS, **manifest["model"]}, {**_DEFAULTS, **model}
     if (factor := saved.pop("rope_factor", 1.0)) != 1.0:  # how rope was called first
         saved["rope"] = asdict(RopeScaling("linear", factor))
@@ -170,6 +171,10 @@ def check_model(checkpoint: Path, manifest: Mapping[str, Any], model: Mapping[st
         raise ValueError(f"{checkpoint} is a checkpoint of another model than model.path: {'; '.join(differing)}; "
                          "give its model.path, or choose another run.dir")
     check_identity(str(checkpoint), manifest.get("adapters"), adapters)
+    saved_mtp = manifest.get("mtp", False)
+    if saved_mtp != mtp:
+        raise ValueError(f"model.mtp={str(mtp).lower()}, and {checkpoint} holds {'a' if saved_mtp else 'no'} trained "
+                         f"layer behind the last: set model.mtp={str(saved_mtp).lower()}")
 
 
 def advice(damaged: Path) -> str:
@@ -194,13 +199,14 @@ def explained(error: ValueError, checkpoint: Path) -> ValueError:
     return DamagedCheckpoint(f"damaged checkpoint: {error}; {advice(checkpoint)}")
 
 
-def check_resume(run: RunConfig, model: Mapping[str, Any], adapters: Mapping[str, Any] | None = None) -> None:
+def check_resume(run: RunConfig, model: Mapping[str, Any], adapters: Mapping[str, Any] | None = None, *,
+                 mtp: bool = False) -> None:
     """What can be said of run.resume before ranks start: sizes of files, network and adapters, not yet checksums."""
     checkpoint = choose(run)
     if checkpoint is None:
         return
     try:
-        check_model(checkpoint, read_manifest(checkpoint), model, adapters)
+        check_model(checkpoint, read_manifest(checkpoint), model, adapters, mtp=mtp)
     except ValueError as error:
         raise explained(error, checkpoint) from None
 

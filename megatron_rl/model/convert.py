@@ -53,7 +53,7 @@ def _is_adapter(name: str) -> bool:
 
 def _all_slots(policy: Policy, topology: Topology) -> list[tuple[str, tuple[Slot, torch.nn.Parameter]]]:
     """With each parameter's Megatron name, layers and experts by their global numbers."""
-    known = network_slots(policy.config)
+    known = network_slots(policy.config, mtp=policy.mtp is not None)
     if policy.adapters is not None:
         known = known | matrix_slots(policy.config, policy.lora)
     first_expert = topology.ep_rank * (policy.config.num_experts // topology.ep_size)
@@ -65,14 +65,18 @@ def _all_slots(policy: Policy, topology: Topology) -> list[tuple[str, tuple[Slot
             elif name == _HEAD and policy.config.tie_word_embeddings:
                 name = _EMBEDDING
             found.append((name, (known[name], parameter)))
+    for name, parameter in policy.mtp.named_parameters(prefix="mtp") if policy.mtp is not None else ():
+        name = _LOCAL_EXPERT.sub(lambda match: str(int(match[0]) + first_expert), name)
+        found.append((name, (known[name], parameter)))
     return found
 
 
 def frozen_slots(policy: Policy) -> list[tuple[Slot, torch.Tensor]]:
     """(Slot, buffer) of every buffer on this rank that a checkpoint holds: the experts' biases."""
-    known = network_slots(policy.config)
+    known = network_slots(policy.config, mtp=policy.mtp is not None)
     named = [(_global_name(gpt, name), buffer) for gpt in policy.gpt_models for name, buffer in gpt.named_buffers()
              if name.startswith(_LAYERS)]
+    named += policy.mtp.named_buffers(prefix="mtp") if policy.mtp is not None else []
     return [(known[name], buffer) for name, buffer in named if name in known]
 
 
@@ -91,7 +95,7 @@ def load_hf(policy: Policy, topology: Topology, folder: str | Path) -> None:
     ValueError if it does not match its config.json.
     """
     reader = HFReader(folder)
-    check_checkpoint(policy.config, reader)
+    check_checkpoint(policy.config, reader, mtp=policy.mtp is not None)
     for slot, parameter in [*slots(policy, topology), *frozen_slots(policy)]:
         _fill(slot, parameter, [reader.get(name) for name in slot.names], topology)
 

@@ -40,25 +40,25 @@ DEFAULT_SHARD_BYTES = 2_000_000_000
 
 
 def write_hf_folder(path: str | Path, config: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]], *,
-                    tokenizer_from: str | Path | None = None, carried_from: str | Path | None = None,
+                    tokenizer_from: str | Path | None = None, carried_from: str | Path | None = None, mtp: bool = False,
                     max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Path:
     """Write a loadable folder from a stream of named tensors, in any order; returns its path.
 
     Tensors (any device) are cast to config's torch_dtype. tokenizer_from: a Hugging Face folder whose tokenizer, chat
     templates, generation_config.json and other files are kept (NOT_KEPT names those that are not). carried_from: the
     Hugging Face folder whose layers behind the last are copied (slots.carried); they and buffers keep their dtype.
-    `architectures`
-    is set to what is written; `auto_map` names the code that lies in the new folder and no other. An existing folder
-    stays as it is until the new one is complete. ValueError as check_export raises it, or when names or shapes are
-    not those of `config`.
+    mtp: the layer behind the last is among the tensors.
+    `architectures` is set to what is written; `auto_map` names the code that lies in the new folder and no other. An
+    existing folder stays as it is until the new one is complete. ValueError as check_export raises it, or when names or
+    shapes are not those of `config`.
     """
     where = f"{path}/config.json"
-    export = check_export(path, config, tokenizer_from)
+    export = check_export(path, config, tokenizer_from, mtp=mtp)
     network, tensors = parse_config(config, where), _checked(tensors, export.shapes, str(path))
-    kept = frozen_names(network)
+    kept = frozen_names(network, mtp=mtp)
     if carried_from is not None:
         reader = HFReader(carried_from)
-        behind = carried(network, reader.names)
+        behind = carried(network, reader.names, mtp=mtp)
         tensors, kept = chain(tensors, ((name, reader.get(name)) for name in behind)), kept.union(behind)
     with atomic_folder(path, export.num_bytes) as folder:
         write_shards(folder, tensors, dtype=storage_dtype(config, where), kept=kept, max_shard_bytes=max_shard_bytes)
@@ -79,7 +79,8 @@ class Export:
     num_bytes: int
 
 
-def check_export(path: str | Path, config: dict[str, Any], tokenizer_from: str | Path | None) -> Export:
+def check_export(path: str | Path, config: dict[str, Any], tokenizer_from: str | Path | None, *,
+                 mtp: bool = False) -> Export:
     """Everything that write_hf_folder needs beside the tensors.
 
     ValueError names the key or the file: a config.json that cannot be read back, a dtype that cannot be stored, no
@@ -87,7 +88,7 @@ def check_export(path: str | Path, config: dict[str, Any], tokenizer_from: str |
     """
     where = f"{path}/config.json"
     family = family_of(config, where)
-    shapes = expected_shapes(parse_config(config, where))
+    shapes = expected_shapes(parse_config(config, where), mtp=mtp)
     files = {name: HF_FILES / name for name in family.files}
     files |= {} if tokenizer_from is None else kept_files(tokenizer_from)
     auto_map = {**family.auto_map, **{
@@ -329,13 +330,13 @@ class HFReader:
         return self._where[name].get_tensor(name)
 
 
-def check_checkpoint(config: Network, reader: HFReader) -> None:
+def check_checkpoint(config: Network, reader: HFReader, *, mtp: bool = False) -> None:
     """Raise ValueError listing the names, shapes and dtypes in which the folder departs from its config.json.
 
     Three kinds of tensors may be there and are not read: the frequencies of the rotation, which config.json fixes, a
-    tied head that equals its embedding, and layers behind the last (slots.carried).
+    tied head that equals its embedding, and layers behind the last (slots.carried) unless model.mtp trains one.
     """
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, mtp=mtp)
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
     more = {name for name in reader.names - set(expected) if not name.endswith("rotary_emb.inv_freq")}
     more -= set(carried(config, more))

@@ -83,6 +83,10 @@ class Network:
         """Width of the one MLP that holds all shared experts."""
         return shared_width(vars(self))
 
+    @property
+    def hidden_per_head(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
     def is_dense_layer(self, layer: int) -> bool:
         return is_dense(vars(self), layer)
 

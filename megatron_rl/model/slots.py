@@ -70,8 +70,11 @@ class Slot:
         return list(zip(self.names, parts if len(self.names) == len(parts) else [torch.cat(parts)], strict=True))
 
 
-def network_slots(network: Network) -> dict[str, Slot]:
-    """Megatron parameter -> Slot, layers and experts by their global numbers. A tied head has no slot of its own."""
+def network_slots(network: Network, *, mtp: bool = False) -> dict[str, Slot]:
+    """Megatron parameter -> Slot, layers and experts by their global numbers. A tied head has no slot of its own.
+
+    mtp: with the layer behind the last, as model.mtp trains it.
+    """
     family, table = FAMILIES[network.model_type], (network.vocab_size, network.hidden_size)
     found = {"embedding.word_embeddings.weight": _slot(family, "embedding.word_embeddings.weight", "rows", [table]),
              "decoder.final_layernorm.weight": _slot(family, "decoder.final_layernorm.weight", "none",
@@ -80,7 +83,7 @@ def network_slots(network: Network) -> dict[str, Slot]:
         found["output_layer.weight"] = _slot(family, "output_layer.weight", "rows", [table])
     for layer in range(network.num_hidden_layers):
         found |= _layer_slots(network, layer)
-    return found
+    return found | (_mtp_slots(network) if mtp else {})
 
 
 def _slot(family: Family, name: str, cut: str, parts: list[Shape], *, prefix: str = "", expert: int = 0, **how) -> Slot:
@@ -94,6 +97,17 @@ def _layer_slots(network: Network, layer: int) -> dict[str, Slot]:
     return {f"decoder.layers.{layer}.{name.format(expert=how.get('expert', 0))}":
             _slot(family, name, cut, parts, prefix=prefix, **how)
             for name, cut, parts, how in (*_attention(network), *_feed_forward(network, layer))}
+
+
+def _mtp_slots(network: Network) -> dict[str, Slot]:
+    family, behind, hidden = FAMILIES[network.model_type], network.num_hidden_layers, network.hidden_size
+    prefix = family.layer_prefix.format(layer=behind)
+    found = {name.replace(f"decoder.layers.{behind}.", "mtp.layer."): slot
+             for name, slot in _layer_slots(network, behind).items()}
+    for part, shape in (("enorm", (hidden,)), ("hnorm", (hidden,)), ("eh_proj", (hidden, 2 * hidden)),
+                        ("final_layernorm", (hidden,))):
+        found[f"mtp.{part}.weight"] = _slot(family, f"mtp.{part}.weight", "none", [shape], prefix=prefix)
+    return found
 
 
 def _attention(network: Network) -> Iterator[tuple]:
@@ -134,21 +148,27 @@ def _feed_forward(network: Network, layer: int) -> Iterator[tuple]:
             yield "mlp.shared_experts.gate_weight", "none", [(1, hidden)], {}
 
 
-def expected_shapes(network: Network) -> dict[str, Shape]:
-    """Every tensor name of the network's checkpoint, but for `carried` ones, with its shape."""
-    return {name: shape for slot in network_slots(network).values() for name, shape in slot.shapes.items()}
+def expected_shapes(network: Network, *, mtp: bool = False) -> dict[str, Shape]:
+    """Every tensor name of the network's checkpoint that a policy holds, with its shape."""
+    return {name: shape for slot in network_slots(network, mtp=mtp).values() for name, shape in slot.shapes.items()}
 
 
-def carried(network: Network, names: Iterable[str]) -> list[str]:
-    """Those of `names` that belong to layers behind the last, in order: whatever they hold goes to exports as it is."""
+def behind_prefixes(network: Network) -> tuple[str, ...]:
+    """What the names of tensors of layers behind the last begin with."""
     prefix, first = FAMILIES[network.model_type].layer_prefix, network.num_hidden_layers
-    behind = tuple(prefix.format(layer=first + index) for index in range(network.num_nextn_predict_layers))
-    return sorted(name for name in names if name.startswith(behind))
+    return tuple(prefix.format(layer=first + index) for index in range(network.num_nextn_predict_layers))
 
 
-def frozen_names(network: Network) -> set[str]:
+def carried(network: Network, names: Iterable[str], *, mtp: bool = False) -> list[str]:
+    """Those of `names` that belong to layers behind the last and that no policy holds, in order: whatever they hold
+    goes to exports as it is."""
+    held = expected_shapes(network, mtp=True) if mtp else {}
+    return sorted(name for name in names if name.startswith(behind_prefixes(network)) and name not in held)
+
+
+def frozen_names(network: Network, *, mtp: bool = False) -> set[str]:
     """The buffers' tensors, which are stored in a dtype of their own."""
-    return {slot.key for slot in network_slots(network).values() if slot.frozen_dtype is not None}
+    return {slot.key for slot in network_slots(network, mtp=mtp).values() if slot.frozen_dtype is not None}
 
 
 @functools.lru_cache(maxsize=16)  # a search for layouts asks a thousand times

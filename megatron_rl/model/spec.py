@@ -79,7 +79,8 @@ def _te_spec():
     return te_spec
 
 
-def _layer(model: Network, layer: int, losses: RouterLosses, backend: Backend) -> ModuleSpec:
+def layer_spec(model: Network, layer: int, losses: RouterLosses, backend: Backend) -> ModuleSpec:
+    """One layer, dense or MoE by its global number from 0."""
     num_experts = None if model.is_dense_layer(layer) else model.num_experts
     if backend.name == "transformer_engine":
         submodules = _te_spec().layer_submodules(num_experts=num_experts, qk_norm=model.qk_norm)
@@ -110,6 +111,6 @@ def block_spec(model: Network, config, losses: RouterLosses, backend: Backend,
     """Specs of the layers that this pipeline stage holds, dense or MoE by their global number."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [_layer(model, layer, losses, backend) for layer in range(first, first + count)]
+    layers = [layer_spec(model, layer, losses, backend) for layer in range(first, first + count)]
     norm = _te_spec().FINAL_NORM if backend.name == "transformer_engine" else RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

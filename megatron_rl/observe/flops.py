@@ -9,6 +9,8 @@ width m, shared experts of width s together, dense width f and vocabulary V, one
     once       output head            2 h V
     per pair of a query and a key it sees, per layer:  4 q d        (scores and their weighted sum of values)
 
+The layer behind the last of model.mtp costs what a MoE layer and the head cost, and 4 h h for its projection.
+
 A causal sequence of L tokens has L (L + 1) / 2 such pairs. The backward pass costs twice the forward pass, and of a
 frozen matrix as much as the forward pass. Embedding lookup, norms, RoPE, softmax and activation recomputation are not
 counted.
@@ -53,14 +55,20 @@ def forward_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int]) ->
     return tokens * linear_flops_per_token(config) + pairs * _flops_per_pair(config)
 
 
-def train_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int], *, frozen: bool = False) -> int:
+def train_flops(config: Mapping[str, Any], sequence_lengths: Iterable[int], *, frozen: bool = False,
+                mtp: bool = False) -> int:
     """Forward and backward FLOPs of a batch of causal sequences: three times the forward pass.
 
     frozen: with model.lora a matrix has no gradient of its own, half of its backward pass. The adapters' products are
-    not counted.
+    not counted. mtp: with the layer behind the last, whose frozen head has no gradient of its own either.
     """
     lengths = list(sequence_lengths)
     whole = 3 * forward_flops(config, lengths)
+    if mtp:
+        layer = {**config, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+        hidden, tokens = config["hidden_size"], sum(lengths)
+        whole += 3 * (forward_flops(layer, lengths) + tokens * 4 * hidden * hidden)
+        whole -= tokens * 2 * hidden * config["vocab_size"]  # of the frozen head
     return whole - sum(lengths) * linear_flops_per_token(config) if frozen else whole
 
 

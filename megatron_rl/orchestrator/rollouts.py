@@ -77,7 +77,7 @@ class Rollouts:
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
                    **budget_metrics(groups, batches), **counted}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
-        flops = train_flops(self._sizes, lengths, frozen=config.model.lora.on)
+        flops = train_flops(self._sizes, lengths, frozen=config.model.lora.on, mtp=config.model.mtp)
         return OfferedStep(step, shards, metrics, samples, flops, timers.seconds("generate"),
                            self._collector.state_dict())
 

@@ -178,6 +178,18 @@ def head_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> flo
     return norm + how.element * model.hidden_size + INT64 + 2 * FP32
 
 
+def mtp_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
+    """What the layer behind the last keeps of a micro-batch, also under recompute: a layer, the two norms before it,
+    its two inputs side by side, and what its head keeps. It is done before the trunk's backward pass begins."""
+    hidden = model.hidden_size
+    norms = 2 * ((how.element * hidden + FP32) if how.gpu else 2 * FP32 * hidden) / parallel.tp
+    if parallel.tp == 1:
+        norms -= how.element * hidden  # the states, which the trunk's head keeps too
+    again = sum(again_bytes(model, parallel, how, dense=False)) if how.recompute == "selective" else 0
+    return (norms + 2 * how.element * hidden / parallel.tp + layer_bytes(model, parallel, how, dense=False) - again
+            + head_bytes(model, parallel, how))
+
+
 def fullest_layer(model: Network, parallel: ParallelConfig, chunk: Chunk, how: Arithmetic) -> tuple[float, float]:
     """(what the fullest layer of a chunk keeps while it is computed again, its temporaries), per token."""
     kinds = {model.is_dense_layer(layer) for layer in chunk.layers}

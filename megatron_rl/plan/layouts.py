@@ -23,7 +23,7 @@ from megatron_rl.config.schema import RECOMPUTE_MODULES, Config, ParallelConfig
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan.memory import ELEMENT_BYTES, MemoryPlan, plan_memory, state_bytes
-from megatron_rl.plan.parameters import stage_chunks
+from megatron_rl.plan.parameters import mtp_chunk, stage_chunks
 
 GB = 10**9
 
@@ -72,7 +72,8 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
     world = config.parallel.world_size
     algo = dataclasses.replace(config.algo, scope="global", phi=config.algo.phi_global(config.parallel.dp))
     powers = [size for size in (1, 2, 4, 8) if world % size == 0]
-    pipelines = [size for size in range(1, min(world, model.num_hidden_layers) + 1)
+    longest = 1 if config.model.mtp else min(world, model.num_hidden_layers)
+    pipelines = [size for size in range(1, longest + 1)
                  if world % size == 0 and model.num_hidden_layers % size == 0]
     experts = [size for size in range(1, min(world, max(1, model.num_experts)) + 1)
                if world % size == 0 and max(1, model.num_experts) % size == 0]
@@ -106,9 +107,9 @@ def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
     """(of all layers, of the head) for one full micro-batch, forward and backward.
 
     A token sees a quarter of rollout.max_context_tokens: half of a sequence of the mean length. Under recompute layers
-    run again, or their modules. The head takes its logits twice, and its two backward products in two halves below
-    float32 (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward product, for the gradient of its
-    input.
+    run again, or their modules, but not the layer behind the last. A head takes its logits twice, and its two backward
+    products in two halves below float32 (rl_kernels/linear_logprob/products.py). A frozen matrix has one backward
+    product, for the gradient of its input.
     """
     frozen = config.model.lora.on
     _, active = _count(model)
@@ -120,6 +121,10 @@ def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
         _module_parameters(model)[module] for module in again if module != "core_attn")
     layers = matrices * (3 - frozen) + recomputed + (3 + ("core_attn" in again)) * attention * model.num_hidden_layers
     head = 2 * table * (2 + (2 - frozen) * (1 if config.model.dtype == "float32" else 2))
+    if config.model.mtp:
+        idle = 3 * model.hidden_size * model.moe_intermediate_size * (model.num_experts - model.num_experts_per_tok)
+        layers += 3 * (2 * (mtp_chunk(model, ParallelConfig()).num_parameters - idle) + attention)
+        head += 2 * table * (2 + (1 if config.model.dtype == "float32" else 2))
     tokens = config.batch.tokens_per_microbatch
     return tokens * layers, tokens * head
 
@@ -172,6 +177,7 @@ def _data_seconds(model: Network, config: Config, hardware: Hardware) -> float:
         return 0.0
     trained = [dataclasses.replace(chunk, frozen=(0, 0))
                for chunk in stage_chunks(model, parallel, 0, config.model.lora)]
+    trained += [mtp_chunk(model, parallel)] if config.model.mtp else []
     weights, gradients, _ = state_bytes(trained, parallel, 2)
     return (weights + gradients) / _speed(hardware, parallel.world_size // parallel.pp)
 

@@ -26,8 +26,9 @@ from megatron_rl.plan.activations import (
     expert_gradient_bytes,
     fullest_layer,
     head_bytes,
+    mtp_bytes,
 )
-from megatron_rl.plan.parameters import Chunk, stage_chunks
+from megatron_rl.plan.parameters import Chunk, mtp_chunk, stage_chunks
 from rl_kernels.linear_logprob.chunked import block_columns
 
 FP32 = 4
@@ -40,9 +41,10 @@ class MemoryPlan:
     model.lora are the adapters), everything else bytes on one rank.
 
     activations: kept for the backward passes of the micro-batches in flight. layer: what one layer needs beside them
-    while it computes; recomputed: the part of it that autograd saves, with model.recompute. logits: what the head
-    needs instead. step: temporaries of the optimiser. host: states of the optimiser in host memory, not on the GPU.
-    engine: what colocated engines take of the GPU while the trainer does not train.
+    while it computes; recomputed: what autograd saves at most beside activations, of a layer or of the one behind the
+    last, with model.recompute. logits: what the head needs instead. step: temporaries of the optimiser. host: states
+    of the optimiser in host memory, not on the GPU. engine: what colocated engines take of the GPU while the trainer
+    does not train.
     """
 
     stage: int
@@ -116,7 +118,10 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
     how = Arithmetic(element, resolve(config.model, gpu=gpu), gpu, lora, config.model.recompute,
                      config.model.recompute_modules)
     chunks = stage_chunks(model, parallel, stage, lora)
-    weights, gradients, optimizer = state_bytes(chunks, parallel, element)
+    mtp = [mtp_chunk(model, parallel)] if config.model.mtp else []
+    trained = [group for group in (chunks, mtp) if group]  # each with an optimiser of its own
+    weights, gradients, optimizer = (
+        sum(sizes) for sizes in zip(*(state_bytes(group, parallel, element) for group in trained), strict=True))
     offload = config.offloads_optimizer
     tokens, recompute = config.batch.tokens_per_microbatch, config.model.recompute != "none"
     held = [chunk_bytes(model, parallel, chunk, how) for chunk in chunks]
@@ -130,17 +135,25 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
     if chunks[-1].last:
         head = logits_bytes(model, config, how) + math.ceil(
             tokens * (buffers + (head_bytes(model, parallel, how) if recompute else 0)))
+    layer = recomputed + temporaries
+    if mtp:
+        behind = mtp_bytes(model, parallel, how)
+        if recompute:
+            head = max(head, math.ceil(tokens * temporaries)) + math.ceil(tokens * behind)
+            recomputed = max(recomputed, behind + head_bytes(model, parallel, how))
+        else:
+            kept += behind
     return MemoryPlan(
-        stage=stage, dense_parameters=sum(sum(chunk.dense) + chunk.frozen[0] for chunk in chunks),
-        expert_parameters=sum(sum(chunk.experts) + chunk.frozen[1] for chunk in chunks),
-        trained_parameters=sum(sum(chunk.dense) + sum(chunk.experts) for chunk in chunks),
+        stage=stage, dense_parameters=sum(sum(chunk.dense) + chunk.frozen[0] for chunk in (*chunks, *mtp)),
+        expert_parameters=sum(sum(chunk.experts) + chunk.frozen[1] for chunk in (*chunks, *mtp)),
+        trained_parameters=sum(sum(chunk.dense) + sum(chunk.experts) for chunk in (*chunks, *mtp)),
         num_microbatches=num_microbatches,
         weights=weights, gradients=gradients, optimizer=0 if offload else optimizer,
         reference=frozen_parameters(config, chunks, stage) * element,
         activations=math.ceil(tokens * kept),
-        layer=math.ceil(tokens * (recomputed + temporaries)) + expert_gradient_bytes(model, parallel, how),
+        layer=math.ceil(tokens * layer) + expert_gradient_bytes(model, parallel, how),
         recomputed=math.ceil(tokens * recomputed), logits=head,
-        step=step_bytes(chunks, parallel, element, offload=offload, fused=how.with_te),
+        step=max(step_bytes(group, parallel, element, offload=offload, fused=how.with_te) for group in trained),
         publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes,
         host=optimizer if offload else 0)
 

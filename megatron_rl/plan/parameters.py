@@ -14,7 +14,7 @@ from megatron_rl.model.adapters import matrix_slots
 from megatron_rl.model.network import Network
 from megatron_rl.model.slots import network_slots
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(?:.*\.local_experts\.(\d+)\.)?")
+_LAYER = re.compile(r"^(?:decoder\.layers\.(\d+)|(mtp))\.(?:.*\.local_experts\.(\d+)\.)?")
 EMBEDDING, FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
 HEAD = "output_layer.weight"
 
@@ -60,6 +60,13 @@ def stage_chunks(model: Network, parallel: ParallelConfig, stage: int, lora: Lor
     return chunks
 
 
+def mtp_chunk(model: Network, parallel: ParallelConfig) -> Chunk:
+    """The layer behind the last with model.mtp, which has gradient buffers and an optimiser of its own."""
+    behind = model.num_hidden_layers
+    tensors = _tensors(model, None, parallel.tp, parallel.ep, parallel.etp, mtp=True)
+    return Chunk(range(behind, behind + 1), False, False, *_of(["mtp"], tensors))
+
+
 Tensors = dict[int | str, tuple[list[int], list[int]]]
 """Layer number, or name outside the layers -> elements on one rank of its (dense tensors, expert tensors)."""
 
@@ -70,18 +77,19 @@ def _of(names: Iterable[int | str], tensors: Tensors) -> tuple[tuple[int, ...], 
 
 
 @functools.cache
-def _tensors(model: Network, lora: LoraConfig | None, tp: int, ep: int, etp: int) -> Tensors:
-    """Those of the network, or of its adapters."""
+def _tensors(model: Network, lora: LoraConfig | None, tp: int, ep: int, etp: int, mtp: bool = False) -> Tensors:
+    """Those of the network, or of its adapters. The layer behind the last is called mtp."""
     found: Tensors = {}
-    for name, slot in (network_slots(model) if lora is None else matrix_slots(model, lora)).items():
+    for name, slot in (network_slots(model, mtp=mtp) if lora is None else matrix_slots(model, lora)).items():
         if slot.frozen_dtype is not None:
             continue  # a buffer
         size = sum(prod(part) for part in slot.parts)
         if slot.cut != "none":
             size //= tp if slot.over == "tp" else etp
         where = _LAYER.match(name)
-        expert = None if where is None else where.group(2)
+        expert = None if where is None else where.group(3)
         if expert is not None and int(expert) >= model.num_experts // ep:
             continue  # every rank has as many
-        found.setdefault(name if where is None else int(where.group(1)), ([], []))[expert is not None].append(size)
+        key = name if where is None else where.group(2) or int(where.group(1))
+        found.setdefault(key, ([], []))[expert is not None].append(size)
     return found

@@ -34,7 +34,8 @@ def run(config: Config) -> None:
     export(config, Exporter(policy, here), here, target)
     if here.is_main and not merges:
         source = HFReader(config.model.path)
-        compare(source, HFReader(target), [*expected_shapes(policy.config), *carried(policy.config, source.names)])
+        held = expected_shapes(policy.config, mtp=config.model.mtp)
+        compare(source, HFReader(target), [*held, *carried(policy.config, source.names, mtp=config.model.mtp)])
     topology.stop()
 
 

@@ -16,7 +16,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from c3po import StepTotals
 from megatron_rl.batch import pack
-from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.model.adam_state import adam_shards
 from megatron_rl.model.adapters import needs_reference_copy
@@ -35,9 +34,9 @@ from megatron_rl.rehearsal.standins import (
 )
 from megatron_rl.rehearsal.world import one_rank
 from megatron_rl.topology import Topology
-from megatron_rl.train_step.optimizer import build_optimizer, settle
+from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer, chained, settle
 from megatron_rl.train_step.step import TrainStep
-from megatron_rl.trainer.learner import needs_old_pass
+from megatron_rl.trainer.learner import frozen_options, needs_old_pass
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import PackedMicrobatch, TrainSample
 
@@ -68,9 +67,14 @@ class Parameters:
     experts: int
 
 
+def _named_parameters(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
+    modules = [*policy.gpt_models, *([] if policy.mtp is None else [policy.mtp])]
+    return [named for module in modules for named in module.named_parameters()]
+
+
 def count_parameters(policy: Policy) -> Parameters:
     split = whole = experts = 0
-    for name, parameter in (item for gpt in policy.gpt_models for item in gpt.named_parameters()):
+    for name, parameter in _named_parameters(policy):
         if "local_experts" in name:
             experts += parameter.numel()
         elif getattr(parameter, "tensor_model_parallel", False):  # Megatron sets it on those that it cuts
@@ -144,23 +148,24 @@ def run_step(config: Config, network: Network, here: Topology, batches: list[Pac
     algo, parallel = config.algo, config.parallel
     with recorder.phase("build", "weights"):
         policy = build_policy(network, config.model, parallel, with_gradients=True)
-        buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        chunks = [*policy.chunks, *([] if policy.mtp_chunk is None else [policy.mtp_chunk])]
+        buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         recorder.storages.relabel([buffer.grad_data for buffer in buffers], "gradients")
     if not isinstance(next(policy.gpt_models[0].parameters()), FakeTensor):
         _initialise(policy)
     with recorder.phase("build optimiser", "optimiser"):
         optimizer = build_optimizer(policy, config.optimizer, parallel)
         settle(optimizer, policy, offload=config.offloads_optimizer)
-        parameters = [parameter for gpt in policy.gpt_models for parameter in gpt.parameters()]
-        for shard in adam_shards(optimizer, parameters).values():
+        mtp_optimizer = build_mtp_optimizer(policy, config.optimizer, parallel, offload=config.offloads_optimizer)
+        together = chained(optimizer, mtp_optimizer)
+        for shard in adam_shards(together, [each for _, each in _named_parameters(policy)]).values():
             shard.tensors()  # makes the moments, which a step before this one would have made
     step = TrainStep(policy, optimizer, here, temperature=config.rollout.temperature,
-                     chunk_tokens=config.batch.logprob_chunk_tokens)
+                     chunk_tokens=config.batch.logprob_chunk_tokens, mtp_optimizer=mtp_optimizer)
     reference = None
     if algo.loss.kl_coef > 0 and needs_reference_copy(config.model):
         with recorder.phase("build reference", "reference"):
-            whole = dataclasses.replace(config.model, lora=LoraConfig())
-            reference = build_policy(network, whole, parallel, with_gradients=False)
+            reference = build_policy(network, frozen_options(config.model), parallel, with_gradients=False)
     old, refs, counts = None, None, None
     if needs_old_pass(algo, network):
         with recorder.phase("old log-probabilities", "activations"):
@@ -193,7 +198,7 @@ PHASES = ("old log-probabilities", "reference log-probabilities", "update", "met
 @torch.no_grad()
 def _initialise(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(0)
-    for parameter in (each for gpt in policy.gpt_models for each in gpt.parameters()):
+    for _, parameter in _named_parameters(policy):
         parameter.normal_(0, 0.02, generator=generator)
 
 

@@ -24,7 +24,8 @@ from megatron_rl.model.slots import count_parameters
 from megatron_rl.topology import Topology
 from megatron_rl.train_step.logprobs import HeadOptions, head_outputs
 from megatron_rl.train_step.loss_scaling import LossScaling
-from megatron_rl.train_step.optimizer import apply_gradients
+from megatron_rl.train_step.mtp import MtpStep
+from megatron_rl.train_step.optimizer import apply_gradients, gradient_norm
 from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports, read_together, stacked
 from megatron_rl.types import PackedMicrobatch, StepResult
 
@@ -40,8 +41,10 @@ class TrainStep:
     chooses by itself.
     """
 
-    def __init__(self, policy: Policy, optimizer, topology: Topology, *, temperature: float, chunk_tokens: int):
+    def __init__(self, policy: Policy, optimizer, topology: Topology, *, temperature: float, chunk_tokens: int,
+                 mtp_optimizer=None):
         self.policy, self.optimizer, self.topology = policy, optimizer, topology
+        self._mtp = None if mtp_optimizer is None else MtpStep(policy, mtp_optimizer, topology)
         self._head = HeadOptions(temperature=temperature, norm_head=policy.config.norm_head, chunk_tokens=chunk_tokens,
                                  tp_group=topology.tp_group, sequence_parallel=policy.transformer.sequence_parallel,
                                  fp32=policy.fp32_lm_head, impl=policy.backend.kernels.logprob)
@@ -49,7 +52,7 @@ class TrainStep:
             "train/trained_share": count_trained(policy.config, policy.lora) / count_parameters(policy.config)[0]}
         self._schedule = get_forward_backward_func()
         config = policy.transformer
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = optimizer.scale_loss if optimizer is not None else None
         if optimizer is not None and policy.chunks[0].ddp_config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in policy.chunks]
@@ -105,8 +108,9 @@ class TrainStep:
         self.backward(microbatches, loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef, counts=counts)
         result = self.measure()
         if not result.skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            for optimizer in (self.optimizer, *([] if self._mtp is None else [self._mtp.optimizer])):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             self.apply()
         return dataclasses.replace(result, gauges={**result.gauges, **self._trained, "train/lr": lr})
 
@@ -117,18 +121,19 @@ class TrainStep:
         no check of their own (MixedPrecisionOptimizer.prepare_grads), and DDP's (check_for_nan_in_grad) raises on one
         rank and leaves the others waiting.
         """
-        self.optimizer.prepare_grads()  # main_grad to where the norm is read
-        self._norm = float(self.optimizer.get_grad_norm())
-        norms = self.topology.gather_objects(self._norm)
-        grad_norm = next((norm for norm in norms if not math.isfinite(norm)), norms[0])
+        self._norm = gradient_norm(self.optimizer, self.topology)
         sums, gauges = self._metrics()
-        finite = math.isfinite(grad_norm) and math.isfinite(gauges["train/loss"])
-        return StepResult(sums, {**gauges, "train/grad_norm": grad_norm, "train/skipped_steps": float(not finite)},
+        if self._mtp is not None:
+            gauges |= self._mtp.measure()
+        finite = math.isfinite(self._norm) and math.isfinite(gauges["train/loss"])
+        return StepResult(sums, {**gauges, "train/grad_norm": self._norm, "train/skipped_steps": float(not finite)},
                           skipped=not finite)
 
     def apply(self) -> None:
         """The optimiser step, with the gradients and the norm that measure() has seen, and the experts' biases."""
-        apply_gradients(self.optimizer, self.policy, self._norm)
+        apply_gradients(self.optimizer, self.policy.chunks, self._norm)
+        if self._mtp is not None:
+            self._mtp.apply()
         if self.policy.expert_bias_rate:
             for router in self.policy.routers:
                 router.move_expert_bias(self._counts.experts[router.layer_number], self.policy.expert_bias_rate)
@@ -149,10 +154,16 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.policy.train()
+        if self._mtp is not None:
+            self._mtp.begin(microbatches)
 
         def scaled(batch: PackedMicrobatch, output: torch.Tensor):
             value, sums = loss(batch, output[0], output[1])
-            return scaling.megatron_outputs(value, {"loss": SumCount(value.detach(), torch.ones(())), **sums})
+            sums = {"loss": SumCount(value.detach(), torch.ones(())), **sums}
+            if self._mtp is not None:
+                mtp_loss, mtp_sums = self._mtp.loss(batch, output[2])
+                value, sums = value + mtp_loss, sums | mtp_sums
+            return scaling.megatron_outputs(value, sums)
 
         self._sums, self._maxima = {}, {}
         routing = self._replayed(microbatches)
@@ -214,20 +225,27 @@ class TrainStep:
 
     def _forward(self, policy: Policy, on_output, forward_only: bool, iterator, chunk):
         batch, routing = next(iterator)
-        padding = ~batch.real[None]
-        if policy.transformer.sequence_parallel and not self._is_first(policy, chunk):
-            # GPTModel._preprocess scatters the mask on the first stage only
-            padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
+        padding = own_padding = ~batch.real[None]
+        if policy.transformer.sequence_parallel:
+            own_padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
+        packed = packed_sequences(batch, policy.config, routing, cp_size=self.topology.cp_size,
+                                  cp_rank=self.topology.cp_rank)
+        head = dataclasses.replace(self._head, with_entropy=not forward_only)
+        if self._mtp is not None and not forward_only:
+            head = dataclasses.replace(head, mtp=self._mtp.forward(batch, packed, own_padding, head))
         output = chunk(
-            batch.input_ids[None], batch.position_ids[None], None, labels=batch.labels[None],
-            packed_seq_params=packed_sequences(batch, policy.config, routing, cp_size=self.topology.cp_size,
-                                               cp_rank=self.topology.cp_rank),
-            padding_mask=padding,
-            output_processor=head_outputs,
-            output_processor_context=dataclasses.replace(self._head, with_entropy=not forward_only))
+            batch.input_ids[None], batch.position_ids[None], None, labels=batch.labels[None], packed_seq_params=packed,
+            # GPTModel._preprocess scatters the mask itself, on the first stage
+            padding_mask=padding if self._is_first(policy, chunk) else own_padding,
+            output_processor=head_outputs, output_processor_context=head)
         if forward_only:
             return output, lambda value, non_loss_data=True: on_output(batch, value)
         return output, lambda value: on_output(batch, value)
+
+    def _finalize(self, chunks, *args, **kwargs) -> None:
+        finalize_model_grads(chunks, *args, **kwargs)
+        if self._mtp is not None:
+            self._mtp.finalize(*args, **kwargs)
 
     def _is_first(self, policy: Policy, chunk) -> bool:
         return policy.gpt_models[policy.chunks.index(chunk)].pre_process

@@ -19,7 +19,8 @@ def export(config: Config, exporter: Exporter, here: Topology, folder: Path) -> 
     if here.is_main:
         raw = json.loads((Path(config.model.path) / "config.json").read_text())
         source = Path(config.model.path)
-        write_hf_folder(folder, raw, tensors, tokenizer_from=source, carried_from=source)
+        write_hf_folder(folder, raw, tensors, tokenizer_from=source, carried_from=source,
+                        mtp=config.model.mtp)
     else:
         for _ in tensors:
             pass

@@ -69,7 +69,7 @@ class GuardedStep:
             source = Path(self._config.model.path)
             raw = json.loads((source / "config.json").read_text())
             write_hf_folder(partial / dump.WEIGHTS, {**raw, "torch_dtype": self._config.model.dtype}, tensors,
-                            carried_from=source)
+                            carried_from=source, mtp=self._config.model.mtp)
         else:
             for _ in tensors:
                 pass

@@ -11,7 +11,7 @@ import torch
 from c3po import StepTotals
 from megatron_rl.batch import pack
 from megatron_rl.config.lora import LoraConfig
-from megatron_rl.config.schema import AlgoConfig, Config
+from megatron_rl.config.schema import AlgoConfig, Config, ModelConfig
 from megatron_rl.handoff import UpdateShard, schedule
 from megatron_rl.model.adapter_folder import starting_adapters
 from megatron_rl.model.adapters import needs_reference_copy
@@ -23,7 +23,7 @@ from megatron_rl.model.router import RoutingCounts
 from megatron_rl.observe.dump import StepInputs
 from megatron_rl.observe.timing import Timers
 from megatron_rl.topology import Topology
-from megatron_rl.train_step.optimizer import build_optimizer, learning_rate, settle
+from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer, chained, learning_rate, settle
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.trainer.guarded import GuardedStep
 from megatron_rl.trainer.objective import TokenObjective
@@ -31,7 +31,7 @@ from megatron_rl.types import PackedMicrobatch, StepResult, TrainSample
 
 
 def build_trainable(config: Config, topology: Topology, *, temperature: float) -> tuple[Policy, object, TrainStep]:
-    """The policy with the weights of model.path (and its adapters), its optimiser and its TrainStep."""
+    """The policy with the weights of model.path (and its adapters), all its optimisers as one, and its TrainStep."""
     network = read_config(config.model.path)
     policy = build_policy(network, config.model, config.parallel, with_gradients=True)
     load_hf(policy, topology, config.model.path)
@@ -39,9 +39,10 @@ def build_trainable(config: Config, topology: Topology, *, temperature: float) -
         fill_adapters(policy, topology, starting_adapters(config.model, network, config.run.seed))
     optimizer = build_optimizer(policy, config.optimizer, config.parallel)
     settle(optimizer, policy, offload=config.offloads_optimizer)
+    mtp_optimizer = build_mtp_optimizer(policy, config.optimizer, config.parallel, offload=config.offloads_optimizer)
     step = TrainStep(policy, optimizer, topology, temperature=temperature,
-                     chunk_tokens=config.batch.logprob_chunk_tokens)
-    return policy, optimizer, step
+                     chunk_tokens=config.batch.logprob_chunk_tokens, mtp_optimizer=mtp_optimizer)
+    return policy, chained(optimizer, mtp_optimizer), step
 
 
 def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology: Topology,
@@ -60,12 +61,17 @@ def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequen
             for members, tokens in zip(microbatches, least_tokens, strict=True)]
 
 
+def frozen_options(options: ModelConfig) -> ModelConfig:
+    """model.* of a policy that only looks: without adapters and without the layer behind the last."""
+    return dataclasses.replace(options, lora=LoraConfig(), mtp=False)
+
+
 def teachers_of(config: Config, topology: Topology) -> dict[int, TrainStep]:
     """By their places in algo.distillation.teachers: those that the ranks hold, as steps that only look."""
     found = {}
     for place, teacher in enumerate(config.algo.distillation.teachers.values()):
         if teacher.checkpoint is not None:
-            options = dataclasses.replace(config.model, path=teacher.checkpoint, lora=LoraConfig())
+            options = dataclasses.replace(frozen_options(config.model), path=teacher.checkpoint)
             policy = build_policy(read_config(teacher.checkpoint), options, config.parallel, with_gradients=False)
             load_hf(policy, topology, teacher.checkpoint)
             found[place] = TrainStep(policy, None, topology, temperature=config.rollout.temperature,
@@ -112,8 +118,8 @@ class PolicyLearner:
                                     stage=stage)
         self._reference: Policy | None = None
         if config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model):
-            whole = dataclasses.replace(config.model, lora=LoraConfig())
-            self._reference = build_policy(self.policy.config, whole, config.parallel, with_gradients=False)
+            self._reference = build_policy(self.policy.config, frozen_options(config.model), config.parallel,
+                                           with_gradients=False)
             load_hf(self._reference, topology, config.model.reference_path or config.model.path)
         self._teachers = teachers_of(config, topology)
         self.updates_done = 0

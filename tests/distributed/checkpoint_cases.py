@@ -20,12 +20,18 @@ class Case:
     kernels: str = "megatron"
     lora: LoraConfig = LoraConfig()
     offload: bool = False
+    mtp: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}" \
             f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}{'_lora' if self.lora.on else ''}" \
-            f"{'_offload' if self.offload else ''}"
+            f"{'_offload' if self.offload else ''}{'_mtp' if self.mtp else ''}"
+
+    @property
+    def network(self) -> str:
+        """The folder of the network and that of its step, under the layouts' folder."""
+        return "bailing_v2" if self.mtp else ""
 
     @property
     def world_size(self) -> int:
@@ -37,7 +43,8 @@ SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2",
            Case("tp2_pp2_ep2"), Case("cp2"), Case("ep2", kernels="torch"),
            Case("ep2", lora=LORA), Case("ep2", dtype="bfloat16", offload=True),
            Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16"),
-           Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16", offload=True), Case("ep2", offload=True))
+           Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16", offload=True), Case("ep2", offload=True),
+           Case("ep2", mtp=True))
 TARGETS = {
     "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
     "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS if "token_dispatcher" not in cases.LAYOUTS[name]),
@@ -51,6 +58,7 @@ TARGETS = {
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),
     "ep2_torch": (Case("tp2_ep2"),),
     "ep2_lora": tuple(Case(name, lora=LORA) for name in ("ep2", "tp2", "pp2", "tp2_etp2", "tp2_pp2_ep2")),
+    "ep2_mtp": tuple(Case(name, mtp=True) for name in ("ep2", "tp2_ep2", "cp2")),
     "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
 }
 PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS.get(source.name, ())]

@@ -26,7 +26,7 @@ from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.model.checkpoint_files import choose
 from megatron_rl.model.convert import Exporter, fill_adapters, load_hf, trained_slots
 from megatron_rl.rollout.ports import choose_port
-from megatron_rl.train_step.optimizer import build_optimizer, settle
+from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer, chained, settle
 from megatron_rl.train_step.step import TrainStep
 from tests.distributed.checkpoint_cases import LOOP_STATE, PAIRS, ROLLOUTS, SOURCES, Case
 from tests.distributed.lora_cases import drawn_matrix
@@ -41,18 +41,23 @@ class Trainer:
 
     def __init__(self, data: Path, case: Case, run: RunConfig):
         parallel = ParallelConfig(**cases.LAYOUTS[case.layout], distributed_optimizer=case.distributed)
-        model = data / "norm_head_True"
+        model = data / (f"{case.network}/checkpoint" if case.network else "norm_head_True")
         self.here = topology.start(parallel, seed=run.seed)
-        options = ModelConfig(path=str(model), dtype=case.dtype, **cases.KERNELS[case.kernels], lora=case.lora)
+        options = ModelConfig(path=str(model), dtype=case.dtype, **cases.KERNELS[case.kernels], lora=case.lora,
+                              mtp=case.mtp)
         self.policy = build_policy(read_config(model), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, model)
         fill_adapters(self.policy, self.here, drawn_matrix)
-        self.optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
-        settle(self.optimizer, self.policy, offload=case.offload)
+        options = OptimizerConfig(**cases.OPTIMIZER)
+        optimizer = build_optimizer(self.policy, options, parallel)
+        settle(optimizer, self.policy, offload=case.offload)
+        mtp_optimizer = build_mtp_optimizer(self.policy, options, parallel, offload=case.offload)
+        self.optimizer = chained(optimizer, mtp_optimizer)
         self.checkpoints = Checkpoints(run, self.policy, self.optimizer, self.here)
-        self._step = TrainStep(self.policy, self.optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16)
+        self._step = TrainStep(self.policy, optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16,
+                               mtp_optimizer=mtp_optimizer)
         self._layout = case.layout
-        self._data: cases.Step = torch.load(data / "step.pt", weights_only=False)
+        self._data: cases.Step = torch.load(data / case.network / "step.pt", weights_only=False)
 
     def update(self) -> None:
         batches = microbatches_of(self._data, self.here, self._layout, 2)

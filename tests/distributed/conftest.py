@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import tests.distributed.cases as cases
 from tests.distributed.lora_cases import LORA_CASES, LoraReference
-from tests.distributed.networks import NETWORKS, WrittenNetwork
+from tests.distributed.networks import MTP_NETWORKS, NETWORKS, WrittenNetwork
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
 from tests.distributed.table import RED, table
 
@@ -36,6 +36,7 @@ class Layouts:
     _networks: dict[str, WrittenNetwork] = field(default_factory=dict)
     _network_results: dict[str, dict] = field(default_factory=dict)
     _lora_results: dict[str, dict] = field(default_factory=dict)
+    _mtp_results: dict[str, dict] = field(default_factory=dict)
     _lora_references: dict[str, LoraReference] = field(default_factory=dict)
     _failed: dict[tuple[str, int], str] = field(default_factory=dict)  # so that a failure is waited for once
 
@@ -59,6 +60,14 @@ class Layouts:
                 self.lora_reference(name)
             self._run("lora", layout, self._lora_results, "{}.lora.pt")
         return self._lora_results[layout]
+
+    def mtp(self, layout: str) -> dict[str, dict]:
+        """What the layout made of each of MTP_NETWORKS, by whether the layer behind the last trains."""
+        if layout not in self._mtp_results:
+            for name in MTP_NETWORKS:
+                self.network(name)
+            self._run("mtp", layout, self._mtp_results, "{}.mtp.pt")
+        return self._mtp_results[layout]
 
     def lora_reference(self, name: str) -> LoraReference:
         """One of LORA_CASES, whose step is written under `folder` when it is first asked for."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import tests.distributed.cases as cases
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.network import Network
-from megatron_rl.model.slots import carried
+from megatron_rl.model.slots import carried, expected_shapes
 from tests.distributed.reference_step import Reference, experts_of, fill_logprobs, reference_step, token_outputs
 from tests.tiny_models import write_tiny_bailing, write_tiny_known
 
@@ -38,9 +38,10 @@ NETWORKS: dict[str, dict] = {
                    "num_nextn_predict_layers": 1},
     "qwen3_moe": {"model_type": "qwen3_moe", **_EXPERTS, "head_dim": 12, "rope_parameters": {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}},
-    "qwen2_moe": {"model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 24},
+    "qwen2_moe": {"model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 24,
+                  "head_dim": 8},
     "glm4_moe": {"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-                 "head_dim": 8},
+                 "head_dim": 8, "num_nextn_predict_layers": 1},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 CHECKPOINT = "checkpoint"
@@ -49,8 +50,14 @@ REPLAYED = "bailing_v2_replayed"
 NETWORKS[REPLAYED] = NETWORKS["bailing_v2"]
 ONLY_IN = {REPLAYED: ("tp2_ep2", "pp2_vpp2", "cp2"), "glm4_moe": ("one", "tp2_ep2", "pp2_vpp2", "cp2")}
 """Networks that go through some layouts only; other rows have each of their parts in all layouts."""
+MTP_NETWORKS = ("bailing_v2", "glm4_moe")
+"""Those with a layer behind the last, which model.mtp trains."""
+MTP_LAYOUTS = ("one", "dp2", "ep2", "tp2", "tp2_ep2", "tp2_etp2", "cp2", "tp2_dp2_ep2", "tp2_cp2_ep2")
+MTP_WITH_VARIANTS = ("dp2", "tp2_ep2")
+"""Where each of cases.VARIANTS takes a step too."""
 BIAS_RATE = 0.01
-SERVED = ("ling", "bailing_v2", "qwen3_moe")  # by a real engine, in tests/engine/test_networks.py
+SERVED = ("ling", "bailing_v2", "qwen3_moe", "glm4_moe")
+"""By a real engine, in tests/engine/test_networks.py."""
 
 
 def networks_in(layout: str) -> list[str]:
@@ -63,7 +70,7 @@ def networks_in(layout: str) -> list[str]:
 class WrittenNetwork:
     """One of NETWORKS in folder/name: checkpoint/ and its step.
 
-    config: the parsed config.json. weights: the tensors that are built.
+    config: the parsed config.json. weights: the tensors that are built. behind: those of the layer behind the last.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -78,6 +85,8 @@ class WrittenNetwork:
         network = read_config(self.checkpoint)
         tensors = load_file(self.checkpoint / "model.safetensors")
         self.weights = {key: tensors[key] for key in tensors.keys() - carried(network, tensors)}
+        self.behind = {key: tensors[key] for key in expected_shapes(network, mtp=True) if key not in self.weights} \
+            if network.num_nextn_predict_layers else {}
         self.step = cases.draw_sequences()
         if name == REPLAYED:
             self.step.routed_experts = random_experts(self.step, network)

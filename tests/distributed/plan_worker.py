@@ -21,7 +21,7 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import load_hf
 from megatron_rl.rollout.ports import choose_port
-from megatron_rl.train_step.optimizer import build_optimizer
+from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer, chained
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
 
@@ -29,6 +29,8 @@ WORLD_SIZE, TOKENS, MICROBATCHES = 4, 384, 4
 MODEL = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4,
          "num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 3,
          "num_shared_experts": 2, "moe_intermediate_size": 56, "first_k_dense_replace": 1}
+SECOND = {**MODEL, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1}
+"""The bailing_moe_v2 beside it, for cases with model.mtp."""
 CASES: dict[str, dict] = {
     "dp4": {},
     "plain": {"parallel": {"ep": 2, "distributed_optimizer": False}},
@@ -43,6 +45,9 @@ CASES: dict[str, dict] = {
     "ep2_selective": {"parallel": {"ep": 2}, "model": {"recompute": "selective"}},
     "tp2_selective_attention": {"parallel": {"tp": 2}, "model": {
         "recompute": "selective", "recompute_modules": ["core_attn", "shared_experts"]}},
+    "ep2_mtp": {"parallel": {"ep": 2}, "model": {"mtp": True}},
+    "tp2_mtp_bf16": {"parallel": {"tp": 2, "ep": 2}, "model": {"mtp": True, "dtype": "bfloat16"}},
+    "mtp_recompute": {"model": {"mtp": True, "recompute": "full"}},
     "pp2_recompute": {"parallel": {"pp": 2, "ep": 2}, "model": {"recompute": "full"}},
 }
 
@@ -108,27 +113,35 @@ def mean_logprob(batch, logprobs_T, entropy_T):
     return -(logprobs_T + 0.01 * entropy_T).mean(), {}
 
 
+def folder_of(folder: Path, case: str) -> Path:
+    return folder.with_name("second") if case_config(case).model.mtp else folder
+
+
 def measure(folder: Path, case: str) -> dict:
-    config = case_config(case)
+    config, folder = case_config(case), folder_of(folder, case)
     here = topology.start(config.parallel, seed=0)
     policy = build_policy(read_config(folder), config.model, config.parallel, with_gradients=True)
     load_hf(policy, here, folder)
     optimizer = build_optimizer(policy, config.optimizer, config.parallel)
-    step = TrainStep(policy, optimizer, here, temperature=1.0, chunk_tokens=64)
-    named = [item for gpt in policy.gpt_models for item in gpt.named_parameters()]
+    mtp_optimizer = build_mtp_optimizer(policy, config.optimizer, config.parallel)
+    step = TrainStep(policy, optimizer, here, temperature=1.0, chunk_tokens=64, mtp_optimizer=mtp_optimizer)
+    behind = [] if policy.mtp is None else [policy.mtp]
+    named = [item for module in (*policy.gpt_models, *behind) for item in module.named_parameters()]
     live = LiveSaved([parameter for _, parameter in named])
     batches = microbatches(config.parallel, here)
     _, counts = step.count_routing(batches)
     with live.hooks():
         step.update(batches, mean_logprob, lr=1e-3, balance_coef=0.01, z_loss_coef=0.01, counts=counts)
-    buffers = [buffer for chunk in policy.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    chunks = [*policy.chunks, *([] if policy.mtp_chunk is None else [policy.mtp_chunk])]
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     found = {
         "stage": here.pp_rank,
         "dense_parameters": sum(p.numel() for name, p in named if "local_experts" not in name),
         "expert_parameters": sum(p.numel() for name, p in named if "local_experts" in name),
         "weights": sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for _, p in named}.values()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "optimizer": optimizer_bytes(optimizer, {p.untyped_storage().data_ptr() for _, p in named}),
+        "optimizer": optimizer_bytes(chained(optimizer, mtp_optimizer),
+                                     {p.untyped_storage().data_ptr() for _, p in named}),
         "activations": live.peak,
     }
     topology.stop(keep_processes=True)

@@ -25,7 +25,9 @@ ACTIVATIONS_TOLERANCE = 0.04  # 0.033 under cp2, where a CPU's attention keeps a
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_tiny_bailing(tmp_path_factory.mktemp("plan") / "model", **worker.MODEL)
+    folder = tmp_path_factory.mktemp("plan")
+    write_tiny_bailing(folder / "second", "bailing_moe_v2", **worker.SECOND)
+    return write_tiny_bailing(folder / "model", **worker.MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,8 @@ def by_stage(model, measured, case):
     for stage in range(config.parallel.pp):
         ranks = [rank[case] for rank in measured if rank[case]["stage"] == stage]
         assert ranks
-        yield plan_stage(read_config(model), config, stage, worker.MICROBATCHES, gpu=False), ranks
+        network = read_config(worker.folder_of(model, case))
+        yield plan_stage(network, config, stage, worker.MICROBATCHES, gpu=False), ranks
 
 
 @pytest.mark.parametrize("case", worker.CASES)

@@ -33,12 +33,20 @@ from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.router import RoutingCounts
 from megatron_rl.model.slots import frozen_names
 from megatron_rl.rollout.ports import choose_port
-from megatron_rl.train_step.optimizer import build_optimizer
+from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.types import TrainSample
 from tests.distributed.lora_cases import LORA_CASES, LORA_LAYOUTS, LORA_STEP, WITH_VARIANTS, drawn_matrix
 from tests.distributed.mutations import BREAK
-from tests.distributed.networks import BIAS_RATE, CHECKPOINT, SERVED, networks_in
+from tests.distributed.networks import (
+    BIAS_RATE,
+    CHECKPOINT,
+    MTP_LAYOUTS,
+    MTP_NETWORKS,
+    MTP_WITH_VARIANTS,
+    SERVED,
+    networks_in,
+)
 
 Run = Callable[[Path, str, topology.Topology], None]
 
@@ -94,25 +102,27 @@ class Runner:
     def __init__(self, folder: Path, layout: str, here: topology.Topology, *, distributed_optimizer: bool,
                  overlap: bool = False, recompute: str = "none", checkpoint: str = "norm_head_True",
                  temperature: float = cases.TEMPERATURE, kernels: str = "megatron", dtype: str = "float32",
-                 step: str = "step.pt", lora: LoraConfig | None = None):
+                 step: str = "step.pt", lora: LoraConfig | None = None, mtp: bool = False):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
                                   overlap=overlap)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
         options = ModelConfig(path=str(checkpoint), recompute=recompute, recompute_modules=RECOMPUTE_MODULES,
-                              dtype=dtype, **cases.KERNELS[kernels], lora=lora or LoraConfig())
+                              dtype=dtype, **cases.KERNELS[kernels], lora=lora or LoraConfig(), mtp=mtp)
         with patch.object(backend, "resolve", as_on_a_gpu):
             self.policy = build_policy(read_config(checkpoint), options, parallel, with_gradients=True)
         load_hf(self.policy, self.here, checkpoint)
         fill_adapters(self.policy, self.here, drawn_matrix)
         optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
-        self.train_step = self._train_step(self.policy, optimizer)
+        self.train_step = self._train_step(
+            self.policy, optimizer, build_mtp_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel))
         self.adapters = self.policy.adapters is not None
         self.exporter = Exporter(self.policy, self.here)
         self.step: cases.Step = torch.load(folder / step, weights_only=False)
 
-    def _train_step(self, policy, optimizer) -> TrainStep:
-        return TrainStep(policy, optimizer, self.here, temperature=self.temperature, chunk_tokens=16)
+    def _train_step(self, policy, optimizer, mtp_optimizer=None) -> TrainStep:
+        return TrainStep(policy, optimizer, self.here, temperature=self.temperature, chunk_tokens=16,
+                         mtp_optimizer=mtp_optimizer)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.exporter()}
@@ -129,11 +139,12 @@ class Runner:
     def gradients_of(self, batches: list, counts: RoutingCounts | None) -> dict[str, torch.Tensor]:
         self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
                                  z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
-        parameters = [p for gpt in self.policy.gpt_models for p in gpt.parameters() if p.requires_grad]
+        parameters = [parameter for _, parameter in trained_slots(self.policy, self.here)]
         kept = [p.data for p in parameters]
         for parameter in parameters:
             parameter.data = parameter.main_grad
-        frozen, exporter = frozen_names(self.policy.config), Exporter(self.policy, self.here, adapters=self.adapters)
+        frozen = frozen_names(self.policy.config, mtp=self.policy.mtp is not None)
+        exporter = Exporter(self.policy, self.here, adapters=self.adapters)
         exported = {name: tensor.clone() for name, tensor in exporter() if name not in frozen}
         for parameter, data in zip(parameters, kept, strict=True):
             parameter.data = data
@@ -312,7 +323,24 @@ def run_lora(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(results, folder / f"{layout}.lora.pt")
 
 
-RUNS = {"bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
+def run_mtp(folder: Path, layout: str, here: topology.Topology) -> None:
+    """Each of MTP_NETWORKS with the layer behind the last trained and without; rank 0 saves LAYOUT.mtp.pt."""
+    results: dict = {}
+    for name in MTP_NETWORKS if layout in MTP_LAYOUTS else ():
+        for mtp in (False, True):
+            options = {"checkpoint": f"{name}/{CHECKPOINT}", "step": f"{name}/step.pt", "mtp": mtp}
+            runner = Runner(folder, layout, here, distributed_optimizer=False, **options)
+            result = results.setdefault(name, {})[mtp] = {"loaded": runner.weights(), "updated": {}}
+            result["gradients"] = runner.gradients(cases.UPDATE_MICROBATCHES)
+            result["updated"]["plain"] = runner.update(cases.UPDATE_MICROBATCHES)
+            for variant, more in cases.VARIANTS.items() if layout in MTP_WITH_VARIANTS else ():
+                result["updated"][variant] = Runner(folder, layout, here, **more, **options).update(
+                    cases.UPDATE_MICROBATCHES)
+    if here.is_main:
+        torch.save(results, folder / f"{layout}.mtp.pt")
+
+
+RUNS = {"mtp": run_mtp, "bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
         "exports": run_exports, "lora": run_lora}
 
 

@@ -17,7 +17,7 @@ FAMILY = base.Family(
     aliases=frozenset({"bailing_moe"}),
     engine_modules=("bailing_moe",),
     names={
-        **BAILING_MOE.names,
+        **BAILING_MOE.names, **base.MTP,
         "self_attention.q_layernorm.weight": ("attention.query_layernorm.weight",),
         "self_attention.k_layernorm.weight": ("attention.key_layernorm.weight",),
         "mlp.router.expert_bias": ("mlp.gate.expert_bias",),

@@ -18,7 +18,8 @@ class Family:
     class_name: config.json's `architectures`, which the engine looks up; engine_modules: where SGLang has that class
         and those that it builds on (sglang/srt/models).
     names: Megatron parameter -> Hugging Face tensor names, as slots.py composes them. Layer parameters are relative
-        to `decoder.layers.N.` and `layer_prefix`, and may hold {expert}. One name where slots.py has several parts
+        to `decoder.layers.N.` and `layer_prefix`, and may hold {expert}. Those that begin with `mtp.` are of the layer
+        behind the last, which model.mtp trains. One name where slots.py has several parts
         (query, key, value; gate, up): they lie one after another in that tensor.
     aliases: other model_types under which checkpoints with this class_name are published.
     keys: Network field -> config.json keys that may hold it, the first found counts. Without entry a field that has a
@@ -132,6 +133,8 @@ QUERY_KEY_NORMS = {
     "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
 }
+MTP = {f"mtp.{name}.weight": (f"{name}.weight",) for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")}
+"""What the layer behind the last has beside the parts of any layer."""
 KEYS = {name: (name,) for name in ("tie_word_embeddings", "initializer_range")}
 NO_EXPERTS = {"num_experts": 0, "num_experts_per_tok": 0, "num_shared_experts": 0, "moe_intermediate_size": 0,
               "norm_topk_prob": True}

@@ -10,7 +10,8 @@ FAMILY = base.Family(
     engine_modules=("glm4_moe",),
     names={
         **base.NORMS_AND_HEAD, **base.SELF_ATTENTION, **base.QUERY_KEY_NORMS, **base.MLP, **base.EXPERTS,
-        **base.SHARED_EXPERTS, "mlp.router.expert_bias": ("mlp.gate.e_score_correction_bias",),
+        **base.SHARED_EXPERTS, **base.MTP, "mtp.final_layernorm.weight": ("shared_head.norm.weight",),
+        "mlp.router.expert_bias": ("mlp.gate.e_score_correction_bias",),
     },
     keys={
         "initializer_range": ("initializer_range",),

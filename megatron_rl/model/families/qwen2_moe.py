@@ -23,6 +23,7 @@ FAMILY = base.Family(
     only={**base.QWEN_ONLY, "decoder_sparse_step": 1, "mlp_only_layers": [],  # SGLang's class has experts in all layers
           "first_k_dense_replace": 0, "tie_word_embeddings": False,  # and a head of its own
           "qkv_bias": True, "n_shared_experts": None},
+    same={"head_dim": "hidden_per_head"},  # SGLang's class knows no other
     ignored=base.WINDOW | {"output_router_logits", "router_aux_loss_coef"},
     engine_layout=(*base.ENGINE_EXPERTS, *base.ENGINE_MLP, *base.ENGINE_ATTENTION),
     tiny={**base.TINY, **base.TINY_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 64},

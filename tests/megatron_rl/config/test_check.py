@@ -158,6 +158,12 @@ def read_config_of(architecture):
     (["experiment=ring_lite_rl_stage1", "model.kernels.experts=transformer_engine"],
      "model.kernels.experts=transformer_engine needs model.backend=transformer_engine"),
     (["experiment=ring_lite_rl_stage1", "parallel.tp=8"], "parallel.tp=8 does not divide num_key_value_heads=4"),
+    (["experiment=ring_lite_rl_stage1", "model.mtp=true"],
+     "model.mtp=true: this bailing_moe network has num_nextn_predict_layers=0, and one layer behind the last can be"),
+    (["model.architecture=glm_4_5_air", "model.mtp=true", "parallel.pp=2", "parallel.world_size=2"],
+     "model.mtp=true with parallel.pp=2: the layer behind the last needs the embedding and the last states on one"),
+    (["model.architecture=glm_4_5_air", "model.mtp=true", "model.lora.rank=8"],
+     "model.mtp=true with model.lora, which freezes all weights of model.path"),
     (["experiment=ring_lite_rl_stage1", "parallel.pp=3", "parallel.world_size=24"],
      "parallel.pp=3 does not divide num_hidden_layers=28"),
 ])

@@ -92,7 +92,7 @@ def test_null_is_refused_where_it_would_break_the_engine(model_type, key):
 @pytest.mark.parametrize(("model_type", "key", "other"), [
     (model_type, *item) for model_type, family in FAMILIES.items() for item in family.same.items()])
 def test_a_size_that_the_engine_reads_under_another_name_must_be_the_same(model_type, key, other):
-    size = FAMILIES[model_type].tiny[other]
+    size = getattr(parse_config(tiny(model_type), "here"), other)
     assert parse_config(tiny(model_type, **{key: size}), "here") == parse_config(tiny(model_type), "here")
     with pytest.raises(ValueError, match=f"^here: {key}={size + 2} is not supported; only {other}="):
         parse_config(tiny(model_type, **{key: size + 2}), "here")

@@ -38,6 +38,13 @@ def test_backward_is_twice_forward_and_sequences_add_up():
     assert forward_flops(SMALL, [8]) > forward_flops(SMALL, [3, 5])  # one sequence sees more pairs
 
 
+def test_the_layer_behind_the_last_is_a_moe_layer_and_the_head_without_its_gradient():
+    # 3 tokens: a MoE layer 144 + 424 and the projection 4*4*4 = 64, forward and twice backward; 6 pairs of 24, the
+    # same; the head 80, and 80 backward
+    more = 3 * 3 * (144 + 424 + 64) + 3 * 6 * 24 + 3 * 2 * 80
+    assert train_flops(SMALL, [3], mtp=True) == train_flops(SMALL, [3]) + more
+
+
 def test_frozen_matrices_have_no_gradient_of_their_own():
     # 3 tokens: forward 2880 in matrices and 288 in pairs; backward 2880 for inputs of matrices and 576 for pairs
     assert train_flops(SMALL, iter([3]), frozen=True) == 2880 + 288 + 2880 + 576

@@ -43,12 +43,12 @@ def test_each_weight_is_gathered_once(monkeypatch):
     assert gathered(ours()) == weights
     apply = step.apply_gradients
 
-    def megatrons(optimizer, policy, norm):
+    def megatrons(optimizer, chunks, norm):
         for each in optimizer.chained_optimizers:
             each._defer_param_sync = False
-        for chunk in policy.chunks:
+        for chunk in chunks:
             monkeypatch.setattr(chunk, "start_param_sync", lambda: None)
-        apply(optimizer, policy, norm)
+        apply(optimizer, chunks, norm)
 
     monkeypatch.setattr(step, "apply_gradients", megatrons)
     assert gathered(found()) == 2 * weights, "Megatron gathers once now: delete what defers it"
