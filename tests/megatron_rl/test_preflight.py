@@ -10,9 +10,10 @@ import psutil
 import pytest
 import torch
 
-from megatron_rl.cli import main
+from megatron_rl.cli import main, parse
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.model.architectures import read_config
+from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan import plan_memory
 from megatron_rl.preflight import (
     check_devices,
@@ -47,6 +48,20 @@ def test_a_model_still_to_be_made_is_said_with_the_command_that_makes_it(experim
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"model.path=.* is not there yet: `.*{how}"):
         network_of(load([f"experiment={experiment}"]))
+
+
+@pytest.mark.parametrize(("model", "family", "parameters"), [
+    ([], "bailing_moe", 630_624), (["model=bailing_moe_v2"], "bailing_moe_v2", 630_848)])
+def test_every_stage_of_the_quick_start_takes_the_random_model_of_each_family(model, family, parameters, tmp_path):
+    """docs/quickstart.md has the counts."""
+    options = parse(["quickstart", *model, "run.seed=1"])
+    assert (options.model, options.overrides) == (family, ["run.seed=1"])
+    make_random_model(tmp_path / "init", 1, model_type=options.model)
+    network = read_config(tmp_path / "init")
+    assert network.model_type == family and count_parameters(network)[0] == parameters
+    for command, experiment in (("sft", "quickstart_sft"), ("rl", "quickstart")):
+        assert main([command, "--check", f"experiment={experiment}", f"model.path={tmp_path / 'init'}",
+                     f"run.dir={tmp_path / command}"]) == 0
 
 
 def _without_weights(model):
