@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from c3po.diagnostics import SumCount, as_math_dtype, k3, masked_sum_count
+from c3po.normalisation import divided_sum
 from c3po.surrogate import Surrogate, SurrogateFunction, SurrogateTerms, cispo_terms, clipped_terms, sequence_log_ratio
 
 __all__ = ["C3POLossConfig", "c3po_loss", "grpo_loss", "policy_loss"]
@@ -84,13 +85,7 @@ def policy_loss(
     """
     objective, sums = _token_objective(logprobs, old_logprobs, advantages, loss_mask, config, sequence_ids,
                                        sentence_ids, ref_logprobs, entropy, weights, surrogate)
-    if not isinstance(denominator, torch.Tensor):
-        if not denominator > 0:
-            raise ValueError(f"denominator={denominator} must be positive")
-        return -objective.sum() / denominator, sums
-    _check_shape("denominator", denominator, logprobs)
-    divisors = torch.where(loss_mask, denominator.to(objective.dtype), torch.ones_like(objective))
-    return -(objective / divisors).sum(), sums
+    return -divided_sum(objective, loss_mask, denominator), sums
 
 
 def c3po_loss(

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Normalisation", "StepTotals"]
+__all__ = ["Normalisation", "StepTotals", "divided_sum"]
 
 Normalisation = Literal["c3po", "grpo", "dr_grpo", "token_mean"]
 
@@ -50,3 +50,17 @@ class StepTotals:
         if normalisation == "token_mean":
             return max(1, self.selected_tokens)
         raise ValueError(f"normalisation={normalisation!r} must be c3po, grpo, dr_grpo or token_mean")
+
+
+def divided_sum(values: torch.Tensor, mask: torch.Tensor, denominator: float | torch.Tensor) -> torch.Tensor:
+    """The sum of values / denominator, 0-dim; values are 0 outside mask, and a divisor there has no say.
+
+    denominator: one number, or a tensor like values. ValueError: a number that is not positive, or another shape.
+    """
+    if not isinstance(denominator, torch.Tensor):
+        if not denominator > 0:
+            raise ValueError(f"denominator={denominator} must be positive")
+        return values.sum() / denominator
+    if denominator.shape != values.shape:
+        raise ValueError(f"denominator has shape {tuple(denominator.shape)}, logprobs has {tuple(values.shape)}")
+    return (values / torch.where(mask, denominator.to(values.dtype), torch.ones_like(values))).sum()

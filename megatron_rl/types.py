@@ -62,6 +62,7 @@ class Rollout:
     token_ids int32 [L]; trainable bool [L], True at sampled tokens; rollout_logprobs fp32 [L], the
     engine's log-probability of each sampled token, 0 elsewhere; routed_experts uint8 [L-1, M, topk] | None.
     teacher_logprobs fp32 [L] | None, a teacher's log-probability of each token but the first (rollout/teachers.py).
+    With algo.distillation.top_k it is [L, k], of the teacher's k most probable tokens there, teacher_ids int32 [L, k].
     others: further sequences of the same response, an agent's other conversations. They share its reward. No sampled
     token is trainable in two of them.
     """
@@ -73,6 +74,7 @@ class Rollout:
     weight_versions: tuple[VersionSpan, ...]
     routed_experts: np.ndarray | None = None
     teacher_logprobs: np.ndarray | None = None
+    teacher_ids: np.ndarray | None = None
     others: tuple[Rollout, ...] = ()
 
     @property
@@ -144,7 +146,7 @@ class TrainSample:
     sequences of the response; advantage is the response's group-relative advantage; index is the response's place in
     the step's N responses; routed_experts uint8 [L-1, M, topk] | None; sentences int32 [L] | None, the number of the
     sentence that a kept token belongs to, from 0 (batch/sentences.py); teacher the place of its teacher among
-    algo.distillation.teachers, or -1; teacher_logprobs fp32 [L] | None, what a teacher on a server said.
+    algo.distillation.teachers, or -1; teacher_logprobs and teacher_ids as in Rollout, what a teacher on a server said.
     """
 
     index: int
@@ -157,6 +159,7 @@ class TrainSample:
     sentences: np.ndarray | None = None
     teacher: int = -1
     teacher_logprobs: np.ndarray | None = None
+    teacher_ids: np.ndarray | None = None
 
 
 @dataclass
@@ -179,7 +182,8 @@ class PackedMicrobatch:
       rollout, or from a no-gradient pass, which records this rank's layers and rows (int16 for more than 256 experts).
     - sentence_ids: int64 [T] | None, TrainSample.sentences counted on over the sequences; 0 where loss_mask is False.
     - teachers: int64 [T], TrainSample.teacher; -1 on padding too. teacher_logprobs: fp32 [T], NaN where nobody has said
-      any; no-gradient passes fill those of teachers that the ranks hold.
+      any; no-gradient passes fill those of teachers that the ranks hold. With algo.distillation.top_k it is [T, k], of
+      the tokens teacher_ids int64 [T, k].
     - sample_indices, sample_lengths: TrainSample.index and number of positions of each sample.
     """
 
@@ -204,6 +208,7 @@ class PackedMicrobatch:
     teacher_logprobs: torch.Tensor | None = None
     second_labels: torch.Tensor | None = None
     second_mask: torch.Tensor | None = None
+    teacher_ids: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

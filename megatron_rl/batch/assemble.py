@@ -107,4 +107,5 @@ def _samples(index: int, rollout: Rollout, kept_tokens: int, advantage: float,
             num_response_tokens=rollout.response_tokens,
             routed_experts=None if sequence.routed_experts is None else sequence.routed_experts[:end - 1],
             teacher=teacher,
-            teacher_logprobs=None if sequence.teacher_logprobs is None else sequence.teacher_logprobs[:end])
+            teacher_logprobs=None if sequence.teacher_logprobs is None else sequence.teacher_logprobs[:end],
+            teacher_ids=None if sequence.teacher_ids is None else sequence.teacher_ids[:end])

@@ -45,12 +45,14 @@ def _ceil(count: int, multiple: int) -> int:
 
 
 def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, cp_rank: int = 0, min_tokens: int = 0,
-         device: torch.device | str = "cpu", experts_shape: tuple[int, int] | None = None) -> PackedMicrobatch:
+         device: torch.device | str = "cpu", experts_shape: tuple[int, int] | None = None,
+         top_k: int = 0) -> PackedMicrobatch:
     """This context-parallel rank's PackedMicrobatch of `samples` (none: padding alone), T a multiple of multiple_of.
 
     min_tokens: the least T, if ranks must agree on one; it is packed_tokens of another micro-batch.
     experts_shape: (MoE layers M, experts per token k), if the samples' routed_experts are to be replayed. Padding takes
     the experts 0 .. k-1. Experts describe the token that is read, so they are not shifted.
+    top_k: algo.distillation.top_k; the arrays of teachers then have k columns.
     """
     lengths = [len(sample.token_ids) - 1 for sample in samples]
     spans = [_ceil(length, sequence_multiple(cp_size)) for length in lengths]
@@ -65,6 +67,12 @@ def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, 
 
     def joined(parts, dtype, fill=0):
         return lay_out(source, parts, dtype=dtype, fill=fill).to(device)
+
+    def of_teachers(name: str, dtype, fill):
+        row = np.full(top_k, fill, dtype) if top_k else fill
+        found = [getattr(sample, name) for sample in samples]
+        return joined([np.broadcast_to(row, (n, *np.shape(row))) if said is None else said[1:]
+                       for n, said in zip(lengths, found, strict=True)], dtype, fill=row)
 
     return PackedMicrobatch(
         input_ids=joined([sample.token_ids[:-1] for sample in samples], np.int64),
@@ -87,8 +95,8 @@ def pack(samples: Sequence[TrainSample], *, multiple_of: int, cp_size: int = 1, 
         sentence_ids=None if any(sample.sentences is None for sample in samples) else joined(
             _counted_on(samples), np.int64),
         teachers=joined([np.full(n, s.teacher) for n, s in zip(lengths, samples, strict=True)], np.int64, fill=-1),
-        teacher_logprobs=joined([np.full(n, np.nan) if s.teacher_logprobs is None else s.teacher_logprobs[1:]
-                                 for n, s in zip(lengths, samples, strict=True)], np.float32, fill=np.nan),
+        teacher_logprobs=of_teachers("teacher_logprobs", np.float32, np.nan),
+        teacher_ids=of_teachers("teacher_ids", np.int64, 0) if top_k else None,
         second_labels=joined([np.append(sample.token_ids[2:], 0) for sample in samples], np.int64),
         second_mask=joined([np.append(sample.loss_mask[2:], False) for sample in samples], np.bool_))
 

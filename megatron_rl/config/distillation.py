@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import urlsplit
 
+from c3po import Divergence
 from megatron_rl.config.rules import require
 
 
@@ -34,22 +36,43 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """On-policy distillation: a token's advantage is A - coef * (ln student - ln teacher). Without teachers it is off.
+    """On-policy distillation: a token's advantage is A - coef * (ln student - ln teacher), or with top_k the loss has a
+    term coef * KL at each token. Without teachers it is off.
 
     - teachers: by name.
     - routes: domain -> name of the teacher of its prompts. Empty: the only teacher has all. A prompt of a domain
       without a teacher keeps the advantage A.
     - coef: weight of the teacher's judgement.
     - task_reward: false trains on the teachers alone, with A = 0. Responses are judged all the same, for the metrics.
+    - top_k: 0 compares the two at the sampled token. k > 0 takes the KL over k tokens of the vocabulary and over all
+      others together, at each trained token, with its own gradient.
+    - top_k_of: whose k most probable tokens these are, the `teacher`'s or the `student`'s before the update. `student`
+      needs teachers by checkpoint.
+    - divergence: `reverse` is KL(student || teacher), `forward` is KL(teacher || student), which needs top_k.
     """
 
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     routes: dict[str, str] = field(default_factory=dict)
     coef: float = 1.0
     task_reward: bool = True
+    top_k: int = 0
+    top_k_of: Literal["teacher", "student"] = "teacher"
+    divergence: Divergence = "reverse"
 
     def __post_init__(self):
         require(0 < self.coef < math.inf, f"algo.distillation.coef={self.coef} must be positive and finite")
+        require(self.top_k >= 0, f"algo.distillation.top_k={self.top_k} must not be negative")
+        require(self.top_k > 0 or self.divergence == "reverse",
+                "algo.distillation.divergence=forward needs algo.distillation.top_k > 0: tokens that the student "
+                "sampled estimate the reverse KL alone")
+        require(self.top_k > 0 or self.top_k_of == "teacher",
+                "algo.distillation.top_k_of=student needs algo.distillation.top_k > 0")
+        require(not self.top_k or self.on, f"algo.distillation.top_k={self.top_k} needs algo.distillation.teachers")
+        asked = [name for name, teacher in self.teachers.items() if teacher.urls]
+        require(self.top_k_of == "teacher" or not asked,
+                f"algo.distillation.top_k_of=student, but {', '.join(asked)} has urls: SGLang scores one list of "
+                "tokens for all positions of a request (token_ids_logprob), and the student has other tokens at each; "
+                "use algo.distillation.top_k_of=teacher, or the teacher's checkpoint")
         require(len(self.teachers) <= 1 or bool(self.routes),
                 f"algo.distillation.teachers has {len(self.teachers)} teachers ({', '.join(self.teachers)}): say in "
                 "algo.distillation.routes which domain has which")

@@ -19,11 +19,17 @@ class PipelineStage:
     - recipe: `sft` and `rl` train. `select` takes one epoch of the last sft stage by its entropy on the RL prompts
       (section select); it composes the overrides of the next rl stage and then its own.
     - title: the name for readers; empty: the stage's name.
+    - after: the stage (or `base`) whose model it starts from; empty: the one before it. Several stages may start from
+      one model.
+    - teachers: domain -> the earlier stage whose model teaches its prompts (algo.distillation), for an rl stage. It
+      becomes algo.distillation.teachers.<stage> and algo.distillation.routes.<domain>.
     - overrides: they compose the stage's configuration, usually an experiment's name and little else.
     """
 
     recipe: Literal["sft", "select", "rl"] = "rl"
     title: str = ""
+    after: str = ""
+    teachers: dict[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
 
@@ -35,7 +41,8 @@ class PipelineConfig:
     - random_base: without a model.path, start from the quick start's random model.
     - note: what the report says at the top.
 
-    Stage NAME lives in <run.dir>/NAME and starts from the model of the stage before it, the first from model.path.
+    Stage NAME lives in <run.dir>/NAME and starts from the model of the stage before it, or of `after`; the first from
+    model.path.
     Section eval evaluates the model of every stage. run.seed, observe and rollout.engine hold for all stages, which
     share one engine.
     """
@@ -51,6 +58,14 @@ class PipelineConfig:
                     f"pipeline.stages: {name!r} must be a word of lower-case letters, digits and _, and not {BASE}")
             require(stage.recipe != "select" or trained,
                     f"pipeline.stages.{name}.recipe=select needs an sft stage before it")
+            earlier = [BASE, *list(self.stages)[:place]]
+            require(not stage.after or stage.after in earlier, f"pipeline.stages.{name}.after={stage.after} is no "
+                    f"earlier stage: {', '.join(earlier)}")
+            require(not stage.teachers or stage.recipe == "rl",
+                    f"pipeline.stages.{name}.teachers are for recipe=rl, not {stage.recipe}")
+            for domain, teacher in stage.teachers.items():
+                require(teacher in earlier, f"pipeline.stages.{name}.teachers.{domain}={teacher} is no earlier stage: "
+                        f"{', '.join(earlier)}")
             later = list(self.stages.values())[place + 1:]
             require(stage.recipe != "select" or any(each.recipe == "rl" for each in later),
                     f"pipeline.stages.{name}.recipe=select needs an rl stage after it, whose prompts it uses")

@@ -114,10 +114,36 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class PassRateConfig:
+    """Dynamic pass rating: prompts are drawn by how often the policy solves them, instead of epoch by epoch.
+
+    A prompt whose groups were right in a share p is drawn with weight max(floor, 4 p (1 - p)), and with weight `floor`
+    if p is not between low and high. A prompt that was never judged has weight 1. The formula is ours (docs/data.md).
+
+    - enabled: draw in this way. Sections of a data.mix keep their ratio; the draws are within each.
+    - low, high: the band of pass rates that is worth sampling.
+    - floor: the weight of prompts outside it. Above 0, so that they come back when the policy has changed.
+    - memory: weight of the earlier groups of a prompt in its running pass rate.
+    """
+
+    enabled: bool = False
+    low: float = 0.1
+    high: float = 0.9
+    floor: float = 0.05
+    memory: float = 0.5
+
+    def __post_init__(self):
+        require(0 <= self.low < self.high <= 1,
+                f"rollout.pass_rate.low={self.low} and high={self.high}: 0 <= low < high <= 1")
+        require(0 < self.floor <= 1, f"rollout.pass_rate.floor={self.floor} must lie in (0, 1]")
+        require(0 <= self.memory < 1, f"rollout.pass_rate.memory={self.memory} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """What is sampled for one step, by which engines, and how weights reach them.
 
-    - prompts_per_step, responses_per_prompt: what a step samples.
+    - prompts_per_step, responses_per_prompt: what a step samples. pass_rate: which prompts it draws.
     - max_response_tokens: limit of a response. max_context_tokens: limit of a response with its prompt.
     - temperature: divides the logits in sampling. top_p: samples among the likeliest tokens of this share. stop: texts
       that end a response, besides the end token.
@@ -150,6 +176,7 @@ class RolloutConfig:
     collector: Literal["sync", "budgeted", "partial", "async"] = "sync"
     prompts_per_step: int = 32
     responses_per_prompt: int = 8
+    pass_rate: PassRateConfig = field(default_factory=PassRateConfig)
     max_response_tokens: int = 80
     max_context_tokens: int = 512
     temperature: float = 1.0

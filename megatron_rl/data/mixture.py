@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.config.data import KEYS, CurriculumStage, DataConfig
-from megatron_rl.data.sampler import PromptSampler
+from megatron_rl.config.rollout import PassRateConfig
+from megatron_rl.data.sampler import PassRateSampler, PromptSampler, pass_rate_metrics
 from megatron_rl.data.sources import Limits, PromptSource, build_source
 from megatron_rl.types import Prompt
 
-__all__ = ["MixedSampler", "MixedSource", "build_prompts", "build_sampler", "heldout"]
+__all__ = ["MixedSampler", "MixedSource", "build_prompts", "build_rated_sampler", "build_sampler", "heldout"]
 
 
 class MixedSource:
@@ -68,8 +69,9 @@ class MixedSampler:
     with other weights: each part goes on where it was, and the new ratio holds from there.
     """
 
-    def __init__(self, source: MixedSource, stages: Sequence[CurriculumStage], seed: int, *, shuffle: bool = True):
-        self._samplers = {name: PromptSampler(part, seed, shuffle=shuffle) for name, part in source.parts.items()}
+    def __init__(self, source: MixedSource, stages: Sequence[CurriculumStage],
+                 samplers: Mapping[str, PromptSampler | PassRateSampler]):
+        self._samplers = dict(samplers)
         sizes = {name: len(part) for name, part in source.parts.items()}
         self._stages = [(stage.prompts, _shares(stage.weights or sizes)) for stage in stages]
         self._stage = 0
@@ -139,9 +141,38 @@ def build_prompts(config: DataConfig, tokenizer: Any, limits: Limits) -> PromptS
     return MixedSource(parts)
 
 
+class RatedMixedSampler(MixedSampler):
+    """A MixedSampler whose parts draw by pass rate."""
+
+    def __init__(self, source: MixedSource, stages: Sequence[CurriculumStage], samplers: Mapping[str, PassRateSampler],
+                 config: PassRateConfig):
+        super().__init__(source, stages, samplers)
+        self._rated, self._config = samplers, config
+
+    def observe(self, prompt: Prompt, rate: float) -> None:
+        for sampler in self._rated.values():
+            sampler.observe(prompt, rate)
+
+    def metrics(self) -> dict[str, float]:
+        return pass_rate_metrics(list(self._rated.values()), self._config)
+
+
 def build_sampler(source: PromptSource, config: DataConfig, seed: int) -> PromptSampler | MixedSampler:
     """The endless order over `source` (from build_prompts) that data.shuffle, .weights and .curriculum describe."""
     if isinstance(source, MixedSource):
-        stages = config.curriculum or (CurriculumStage(config.weights),)
-        return MixedSampler(source, stages, seed, shuffle=config.shuffle)
+        return MixedSampler(source, _stages(config), {name: PromptSampler(part, seed, shuffle=config.shuffle)
+                                                      for name, part in source.parts.items()})
     return PromptSampler(source, seed, shuffle=config.shuffle)
+
+
+def build_rated_sampler(source: PromptSource, config: DataConfig, seed: int,
+                        rates: PassRateConfig) -> PassRateSampler | RatedMixedSampler:
+    """The same with draws by pass rate instead of epochs: rollout.pass_rate."""
+    if isinstance(source, MixedSource):
+        samplers = {name: PassRateSampler(part, seed, rates) for name, part in source.parts.items()}
+        return RatedMixedSampler(source, _stages(config), samplers, rates)
+    return PassRateSampler(source, seed, rates)
+
+
+def _stages(config: DataConfig) -> Sequence[CurriculumStage]:
+    return config.curriculum or (CurriculumStage(config.weights),)

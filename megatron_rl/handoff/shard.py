@@ -92,6 +92,13 @@ def _to_arrays(update: UpdateShard) -> dict[str, Any]:
         assert len(found) in (0, len(samples)), f"either all responses of a step have {name} or none"
         return np.concatenate(found) if found else None
 
+    def where_said(name: str, fill: float) -> np.ndarray | None:
+        """All samples, with `fill` in those that no teacher on a server has judged."""
+        said = next((getattr(sample, name) for sample in samples if getattr(sample, name) is not None), None)
+        return None if said is None else np.concatenate([
+            np.full((len(sample.token_ids), *said.shape[1:]), fill, said.dtype) if getattr(sample, name) is None
+            else getattr(sample, name) for sample in samples])
+
     return {
         "token_ids": end_to_end([sample.token_ids for sample in samples], np.int32),
         "loss_mask": end_to_end([sample.loss_mask for sample in samples], np.bool_),
@@ -100,10 +107,7 @@ def _to_arrays(update: UpdateShard) -> dict[str, Any]:
         "lengths": np.array([len(sample.token_ids) for sample in samples], dtype=np.int32),
         "indices": np.array([sample.index for sample in samples], dtype=np.int32),
         "teachers": np.array([sample.teacher for sample in samples], dtype=np.int32),
-        "teacher_logprobs": end_to_end([
-            np.full(len(sample.token_ids), np.nan, np.float32) if sample.teacher_logprobs is None
-            else sample.teacher_logprobs for sample in samples], np.float32)
-        if any(sample.teacher_logprobs is not None for sample in samples) else None,
+        "teacher_logprobs": where_said("teacher_logprobs", np.nan), "teacher_ids": where_said("teacher_ids", 0),
         "advantages": np.array([sample.advantage for sample in samples], dtype=np.float64),
         "response_tokens": np.array([sample.num_response_tokens for sample in samples], dtype=np.int32),
         "sizes": list(update.sizes), "least_tokens": list(update.least_tokens), "phi": update.phi,
@@ -115,13 +119,14 @@ def _from_arrays(arrays: Mapping[str, Any]) -> UpdateShard:
     samples = []
     for place, (end, length) in enumerate(zip(ends, arrays["lengths"], strict=True)):
         here, experts, sentences = slice(end - length, end), arrays["routed_experts"], arrays["sentences"]
-        taught = arrays["teacher_logprobs"]
+        taught, taught_ids = arrays["teacher_logprobs"], arrays["teacher_ids"]
         samples.append(TrainSample(
             index=int(arrays["indices"][place]), token_ids=arrays["token_ids"][here],
             loss_mask=arrays["loss_mask"][here], rollout_logprobs=arrays["rollout_logprobs"][here],
             advantage=float(arrays["advantages"][place]), num_response_tokens=int(arrays["response_tokens"][place]),
             routed_experts=None if experts is None else experts[end - length - place:end - place - 1],
             sentences=None if sentences is None else sentences[here], teacher=int(arrays["teachers"][place]),
-            teacher_logprobs=None if taught is None else taught[here]))
+            teacher_logprobs=None if taught is None else taught[here],
+            teacher_ids=None if taught_ids is None else taught_ids[here]))
     return UpdateShard(tuple(samples), tuple(arrays["sizes"]), tuple(arrays["least_tokens"]), arrays["phi"],
                        arrays["selected_tokens"], arrays["num_responses"])

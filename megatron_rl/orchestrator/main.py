@@ -14,7 +14,7 @@ from typing import Any
 from megatron_rl import loop
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
-from megatron_rl.data import build_sampler
+from megatron_rl.data import build_rated_sampler, build_sampler
 from megatron_rl.handoff import load
 from megatron_rl.model import checkpoint_files as files
 from megatron_rl.model.architectures import read_config
@@ -79,8 +79,10 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     serving = await stack.enter_async_context(Serving(config))
     teachers = await stack.enter_async_context(Teachers(config.algo.distillation, config.rollout))
     await teachers.check_vocabulary(token_texts(tokenizer) if teachers.fleets else [])
+    rates, order = config.rollout.pass_rate, (source, config.data, config.run.seed)
+    rated = build_rated_sampler(*order, rates) if rates.enabled else None
     collector = build_collector(config, serving.responder(config, tokenizer, rewards, engine_routing(config), teachers),
-                                build_sampler(source, config.data, config.run.seed))
+                                rated or build_sampler(*order))
     if offered is not None:
         collector.load_state_dict(offered.collector)
     elif checkpoint is not None and stage.keeps_order:
@@ -88,7 +90,7 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     weights = PublishedWeights(config, port, serving.fleet)
     rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered,
                         counted=lambda step: {**serving.agent_metrics(step), **rewards.take_metrics()},
-                        pieces=QuickText(tokenizer).pieces if config.algo.needs_sentences else None)
+                        pieces=QuickText(tokenizer).pieces if config.algo.needs_sentences else None, rated=rated)
     if offered is None:
         rollouts.keep_state(first_step)
     ranks, phases = Ranks(port, stage, weights), PhaseFile(log.directory)

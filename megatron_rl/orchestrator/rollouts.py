@@ -18,13 +18,13 @@ from megatron_rl.observe.flops import train_flops
 from megatron_rl.observe.own import OwnMetrics, show_rollouts
 from megatron_rl.observe.samples import sampled_responses
 from megatron_rl.observe.timing import Timers
-from megatron_rl.observe.verdicts import judged
+from megatron_rl.observe.verdicts import judged, known, number_right
 from megatron_rl.orchestrator.port import TrainerPort
 from megatron_rl.orchestrator.record import budget_metrics, ledger_metrics, rollout_metrics
 from megatron_rl.orchestrator.state import OfferedStep
 from megatron_rl.orchestrator.weights import PublishedWeights
 from megatron_rl.rollout.collectors import Collector, Ledger
-from megatron_rl.types import RolloutGroup
+from megatron_rl.types import Prompt, RolloutGroup
 
 
 class Rollouts:
@@ -32,15 +32,18 @@ class Rollouts:
 
     counted: what agents did and a judge cost up to a step.
     pieces: gives the text of tokens one by one, from which sentences are found (algo.loss.surrogate=lpo); else None.
+    rated: the prompts, if they are drawn by pass rate. They hear of a step's groups when the step has all of them, and
+    before the state is taken, so a run that resumes draws what this one would have drawn.
     """
 
     def __init__(self, config: Config, network: Network, collector: Collector, weights: PublishedWeights,
                  port: TrainerPort, folder: Path, offered: OfferedStep | None = None, *,
-                 counted: Callable[[int], Mapping[str, float]], pieces: Pieces | None = None):
+                 counted: Callable[[int], Mapping[str, float]], pieces: Pieces | None = None,
+                 rated: RatedPrompts | None = None):
         self._config, self._sizes, self._collector = config, asdict(network), collector
         self._weights, self._port, self._folder, self._again = weights, port, folder, offered
         self._own, self._counted = OwnMetrics(config.observe.metrics), counted
-        self._pieces = pieces
+        self._pieces, self._rated = pieces, rated
         if offered is not None:
             self._hand_over(offered)
 
@@ -58,6 +61,9 @@ class Rollouts:
                 return await self._weights.while_serving(self._collector.collect(step, round_))
 
         groups, batches, ledger, rounds = await collect_budget(self._config, collect, step)
+        if self._rated is not None:
+            for group in known(groups):
+                self._rated.observe(group.prompt, number_right(group) / len(judged(group)))
         with timers("assemble"):
             offered = await asyncio.to_thread(self._offered, step, groups, batches, timers, ledger, rounds,
                                               self._counted(step))
@@ -75,7 +81,8 @@ class Rollouts:
         config, own = self._config, {f"extra/{name}": value for name, value in self._own(groups).items()}
         fill = BudgetFill(config.algo, config.parallel.dp, config.rollout.max_response_tokens, config.reward.shaping)
         metrics = {**rollout_metrics(groups, fill, version=step), **own, **ledger_metrics(ledger, rounds),
-                   **budget_metrics(groups, batches), **counted}
+                   **budget_metrics(groups, batches), **counted,
+                   **({} if self._rated is None else self._rated.metrics())}
         samples = sampled_responses(groups, config.observe.samples_per_step, seed=config.run.seed, step=step)
         flops = train_flops(self._sizes, lengths, frozen=config.model.lora.on, mtp=config.model.mtp)
         return OfferedStep(step, shards, metrics, samples, flops, timers.seconds("generate"),
@@ -84,6 +91,14 @@ class Rollouts:
     def _hand_over(self, offered: OfferedStep) -> None:
         self._port.offer(offered.step, offered.shards)
         self._port.keep_state(offered.step + 1, dump({"collector": offered.collector}))
+
+
+class RatedPrompts(Protocol):
+    """data.PassRateSampler, or a mixture of them."""
+
+    def observe(self, prompt: Prompt, rate: float) -> None: ...
+
+    def metrics(self) -> dict[str, float]: ...
 
 
 class Collect(Protocol):

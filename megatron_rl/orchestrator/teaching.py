@@ -20,6 +20,9 @@ def check_teachers(config: Config, tokenizer) -> None:
     """
     for name, teacher in config.algo.distillation.teachers.items():
         key_of(name, teacher)
+    size, top_k = read_config(config.model.path).vocab_size, config.algo.distillation.top_k
+    if top_k > size:
+        raise ValueError(f"algo.distillation.top_k={top_k} is more than the {size} tokens of model.path")
     for key, folder in config.algo.distillation.checkpoints.items():
         network = read_config(folder, key=key)
         check_layout(network, config.parallel)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from rich.table import Table
@@ -19,7 +21,7 @@ from megatron_rl.pipeline.plan import Plan, Stage
 from megatron_rl.preflight import check_backends, check_data, check_folders, network_of, sizes_of
 from megatron_rl.prompts import sft_source
 
-__all__ = ["check", "check_start", "table"]
+__all__ = ["branches", "check", "check_start", "table"]
 
 
 def check(plan: Plan) -> None:
@@ -40,7 +42,7 @@ def check_start(plan: Plan, place: int) -> None:
     check_folders(at(plan.whole, base), exports=True)
     check_data(at(plan.whole, base))
     for stage in plan.stages[max(place, 1):]:
-        config = at(stage.config, base)
+        config = at(stage.config, base, stage.teachers)
         try:
             if stage.recipe == "sft":
                 sft_source(config, load_tokenizer(config.model))
@@ -58,8 +60,15 @@ def base_network(plan: Plan) -> Network:
     return network_of(at(plan.whole, base))
 
 
-def at(config: Config, folder: Path) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+def at(config: Config, folder: Path, teachers: Sequence[str] = ()) -> Config:
+    """The configuration with the model of `folder`, and its `teachers`, which may not be there yet, with it too."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+    if not teachers:
+        return config
+    given = config.algo.distillation.teachers
+    there = {name: dataclasses.replace(given[name], checkpoint=str(folder)) for name in teachers}
+    teaching = dataclasses.replace(config.algo.distillation, teachers={**given, **there})
+    return dataclasses.replace(config, algo=dataclasses.replace(config.algo, distillation=teaching))
 
 
 def _check_stage(stage: Stage, network: Network) -> None:
@@ -97,3 +106,13 @@ def table(plan: Plan) -> Table:
             cells[3] = f"{config.rollout.max_context_tokens:,}"
         shown.add_row(stage.name, stage.recipe, *cells)
     return shown
+
+
+def branches(plan: Plan) -> list[str]:
+    """A line for each stage that does not simply follow the one before it."""
+    lines = []
+    for before, stage in pairwise(plan.stages):
+        taught = f", taught by {', '.join(stage.teachers)}" if stage.teachers else ""
+        if taught or stage.after != before.name:
+            lines.append(f"{stage.name} starts from the model of {stage.after}{taught}")
+    return lines

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_rl.observe.progress import duration
 from megatron_rl.observe.say import say
-from megatron_rl.pipeline.check import check, check_start, table
+from megatron_rl.pipeline.check import branches, check, check_start, table
 from megatron_rl.pipeline.driver import run as run_plan
 from megatron_rl.pipeline.plan import plan
 
@@ -23,6 +23,8 @@ def run(options) -> int:
     else:
         check(todo)
     console.print(table(todo))
+    for line in branches(todo):
+        console.print(line)
     if options.check:
         unseen = "" if base_is_here else f" (no data was looked at: {todo.stages[0].model} is not here)"
         say(f"valid: all {len(todo.stages)} stages of {todo.whole.run.name}{unseen}")

@@ -19,7 +19,7 @@ from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, terminable
 from megatron_rl.pipeline.check import check_start
 from megatron_rl.pipeline.plan import Plan, Stage
-from megatron_rl.pipeline.record import Record, begin, finish, next_stage, records
+from megatron_rl.pipeline.record import Record, begin, finish, made_from, next_stage, records
 from megatron_rl.pipeline.report import write_result
 from megatron_rl.recipes import evaluate, select_checkpoint
 from megatron_rl.recipes.quickstart import make_random_model
@@ -52,8 +52,7 @@ def run(plan: Plan, console: Console) -> Path:
                 engines_for(plan.engine_config, str(base.model), plan.folder / "engine.log") as served:
             for place, current in enumerate(plan.stages[first:], first):
                 console.rule(f"[bold]{place + 1} of {len(plan.stages)}: {current.title}[/bold]")
-                found[place] = run_stage(plan, current, found[place - 1] if place else None, found[place], served,
-                                         console)
+                found[place] = run_stage(plan, current, made_from(plan, current, found), found[place], served, console)
                 report = write_result(plan, found)
     except (RunInterrupted, KeyboardInterrupt):
         raise RunInterrupted(f"stopped in stage {current.name}; the same command goes on there") from None
@@ -63,10 +62,10 @@ def run(plan: Plan, console: Console) -> Path:
     return report
 
 
-def run_stage(plan: Plan, stage: Stage, before: Record | None, earlier: Record | None, served: Config,
+def run_stage(plan: Plan, stage: Stage, after: str | None, earlier: Record | None, served: Config,
               console: Console) -> Record:
-    """before: what it begins from; earlier: its own record of a start that did not end."""
-    record, seconds = begin(stage, before, earlier), {}
+    """after: Record.after; earlier: its own record of a start that did not end."""
+    record, seconds = begin(stage, after, earlier), {}
     with timed(seconds, "train"):
         make_model(stage, served, console)
     with timed(seconds, "evaluate"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_rl.config.load import SHORTHANDS, load
@@ -26,13 +27,24 @@ GIVEN = ("run.dir", "run.name", "run.seed", "model.path", "select.folder")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, composed. recipe: `base`, or as PipelineStage has it. model: the checkpoint's folder afterwards."""
+    """One stage, composed.
+
+    - recipe: `base`, or as PipelineStage has it. model: the checkpoint's folder afterwards.
+    - after: the stage that it starts from; "" for the base. teachers: the stages whose models teach it.
+    """
 
     name: str
     recipe: str
     title: str
     config: Config
     model: Path
+    after: str = ""
+    teachers: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All stages that its result depends on directly."""
+        return (*([self.after] if self.after else []), *self.teachers)
 
     @property
     def folder(self) -> Path:
@@ -74,21 +86,27 @@ def plan(overrides: Sequence[str]) -> Plan:
             "model.path is not set: give the base checkpoint's folder")
     root = Path(whole.run.dir)
     base = Path(whole.model.path) if whole.model.path else root / BASE / "hf"
-    before = dict(zip(declared, [base, *(root / name / "hf" for name in declared)], strict=False))
+    models = {BASE: base} | {name: root / name / "hf" for name in declared}
+    after = {name: declared[name].after or before for before, name in pairwise([BASE, *declared])}
     # selections last: a mistake in an rl stage that they inherit is then reported as that stage's
-    configs = {name: _compose(whole, name, before[name], of_stages)
+    configs = {name: _compose(whole, name, models[after[name]], models, of_stages)
                for name in sorted(declared, key=lambda name: declared[name].recipe == "select")}
     first = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(root / BASE)),
                                 model=dataclasses.replace(whole.model, path=str(base)))
     result = Plan(whole, (Stage(BASE, BASE, "the base model", first, base),
-                          *(Stage(name, stage.recipe, stage.title or name, configs[name], root / name / "hf")
+                          *(Stage(name, stage.recipe, stage.title or name, configs[name], models[name], after[name],
+                                  tuple(dict.fromkeys(stage.teachers.values())))
                             for name, stage in declared.items())))
     _check(result)
     return result
 
 
-def _compose(whole: Config, name: str, model: Path, of_stages: dict[str, list[str]]) -> Config:
-    """The configuration of one stage: its own overrides, the user's, and what follows from the pipeline."""
+def _compose(whole: Config, name: str, model: Path, models: Mapping[str, Path],
+             of_stages: dict[str, list[str]]) -> Config:
+    """The configuration of one stage: its own overrides, the user's, and what follows from the pipeline.
+
+    model: where it starts. models: what each stage leaves.
+    """
     declared, root = whole.pipeline.stages, Path(whole.run.dir)
     texts = [*declared[name].overrides, *of_stages.get(name, ())]
     given = {"run.dir": root / name, "run.name": name, "run.seed": whole.run.seed, "model.path": model}
@@ -99,6 +117,11 @@ def _compose(whole: Config, name: str, model: Path, of_stages: dict[str, list[st
         sft = next(each for each in reversed(earlier) if declared[each].recipe == "sft")
         texts = [*declared[rl].overrides, *of_stages.get(rl, ()), *texts]
         given["select.folder"] = root / sft
+    taught = declared[name].teachers
+    if taught:
+        folders = ", ".join(f"{each}: {{checkpoint: '{models[each]}'}}" for each in dict.fromkeys(taught.values()))
+        routes = ", ".join(f"{domain}: {teacher}" for domain, teacher in taught.items())
+        given |= {"algo.distillation.teachers": f"{{{folders}}}", "algo.distillation.routes": f"{{{routes}}}"}
     try:
         config = load([*texts, *(f"{key}={value}" for key, value in given.items())])
     except ValueError as error:

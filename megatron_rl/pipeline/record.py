@@ -19,7 +19,7 @@ from megatron_rl.config.show import differences
 from megatron_rl.observe.files import write_json
 from megatron_rl.pipeline.plan import Plan, Stage
 
-__all__ = ["Record", "begin", "finish", "next_stage", "read", "records"]
+__all__ = ["Record", "begin", "finish", "made_from", "next_stage", "read", "records"]
 
 FILE = "stage.json"
 MAY_DIFFER = ("run.resume", "observe.", "rollout.engine.", "slurm.", "pipeline.")
@@ -30,7 +30,7 @@ SELECT_ASKS = ("data.", "eval.", "model.", "reward.", "rollout.", "run.seed", "s
 
 @dataclass(frozen=True)
 class Record:
-    """One stage. after: the `id` of the record that it began from, None for the base; starts: how often it was begun.
+    """One stage. after: made_from of its start, None for the base; starts: how often it was begun.
 
     evaluation: set -> values (docs/metrics.md); seconds: of the last start, in parts. Both empty until finished.
     """
@@ -74,11 +74,17 @@ def records(plan: Plan) -> list[Record | None]:
         if record is None:
             continue
         _check_config(plan, place, record)
-        before = found[place - 1] if place else None
-        require(not place or (before is not None and before.finished and record.after == before.id),
-                f"{stage.folder} was made from an earlier result of stage {plan.stages[place - 1].name}: remove "
+        require(record.after == made_from(plan, stage, found),
+                f"{stage.folder} was made from an earlier result of stage {' or '.join(stage.sources)}: remove "
                 f"{_folders(plan, place)} to run from there again")
     return found
+
+
+def made_from(plan: Plan, stage: Stage, found: Sequence[Record | None]) -> str | None:
+    """The ids of the records of its sources, joined by +. None for the base, and if one of them is not finished."""
+    by_name = {each.name: record for each, record in zip(plan.stages, found, strict=True)}
+    sources = [record for record in map(by_name.get, stage.sources) if record is not None and record.finished]
+    return "+".join(each.id for each in sources) if sources and len(sources) == len(stage.sources) else None
 
 
 def next_stage(found: Sequence[Record | None]) -> int | None:
@@ -86,12 +92,10 @@ def next_stage(found: Sequence[Record | None]) -> int | None:
     return next((place for place, record in enumerate(found) if record is None or not record.finished), None)
 
 
-def begin(stage: Stage, before: Record | None, earlier: Record | None) -> Record:
-    """Note that the stage starts; earlier: its record of a start that did not end."""
-    record = Record(stage.name, stage.recipe, "begun", stage.config,
-                    uuid.uuid4().hex if earlier is None else earlier.id, None if before is None else before.id,
-                    1 if earlier is None else earlier.starts + 1)
-    return _write(stage, record)
+def begin(stage: Stage, after: str | None, earlier: Record | None) -> Record:
+    """Note that the stage starts; after: made_from; earlier: its record of a start that did not end."""
+    id_, starts = (uuid.uuid4().hex, 1) if earlier is None else (earlier.id, earlier.starts + 1)
+    return _write(stage, Record(stage.name, stage.recipe, "begun", stage.config, id_, after, starts))
 
 
 def finish(stage: Stage, record: Record, evaluation: Mapping[str, Any], seconds: Mapping[str, float]) -> Record:
@@ -120,4 +124,9 @@ def _check_config(plan: Plan, place: int, record: Record) -> None:
 
 
 def _folders(plan: Plan, place: int) -> str:
-    return " ".join(str(stage.folder) for stage in plan.stages[place:] if stage.folder.exists())
+    """Those of the stage and of all that were made from it."""
+    names = {plan.stages[place].name}
+    for stage in plan.stages[place:]:
+        if names & set(stage.sources):
+            names.add(stage.name)
+    return " ".join(str(stage.folder) for stage in plan.stages if stage.name in names and stage.folder.exists())

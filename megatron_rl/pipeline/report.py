@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.data import EvalConfig
 from megatron_rl.config.load import to_dict
 from megatron_rl.observe import page
 from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.progress import duration
 from megatron_rl.observe.report import run_sections, versions_section
+from megatron_rl.observe.stats import bootstrap_interval
 from megatron_rl.observe.versions import collect_versions
 from megatron_rl.pipeline.draw import draw_accuracies, draw_entropies, draw_pass_rates, sets
 from megatron_rl.pipeline.plan import Plan, Stage
 from megatron_rl.pipeline.record import Record
-from megatron_rl.recipes import select_checkpoint
+from megatron_rl.recipes import evaluate, select_checkpoint
+from megatron_rl.types import FAILURES
 
 RESULT, REPORT = "pipeline.json", "report.html"
 Made = Sequence[tuple[Stage, Record]]
@@ -28,8 +31,9 @@ def write_result(plan: Plan, found: Sequence[Record | None]) -> Path:
             if record is not None and record.finished]
     write_json(plan.folder / RESULT, result(plan, made))
     body = [f"<h1>{page.text(plan.whole.run.name)}</h1>", _subtitle(plan, made), _summary(made), _accuracy(made),
-            _stages(plan, made), *(_choice(stage) for stage, _ in made if stage.recipe == "select"), _training(made),
-            _configs(plan, made), versions_section([stage.folder for stage, _ in made if _trains(stage)])]
+            _gains(made, plan.whole.eval), _stages(plan, made),
+            *(_choice(stage) for stage, _ in made if stage.recipe == "select"), _training(made), _configs(plan, made),
+            versions_section([stage.folder for stage, _ in made if _trains(stage)])]
     out = plan.folder / REPORT
     write_whole(out, page.page(f"{plan.whole.run.name} - megatron_rl", [part for part in body if part]))
     return out
@@ -42,6 +46,8 @@ def result(plan: Plan, made: Made) -> dict[str, Any]:
         "stages": [{
             "name": stage.name, "title": stage.title, "recipe": stage.recipe, "model": record.model,
             "starts": record.starts, "seconds": record.seconds, "evaluation": record.evaluation,
+            **({"after": stage.after, "gain": gain(stage, before, plan.whole.eval)}
+               if (before := _stage_before(stage, made)) is not None else {}),
             **({"decision": _decision(stage)} if stage.recipe == "select" else {}), "config": to_dict(record.config),
         } for stage, record in made],
         "waiting": [stage.name for stage in plan.stages[len(made):]],
@@ -79,6 +85,53 @@ def _cell(values: Mapping[str, float] | None) -> str:
     if values is None or "accuracy" not in values:
         return "-"
     return f"{values['accuracy']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
+
+
+def gain(stage: Stage, before: Stage, config: EvalConfig) -> dict[str, tuple[float, float, float]]:
+    """Set -> (gain in accuracy over the model that the stage started from, low, high).
+
+    Both models answered the same problems, so the bootstrap interval is of the differences by problem.
+    """
+    ours, theirs = (_shares_by_problem(each) for each in (stage, before))
+    differences: dict[str, list[list[float]]] = {}
+    for (name, problem), share in ours.items():
+        differences.setdefault(name, []).append([share - theirs[name, problem]])
+    return {name: bootstrap_interval(values, config.bootstrap_resamples, config.seed)
+            for name, values in differences.items()}
+
+
+def _shares_by_problem(stage: Stage) -> dict[tuple[str, str], float]:
+    """(set, problem) -> the share of its samples that are right; problems that failed or are graded are left out."""
+    verdicts: dict[tuple[str, str], list[bool | None]] = {}
+    with (stage.folder / "evaluation" / evaluate.SAMPLES).open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if row["status"] not in FAILURES:
+                verdicts.setdefault((row["set"], row["id"]), []).append(row["correct"])
+    return {key: sum(map(bool, found)) / len(found) for key, found in verdicts.items() if None not in found}
+
+
+def _stage_before(stage: Stage, made: Made) -> Stage | None:
+    return next((each for each, _ in made if each.name == stage.after), None)
+
+
+def _gains(made: Made, config: EvalConfig) -> str:
+    names = sets([record.evaluation for _, record in made])
+    rows = []
+    for stage, record in made:
+        before = _stage_before(stage, made)
+        if before is None:
+            continue
+        found = gain(stage, before, config)
+        tokens = [f"{record.evaluation[name]['mean_response_tokens']:.0f}" for name in names]
+        rows.append([stage.title, before.title, *(
+            f"{found[name][0]:+.3f} [{found[name][1]:+.3f}, {found[name][2]:+.3f}]" if name in found else "-"
+            for name in names), " ".join(tokens)])
+    if not rows:
+        return ""
+    return (f"<h2>Gain of every stage</h2>{page.table(['stage', 'over', *names, 'tokens'], rows, numbers_from=2)}"
+            '<p class="quiet">Accuracy of the stage\'s model minus that of the model that it started from, on the same '
+            "problems. Brackets: 95% bootstrap interval of the differences by problem. tokens: mean length of the "
+            "stage's responses in each set, in the order of the columns.</p>")
 
 
 def _stages(plan: Plan, made: Made) -> str:

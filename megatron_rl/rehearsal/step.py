@@ -205,7 +205,8 @@ def _initialise(policy: Policy) -> None:
 def packed(workload: Workload, config: Config, cp_rank: int) -> list[PackedMicrobatch]:
     parallel = config.parallel
     samples = [_sample(index, length) for index, length in enumerate(workload.lengths)]
-    return [pack(samples, multiple_of=parallel.token_multiple, cp_size=parallel.cp, cp_rank=cp_rank)
+    return [pack(samples, multiple_of=parallel.token_multiple, cp_size=parallel.cp, cp_rank=cp_rank,
+                 top_k=config.algo.distillation.top_k)
             for _ in range(workload.microbatches)]
 
 

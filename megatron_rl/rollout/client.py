@@ -74,6 +74,25 @@ class EngineClient:
 
     async def input_logprobs(self, input_ids: Sequence[int], *, rid: str) -> np.ndarray:
         """Log-probability of each token but the first, given those before it, fp32 [L - 1], at temperature 1."""
+        meta = await self._read_input(input_ids, rid, {})
+        with well_formed():
+            return _finite(rid, [pair[0] for pair in meta["input_token_logprobs"][1:]])
+
+    async def top_input_logprobs(self, input_ids: Sequence[int], *, rid: str,
+                                 top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The top_k most probable tokens at each place but the first, given those before it, at temperature 1.
+
+        Returns (log-probabilities fp32 [L - 1, k], token ids int32 [L - 1, k]).
+        """
+        meta = await self._read_input(input_ids, rid, {"top_logprobs_num": top_k})
+        with well_formed():
+            rows = [(logprob, token) for row in meta["input_top_logprobs"][1:] for logprob, token, _ in row]
+            shape = (len(input_ids) - 1, top_k)
+            return (_finite(rid, [logprob for logprob, _ in rows]).reshape(shape),
+                    np.asarray([token for _, token in rows], np.int32).reshape(shape))
+
+    async def _read_input(self, input_ids: Sequence[int], rid: str, more: dict[str, Any]) -> dict[str, Any]:
+        """meta_info of a request that the engine reads and answers with one token."""
         answer = await self._post(
             "/generate",
             {
@@ -82,17 +101,15 @@ class EngineClient:
                 "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
                 "return_logprob": True,
                 "logprob_start_len": 0,
+                **more,
             },
             timeout_s=self.timeout_s,
         )
         with well_formed():
-            pairs = answer["meta_info"]["input_token_logprobs"][1:]
-            if [pair[1] for pair in pairs] != list(input_ids[1:]):
+            meta = answer["meta_info"]
+            if [pair[1] for pair in meta["input_token_logprobs"][1:]] != list(input_ids[1:]):
                 raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities of other tokens than asked")
-            logprobs = np.asarray([pair[0] for pair in pairs], dtype=np.float32)
-            if not np.isfinite(logprobs).all():
-                raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities that are not finite")
-            return logprobs
+            return meta
 
     async def detokenize(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence by the engine's own tokenizer, special tokens included."""
@@ -219,6 +236,13 @@ class EngineClient:
     async def _request(self, method: str, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
         return await self._connection.request(
             method, path, body, timeout_s=self.control_timeout_s if timeout_s is None else timeout_s)
+
+
+def _finite(rid: str, values: list[float]) -> np.ndarray:
+    logprobs = np.asarray(values, dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities that are not finite")
+    return logprobs
 
 
 def _version_to_wire(version: int | None) -> dict[str, str]:

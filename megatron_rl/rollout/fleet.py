@@ -110,10 +110,16 @@ class Fleet:
 
         return await self._answered(tuple(input_ids), rid, tally, ask, partial(self._check, sampling=sampling))
 
-    async def input_logprobs(self, input_ids: Sequence[int], *, rid: str, tally: Tally) -> np.ndarray:
-        """Log-probability of each token but the first at temperature 1, fp32 [L - 1]. Failures are as in generate()."""
-        async def ask(client: EngineClient, attempt: str) -> np.ndarray:
-            return await client.input_logprobs(input_ids, rid=attempt)
+    async def input_logprobs(self, input_ids: Sequence[int], *, rid: str, tally: Tally,
+                             top_k: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+        """EngineClient.top_input_logprobs of some engine; with top_k=0 (input_logprobs, None).
+
+        Failures are as in generate().
+        """
+        async def ask(client: EngineClient, attempt: str) -> tuple[np.ndarray, np.ndarray | None]:
+            if top_k:
+                return await client.top_input_logprobs(input_ids, rid=attempt, top_k=top_k)
+            return await client.input_logprobs(input_ids, rid=attempt), None
 
         return await self._answered(tuple(input_ids), rid, tally, ask, lambda result, attempt, oldest: None)
 

@@ -57,23 +57,27 @@ class Teachers:
                 check_same_vocabulary(key, own, vocabulary_hash(theirs))
 
     async def scored(self, rollout: Rollout, domain: str) -> Rollout:
-        """The rollout with the teacher's log-probability of every token but the first of each of its sequences.
+        """The rollout with the teacher's log-probabilities at every token but the first of each of its sequences.
 
         Unchanged if the domain has no teacher on a server. FleetError if no server could score it.
         """
         fleet = self.fleets.get(self._config.teacher_of(domain) or "")
         if fleet is None:
             return rollout
-        found = await asyncio.gather(*(self._logprobs(fleet, sequence) for sequence in rollout.sequences))
-        first, *others = [replace(sequence, teacher_logprobs=logprobs)
-                          for sequence, logprobs in zip(rollout.sequences, found, strict=True)]
+        first, *others = await asyncio.gather(*(self._scored(fleet, sequence) for sequence in rollout.sequences))
         return replace(first, others=tuple(others))
 
-    async def _logprobs(self, fleet: Fleet, sequence: Rollout) -> np.ndarray:
+    async def _scored(self, fleet: Fleet, sequence: Rollout) -> Rollout:
         self._numbers += 1
-        logprobs = await fleet.input_logprobs(sequence.token_ids.tolist(), rid=f"{self._name}-{self._numbers}",
-                                              tally=self._tally)
-        return np.concatenate([np.zeros(1, np.float32), logprobs])
+        logprobs, ids = await fleet.input_logprobs(sequence.token_ids.tolist(), rid=f"{self._name}-{self._numbers}",
+                                                   tally=self._tally, top_k=self._config.top_k)
+        return replace(sequence, teacher_logprobs=_behind_the_first(logprobs),
+                       teacher_ids=None if ids is None else _behind_the_first(ids))
+
+
+def _behind_the_first(values: np.ndarray) -> np.ndarray:
+    """[L, ...] of [L - 1, ...]: the first token has nothing before it."""
+    return np.concatenate([np.zeros((1, *values.shape[1:]), values.dtype), values])
 
 
 def key_of(name: str, teacher: TeacherConfig) -> str | None:

@@ -29,8 +29,9 @@ from megatron_rl.train_step.optimizer import apply_gradients, gradient_norm
 from megatron_rl.train_step.report import ROUTER_SUMS, RankReport, merge_reports, read_together, stacked
 from megatron_rl.types import PackedMicrobatch, StepResult
 
-TokenLoss = Callable[[PackedMicrobatch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, SumCount | Max]]]
-"""(micro-batch, logprobs [T], entropy [T]) -> (its share of the step's loss, detached sums and maxima)."""
+TokenLoss = Callable[..., tuple[torch.Tensor, dict[str, SumCount | Max]]]
+"""(micro-batch, logprobs [T], entropy [T]) -> (its share of the step's loss, detached sums and maxima). A micro-batch
+with teacher_ids [T, k] gives a fourth argument: the log-probabilities of these tokens, [T, k]."""
 Routing = Sequence[MicrobatchRouting | None]
 
 
@@ -65,6 +66,23 @@ class TrainStep:
         """fp32 [T] per micro-batch on the last pipeline stage, an empty list elsewhere. `policy` None: our own."""
         routing = self._replayed(microbatches) if policy is None else [None] * len(microbatches)
         return self._logprobs(policy or self.policy, microbatches, routing)
+
+    @torch.no_grad()
+    def chosen_logprobs(self, microbatches: Sequence[PackedMicrobatch],
+                        top_k: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(ids int64 [T, k], their log-probabilities fp32 [T, k]) per micro-batch on the last stage, [] elsewhere.
+
+        top_k: of the policy's own k most probable tokens. 0: of the teacher_ids of each micro-batch.
+        """
+        def read(batch: PackedMicrobatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if not top_k:
+                return batch.teacher_ids, output[1:].T.contiguous()
+            logprobs_kT, ids_kT = output[1:].chunk(2)
+            return ids_kT.T.to(torch.int64, copy=True).contiguous(), logprobs_kT.T.contiguous()
+
+        outputs = self._run(self.policy, microbatches, [None] * len(microbatches), read, forward_only=True,
+                            top_k=top_k, of_ids=not top_k)
+        return outputs if self.topology.is_last_stage else []
 
     def _logprobs(self, policy: Policy, microbatches, routing: Routing) -> list[torch.Tensor]:
         outputs = self._run(policy, microbatches, routing, lambda batch, output: output[0].clone(), forward_only=True)
@@ -158,17 +176,18 @@ class TrainStep:
             self._mtp.begin(microbatches)
 
         def scaled(batch: PackedMicrobatch, output: torch.Tensor):
-            value, sums = loss(batch, output[0], output[1])
+            chosen = [] if batch.teacher_ids is None else [output[2:2 + batch.teacher_ids.shape[1]].T]
+            value, sums = loss(batch, output[0], output[1], *chosen)
             sums = {"loss": SumCount(value.detach(), torch.ones(())), **sums}
             if self._mtp is not None:
-                mtp_loss, mtp_sums = self._mtp.loss(batch, output[2])
+                mtp_loss, mtp_sums = self._mtp.loss(batch, output[-1])
                 value, sums = value + mtp_loss, sums | mtp_sums
             return scaling.megatron_outputs(value, sums)
 
         self._sums, self._maxima = {}, {}
         routing = self._replayed(microbatches)
         with self._counting(with_gradient=True) if counts is None else contextlib.nullcontext():
-            reports = self._run(self.policy, microbatches, routing, scaled, forward_only=False)
+            reports = self._run(self.policy, microbatches, routing, scaled, forward_only=False, of_ids=True)
         self._counts = losses.counts if counts is None else counts
         for record in filter(None, routing):
             losses.add(losses.loss_sums, "replay_differing", record.differing)
@@ -189,11 +208,14 @@ class TrainStep:
 
     # ---- running Megatron's schedule ---------------------------------------------------------------------
 
-    def _run(self, policy: Policy, microbatches, routing: Routing, on_output, *, forward_only: bool) -> list:
+    def _run(self, policy: Policy, microbatches, routing: Routing, on_output, *, forward_only: bool, top_k: int = 0,
+             of_ids: bool = False) -> list:
+        """of_ids: the head also gives the log-probabilities of each micro-batch's teacher_ids, if it has them."""
         chunks = policy.chunks
+        head = dataclasses.replace(self._head, with_entropy=not forward_only, top_k=top_k)
         iterators = [zip(microbatches, routing, strict=True) for _ in chunks]
         outputs = self._schedule(
-            forward_step_func=partial(self._forward, policy, on_output, forward_only),
+            forward_step_func=partial(self._forward, policy, on_output, forward_only, head, of_ids),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(microbatches), seq_length=max(b.num_tokens for b in microbatches),
@@ -223,14 +245,15 @@ class TrainStep:
         first = here.tp_rank * count if self.policy.transformer.sequence_parallel else 0
         return slice(first, first + count)
 
-    def _forward(self, policy: Policy, on_output, forward_only: bool, iterator, chunk):
+    def _forward(self, policy: Policy, on_output, forward_only: bool, head: HeadOptions, of_ids: bool, iterator, chunk):
         batch, routing = next(iterator)
         padding = own_padding = ~batch.real[None]
         if policy.transformer.sequence_parallel:
             own_padding = scatter_to_sequence_parallel_region(padding.t().contiguous()).t().contiguous()
         packed = packed_sequences(batch, policy.config, routing, cp_size=self.topology.cp_size,
                                   cp_rank=self.topology.cp_rank)
-        head = dataclasses.replace(self._head, with_entropy=not forward_only)
+        if of_ids:
+            head = dataclasses.replace(head, ids_Tk=batch.teacher_ids)
         if self._mtp is not None and not forward_only:
             head = dataclasses.replace(head, mtp=self._mtp.forward(batch, packed, own_padding, head))
         output = chunk(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from c3po import StepTotals
 from megatron_rl.batch import pack
+from megatron_rl.config.distillation import DistillationConfig
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import AlgoConfig, Config, ModelConfig
 from megatron_rl.handoff import UpdateShard, schedule
@@ -57,7 +58,8 @@ def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequen
              topology: Topology, experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
     """Packs for this context-parallel rank. least_tokens: each micro-batch is padded to at least this many."""
     return [pack(members, multiple_of=config.parallel.token_multiple, cp_size=topology.cp_size,
-                 cp_rank=topology.cp_rank, min_tokens=tokens, device=topology.device, experts_shape=experts_shape)
+                 cp_rank=topology.cp_rank, min_tokens=tokens, device=topology.device, experts_shape=experts_shape,
+                 top_k=config.algo.distillation.top_k)
             for members, tokens in zip(microbatches, least_tokens, strict=True)]
 
 
@@ -79,14 +81,39 @@ def teachers_of(config: Config, topology: Topology) -> dict[int, TrainStep]:
     return found
 
 
-def fill_in_teacher(microbatch: PackedMicrobatch, place: int, logprobs_T: torch.Tensor) -> None:
-    """Writes what the teacher at `place` says of its own samples into teacher_logprobs.
+def fill_in_teacher(microbatch: PackedMicrobatch, place: int, logprobs: torch.Tensor,
+                    ids_Tk: torch.Tensor | None = None) -> None:
+    """Writes what the teacher at `place` says of its own samples into teacher_logprobs: [T], or [T, k] of ids_Tk.
 
     There NaN means that nobody has said anything, and the token would train without its teacher. A NaN of the teacher
     itself becomes -inf, so that the loss is not finite and the step is skipped and told.
     """
-    logprobs_T = torch.where(logprobs_T.isnan(), -torch.inf, logprobs_T)
-    microbatch.teacher_logprobs = torch.where(microbatch.teachers == place, logprobs_T, microbatch.teacher_logprobs)
+    logprobs = torch.where(logprobs.isnan(), -torch.inf, logprobs)
+    own = microbatch.teachers == place
+    if ids_Tk is not None:
+        own = own[:, None]
+        microbatch.teacher_ids = torch.where(own, ids_Tk, microbatch.teacher_ids)
+    microbatch.teacher_logprobs = torch.where(own, logprobs, microbatch.teacher_logprobs)
+
+
+def teach(microbatches: Sequence[PackedMicrobatch], config: DistillationConfig, student: TrainStep,
+          teachers: Mapping[int, TrainStep]) -> None:
+    """Every teacher's pass without gradient; its results are filled in on the last pipeline stage.
+
+    With top_k_of=student a pass of the student comes first, for its k most probable tokens.
+    """
+    is_last_stage = student.topology.is_last_stage
+    if config.top_k and config.top_k_of == "student":
+        for microbatch, (ids_Tk, _) in zip(microbatches if is_last_stage else [],
+                                           student.chosen_logprobs(microbatches, config.top_k), strict=True):
+            microbatch.teacher_ids = ids_Tk
+    for place, teacher in teachers.items():
+        if config.top_k:
+            found = teacher.chosen_logprobs(microbatches, config.top_k if config.top_k_of == "teacher" else 0)
+        else:
+            found = [(None, logprobs_T) for logprobs_T in teacher.logprobs(microbatches, teacher.policy)]
+        for microbatch, (ids_Tk, logprobs) in zip(microbatches if is_last_stage else [], found, strict=True):
+            fill_in_teacher(microbatch, place, logprobs, ids_Tk)
 
 
 def needs_old_pass(algo: AlgoConfig, network: Network) -> bool:
@@ -145,13 +172,11 @@ class PolicyLearner:
         if needs_old_pass(self.config.algo, network):
             old, counts = self.step.count_routing(microbatches, record=replay == "trainer")
         reference = self._reference_logprobs(microbatches) if self.config.algo.loss.kl_coef > 0 else None
-        taught = {place: teacher.logprobs(microbatches, teacher.policy) for place, teacher in self._teachers.items()}
         if self.topology.is_last_stage:  # elsewhere no loss is computed
             for i, microbatch in enumerate(microbatches):
                 microbatch.old_logprobs = None if old is None else old[i]
                 microbatch.ref_logprobs = None if reference is None else reference[i]
-                for place, found in taught.items():
-                    fill_in_teacher(microbatch, place, found[i])
+        teach(microbatches, self.config.algo.distillation, self.step, self._teachers)
         return microbatches, counts
 
     def _reference_logprobs(self, microbatches: list[PackedMicrobatch]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from c3po import (
     policy_loss,
     tis_weights,
     token_veto_mask,
+    topk_distillation_loss,
     weight_sums,
 )
 from megatron_rl.batch import own_function
@@ -33,24 +34,30 @@ class TokenObjective:
     algo: AlgoConfig
     totals: StepTotals
 
-    def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor,
-                 entropy_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
-        algo, mask = self.algo, batch.loss_mask
+    def __call__(self, batch: PackedMicrobatch, logprobs_T: torch.Tensor, entropy_T: torch.Tensor,
+                 chosen_logprobs_Tk: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, SumCount | Max]]:
+        algo, mask, teaching = self.algo, batch.loss_mask, self.algo.distillation
         # No old-logprob pass ran, so this is the first update on this batch: old == new, with the gradient stopped.
         old_T = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
         sequence_ids_T = None
         if algo.needs_whole_sequences:
             sequence_ids_T = packed_sequence_ids(batch.cu_seqlens, batch.num_tokens)
         weights, corrected = self._mismatch_weights(old_T, batch, sequence_ids_T)
-        advantages, distilled = batch.advantages, {}
-        if algo.distillation.on:
+        advantages, denominator, distilled = batch.advantages, self._denominator(batch), {}
+        if teaching.on and not teaching.top_k:
             advantages, distilled = distilled_advantages(
-                advantages, old_T, batch.teacher_logprobs, mask, coef=algo.distillation.coef,
-                task_reward=algo.distillation.task_reward)
+                advantages, old_T, batch.teacher_logprobs, mask, coef=teaching.coef, task_reward=teaching.task_reward)
+        elif not teaching.task_reward:
+            advantages = torch.zeros_like(advantages)
         loss, sums = policy_loss(
-            logprobs_T, old_T, advantages, mask, config=algo.loss, denominator=self._denominator(batch),
+            logprobs_T, old_T, advantages, mask, config=algo.loss, denominator=denominator,
             surrogate=own_function(algo, "surrogate"), sequence_ids=sequence_ids_T, sentence_ids=batch.sentence_ids,
             ref_logprobs=batch.ref_logprobs, entropy=entropy_T, weights=weights)
+        if teaching.top_k:
+            dense, distilled = topk_distillation_loss(
+                chosen_logprobs_Tk, batch.teacher_logprobs, mask, coef=teaching.coef, denominator=denominator,
+                divergence=teaching.divergence)
+            loss = loss + dense
         gap_sums, gap_maxima = mismatch_diagnostics(old_T, batch.rollout_logprobs, mask)
         return loss, {**sums, **distilled, **corrected, **gap_sums, "mismatch_max_abs": gap_maxima["mismatch_abs"]}
 

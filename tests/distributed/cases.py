@@ -26,6 +26,10 @@ LOSS = C3POLossConfig(clip_eps_low=0.2, clip_eps_high=0.3, kl_coef=0.3, entropy_
 SURROGATES = ("gspo", "lpo")
 """Those whose ratio is of many tokens, which one context-parallel rank must hold. LOSS has ppo's."""
 TOKENS_PER_SENTENCE = 4
+DISTILLED = {"teacher reverse": {"top_k_of": "teacher", "divergence": "reverse"},
+             "student forward": {"top_k_of": "student", "divergence": "forward"}}
+TOP_K = 5
+"""The dense term of algo.distillation. The teacher is the policy without its NormHead."""
 PHI = 83
 BALANCE_COEF, Z_LOSS_COEF = 0.05, 0.02
 TEMPERATURE = 0.8

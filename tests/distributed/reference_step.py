@@ -161,3 +161,21 @@ def reference_step(step: cases.Step, start: Weights, config: Config) -> Referenc
     updated = {name: weight.detach().clone() for name, weight in (weights | frozen).items()}
     return Reference({n: t.double() for n, t in start.items()}, gradients, updated, float(grad_norm), report,
                      surrogates)
+
+
+def distilled_gradients(step: cases.Step, start: Weights, configs: Mapping[bool, Config], *, top_k_of: str,
+                        divergence: str) -> Weights:
+    """Gradients of the dense term alone: the KL over the k tokens and the rest. configs: with NormHead and without."""
+    weights = {name: tensor.double().requires_grad_() for name, tensor in start.items() if not is_frozen(name)}
+    frozen = {name: tensor.double() for name, tensor in start.items() if is_frozen(name)}
+    loss = torch.zeros((), dtype=torch.float64)
+    for tokens, mask in zip(step.token_ids, step.loss_mask, strict=True):
+        student, teacher = (torch.log_softmax(bailing_forward(
+            weights | frozen, configs[norm_head], tokens[:-1].tolist(), dtype=torch.float64)[0] / cases.TEMPERATURE, -1)
+            for norm_head in (True, False))
+        ids = (student if top_k_of == "student" else teacher).topk(cases.TOP_K, -1).indices
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (
+            student.gather(1, ids).exp(), teacher.detach().gather(1, ids).exp()))
+        p, q = (p, q) if divergence == "reverse" else (q, p)
+        loss = loss + (p * (p / q).log()).sum(-1)[torch.from_numpy(mask[1:])].sum() / cases.PHI
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))

@@ -16,7 +16,7 @@ import torch
 
 import tests.distributed.cases as cases
 from tests.distributed.cases import TOLERANCE
-from tests.distributed.reference_step import token_outputs
+from tests.distributed.reference_step import distilled_gradients, token_outputs
 
 
 def in_layouts(name: str = "layout", names=tuple(cases.LAYOUTS)):
@@ -61,6 +61,20 @@ def test_a_ratio_of_many_tokens_does_not_depend_on_layout(layouts, layout, surro
     expected = layouts.reference.surrogates[surrogate]
     assert too_different(layouts[layout]["surrogates"][surrogate], expected) == {}
     assert len(too_different(layouts.reference.gradients, expected)) == len(expected), "it must differ from ppo's"
+
+
+@pytest.fixture(scope="module")
+def distilled(layouts):
+    return {name: distilled_gradients(layouts.step, layouts.start, layouts.configs, **options)
+            for name, options in cases.DISTILLED.items()}
+
+
+@pytest.mark.parametrize("case", cases.DISTILLED)
+@in_layouts()
+def test_the_dense_term_of_distillation_does_not_depend_on_layout(layouts, distilled, layout, case):
+    """Teacher and student pick and score k tokens over the ranks of the vocabulary, of the sequence and of the stages.
+    """
+    assert too_different(layouts[layout]["distilled"][case], distilled[case]) == {}
 
 
 @in_layouts()

@@ -20,11 +20,12 @@ import torch
 
 import tests.distributed.cases as cases
 import tests.distributed.varlen as varlen
-from c3po import c3po_loss, packed_sequence_ids
+from c3po import C3POLossConfig, StepTotals, c3po_loss, packed_sequence_ids
 from megatron_rl import topology
 from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_microbatches
+from megatron_rl.config.distillation import DistillationConfig, TeacherConfig
 from megatron_rl.config.lora import LoraConfig
-from megatron_rl.config.schema import RECOMPUTE_MODULES, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.schema import RECOMPUTE_MODULES, AlgoConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model import backend
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
@@ -35,6 +36,8 @@ from megatron_rl.model.slots import frozen_names
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.trainer.learner import teach
+from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
 from tests.distributed.lora_cases import LORA_CASES, LORA_LAYOUTS, LORA_STEP, WITH_VARIANTS, drawn_matrix
 from tests.distributed.mutations import BREAK
@@ -51,12 +54,12 @@ from tests.distributed.networks import (
 Run = Callable[[Path, str, topology.Topology], None]
 
 
-def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, count: int) -> list:
+def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, count: int, top_k: int = 0) -> list:
     """This rank's packed micro-batches, with the step's old and reference log-probabilities laid along."""
     samples = [TrainSample(index, step.token_ids[index], step.loss_mask[index], step.old_logprobs[index],
                            step.advantages[index], int(step.loss_mask[index].sum()),
                            None if step.routed_experts is None else step.routed_experts[index],
-                       np.arange(len(step.token_ids[index])) // cases.TOKENS_PER_SENTENCE)
+                           np.arange(len(step.token_ids[index])) // cases.TOKENS_PER_SENTENCE, teacher=0)
                for index in range(len(step.token_ids))]
     plan = plan_microbatches(
         step.lengths, dp_size=here.dp_size, tokens_per_microbatch=cases.TOKEN_CAP, cp_size=here.cp_size,
@@ -68,7 +71,7 @@ def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, coun
     shape = None if step.routed_experts is None else step.routed_experts[0].shape[1:]
     for members, tokens in zip(plan[here.dp_rank], least, strict=True):
         batch = pack([samples[index] for index in members], **align, cp_rank=here.cp_rank, min_tokens=tokens,
-                     experts_shape=shape)
+                     experts_shape=shape, top_k=top_k)
         for name in ("old_logprobs", "ref_logprobs"):
             arrays = [getattr(step, name)[index][1:] for index in members]
             setattr(batch, name, lay_out(batch.source, arrays, dtype=np.float32))
@@ -136,9 +139,22 @@ class Runner:
         batches, counts = self._counted(count)
         return self.gradients_of(batches, counts if counting_pass else None)
 
-    def gradients_of(self, batches: list, counts: RoutingCounts | None) -> dict[str, torch.Tensor]:
-        self.train_step.backward(batches, token_loss, balance_coef=cases.BALANCE_COEF,
-                                 z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
+    def distilled(self, options: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Gradients of the dense term alone, whose teacher is the policy without its NormHead."""
+        config = DistillationConfig({"a": TeacherConfig(checkpoint="x")}, task_reward=False, top_k=cases.TOP_K,
+                                    **options)
+        algo = AlgoConfig(distillation=config, loss=C3POLossConfig(kl_coef=0.0, entropy_coef=0.0))
+        batches = microbatches_of(self.step, self.here, self.layout, 2, cases.TOP_K)
+        plain = replace(self.policy, config=replace(self.policy.config, norm_head=False))
+        teach(batches, config, self.train_step, {0: self._train_step(plain, None)})
+        self.train_step = self._train_step(self.policy, self.train_step.optimizer)  # one step owns Megatron's hooks
+        totals = StepTotals(phi=cases.PHI, selected_tokens=1, num_responses=1, max_response_tokens=1)
+        return self.gradients_of(batches, None, TokenObjective(algo, totals), 0.0, 0.0)
+
+    def gradients_of(self, batches: list, counts: RoutingCounts | None, loss=None, balance_coef=cases.BALANCE_COEF,
+                     z_loss_coef=cases.Z_LOSS_COEF) -> dict[str, torch.Tensor]:
+        self.train_step.backward(batches, loss or token_loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef,
+                                 counts=counts)
         parameters = [parameter for _, parameter in trained_slots(self.policy, self.here)]
         kept = [p.data for p in parameters]
         for parameter in parameters:
@@ -209,6 +225,7 @@ def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     for surrogate in cases.SURROGATES if cases.holds_whole_sequences(layout) else ():
         with patch.object(cases, "LOSS", replace(cases.LOSS, surrogate=surrogate)):
             result.setdefault("surrogates", {})[surrogate] = runner.gradients(cases.UPDATE_MICROBATCHES)
+    result["distilled"] = {name: runner.distilled(options) for name, options in cases.DISTILLED.items()}
     runner = Runner(folder, layout, here, distributed_optimizer=False, kernels="torch")
     varlen.CALLS.clear()
     result["torch"] = {"gradients": runner.gradients(cases.UPDATE_MICROBATCHES), "calls": len(varlen.CALLS),

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from c3po import C3POLossConfig, Max, StepTotals, SumCount, c3po_loss, icepop_weights, kpop_weights
+from c3po import (
+    C3POLossConfig,
+    Max,
+    StepTotals,
+    SumCount,
+    c3po_loss,
+    icepop_weights,
+    kpop_weights,
+    topk_distillation_loss,
+)
 from megatron_rl.batch import pack
 from megatron_rl.config.distillation import DistillationConfig, TeacherConfig
 from megatron_rl.config.load import CONF_DIR, load
@@ -120,6 +129,26 @@ def test_a_teacher_whose_network_gives_nan_does_not_pass_for_one_that_was_not_as
         fill_in_teacher(batch, place, broken)
         loss, report = TokenObjective(algo, TOTALS)(batch, logprobs_T, torch.zeros_like(logprobs_T))
         assert (report["distill_gap"].count, bool(loss.isfinite())) == (judged_tokens, is_finite)
+
+
+@pytest.mark.parametrize("objective", ["c3po", "grpo", "dr_grpo", "token_mean"])
+def test_the_dense_term_of_k_tokens_is_added_over_the_same_divisor(objective):
+    """Phi and its relatives divide it; without the task's reward it stands alone."""
+    batch, logprobs_T = microbatch()
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(batch.num_tokens, 6, generator=generator).log_softmax(-1)[:, :4] for _ in range(2))
+    teaching = DistillationConfig(teachers={"a": TeacherConfig(checkpoint="x")}, coef=0.5, top_k=4)
+    batch.teacher_ids, batch.teacher_logprobs = torch.zeros(batch.num_tokens, 4, dtype=torch.int64), teacher.clone()
+    batch.teacher_logprobs[batch.loss_mask.nonzero()[-1]] = math.nan  # nobody judged the last token
+    plain = evaluate(AlgoConfig(objective=objective, loss=PLAIN))[0]
+    divisor = TOTALS.denominator(objective, batch.response_lengths)
+    dense, sums = topk_distillation_loss(student, batch.teacher_logprobs, batch.loss_mask, coef=0.5,
+                                         denominator=divisor)
+    for task_reward, expected in ((True, plain + dense), (False, dense)):
+        algo = AlgoConfig(objective=objective, loss=PLAIN, distillation=replace(teaching, task_reward=task_reward))
+        loss, report = TokenObjective(algo, TOTALS)(batch, logprobs_T, torch.zeros_like(logprobs_T), student)
+        torch.testing.assert_close(loss, expected)
+        assert report["distill_kl"] == sums["distill_kl"] and report["distill_kl"].count == 6
 
 
 def test_icepop_is_what_c3po_says():

@@ -52,14 +52,21 @@ class OpenGroup:
         return all(response.judged is not None and response.judged.score.failed for response in self.responses)
 
 
+def prompt_to_state(prompt: Prompt) -> dict[str, Any]:
+    return {**dataclasses.asdict(prompt), "token_ids": list(prompt.token_ids)}
+
+
+def prompt_from_state(state: dict[str, Any]) -> Prompt:
+    return Prompt(**{**state, "token_ids": tuple(state["token_ids"])})
+
+
 def group_to_state(group: OpenGroup) -> dict[str, Any]:
-    prompt = {**dataclasses.asdict(group.prompt), "token_ids": list(group.prompt.token_ids)}
-    return {"prompt": prompt, "step": group.step,
+    return {"prompt": prompt_to_state(group.prompt), "step": group.step,
             "responses": [_response_to_state(response) for response in group.responses]}
 
 
 def group_from_state(state: dict[str, Any]) -> OpenGroup:
-    prompt = Prompt(**{**state["prompt"], "token_ids": tuple(state["prompt"]["token_ids"])})
+    prompt = prompt_from_state(state["prompt"])
     return OpenGroup(prompt, state["step"], [_response_from_state(each, prompt) for each in state["responses"]])
 
 
@@ -74,7 +81,8 @@ def _response_to_state(response: OpenResponse) -> dict[str, Any]:
         "routed_experts": transcript.routed_experts,
         "finish": None if transcript.finish is None else transcript.finish.value,
         "judged": None if judged is None else {
-            "text": judged.text, "score": dataclasses.asdict(judged.score), "taught": judged.rollout.teacher_logprobs},
+            "text": judged.text, "score": dataclasses.asdict(judged.score), "taught": judged.rollout.teacher_logprobs,
+            "taught_ids": judged.rollout.teacher_ids},
     }
 
 
@@ -85,6 +93,7 @@ def _response_from_state(state: dict[str, Any], prompt: Prompt) -> OpenResponse:
         None if state["finish"] is None else Finish(state["finish"]), state["routed_experts"])
     judged = None
     if state["judged"] is not None:
-        rollout = dataclasses.replace(transcript.rollout(prompt), teacher_logprobs=state["judged"]["taught"])
+        rollout = dataclasses.replace(transcript.rollout(prompt), teacher_logprobs=state["judged"]["taught"],
+                                      teacher_ids=state["judged"].get("taught_ids"))
         judged = Judged(rollout, state["judged"]["text"], Score(**state["judged"]["score"]))
     return OpenResponse(Ticket(prompt, *state["ticket"]), transcript, judged)

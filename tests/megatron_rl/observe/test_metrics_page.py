@@ -13,7 +13,7 @@ from tests.megatron_rl.test_evaluation import GROUPS
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 NAME = re.compile(r"(?:reward|groups|rollout|budget|train|router|mismatch|sync|extra|time|tokens_per_s|flops|stage|"
-                  r"memory|style|agent)/[a-z0-9_/<>]*[a-z0-9_>]")
+                  r"memory|style|agent|prompts)/[a-z0-9_/<>]*[a-z0-9_>]")
 ROW = re.compile(r"^\| `([^`]+)` \|([^|]*)\|((?:[^|\\]|\\.)*)\|((?:[^|\\]|\\.)*)\|$", re.MULTILINE)
 ROWS = {name: (unit.strip(), formula.strip()) for name, unit, formula, _ in ROW.findall(PAGE)}
 NO_METRICS = {"mismatch/diagnostics", "train/<>", "mismatch/<>", "time/<>"}

@@ -10,7 +10,7 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.show import differences
 from megatron_rl.data.problems import in_split
-from megatron_rl.pipeline.check import check
+from megatron_rl.pipeline.check import branches, check
 from megatron_rl.pipeline.plan import GIVEN, plan
 
 FILES = Path(__file__).resolve().parents[3] / "examples" / "ring_lite_tiny" / "problems.py"
@@ -62,6 +62,27 @@ def test_the_papers_stages_are_the_papers_files_and_valid_for_256_gpus():
         assert config.parallel.world_size == 256
 
 
+@pytest.mark.parametrize("experiment", ["ring_mini", "ring_mini_2"])
+def test_specialists_start_from_one_model_and_teach_it(experiment):
+    """ring_mini_2 is valid for 256 GPUs."""
+    ring = plan([f"experiment={experiment}", "run.dir=runs/here"])
+    check(ring)
+    stages = {stage.name: stage for stage in ring.stages}
+    assert [stages[name].after for name in stages] == ["", "base", "cold_start", *["choice"] * 4, "one_model"]
+    for name, stage in list(stages.items())[1:]:
+        assert stage.config.model.path == str(stages[stage.after].model), name
+        assert stage.recipe == "select" or stage.config.parallel.world_size == {"ring_mini": 2, "ring_mini_2": 256}[
+            experiment], name
+    teaching = stages["one_model"].config.algo.distillation
+    assert {name: each.checkpoint for name, each in teaching.teachers.items()} == {
+        name: str(stages[name].model) for name in ("math_rl", "code_rl", "science_rl")}
+    assert teaching.routes == {"math": "math_rl", "code": "code_rl", "science": "science_rl"}
+    assert branches(ring) == [
+        "code_rl starts from the model of choice", "science_rl starts from the model of choice",
+        "one_model starts from the model of choice, taught by math_rl, code_rl, science_rl"]
+    assert stages["choice"].config.select.rule == "pass_at_k"
+
+
 def test_the_engine_serves_the_longest_context_of_any_stage():
     longer = plan(["experiment=ring_lite_tiny", "math_rl.rollout.max_context_tokens=160",
                    "long_cot_sft.rollout.max_context_tokens=300"])
@@ -77,6 +98,10 @@ def test_the_engine_serves_the_longest_context_of_any_stage():
     (["pipeline.random_base=false"], "model.path is not set"),
     (["pipeline.stages.data={recipe: sft}"], "pipeline.stages.data: there is a section of that name"),
     (["pipeline.stages.Last={recipe: sft}"], "pipeline.stages: 'Last' must be a word of lower-case letters"),
+    (["pipeline.stages.general_sft.after=later"], r"general_sft.after=later is no earlier stage: base, long_cot_sft"),
+    (["pipeline.stages.general_sft.after=general_sft"], "after=general_sft is no earlier stage"),
+    (["pipeline.stages.math_rl.teachers={math: code_science_rl}"], "teachers.math=code_science_rl is no earlier stage"),
+    (["pipeline.stages.general_sft.teachers={math: math_rl}"], "general_sft.teachers are for recipe=rl, not sft"),
     (["pipeline.stages.again={recipe: select}"], "again.recipe=select needs an rl stage after it"),
 ])
 def test_a_mistake_is_named_before_anything_starts(overrides, message):
@@ -104,5 +129,12 @@ def test_the_files_of_the_general_stage_are_what_the_script_writes_and_hold_noth
     for name in ("general", "replay"):
         assert (FILES.parent / f"{name}.jsonl").read_text() == script["lines"](script[name]())
     assert all(in_split(row["prompt"], "train") for row in script["replay"]())
+
+
+def test_the_files_of_the_efforts_are_what_the_script_writes():
+    folder = FILES.parents[1] / "ring_mini"
+    script = runpy.run_path(str(folder / "problems.py"))
+    for effort in ("low", "high"):
+        assert (folder / f"{effort}.jsonl").read_text() == script["lines"](effort)
 
 

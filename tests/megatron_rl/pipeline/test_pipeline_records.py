@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import pytest
 
 from megatron_rl.pipeline.plan import Plan, plan
-from megatron_rl.pipeline.record import FILE, Record, begin, finish, next_stage, read, records
-from megatron_rl.pipeline.report import _summary
+from megatron_rl.pipeline.record import FILE, Record, begin, finish, made_from, next_stage, read, records
+from megatron_rl.pipeline.report import _summary, gain
 
 SETS = {"math": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}
 
@@ -41,7 +42,7 @@ def finished(todo: Plan, count: int) -> list[Record]:
     """The first `count` stages, run one after the other."""
     made: list[Record] = []
     for stage in todo.stages[:count]:
-        made.append(finish(stage, begin(stage, made[-1] if made else None, None), SETS, {"train": 1.0}))
+        made.append(finish(stage, begin(stage, made[-1].id if made else None, None), SETS, {"train": 1.0}))
     return made
 
 
@@ -49,7 +50,7 @@ def test_stages_come_in_order_and_a_finished_one_does_not_come_again(todo):
     for count in range(len(todo.stages)):
         assert next_stage(records(todo)) == count
         stage, found = todo.stages[count], records(todo)
-        record = begin(stage, found[count - 1] if count else None, None)
+        record = begin(stage, found[count - 1].id if count else None, None)
         assert next_stage(records(todo)) == count, "begun is not finished"
         finish(stage, record, SETS, {})
     assert next_stage(records(todo)) is None
@@ -57,8 +58,8 @@ def test_stages_come_in_order_and_a_finished_one_does_not_come_again(todo):
 
 def test_a_stage_that_was_stopped_is_the_same_one_when_it_begins_again(todo):
     (base,) = finished(todo, 1)
-    first = begin(todo.stages[1], base, None)
-    again = begin(todo.stages[1], base, read(todo.stages[1]))
+    first = begin(todo.stages[1], base.id, None)
+    again = begin(todo.stages[1], base.id, read(todo.stages[1]))
     assert (again.id, again.starts, again.after) == (first.id, 2, base.id)
     assert finish(todo.stages[1], again, SETS, {}) == read(todo.stages[1])
 
@@ -73,7 +74,7 @@ def test_a_changed_configuration_is_refused_with_the_key_and_the_way_out(todo):
 
 
 def test_a_begun_stage_holds_its_configuration_too(todo):
-    begin(todo.stages[1], *finished(todo, 1), None)
+    begin(todo.stages[1], finished(todo, 1)[0].id, None)
     with pytest.raises(ValueError, match=r"stage long_cot_sft has begun .* long_cot_sft\.sft\.epochs=2 \(was 6\)"):
         records(changed(todo, 1, "sft", "epochs", 2))
 
@@ -90,7 +91,7 @@ def test_what_changes_no_result_may_change(todo):
 
 
 def test_a_choice_holds_while_only_the_training_after_it_changes(todo):
-    begin(todo.stages[3], finished(todo, 3)[-1], None)
+    begin(todo.stages[3], finished(todo, 3)[-1].id, None)
     with pytest.raises(ValueError, match=r"stage math_rl has begun .* math_rl\.run\.steps=9"):
         records(changed(changed(todo, 2, "run", "steps", 9), 3, "run", "steps", 9))
     with pytest.raises(ValueError, match=r"stage choice .* choice\.data\.seed=1"):
@@ -100,13 +101,42 @@ def test_a_choice_holds_while_only_the_training_after_it_changes(todo):
 def test_a_stage_made_anew_makes_those_after_it_stale(todo):
     made = finished(todo, 4)
     sft = todo.stages[1]
-    finish(sft, begin(sft, made[0], None), SETS, {})  # its folder was removed and it ran again
+    finish(sft, begin(sft, made[0].id, None), SETS, {})  # its folder was removed and it ran again
     with pytest.raises(ValueError, match=r"choice was made from an earlier result of stage long_cot_sft: remove "
                        r"\S+/choice \S+/math_rl"):
         records(todo)
     (sft.folder / FILE).unlink()
     with pytest.raises(ValueError, match="earlier result of stage long_cot_sft"):
         records(todo)
+
+
+def test_a_specialist_made_anew_makes_stale_what_it_taught_and_nothing_beside_it(tmp_path):
+    ring = plan(["experiment=ring_mini", f"run.dir={tmp_path}"])
+    for stage in ring.stages:
+        finish(stage, begin(stage, made_from(ring, stage, records_of(ring)), None), SETS, {})
+    assert next_stage(records(ring)) is None
+    code = ring.stages[4]
+    finish(code, begin(code, made_from(ring, code, records_of(ring)), None), SETS, {})
+    with pytest.raises(ValueError, match=rf"one_model was made from an earlier result of stage choice or math_rl or "
+                       rf"code_rl or science_rl: remove {tmp_path}/one_model {tmp_path}/adaptive to run"):
+        records(ring)
+
+
+def records_of(ring: Plan) -> list[Record | None]:
+    return [read(stage) for stage in ring.stages]
+
+
+def test_a_gain_is_of_the_same_problems_with_an_interval_of_their_differences(todo):
+    before, after = todo.stages[:2]
+    for stage, verdicts in ((before, {"a": [True, False], "b": [False, False], "c": [True, True]}),
+                            (after, {"a": [True, True], "b": [False, True], "c": [True, True]})):
+        (stage.folder / "evaluation").mkdir(parents=True)
+        (stage.folder / "evaluation" / "evaluation_samples.jsonl").write_text("".join(
+            json.dumps({"set": "math", "id": name, "correct": right, "status": "correct" if right else "wrong"}) + "\n"
+            for name, found in verdicts.items() for right in found))
+    found = gain(after, before, todo.whole.eval)
+    mean, low, high = found["math"]
+    assert mean == pytest.approx((0.5 + 0.5 + 0.0) / 3) and (low, high) == (0.0, 0.5)
 
 
 def test_a_record_is_written_whole_or_not_at_all(todo, monkeypatch):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_rl.batch import BudgetFill, assemble
-from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.config.rollout import PassRateConfig, RolloutConfig
 from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.data import PassRateSampler
 from megatron_rl.rollout.collectors import AheadCollector, BudgetedCollector, PartialCollector, SyncCollector
 from megatron_rl.rollout.fleet import FleetError
+from megatron_rl.types import Prompt
 from tests.megatron_rl.rollout.scripted import (
     Counting,
     ScriptedFleet,
@@ -327,5 +329,47 @@ def test_resumed_async_draws_the_prompts_that_had_not_been_collected():
         second.load_state_dict(first.state_dict())
         groups, _ = await second.collect(3, 0)
         assert [group.prompt.id for group in groups] == ["12", "13", "14", "15"]
+
+    run(check())
+
+
+class Problems:
+    """A PromptSource of eight problems."""
+
+    domains = frozenset({"math"})
+
+    def __len__(self) -> int:
+        return 8
+
+    def prompt(self, index: int) -> Prompt:
+        return Prompt(str(index), (0,), str(index), "", "math")
+
+
+@pytest.mark.parametrize("make", [
+    lambda prompts: SyncCollector(responder(ScriptedFleet(limit=LIMIT), CONFIG), prompts, prompts_per_step=3),
+    lambda prompts: AheadCollector(responder(ScriptedFleet(limit=LIMIT), CONFIG), prompts, prompts_per_step=3,
+                                   max_staleness=2, last_step=9),
+    lambda prompts: PartialCollector(responder(ScriptedFleet(limit=LIMIT), CONFIG), prompts, prompts_per_step=6,
+                                     budget_tokens=400, slice_tokens=32, retention_steps=50, concurrency=16)],
+    ids=["sync", "async", "partial"])
+def test_draws_by_pass_rate_go_on_as_if_the_run_had_not_stopped(make):
+    """Also while steps, or responses, are under way whose prompts were drawn before the last ones were judged."""
+    async def prompts_of(collector, sampler, steps: range) -> list[str]:
+        found = []
+        for step in steps:
+            groups, _ = await collector.collect(step, 0)
+            for group in groups:
+                sampler.observe(group.prompt, (int(group.prompt.id) + step) % 5 / 4)
+            found += [group.prompt.id for group in groups]
+        return found
+
+    async def check() -> None:
+        samplers = [PassRateSampler(Problems(), 3, PassRateConfig(enabled=True)) for _ in range(3)]
+        whole, first, second = map(make, samplers)
+        expected = await prompts_of(whole, samplers[0], range(8))
+        begun = await prompts_of(first, samplers[1], range(3))
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert begun + await prompts_of(second, samplers[2], range(3, 8)) == expected
+        assert samplers[2].state_dict() == samplers[0].state_dict()
 
     run(check())

@@ -14,9 +14,13 @@ from megatron_rl.config.distillation import DistillationConfig, TeacherConfig
 from megatron_rl.config.load import load
 from megatron_rl.config.rollout import EngineConfig, RolloutConfig
 from megatron_rl.config.schema import AlgoConfig
+from megatron_rl.handoff import dump
+from megatron_rl.handoff import load as load_body
 from megatron_rl.handoff.shard import UpdateShard, read_shard, write_shard
 from megatron_rl.orchestrator.teaching import check_teachers
-from megatron_rl.rollout.responses import Responder
+from megatron_rl.rollout.collectors.open_groups import OpenGroup, OpenResponse, group_from_state, group_to_state
+from megatron_rl.rollout.fleet import FleetError
+from megatron_rl.rollout.responses import Judged, Responder, Ticket
 from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.rollout.teachers import Teachers
 from megatron_rl.rollout.transcript import Transcript
@@ -39,6 +43,14 @@ def by_token(_, body, answer):
     prompt = body["input_ids"]
     answer["meta_info"]["input_token_logprobs"] = [[None, prompt[0], None],
                                                    *([-token / 100, token, None] for token in prompt[1:])]
+
+
+def by_rank(_, body, answer):
+    """The k most probable tokens after token i are i + 1, i + 2, ..., each less probable by a tenth than the last."""
+    by_token(_, body, answer)
+    prompt, k = body["input_ids"], body["top_logprobs_num"]
+    answer["meta_info"]["input_top_logprobs"] = [None, *(
+        [[-0.1 * place, before + place, None] for place in range(1, k + 1)] for before in prompt[:-1])]
 
 
 def spoiled(count: int):
@@ -165,7 +177,69 @@ def test_scores_travel_with_their_tokens_to_the_packed_microbatch():
     assert packed.teachers.tolist() == [0] * 4 + [1] * 3 + [-1] * (packed.num_tokens - 7)
 
 
+def test_the_most_probable_tokens_travel_too():
+    """From the server to the micro-batch, and through the state of a response that waits for its group."""
+    async def scored():
+        async with teachers_at(engine.url, top_k=2) as teachers:
+            return await teachers.scored(rollout(3, 4, 5, 6), "math")
+
+    async def spoil(request, body, answer):
+        by_rank(request, body, answer)
+
+    with StubEngine(VOCABULARY) as engine:
+        engine.spoil = spoil
+        taught = asyncio.run(scored())
+    assert taught.teacher_ids.tolist() == [[0, 0], [4, 5], [5, 6], [6, 7]] and taught.teacher_ids.dtype == np.int32
+    assert np.allclose(taught.teacher_logprobs, [[0, 0], *[[-0.1, -0.2]] * 3])
+
+    prompt, transcript = Prompt("id", (3, 4), "", "", "math"), Transcript(
+        np.array([5, 6], np.int32), np.ones(2, bool), np.zeros(2, np.float32), (VersionSpan(0, 0, 2),), Finish.STOP)
+    ticket = Ticket(prompt, "train", 0, 0, 0)
+    response = OpenResponse(ticket, transcript, Judged(taught, "", Score(1.0, "correct")))
+    [kept] = group_from_state(load_body(dump(group_to_state(OpenGroup(prompt, 0, [response]))))).responses
+    assert np.array_equal(kept.judged.rollout.teacher_ids, taught.teacher_ids)
+
+    algo = AlgoConfig(phi=6, distillation=DistillationConfig(
+        {"a": TeacherConfig(urls=("http://x",)), "b": TeacherConfig(checkpoint="f")}, {"math": "a", "code": "b"},
+        top_k=2))
+    groups = [RolloutGroup(Prompt(domain, (3, 4), "", "", domain), (each,), ("",), (Score(1.0, "correct"),))
+              for domain, each in (("math", taught), ("code", rollout(1, 2, 3, 4, 5)))]
+    [batch] = assemble(groups, algo, dp=1, seed=0, step=0, max_response_tokens=8)
+    samples = tuple(sorted(batch.samples, key=lambda sample: sample.index))
+    [update] = read_shard(write_shard([UpdateShard(samples, (2,), (0,), 6, 6, 2)]))
+    for cp_size in (1, 2):
+        for cp_rank in range(cp_size):
+            packed = pack(update.samples, multiple_of=4, cp_size=cp_size, cp_rank=cp_rank, top_k=2)
+            said = ~packed.teacher_logprobs.isnan()
+            assert said.any(1).tolist() == said.all(1).tolist() == (packed.teachers == 0).tolist()
+            before = packed.input_ids[said.all(1)]
+            assert packed.teacher_ids[said.all(1)].tolist() == [[int(x) + 1, int(x) + 2] for x in before]
+
+
+@pytest.mark.parametrize("answer", [
+    lambda k: [[-0.1, 1, None]] * (k + 1), lambda k: [[float("nan"), 1, None]] * k, lambda k: None])
+def test_a_malformed_answer_about_the_most_probable_tokens_is_a_failure(answer):
+    async def spoil(request, body, found):
+        by_rank(request, body, found)
+        found["meta_info"]["input_top_logprobs"][1] = answer(2)
+
+    async def scored():
+        async with teachers_at(engine.url, top_k=2) as teachers:
+            await teachers.scored(rollout(3, 4, 5), "math")
+
+    with StubEngine(VOCABULARY) as engine:
+        engine.spoil = spoil
+        with pytest.raises(FleetError, match="no response after 3 attempts"):
+            asyncio.run(scored())
+
+
 @pytest.mark.parametrize(("overrides", "said"), [
+    (["algo.distillation.top_k=-1"], "top_k=-1 must not be negative"),
+    (["algo.distillation.top_k=4"], "top_k=4 needs algo.distillation.teachers"),
+    (["algo.distillation.divergence=forward"], "divergence=forward needs algo.distillation.top_k > 0"),
+    (["algo.distillation.top_k_of=student"], "top_k_of=student needs algo.distillation.top_k > 0"),
+    (["algo.distillation.teachers={a: {urls: [http://x]}}", "algo.distillation.top_k=4",
+      "algo.distillation.top_k_of=student"], "top_k_of=student, but a has urls: SGLang scores one list of tokens"),
     (["algo.distillation.teachers={a: {}}"], "has a checkpoint or urls: set one"),
     (["algo.distillation.teachers={a: {checkpoint: x, urls: [http://x]}}"], "has a checkpoint or urls: set one"),
     (["algo.distillation.teachers={a: {urls: [x]}}"], "must look like http"),
