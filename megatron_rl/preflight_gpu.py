@@ -75,7 +75,7 @@ def check_engines(config: Config, network: Network) -> None:
     require((engine.dtype or config.model.dtype) != "float32",
             f"{'rollout.engine' if engine.dtype else 'model'}.dtype=float32: SGLang's kernels on CUDA have no float32; "
             "set model.dtype=bfloat16, or run the engines on the CPU with rollout.engine.device=cpu")
-    require(network.head_dim in FLASH_HEAD_DIMS or "--attention-backend" in engine.extra_args,
+    require(network.kv_lora_rank or network.head_dim in FLASH_HEAD_DIMS or "--attention-backend" in engine.extra_args,
             f"model.path: head_dim={network.head_dim}, and the engine's attention kernels on CUDA take "
             f"{', '.join(map(str, FLASH_HEAD_DIMS))}: choose another model, rollout.engine.device=cpu, or a backend "
             "that takes it in rollout.engine.extra_args (--attention-backend)")

@@ -25,7 +25,7 @@ def is_frozen(name: str) -> bool:
 
 
 def scores_by_sigmoid(config: Mapping[str, Any]) -> bool:
-    return config["model_type"] in ("bailing_moe_v2", "glm4_moe")
+    return config["model_type"] in ("bailing_moe_v2", "glm4_moe", "deepseek_v3")
 
 
 def bailing_logits(
@@ -80,17 +80,33 @@ def bailing_forward(
         return out_LH, experts_Lk
 
     def choose(scores_LE: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
-        """int64 [L, top-k]: the best by score plus bias, of the groups whose two best are best together."""
+        """int64 [L, top-k]: the best by score plus bias, of the groups whose two best are best together. With softmax:
+        of those that have the best ones."""
         ranked_LE = scores_LE if bias_E is None else scores_LE + bias_E
         groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
         if chosen < groups:
             by_group = ranked_LE.unflatten(-1, (groups, -1))
-            worst_kept = by_group.topk(2, -1).values.sum(-1).topk(chosen, -1).values[:, -1:]
-            kept = by_group.topk(2, -1).values.sum(-1) >= worst_kept
+            ranks = by_group.topk(2 if scores_by_sigmoid(config) else 1, -1).values.sum(-1)
+            kept = ranks >= ranks.topk(chosen, -1).values[:, -1:]
             ranked_LE = by_group.masked_fill(~kept[..., None], float("-inf")).flatten(1)
         return ranked_LE.topk(config["num_experts_per_tok"], dim=-1).indices
 
+    def latent_attention(x_LH: torch.Tensor, prefix: str) -> torch.Tensor:
+        heads, still = config["num_attention_heads"], config["qk_nope_head_dim"]
+        query = linear(rms_norm(linear(x_LH, f"{prefix}.q_a_proj"), f"{prefix}.q_a_layernorm.weight"),
+                       f"{prefix}.q_b_proj") if config["q_lora_rank"] else linear(x_LH, f"{prefix}.q_proj")
+        query = query.unflatten(-1, (heads, -1))
+        latent, shared = linear(x_LH, f"{prefix}.kv_a_proj_with_mqa").tensor_split([config["kv_lora_rank"]], -1)
+        expanded = linear(rms_norm(latent, f"{prefix}.kv_a_layernorm.weight"), f"{prefix}.kv_b_proj")
+        key, value = expanded.unflatten(-1, (heads, -1)).tensor_split([still], -1)
+        key = torch.cat([key, _turn_pairs(shared[:, None], rotation).expand(-1, heads, -1)], -1)
+        query = torch.cat([query[..., :still], _turn_pairs(query[..., still:], rotation)], -1)
+        out = _softmax_attention(query, key, value, _latent_scale(config, query.shape[-1]))
+        return linear(out.flatten(1), f"{prefix}.o_proj")
+
     def attention(x_LH: torch.Tensor, prefix: str) -> torch.Tensor:
+        if config.get("kv_lora_rank"):
+            return latent_attention(x_LH, prefix)
         fused = ["query_key_value"] if is_bailing else [f"{part}_proj" for part in "qkv"]
         qkv = torch.cat([linear(x_LH, f"{prefix}.{name}") for name in fused], dim=-1)
         norms = [partial(rms_norm, name=name) for name in (f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight")
@@ -153,7 +169,7 @@ def _rope_tables(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> 
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or config["rope_theta"]
     part = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    dim = int(_head_dim(config) * part)
+    dim = config.get("qk_rope_head_dim") or int(_head_dim(config) * part)
     inverse, factor = _frequencies(rope, theta, dim, dtype)
     angles = torch.outer(torch.arange(length, dtype=dtype), inverse)
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -210,10 +226,27 @@ def _attention(
 
     q, k = rotate(q), rotate(k)
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) / head_dim**0.5
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return _softmax_attention(q, k, v, head_dim**-0.5).reshape(length, heads * head_dim)
+
+
+def _softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
     weights = torch.softmax(scores.masked_fill(~causal, float("-inf")), dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, v).reshape(length, heads * head_dim)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def _turn_pairs(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Dimensions 2i and 2i + 1 turn together, as in DeepSeek's checkpoints."""
+    cos, sin = (table[..., :table.shape[-1] // 2] for table in rotation)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+def _latent_scale(config: Mapping[str, Any], width: int) -> float:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    yarn = rope.get("rope_type", rope.get("type")) == "yarn"
+    return width**-0.5 * (_mscale(rope, rope.get("mscale_all_dim") or 0) ** 2 if yarn else 1)
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:

@@ -18,6 +18,11 @@ Written for SGLang 0.5.23, which runs unmodified; what is adapted:
    SGLang rounds cosines and every product to the model's dtype. Delete when its forward_native keeps float32.
  - routed_scaling_factor of a bailing_moe_v2 is applied: on CUDA SGLang's kernels for experts do it, on a CPU nothing
    does (models/glm4_moe.py and deepseek_v2.py multiply by themselves). Delete when moe_forward_native does.
+ - latent attention always goes by way of the latent vectors: for a prompt SGLang would take whole keys and values, and
+   its torch_native backend reads these from a cache that holds latent vectors only, and stops. Delete when
+   attention_backend_handler.py has a handler for torch_native.
+ - latent attention without rope_scaling (Moonlight) gets the plain rotation. Delete when get_rope_cpu no longer asserts
+   that there is a scaling (layers/rotary_embedding/factory.py).
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
 Importing this module does nothing; prepare() comes before SGLang is imported.
@@ -120,6 +125,9 @@ def _register_hooks() -> None:
     HookRegistry.register(f"{attention}._run_sdpa_forward_decode", batched.batched_decode, HookType.AROUND)
     HookRegistry.register(
         "sglang.srt.models.bailing_moe.BailingMoESparseMoeBlock._forward_router_experts", scale_routed, HookType.AROUND)
+    HookRegistry.register("sglang.srt.models.deepseek_v2.DeepseekV2AttentionMLA.dispatch_attn_forward_method",
+                          by_latent_vectors, HookType.REPLACE)
+    HookRegistry.register("sglang.srt.layers.rotary_embedding.factory.get_rope_cpu", plain_or_scaled, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.rotary_embedding.base.apply_rotary_emb", rotate, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", batched.grouped_experts,
                           HookType.AROUND)
@@ -128,6 +136,23 @@ def _register_hooks() -> None:
 def scale_routed(original, block, *args):
     """Around BailingMoESparseMoeBlock._forward_router_experts: what the routed experts give, times the factor."""
     return original(block, *args) * block.routed_scaling_factor
+
+
+def by_latent_vectors(attention, forward_batch):
+    """For DeepseekV2AttentionMLA.dispatch_attn_forward_method."""
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    attention.current_attention_backend = "torch_native"
+    return AttnForwardMethod.MLA
+
+
+def plain_or_scaled(original, head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, *rest):
+    """Around get_rope_cpu, which takes scaled rotations only."""
+    from sglang.srt.layers.rotary_embedding.factory import get_rope
+
+    if rope_scaling is None:
+        return get_rope(head_size, rotary_dim, max_position, base, is_neox_style)
+    return original(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, *rest)
 
 
 def rotate(original, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:

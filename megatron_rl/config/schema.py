@@ -95,7 +95,7 @@ class ModelConfig:
     - reference_path: the frozen policy of the KL term (Eq. 2). null: the starting weights.
     - architecture: a config.json to check sizes against if the checkpoint is not at hand (`--check`), or the name of
       one that ships with the project: ling_lite, ling_mini_2, ling_flash_2, ling_1t, glm_4_5_air, qwen1_5_moe_a2_7b,
-      qwen3_30b_a3b.
+      qwen3_30b_a3b, deepseek_v2_lite, deepseek_v2, deepseek_v3, moonlight_16b_a3b.
     - trust_remote_code: run the Python code that the folder brings along (`auto_map`). false refuses such a folder.
     """
 

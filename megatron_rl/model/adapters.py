@@ -87,6 +87,10 @@ def check_lora(options: ModelConfig, network: Network, *, gpu: bool) -> None:
             "replaces; use model.backend=torch or megatron")
     require(options.expert_bias_rate == 0, f"model.expert_bias_rate={options.expert_bias_rate}: model.lora freezes all "
             "of model.path, and an adapter folder has no place for a bias; set it to 0")
+    linears = {name.split(".")[-2] for name in network_slots(network) if name.endswith(".weight")}
+    for target in lora.targets:
+        require(target in linears, f"model.lora.targets={','.join(lora.targets)}: this {network.model_type} has no "
+                f"{target}; leave it out")
     reached = {each.linear.split(".")[2] for each in adapter_slots(network, lora)}
     bare = [layer for layer in range(network.num_hidden_layers) if str(layer) not in reached]
     require(not bare, f"model.lora.targets={','.join(lora.targets)} with model.lora.experts={lora.experts} puts no "

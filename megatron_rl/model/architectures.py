@@ -51,9 +51,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
     rope, scaling = read_rope(raw, where)
     values = {**raw, **({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})}
     found = {"model_type": family.model_type}
-    missing = []
+    missing = sorted(family.present - raw.keys())
     for item in fields(Network):
-        if item.name in _DERIVED:
+        if item.name in _DERIVED or (item.name == "head_dim" and family.is_latent):
             continue
         keys = family.keys_of(item.name, item.default is not MISSING)
         present = [values[key] for key in keys if values.get(key) is not None]
@@ -68,12 +68,9 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
     check_types(found, where)
-    if "head_dim" not in found:
-        heads, hidden = found["num_attention_heads"], found["hidden_size"]
-        if heads < 1 or hidden % heads:
-            raise ValueError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
-        found["head_dim"] = hidden // heads
-    network = Network(**found, rope=scaling, rotary_dim=_rotary_dim(family, {**raw, **rope}, found["head_dim"], where))
+    found["head_dim"] = _head_dim(family, found, where)
+    rotary_dim = _rotary_dim(family, {**raw, **rope}, found["head_dim"], where)
+    network = Network(**found, rope=scaling, rotary_dim=found["qk_rope_head_dim"] if family.is_latent else rotary_dim)
     if network.num_experts == 0 and "num_experts" not in family.fixed:
         raise ValueError(f"{where}: num_experts=0: a {network.model_type} has experts")
     check_network(network, where)
@@ -82,6 +79,15 @@ def parse_config(raw: Mapping[str, Any], where: str) -> Network:
             raise ValueError(f"{where}: {key}={json.dumps(raw[key])} is not supported; only {other}="
                              f"{getattr(network, other)} is")
     return network
+
+
+def _head_dim(family: Family, found: Mapping[str, Any], where: str) -> int:
+    if family.is_latent:
+        return found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
+    heads, hidden = found["num_attention_heads"], found["hidden_size"]
+    if "head_dim" not in found and (heads < 1 or hidden % heads):
+        raise ValueError(f"{where}: num_attention_heads={heads} does not divide hidden_size={hidden}")
+    return found.get("head_dim") or hidden // heads
 
 
 def _check_keys(family: Family, raw: Mapping[str, Any], where: str) -> None:

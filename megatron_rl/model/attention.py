@@ -4,7 +4,7 @@ Megatron's own rotation of packed input runs sequence by sequence in every layer
 time (rope_utils._apply_rotary_pos_emb_thd, megatron-core 0.19.2). Here they are taken once for a micro-batch's
 positions, so GPTModel is built without (position_embedding_type="none") and the core attention rotates.
 Letters: T tokens of a micro-batch on this rank, K keys that its queries see, R runs, H query heads, G key-value heads,
-D head dimension.
+D head dimension, V that of values (D, but for latent attention).
 """
 
 from __future__ import annotations
@@ -148,7 +148,11 @@ def rotation(position_ids_T: torch.Tensor, model: Network) -> tuple[torch.Tensor
 class PackedSelfAttention(nn.Module):
     """Causal attention of a packed micro-batch, by `attend`; the core_attention of Megatron's SelfAttention.
 
-    query [T, H, D], key and value [T, G, D], not yet rotated; packed_seq_params: PackedSequences. Returns [T, H*D].
+    query [T, H, D], key [T, G, D], not yet rotated, value [T, G, V]; packed_seq_params: PackedSequences. Returns
+    [T, H*V].
+
+    Values narrower than keys are widened with zeros and what comes of these is cut off, because flash attention takes
+    one width; SDPA would write all scores.
 
     Under context parallelism the keys and values of the whole micro-batch are gathered. Those that this rank's two
     chunks of each sequence see are picked out, (2*cp+1) * T * G * D numbers per layer that live until its backward
@@ -167,8 +171,10 @@ class PackedSelfAttention(nn.Module):
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
                 packed_seq_params=None, **_):
         runs = packed_seq_params.runs
+        width = value.size(-1)
+        value = F.pad(value, (0, key.size(-1) - width)) if width < key.size(-1) else value
         query, key = (rotate(heads, *packed_seq_params.rotation, impl=self.pointwise) for heads in (query, key))
         if runs.key_rows is not None:
             gathered = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=self.cp_group)
             key, value = gathered.index_select(0, runs.key_rows).chunk(2, dim=-1)
-        return self.attend(query, key, value, runs, self.scale).flatten(1)
+        return self.attend(query, key, value, runs, self.scale)[..., :width].flatten(1)

@@ -9,6 +9,7 @@ import torch
 from megatron_rl.config.kernels import KernelConfig
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig, ParallelConfig
+from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.network import Network
 
 FLASH_HEAD_DIM = 256
@@ -78,11 +79,17 @@ def check_backend(options: ModelConfig, network: Network, parallel: ParallelConf
         require(network.head_dim % 8 == 0 and network.head_dim <= FLASH_HEAD_DIM,
                 f"model.path: head_dim={network.head_dim}, and the attention of model.backend={options.backend} takes "
                 f"multiples of 8 up to {FLASH_HEAD_DIM} on a GPU; set model.backend=megatron")
-    plain = network.score_function == "softmax" and network.routed_scaling_factor == 1
+    require(not (with_te and network.kv_lora_rank), "model.backend=transformer_engine: its layers have no latent "
+            f"attention, which this {network.model_type} has; set model.backend=torch")
+    again = options.recompute_modules if options.recompute == "selective" else ()
+    require(not (network.kv_lora_rank and "core_attn" in again), f"model.recompute_modules={','.join(again)}: latent "
+            f"attention, which this {network.model_type} has, is not recomputed by itself; leave core_attn out, or set "
+            "model.recompute=full")
+    plain = network.score_function == "softmax" and network.routed_scaling_factor == 1 and not network.limits_groups
     require(backend.kernels.router == "megatron" or plain,
-            f"model.kernels.router={options.kernels.router}: its kernel has softmax scores without a factor, and this "
-            f"{network.model_type} has score_function={network.score_function} and routed_scaling_factor="
-            f"{network.routed_scaling_factor}; set model.kernels.router=megatron")
+            f"model.kernels.router={options.kernels.router}: its kernel has softmax scores without a factor or groups, "
+            f"and this {network.model_type} has score_function={network.score_function}, routed_scaling_factor="
+            f"{network.routed_scaling_factor} and n_group={network.n_group}; set model.kernels.router=megatron")
     require(options.expert_bias_rate == 0 or network.expert_bias,
             f"model.expert_bias_rate={options.expert_bias_rate}: this {network.model_type} network has no expert bias; "
             "set it to 0")
@@ -106,6 +113,8 @@ def _check_mtp(options: ModelConfig, network: Network, parallel: ParallelConfig,
     layers = network.num_nextn_predict_layers
     require(layers == 1, f"model.mtp=true: this {network.model_type} network has num_nextn_predict_layers={layers}, "
             "and one layer behind the last can be trained; set model.mtp=false")
+    require("mtp.enorm.weight" in FAMILIES[network.model_type].names, f"model.mtp=true: the layer behind the last of a "
+            f"{network.model_type} is carried through, not trained; set model.mtp=false")
     require(parallel.pp == 1, f"model.mtp=true with parallel.pp={parallel.pp}: the layer behind the last needs the "
             "embedding and the last states on one rank; set parallel.pp=1 or model.mtp=false")
     require(not options.lora.on, "model.mtp=true with model.lora, which freezes all weights of model.path: set one of "

@@ -15,7 +15,7 @@ from megatron_rl.observe.flops import is_dense, shared_width
 
 @dataclass(frozen=True)
 class Network:
-    """A pre-norm decoder with RMSNorm, rotary grouped-query attention and SiLU-gated dense or expert MLPs.
+    """A pre-norm decoder with RMSNorm, rotary attention (grouped-query or latent), SiLU-gated dense or expert MLPs.
 
     model_type: the family (families/) that names its keys and tensors.
 
@@ -25,6 +25,9 @@ class Network:
 
     Attention and head:
     - qk_norm: RMSNorm of each query and key head before the rotation.
+    - kv_lora_rank above 0: latent attention (latent_attention.py), keys and values come from so many numbers of a
+      token. q_lora_rank above 0: queries too. A head of a query or key has qk_nope_head_dim numbers that stay and
+      qk_rope_head_dim that rotate, head_dim in all, and a head of a value has v_head_dim.
     - norm_head: the head's columns are divided by their norm over the vocabulary.
 
     Feed-forward:
@@ -37,6 +40,8 @@ class Network:
     - score_function: softmax or sigmoid of the logits. norm_topk_prob: the chosen scores are divided by their sum.
     - expert_bias: a float32 bias per expert is added to the scores that choose, not to those that weigh.
     - n_group, topk_group: only the experts of the topk_group best of n_group groups can be chosen. 0: no groups.
+      A group is as good as its best expert (softmax), or as its two best together (sigmoid).
+    - topk_method: how config.json calls the choice, if it does.
     - routed_scaling_factor: the weights of the chosen are multiplied by it.
     - router_dtype: "fp32" if the engine keeps the router's weights in float32.
 
@@ -77,6 +82,26 @@ class Network:
     routed_scaling_factor: float = 1.0
     router_dtype: str = ""
     num_nextn_predict_layers: int = 0
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    topk_method: str = ""
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head of a value."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return (self.rope.softmax_factor if self.kv_lora_rank else 1.0) / math.sqrt(self.head_dim)
+
+    @property
+    def experts_ranking_a_group(self) -> int:
+        return 1 if self.score_function == "softmax" else 2
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -102,8 +127,10 @@ class Network:
 
 _MAY_BE_ZERO = {"intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts",
                 "moe_intermediate_size", "first_k_dense_replace", "initializer_range", "rotary_dim",
-                "shared_expert_intermediate_size", "n_group", "topk_group", "num_nextn_predict_layers"}
+                "shared_expert_intermediate_size", "n_group", "topk_group", "num_nextn_predict_layers",
+                "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 SCORES = ("softmax", "sigmoid")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 FREE_KEYS = frozenset({"initializer_range", "max_position_embeddings"})
 """What a config.json may change without becoming another network."""
 
@@ -138,7 +165,7 @@ def check_network(network: Network, where: str) -> None:
          "experts"),
         (network.intermediate_size > 0 or network.num_moe_layers == layers, "intermediate_size=0: dense layers have a "
          "width"),
-        *_rotation_rules(network), *_router_rules(network),
+        *_rotation_rules(network), *_latent_rules(network), *_router_rules(network),
         (not (network.norm_head and network.tie_word_embeddings),
          "tie_word_embeddings=true with norm_head=true is not supported: the engine would use the embedding as it is"),
     )
@@ -153,6 +180,26 @@ def _rotation_rules(network: Network) -> Iterator[tuple[bool, str]]:
         f"rotary_dim={dim} must be even and at most head_dim={network.head_dim}")
 
 
+def _latent_rules(network: Network) -> Iterator[tuple[bool, str]]:
+    if not network.kv_lora_rank:
+        return
+    rope, heads = network.rope, network.num_attention_heads
+    for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        yield getattr(network, key) > 0, f"{key}=0: latent attention has such dimensions"
+    yield network.num_key_value_heads == heads, (
+        f"num_key_value_heads={network.num_key_value_heads} is not supported: each of num_attention_heads={heads} has "
+        "a key and a value of its own")
+    yield network.v_head_dim <= network.head_dim, (
+        f"v_head_dim={network.v_head_dim} is not supported above qk_nope_head_dim+qk_rope_head_dim={network.head_dim}")
+    yield rope.kind in ("default", "yarn"), (
+        f"rope_scaling of type {rope.kind} is not supported: the engine takes every scaling of this class for yarn")
+    yield rope.truncate, "rope_scaling.truncate=false is not supported: the engine does not read it in this class"
+    both_or_none = bool(rope.mscale) == bool(rope.mscale_all_dim)
+    yield both_or_none or (rope.mscale, rope.mscale_all_dim or None) == (1.0, None), (
+        f"rope_scaling.mscale={rope.mscale} with mscale_all_dim={rope.mscale_all_dim} is not supported: transformers "
+        "takes none or both of them, the engine takes each; give both above 0, or none")
+
+
 def _router_rules(network: Network) -> Iterator[tuple[bool, str]]:
     score, bias, top = network.score_function, network.expert_bias, network.num_experts_per_tok
     groups, chosen = network.n_group, network.topk_group
@@ -165,15 +212,20 @@ def _router_rules(network: Network) -> Iterator[tuple[bool, str]]:
         "norm_topk_prob=false with score_function=sigmoid is not supported: the published model divides in any case")
     yield (chosen > 0) == (groups > 0) and chosen <= groups, (
         f"topk_group={chosen} must be in 1..n_group={groups}, or both be 0")
-    if network.limits_groups:
-        yield score == "sigmoid", f"n_group={groups} with score_function={score} is not supported; only sigmoid is"
+    method, limits = network.topk_method, network.limits_groups
+    yield method in ("", *TOPK_METHODS), f"topk_method={method} is not supported; only {', '.join(TOPK_METHODS)} are"
+    yield not method or bias == (method == "noaux_tc"), (
+        f"topk_method={method} with score_function={score} is not supported: sigmoid goes with noaux_tc, softmax "
+        "with the others")
+    yield not (method == "greedy" and limits), (
+        f"topk_method=greedy with topk_group={chosen} of n_group={groups} is not supported: the engine would limit the "
+        "choice to groups, transformers would not")
+    if limits:
         yield network.num_experts % groups == 0, f"n_group={groups} does not divide num_experts={network.num_experts}"
-        yield top == 2 * chosen, (
-            f"num_experts_per_tok={top} with topk_group={chosen} is not supported: engine and published model rank a "
-            "group by its two best experts, Megatron by its num_experts_per_tok/topk_group best; they agree if that "
-            f"is 2, and num_experts_per_tok={2 * chosen}")
-        yield 2 * groups <= network.num_experts, (
+        yield network.experts_ranking_a_group * groups <= network.num_experts, (
             f"n_group={groups} leaves fewer than two of num_experts={network.num_experts} to a group")
+        yield top <= chosen * network.num_experts // groups, (
+            f"num_experts_per_tok={top} are more experts than topk_group={chosen} of n_group={groups} groups hold")
 
 
 def check_layout(network: Network, parallel: ParallelConfig) -> None:

@@ -117,10 +117,10 @@ class EagerSums:
 class BudgetRouter(TopKRouter):
     """Megatron's TopKRouter with the two losses above; which experts it takes may be replayed."""
 
-    def __init__(self, *args, losses: RouterLosses, **kwargs):
+    def __init__(self, *args, losses: RouterLosses, experts_ranking_a_group: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.losses = losses
-        self.router_replay = LayerReplay()
+        self.router_replay = LayerReplay(experts_ranking_a_group)
         self.frozen_expert_bias = True  # to Megatron's finalize_model_grads; `move_expert_bias` moves it
 
     def set_layer_number(self, layer_number: int) -> None:

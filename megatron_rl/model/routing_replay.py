@@ -65,19 +65,32 @@ class MicrobatchRouting:
 
 
 class LayerReplay:
-    """What a router asks for its top k; `microbatch` is set at the start of each forward of its layer."""
+    """What a router asks for its top k; `microbatch` is set at the start of each forward of its layer.
 
-    def __init__(self):
+    experts_ranking_a_group: a group of experts is as good as the sum of so many of its best ones. Megatron would take
+    the sum of topk / group_topk (moe_utils.group_limited_topk), which no published model does.
+    """
+
+    def __init__(self, experts_ranking_a_group: int = 1):
+        self.experts_ranking_a_group = experts_ranking_a_group
         self.moe_layer = 0
         self.microbatch: MicrobatchRouting | None = None
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         """(scores of the chosen experts, their numbers), both [t, k], as Megatron's RouterReplay.get_replay_topk."""
-        live_scores, live = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        allowed = self._in_best_groups(scores, num_groups, group_topk) if group_topk else scores
+        live_scores, live = default_compute_topk(allowed, topk)
         if self.microbatch is None:
             return live_scores, live
         chosen = self.microbatch.choose(self.moe_layer, live)
         return scores.gather(1, chosen), chosen
+
+    def _in_best_groups(self, scores, num_groups: int, group_topk: int) -> torch.Tensor:
+        """scores [t, E], and -inf for experts of other groups than the best."""
+        by_group = scores.unflatten(-1, (num_groups, -1))
+        ranks = by_group.topk(self.experts_ranking_a_group, -1).values.sum(-1)
+        best = torch.zeros_like(ranks, dtype=torch.bool).scatter(-1, ranks.topk(group_topk, -1).indices, True)
+        return by_group.masked_fill(~best[..., None], float("-inf")).flatten(1)
 
 
 MADE_ONCE = ("sort_input_by_local_experts", "restore_output_by_local_experts")

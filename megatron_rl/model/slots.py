@@ -96,7 +96,13 @@ def _layer_slots(network: Network, layer: int) -> dict[str, Slot]:
     prefix = family.layer_prefix.format(layer=layer)
     return {f"decoder.layers.{layer}.{name.format(expert=how.get('expert', 0))}":
             _slot(family, name, cut, parts, prefix=prefix, **how)
-            for name, cut, parts, how in (*_attention(network), *_feed_forward(network, layer))}
+            for name, cut, parts, how in (*_norms(network), *_attention(network), *_feed_forward(network, layer))}
+
+
+def _norms(network: Network) -> Iterator[tuple]:
+    """(parameter, cut, shapes of its parts, more of the slot) of one layer's norms."""
+    yield "input_layernorm.weight", "none", [(network.hidden_size,)], {}
+    yield "pre_mlp_layernorm.weight", "none", [(network.hidden_size,)], {}
 
 
 def _mtp_slots(network: Network) -> dict[str, Slot]:
@@ -111,12 +117,13 @@ def _mtp_slots(network: Network) -> dict[str, Slot]:
 
 
 def _attention(network: Network) -> Iterator[tuple]:
-    """(parameter, cut, shapes of its parts, more of the slot) of one layer's norms and attention."""
+    """The same of its attention."""
     hidden, dim = network.hidden_size, network.head_dim
+    if network.kv_lora_rank:
+        yield from _latent_attention(network)
+        return
     rows = [heads * dim for heads in (network.num_attention_heads, *[network.num_key_value_heads] * 2)]
     groups = {"groups": network.num_key_value_heads}
-    yield "input_layernorm.weight", "none", [(hidden,)], {}
-    yield "pre_mlp_layernorm.weight", "none", [(hidden,)], {}
     yield "self_attention.linear_qkv.weight", "rows", [(n, hidden) for n in rows], groups
     if network.qkv_bias:
         yield "self_attention.linear_qkv.bias", "rows", [(n,) for n in rows], groups
@@ -124,6 +131,23 @@ def _attention(network: Network) -> Iterator[tuple]:
         yield "self_attention.q_layernorm.weight", "none", [(dim,)], {}
         yield "self_attention.k_layernorm.weight", "none", [(dim,)], {}
     yield "self_attention.linear_proj.weight", "columns", [(hidden, rows[0])], {}
+
+
+def _latent_attention(network: Network) -> Iterator[tuple]:
+    """What leads down to a latent vector is whole on every rank, what leads up from it is cut by heads."""
+    hidden, heads, latent, queries = (network.hidden_size, network.num_attention_heads, network.kv_lora_rank,
+                                      network.q_lora_rank)
+    if queries:
+        yield "self_attention.linear_q_down_proj.weight", "none", [(queries, hidden)], {}
+        yield "self_attention.q_layernorm.weight", "none", [(queries,)], {}
+        yield "self_attention.linear_q_up_proj.weight", "rows", [(heads * network.head_dim, queries)], {}
+    else:
+        yield "self_attention.linear_q_proj.weight", "rows", [(heads * network.head_dim, hidden)], {}
+    yield "self_attention.linear_kv_down_proj.weight", "none", [(latent + network.qk_rope_head_dim, hidden)], {}
+    yield "self_attention.kv_layernorm.weight", "none", [(latent,)], {}
+    yield "self_attention.linear_kv_up_proj.weight", "rows", [
+        (heads * (network.qk_nope_head_dim + network.v_head_dim), latent)], {}
+    yield "self_attention.linear_proj.weight", "columns", [(hidden, heads * network.v_head_dim)], {}
 
 
 def _feed_forward(network: Network, layer: int) -> Iterator[tuple]:

@@ -2,7 +2,8 @@
 
 model.backend=transformer_engine takes Megatron's Transformer Engine layers (te_spec.py). The other backends take its
 local layers, with two modules of ours: Megatron's WrappedTorchNorm refuses sequence parallelism, and its local
-DotProductAttention refuses packed (thd) input. Everything else is megatron.core's own (SelfAttention, MoELayer, MLP).
+DotProductAttention refuses packed (thd) input. Latent attention is ours too (latent_attention.py). Everything
+else is megatron.core's own (SelfAttention, MoELayer, MLP).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import nn
 from megatron_rl.model import attention
 from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
 from megatron_rl.model.kernel_layers import DeviceCountsMoELayer, KernelExperts, KernelRouter, SwiGLU
+from megatron_rl.model.latent_attention import LatentSelfAttention
 from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.routing_replay import RoutedMoELayer, RoutedTransformerLayer
@@ -50,7 +52,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-def _moe(losses: RouterLosses, backend: Backend):
+def _moe(model: Network, losses: RouterLosses, backend: Backend):
     """Experts and router are Megatron's own unless the backend's kernels name an implementation of ours."""
     local, kernels = LocalSpecProvider(), backend.kernels
     mlp = shared = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear(),
@@ -64,7 +66,7 @@ def _moe(losses: RouterLosses, backend: Backend):
     layer = DeviceCountsMoELayer if kernels.experts in WITH_DEVICE_COUNTS else RoutedMoELayer
     return partial(layer, submodules=MoESubmodules(
         experts=experts, shared_experts=partial(SharedExpertMLP, submodules=shared),
-        router=partial(router, losses=losses)))
+        router=partial(router, losses=losses, experts_ranking_a_group=model.experts_ranking_a_group)))
 
 
 def _activation(backend: Backend):
@@ -88,7 +90,7 @@ def layer_spec(model: Network, layer: int, losses: RouterLosses, backend: Backen
         submodules = _local_submodules(model, num_experts, backend)
     if num_experts is None:
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    submodules.mlp = _moe(losses, backend)
+    submodules.mlp = _moe(model, losses, backend)
     return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
 
 
@@ -98,10 +100,15 @@ def _local_submodules(model: Network, num_experts: int | None, backend: Backend)
     submodules.pre_mlp_layernorm = RMSNorm
     if num_experts is None:
         submodules.mlp.keywords["submodules"].activation_func = _activation(backend)
-    parts = submodules.self_attention.submodules
-    parts.core_attention = partial(
+    core_attention = partial(
         attention.PackedSelfAttention, pointwise=backend.kernels.pointwise,
         attend=attention.attend_at_once if backend.attention_at_once else attention.attend_by_run)
+    if model.kv_lora_rank:
+        submodules.self_attention = ModuleSpec(
+            LatentSelfAttention, params={"network": model, "norm": RMSNorm, "core_attention": core_attention})
+        return submodules
+    parts = submodules.self_attention.submodules
+    parts.core_attention = core_attention
     parts.q_layernorm = parts.k_layernorm = RMSNorm if model.qk_norm else None
     return submodules
 

@@ -9,6 +9,12 @@ width m, shared experts of width s together, dense width f and vocabulary V, one
     once       output head            2 h V
     per pair of a query and a key it sees, per layer:  4 q d        (scores and their weighted sum of values)
 
+With latent attention of ranks r (queries; 0: none) and c (keys and values), heads of d = n + p for queries and keys
+(p rotate) and of v for values:
+
+    attention projections  2 h q d, or 2 h r + 2 r q d;  2 h (c + p) + 2 c q (n + v) + 2 q v h
+    per pair               2 q (d + v)
+
 The layer behind the last of model.mtp costs what a MoE layer and the head cost, and 4 h h for its projection.
 
 A causal sequence of L tokens has L (L + 1) / 2 such pairs. The backward pass costs twice the forward pass, and of a
@@ -36,9 +42,8 @@ def shared_width(network: Mapping[str, Any]) -> int:
 def linear_flops_per_token(config: Mapping[str, Any]) -> int:
     """Forward FLOPs of one token outside the attention scores. config: the fields of model.network.Network."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], _head_dim(config)
     dense_layers = sum(is_dense(config, layer) for layer in range(layers))
-    attention = 2 * hidden * (heads + 2 * kv_heads) * head_dim + 2 * heads * head_dim * hidden
+    attention = _latent_projections(config) if config.get("kv_lora_rank") else _projections(config)
     active_width = config["num_experts_per_tok"] * config["moe_intermediate_size"] + shared_width(config)
     moe = 2 * hidden * config["num_experts"] + 6 * hidden * active_width
     dense = 6 * hidden * config["intermediate_size"]
@@ -77,8 +82,24 @@ def attention_balance_tokens(config: Mapping[str, Any]) -> float:
     return 2 * linear_flops_per_token(config) / _flops_per_pair(config)
 
 
+def _projections(config: Mapping[str, Any]) -> int:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    return 2 * config["hidden_size"] * (2 * heads + 2 * kv_heads) * _head_dim(config)
+
+
+def _latent_projections(config: Mapping[str, Any]) -> int:
+    hidden, heads, latent, queries = (config[key] for key in (
+        "hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank"))
+    still, rotating, value = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    query = heads * _head_dim(config)
+    to_query = hidden * queries + queries * query if queries else hidden * query
+    return 2 * (to_query + hidden * (latent + rotating) + latent * heads * (still + value) + heads * value * hidden)
+
+
 def _flops_per_pair(config: Mapping[str, Any]) -> int:
-    return 4 * config["num_attention_heads"] * _head_dim(config) * config["num_hidden_layers"]
+    head_dim = _head_dim(config)
+    return 2 * config["num_attention_heads"] * (head_dim + (config.get("v_head_dim") or head_dim)) \
+        * config["num_hidden_layers"]
 
 
 def _head_dim(config: Mapping[str, Any]) -> int:

@@ -45,20 +45,21 @@ class Arithmetic:
 def layer_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> float:
     """What autograd saves of one whole layer, in bytes per token of this context-parallel rank."""
     tp, hidden, element = parallel.tp, model.hidden_size, how.element
-    query, key_value = (heads * model.head_dim / tp for heads in (model.num_attention_heads, model.num_key_value_heads))
-    if how.gpu:
-        norms = 2 * (element * hidden + FP32) / tp  # each: its input and the inverse root
-        head_norms = element * (query + key_value) if model.qk_norm else 0
-    else:
-        norms = 2 * 2 * FP32 * hidden / tp  # each: its input and the normalised input, in float32
-        head_norms = 2 * FP32 * (query + key_value) if model.qk_norm else 0
+    norms = 2 * _norm_bytes(hidden, how) / tp
     inputs = 2 * element * hidden / tp  # of the attention and of the MLP, after their norms
+    attention = _latent_bytes(model, parallel, how) if model.kv_lora_rank else \
+        _head_norm_bytes(model, parallel, how) + _attention_bytes(model, parallel, how)
     mlp = _mlp_bytes(model.intermediate_size / tp, how) if dense else _moe_bytes(model, parallel, how)
-    return norms + head_norms + inputs + _attention_bytes(model, parallel, how) + mlp + _adapter_bytes(
-        model, parallel, how, dense=dense)
+    return norms + inputs + attention + mlp + _adapter_bytes(model, parallel, how, dense=dense)
+
+
+def _norm_bytes(width: float, how: Arithmetic) -> float:
+    """Its input and the inverse root; on a CPU its input and the normalised input, in float32."""
+    return how.element * width + FP32 if how.gpu else 2 * FP32 * width
 
 
 def _attention_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
+    """Grouped-query attention from its projection to the input of its last one, but for the heads' norms."""
     tp = parallel.tp
     query, key_value = (heads * model.head_dim / tp for heads in (model.num_attention_heads, model.num_key_value_heads))
     if how.with_te:
@@ -69,6 +70,26 @@ def _attention_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) 
         keys = 2 * key_value * (parallel.cp + 0.5)  # those of all context-parallel ranks that two chunks see
     outputs = query * (1 if how.backend.attention_at_once else 2)  # run by run: each run's, and all together
     return how.element * (keys + query + outputs) + FP32 * model.num_attention_heads / tp  # log-sum-exp
+
+
+def _head_norm_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
+    heads = (model.num_attention_heads + model.num_key_value_heads) / parallel.tp
+    return (how.element if how.gpu else 2 * FP32) * heads * model.head_dim if model.qk_norm else 0
+
+
+def _latent_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic) -> float:
+    """Latent attention from its first projections to the input of its last one."""
+    tp, heads = parallel.tp, model.num_attention_heads / parallel.tp
+    latents = [width for width in (model.q_lora_rank, model.kv_lora_rank) if width]
+    down = sum(_norm_bytes(width, how) + how.element * width for width in latents) / tp  # and what is led up
+    if how.gpu:
+        down += how.element * model.qk_rope_head_dim / tp  # lies beside the latent vector
+    query, widened = model.head_dim, model.value_dim < model.head_dim
+    keys = 2 * query * (parallel.cp + 0.5 if parallel.cp > 1 else 1)
+    if parallel.cp == 1 and not widened:
+        keys += model.qk_nope_head_dim  # lies beside the values
+    outputs = query + model.value_dim if widened or not how.backend.attention_at_once else query
+    return down + heads * (how.element * (query + keys + outputs) + FP32)
 
 
 def again_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> list[float]:
@@ -83,8 +104,8 @@ def again_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, de
     shared = _mlp_bytes(model.shared_intermediate_size / parallel.tp, how)
     parts = {"mlp": _mlp_bytes(model.intermediate_size / parallel.tp, how)} if dense else \
         {"moe": _moe_bytes(model, parallel, how)} if "moe" in how.modules else {"shared_experts": shared}
-    # besides query, key and value as they are projected, and the output
-    parts["core_attn"] = _attention_bytes(model, parallel, how) - how.element * (2 * query + 2 * key_value)
+    if not model.kv_lora_rank:  # besides query, key and value as they are projected, and the output
+        parts["core_attn"] = _attention_bytes(model, parallel, how) - how.element * (2 * query + 2 * key_value)
     return [size for name, size in parts.items() if name in how.modules]
 
 

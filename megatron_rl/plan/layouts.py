@@ -115,7 +115,8 @@ def microbatch_flops(model: Network, config: Config) -> tuple[float, float]:
     _, active = _count(model)
     table = model.vocab_size * model.hidden_size
     matrices = 2 * (active - table * (1 if model.tie_word_embeddings else 2))
-    attention = 4 * model.num_attention_heads * model.head_dim * config.rollout.max_context_tokens / 4
+    attention = 2 * model.num_attention_heads * (model.head_dim + model.value_dim) \
+        * config.rollout.max_context_tokens / 4
     again = _again(config)
     recomputed = matrices if config.model.recompute == "full" else 2 * sum(
         _module_parameters(model)[module] for module in again if module != "core_attn")
@@ -162,8 +163,8 @@ def _traffic_seconds(model: Network, config: Config, hardware: Hardware) -> floa
         2 * experts * model.num_experts_per_tok / parallel.tp * _share(parallel.ep * parallel.etp) * row
         / _speed(hardware, parallel.ep * parallel.etp) * model.num_moe_layers / model.num_hidden_layers,
         # keys and values of the other context-parallel ranks
-        (attention + 1) * _share(parallel.cp) * row * 2 * model.num_key_value_heads / model.num_attention_heads
-        / parallel.tp * parallel.cp / _speed(hardware, parallel.tp * parallel.cp)))
+        (attention + 1) * _share(parallel.cp) * ELEMENT_BYTES[config.model.dtype] * model.num_key_value_heads
+        * (model.head_dim + model.value_dim) / parallel.tp * parallel.cp / _speed(hardware, parallel.tp * parallel.cp)))
     return model.num_hidden_layers / parallel.pp * config.batch.tokens_per_microbatch * per_layer
 
 

@@ -39,24 +39,47 @@ class Bucket:
                 f"{len(self.tensors)} tensors, {self.num_bytes} bytes)")
 
 
+JOINED = (".self_attn.q_a_proj.weight", ".self_attn.kv_a_proj_with_mqa.weight")
+"""SGLang makes one parameter of these two tensors of a layer, and forgets one that comes in a bucket without the other
+(models/deepseek_common/deepseek_weight_loader.py: do_load_weights)."""
+
+
 def make_buckets(named_tensors: Iterable[NamedTensor], bucket_bytes: int) -> Iterator[Bucket]:
-    """Buckets of at most bucket_bytes, in order. A larger tensor travels alone.
+    """Buckets of at most bucket_bytes, in order. A larger tensor travels alone. JOINED tensors lie together.
 
     A tensor opens a new bucket if its dtype does not divide the address at which it would start.
     """
     held: list[NamedTensor] = []
     held_bytes = 0
     index = 0
-    for name, tensor in named_tensors:
-        unaligned = held_bytes % tensor.element_size() != 0
-        if held and (unaligned or held_bytes + tensor.nbytes > bucket_bytes):
+    for unit in _units(named_tensors):
+        unit_bytes = sum(tensor.nbytes for _, tensor in unit)
+        unaligned = held_bytes % unit[0][1].element_size() != 0
+        if held and (unaligned or held_bytes + unit_bytes > bucket_bytes):
             yield Bucket(index, tuple(held), last=False)
             index, held, held_bytes = index + 1, [], 0
-        held.append((name, tensor))
-        held_bytes += tensor.nbytes
+        held += unit
+        held_bytes += unit_bytes
     if not held:
         raise ValueError("nothing to publish: the export gave no tensors")
     yield Bucket(index, tuple(held), last=True)
+
+
+def _units(named_tensors: Iterable[NamedTensor]) -> Iterator[list[NamedTensor]]:
+    """Tensors that must share a bucket. One of JOINED waits for the other of its layer, if there is one."""
+    waiting: list[NamedTensor] = []
+    for name, tensor in named_tensors:
+        if not name.endswith(JOINED):
+            yield [(name, tensor)]
+        elif waiting and waiting[0][0].partition(".self_attn.")[0] == name.partition(".self_attn.")[0]:
+            yield [*waiting, (name, tensor)]
+            waiting = []
+        else:
+            if waiting:
+                yield waiting
+            waiting = [(name, tensor)]
+    if waiting:
+        yield waiting
 
 
 def bucket_metadata(bucket: Bucket) -> list[SimpleNamespace]:

@@ -65,6 +65,8 @@ class ExpectedChecksums:
     def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype):
         self._config = config
         self._family = FAMILIES[config["model_type"]]
+        self._layout = self._family.engine_layout + (
+            self._family.engine_latent_layout if config.get("q_lora_rank") else ())
         (self._head,) = self._family.names["output_layer.weight"]
         self._vocabulary = {self._head, *self._family.names["embedding.word_embeddings.weight"]}
         self._dtype = engine_dtype
@@ -115,7 +117,7 @@ class ExpectedChecksums:
 
     def _locate(self, name: str) -> tuple[str, int, int, int | None]:
         """(engine parameter, place of this tensor in it, number of places, dimension of the MLP's width)."""
-        for pattern, parameter, (parts, part), width_dim in self._family.engine_layout:
+        for pattern, parameter, (parts, part), width_dim in self._layout:
             if match := re.fullmatch(pattern, name):
                 found = match.groupdict()
                 if "expert" not in found:

@@ -3,7 +3,8 @@
 ling has Ling-lite's shape scaled down (64 experts, top-6, two shared, NormHead). bailing_v2 has Ling 2.0's: sigmoid
 scores, an expert bias, groups, a scaling factor, half a head that rotates, a layer behind the last. The
 others differ from it in what a layout can get wrong: biases interleaved by key-value group, norms inside
-tensor-parallel heads, an embedding that is also the head on another pipeline stage, no experts at all.
+tensor-parallel heads, latent vectors that all tensor-parallel ranks have, values narrower than keys, groups ranked by
+one expert, an embedding that is also the head on another pipeline stage, no experts at all.
 """
 
 from __future__ import annotations
@@ -42,13 +43,23 @@ NETWORKS: dict[str, dict] = {
                   "head_dim": 8},
     "glm4_moe": {"model_type": "glm4_moe", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                  "head_dim": 8, "num_nextn_predict_layers": 1},
+    "deepseek_v2": {"model_type": "deepseek_v2", "num_key_value_heads": 4, "n_routed_experts": 8,
+                    "num_experts_per_tok": 3, "moe_intermediate_size": 16, "q_lora_rank": 20, "kv_lora_rank": 24,
+                    "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+                    "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0,
+                    "rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16,
+                                        "rope_theta": 100.0, "mscale": 0.7, "mscale_all_dim": 0.9}},
+    "deepseek_v3": {"model_type": "deepseek_v3", "num_key_value_heads": 4, "n_routed_experts": 4,
+                    "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 CHECKPOINT = "checkpoint"
-REPLAYED = "bailing_v2_replayed"
-"""bailing_v2, told which experts its tokens take."""
-NETWORKS[REPLAYED] = NETWORKS["bailing_v2"]
-ONLY_IN = {REPLAYED: ("tp2_ep2", "pp2_vpp2", "cp2"), "glm4_moe": ("one", "tp2_ep2", "pp2_vpp2", "cp2")}
+REPLAYED = "_replayed"
+"""A network with this ending is told which experts its tokens take."""
+NETWORKS |= {name + REPLAYED: NETWORKS[name] for name in ("bailing_v2", "deepseek_v2")}
+_FEW = ("one", "tp2_ep2", "pp2_vpp2", "cp2")
+ONLY_IN = {f"bailing_v2{REPLAYED}": _FEW[1:], f"deepseek_v2{REPLAYED}": ("tp2_ep2",), "glm4_moe": _FEW,
+           "deepseek_v3": _FEW}
 """Networks that go through some layouts only; other rows have each of their parts in all layouts."""
 MTP_NETWORKS = ("bailing_v2", "glm4_moe")
 """Those with a layer behind the last, which model.mtp trains."""
@@ -56,7 +67,7 @@ MTP_LAYOUTS = ("one", "dp2", "ep2", "tp2", "tp2_ep2", "tp2_etp2", "cp2", "tp2_dp
 MTP_WITH_VARIANTS = ("dp2", "tp2_ep2")
 """Where each of cases.VARIANTS takes a step too."""
 BIAS_RATE = 0.01
-SERVED = ("ling", "bailing_v2", "qwen3_moe", "glm4_moe")
+SERVED = ("ling", "bailing_v2", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
 """By a real engine, in tests/engine/test_networks.py."""
 
 
@@ -88,7 +99,7 @@ class WrittenNetwork:
         self.behind = {key: tensors[key] for key in expected_shapes(network, mtp=True) if key not in self.weights} \
             if network.num_nextn_predict_layers else {}
         self.step = cases.draw_sequences()
-        if name == REPLAYED:
+        if name.endswith(REPLAYED):
             self.step.routed_experts = random_experts(self.step, network)
         fill_logprobs(self.step, {name: tensor.double() for name, tensor in self.weights.items()}, self.config)
         torch.save(self.step, folder / name / "step.pt")

@@ -31,6 +31,10 @@ MODEL = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hi
          "num_shared_experts": 2, "moe_intermediate_size": 56, "first_k_dense_replace": 1}
 SECOND = {**MODEL, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1}
 """The bailing_moe_v2 beside it, for cases with model.mtp."""
+LATENT = {**{key: value for key, value in MODEL.items() if key not in ("num_experts", "num_shared_experts")},
+          "num_key_value_heads": 8, "n_routed_experts": 8, "n_shared_experts": 2, "q_lora_rank": 40, "kv_lora_rank": 48,
+          "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+"""The deepseek_v2 beside it, for cases whose name begins with `latent_`."""
 CASES: dict[str, dict] = {
     "dp4": {},
     "plain": {"parallel": {"ep": 2, "distributed_optimizer": False}},
@@ -50,6 +54,9 @@ CASES: dict[str, dict] = {
     "mtp_recompute": {"model": {"mtp": True, "recompute": "full"}},
     "pp2_recompute": {"parallel": {"pp": 2, "ep": 2}, "model": {"recompute": "full"}},
 }
+
+
+CASES |= {f"latent_{case}": CASES[case] for case in ("plain_bf16", "tp2_pp2_ep2", "cp2_ep2")}
 
 
 def case_config(case: str) -> Config:
@@ -114,6 +121,8 @@ def mean_logprob(batch, logprobs_T, entropy_T):
 
 
 def folder_of(folder: Path, case: str) -> Path:
+    if case.startswith("latent_"):
+        return folder.with_name("latent")
     return folder.with_name("second") if case_config(case).model.mtp else folder
 
 

@@ -15,7 +15,7 @@ from megatron_rl.model.architectures import read_config
 from megatron_rl.plan.activations import chunks_in_flight
 from megatron_rl.plan.memory import plan_stage
 from megatron_rl.plan.parameters import stage_chunks
-from tests.tiny_models import write_tiny_bailing
+from tests.tiny_models import write_tiny_bailing, write_tiny_known
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +26,7 @@ ACTIVATIONS_TOLERANCE = 0.04  # 0.033 under cp2, where a CPU's attention keeps a
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
+    write_tiny_known(folder / "latent", "deepseek_v2", **worker.LATENT)
     write_tiny_bailing(folder / "second", "bailing_moe_v2", **worker.SECOND)
     return write_tiny_bailing(folder / "model", **worker.MODEL)
 

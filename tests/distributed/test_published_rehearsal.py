@@ -13,7 +13,8 @@ from tests.distributed.all_ranks import parameters_of_all_ranks
 
 pytestmark = pytest.mark.slow
 LAYOUTS = {"ling_mini_2": {"ep": 64}, "ling_flash_2": {"ep": 64}, "ling_1t": {"ep": 64, "pp": 4},
-           "glm_4_5_air": {"ep": 64}, "qwen1_5_moe_a2_7b": {"ep": 4}, "qwen3_30b_a3b": {"ep": 64}}
+           "glm_4_5_air": {"ep": 64}, "qwen1_5_moe_a2_7b": {"ep": 4}, "qwen3_30b_a3b": {"ep": 64},
+           "deepseek_v2": {"ep": 32, "tp": 2}, "moonlight_16b_a3b": {"ep": 64}}
 """On 256 ranks."""
 
 

@@ -76,18 +76,20 @@ def in_time[Outcome](attempt: Callable[[], Outcome], was_in_time: Callable[[Outc
 class LiveEngine:
     """The shared server together with the weights that it is meant to serve."""
 
-    def __init__(self, process: EngineProcess, folder: Path):
+    def __init__(self, process: EngineProcess, folder: Path, draw=tiny_bailing_weights):
+        """draw(config, seed=...): weights under their checkpoint names; those of the folder without a seed."""
         self.process = process
         self.folder = folder
         self.config = json.loads((folder / "config.json").read_text())
         self.client = client_of(process.base_url, timeout_s=300.0)
-        self.weights = tiny_bailing_weights(self.config)
+        self._draw = draw
+        self.weights = draw(self.config)
         self.version = 0
         self.expected = ExpectedChecksums(self.config, engine_dtype=torch.float32)
         self._seeds = itertools.count(1)
 
     def new_weights(self) -> dict[str, torch.Tensor]:
-        return tiny_bailing_weights(self.config, seed=next(self._seeds))
+        return self._draw(self.config, seed=next(self._seeds))
 
     def publish(self, weights: Mapping[str, torch.Tensor], publisher: Publisher | None = None) -> None:
         """Publishes under the next version and checks the checksums."""

@@ -1,4 +1,4 @@
-"""SGLang serves what the trainer exports, with the trainer's log-probabilities: Ling's shape and Qwen3-MoE."""
+"""SGLang serves what the trainer exports, with the trainer's log-probabilities: Ling, Qwen3-MoE and DeepSeek."""
 
 from __future__ import annotations
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_rl.config.rollout import ENGINE_KEY
+from megatron_rl.model.architectures import read_config
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.engines import EngineProcess
@@ -26,7 +29,7 @@ from megatron_rl.sync.tensor import TensorPublisher
 from megatron_rl.sync.verify import ExpectedChecksums, WeightMismatchError, verify_engines
 from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine
 from tests.reference_bailing import response_logprobs
-from tests.tiny_models import write_tiny_bailing
+from tests.tiny_models import write_tiny_bailing, write_tiny_known
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
 SMALL_BUCKET = 100_000
@@ -99,6 +102,29 @@ def test_router_and_expert_bias_in_float32_are_proven_in_a_bfloat16_engine(tmp_p
             pass
         with pytest.raises(WeightMismatchError, match="2 parameters differ: model.layers.0.mlp.gate.expert_bias"):
             verify_engines([engine.client], engine.expected)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("deepseek_v2", {"q_lora_rank": 24}), ("deepseek_v3", {})])
+def test_latent_attention_is_served_and_proven(tmp_path: Path, model_type: str, changes: dict):
+    """SGLang makes one parameter of two tensors, and of another two that it multiplies by and that no checksum covers.
+    The first two travel in one bucket, however small the buckets are."""
+    folder = write_tiny_known(tmp_path / "model", model_type, **changes)
+    start = load_file(folder / "model.safetensors")
+
+    def draw(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: tensor + (0.1 * torch.randn(tensor.shape, generator=generator) if seed else 0.0)
+                for name, tensor in start.items()}
+
+    with EngineProcess.from_config(ROLLOUT, folder, log_path=tmp_path / "engine.log") as process:
+        engine = LiveEngine(process, folder, draw)
+        engine.expected = ExpectedChecksums(asdict(read_config(folder)), engine_dtype=torch.float32)
+        for bucket_bytes in (1, SMALL_BUCKET):
+            old, new = engine.weights, engine.new_weights()
+            engine.publish(new, TensorPublisher([engine.client], bucket_bytes=bucket_bytes))
+            results = engine.generate(PROMPTS, SAMPLING)
+            assert engine.largest_error(PROMPTS, results) < 1e-4
+            assert engine.largest_error(PROMPTS, results, weights=old) > 1e-3
 
 
 def other_weights(engine: LiveEngine) -> ExpectedChecksums:
@@ -309,6 +335,18 @@ def test_buckets_keep_order_respect_the_limit_and_align_dtypes():
     assert [[name for name, _ in bucket.tensors] for bucket in buckets] == [["a", "b"], ["c"], ["d"], ["e"]]
     assert [bucket.num_bytes for bucket in buckets] == [22, 4, 400, 8]
     assert [bucket.last for bucket in buckets] == [False, False, False, True]
+
+
+def test_tensors_that_the_engine_joins_share_a_bucket():
+    names = [f"model.layers.{layer}.self_attn.{part}.weight" for layer in (0, 1) for part in (
+        "kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj")]
+    tensors = [(name, torch.zeros(4)) for name in names]
+    found = [[name.split(".", 2)[2] for name, _ in bucket.tensors] for bucket in make_buckets(tensors, 16)]
+    assert found == [[f"{layer}.self_attn.{part}.weight" for part in parts] for layer in (0, 1) for parts in (
+        ["kv_b_proj"], ["kv_a_proj_with_mqa", "q_a_proj"], ["q_b_proj"])]
+    alone = [pair for pair in tensors if "q_a_proj" not in pair[0]]  # queries that come from no latent vector
+    assert sorted(name for bucket in make_buckets(alone, 16) for name, _ in bucket.tensors) == sorted(
+        name for name, _ in alone)
 
 
 def test_nothing_to_publish_is_an_error():

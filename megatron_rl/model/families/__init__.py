@@ -8,6 +8,8 @@ from types import MappingProxyType
 from megatron_rl.model.families import (
     bailing_moe,
     bailing_moe_v2,
+    deepseek_v2,
+    deepseek_v3,
     glm4_moe,
     llama,
     qwen2,
@@ -19,4 +21,4 @@ from megatron_rl.model.families.base import Family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     module.FAMILY.model_type: module.FAMILY for module in (
-        bailing_moe, bailing_moe_v2, glm4_moe, llama, qwen2, qwen2_moe, qwen3, qwen3_moe)})
+        bailing_moe, bailing_moe_v2, deepseek_v2, deepseek_v3, glm4_moe, llama, qwen2, qwen2_moe, qwen3, qwen3_moe)})

@@ -25,11 +25,14 @@ class Family:
     keys: Network field -> config.json keys that may hold it, the first found counts. Without entry a field that has a
         default in Network keeps it, and any other is read under its own name.
     fixed: Network fields that are the same in every checkpoint. defaults: where config.json is silent or null.
+    present: keys that must be there, though they may be null: the engine reads them without a default, or transformers
+        has a default of its own.
     required: fields with a default in Network that config.json must give all the same, because trainer, engine and the
         published code have different ones.
     only: config.json key -> the one value that is supported; silent or null also passes. not_null: those of them that
         may be left out and not be null, which breaks the engine. same: key -> the key whose value it must repeat.
     ignored: keys that SGLang or transformers reads and that change nothing here (COMMON holds more).
+    engine_latent_layout: more of engine_layout for queries that come from a latent vector (q_lora_rank).
     engine_layout: how the engine's class joins tensors (sync/verify.py): checkpoint name -> engine parameter, (parts
         per expert, MLP or attention, which of them this is), the dimension that holds the MLP's width. Whatever
         matches no row keeps its name and is whole. zero_width: parameters beside the router of a layer without shared
@@ -51,12 +54,14 @@ class Family:
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    present: frozenset[str] = frozenset()
     required: frozenset[str] = frozenset()
     only: Mapping[str, Any] = field(default_factory=dict)
     not_null: frozenset[str] = frozenset()
     same: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     engine_layout: tuple[tuple[str, str, tuple[int, int], int | None], ...] = ()
+    engine_latent_layout: tuple[tuple[str, str, tuple[int, int], int | None], ...] = ()
     zero_width: tuple[str, ...] = ()
     partial_rotation: bool = False
     files: tuple[str, ...] = ()
@@ -65,6 +70,11 @@ class Family:
     def keys_of(self, name: str, has_default: bool) -> tuple[str, ...]:
         """The keys of config.json that may hold Network's field `name`."""
         return self.keys.get(name, () if has_default else (name,))
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether its attention is latent (latent_attention.py)."""
+        return "kv_lora_rank" in self.keys
 
     @property
     def meant(self) -> frozenset[str]:

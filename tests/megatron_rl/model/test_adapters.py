@@ -80,12 +80,20 @@ def test_every_family_has_adapters_on_all_projections_and_none_on_its_router(fam
         assert fewer == sorted(fewer, reverse=True) and len(set(fewer)) == 3
 
 
+def test_a_projection_that_latent_attention_has_not_is_refused_by_its_name():
+    options = ModelConfig(lora=LoraConfig(rank=4))
+    network = parse_config({**FAMILIES["deepseek_v2"].tiny, "model_type": "deepseek_v2"}, "deepseek_v2")
+    with pytest.raises(ValueError, match="model.lora.targets=linear_qkv,.*: this deepseek_v2 has no linear_qkv"):
+        check_lora(options, network, gpu=False)
+    check_lora(replace(options, lora=LoraConfig(rank=4, targets=("linear_proj", "linear_fc1"))), network, gpu=False)
+
+
 def test_a_summary_says_for_which_families_peft_gives_other_logits():
     """Which these are, test_peft.py finds out."""
     config = load(["model.path=base", "model.lora.rank=8"])
     said = {family for family in FAMILIES if "adapter folder" in dict(model_rows(config, parse_config(
         {"torch_dtype": "float32", **FAMILIES[family].tiny, "model_type": family}, family)))}
-    assert said == {"glm4_moe", "qwen2_moe"}
+    assert said == {"deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe"}
 
 
 def test_a_fresh_adapter_depends_on_name_and_seed_and_adds_nothing():

@@ -32,6 +32,15 @@ MODELS = {
                         "use_qk_norm": False, "n_shared_experts": 2, "partial_rotary_factor": 0.25},
     "glm4_moe-yarn": {"rope_parameters": {
         **YARN, "rope_theta": 500.0, "partial_rotary_factor": 0.5, "beta_fast": 8, "truncate": False}},
+    "deepseek_v2": {},
+    "deepseek_v2-yarn": {"num_experts_per_tok": 3, "n_shared_experts": 2, "rope_theta": 500.0, "v_head_dim": 24,
+                         "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5}},
+    "deepseek_v2-groups": {"q_lora_rank": 24, "n_routed_experts": 16, "num_experts_per_tok": 6, "n_group": 8,
+                           "topk_group": 3, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
+    "deepseek_v3": {"routed_scaling_factor": 2.446, "num_experts_per_tok": 3, "n_shared_experts": 2},
+    "deepseek_v3-groups": {"q_lora_rank": 24, "n_routed_experts": 16, "num_experts_per_tok": 3, "n_group": 4,
+                           "topk_group": 2, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0,
+                                                                "rope_theta": 500.0}},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 24},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_moe-yarn": {"rope_parameters": {

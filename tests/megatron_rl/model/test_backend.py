@@ -108,3 +108,20 @@ def test_transformer_engine_that_is_not_there_is_refused_by_its_key(monkeypatch)
     monkeypatch.setattr("megatron_rl.model.te_spec.HAVE_TE", False)
     with pytest.raises(ValueError, match=r"model\.backend=transformer_engine: .* not installed; .*TE=1.*=torch"):
         layer_submodules(num_experts=None, qk_norm=False)
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), [
+    ({}, {"backend": "transformer_engine"}, "model.backend=transformer_engine: its layers have no latent attention"),
+    ({}, {"recompute": "selective", "recompute_modules": ("moe", "core_attn")},
+     "model.recompute_modules=moe,core_attn: latent attention"),
+    ({"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"].tiny, "num_nextn_predict_layers": 1}, {"mtp": True},
+     "model.mtp=true: the layer behind the last of a deepseek_v3 is carried through"),
+    ({"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+     {"kernels": KernelConfig(router="triton")}, "model.kernels.router=triton: .* n_group=4; set"),
+    ({"qk_nope_head_dim": 260}, {"backend": "torch"}, "model.path: head_dim=268, and the attention of"),
+])
+def test_what_a_backend_cannot_do_of_a_deepseek_is_refused_by_its_key(changes, options, message):
+    network = parse_config({**FAMILIES["deepseek_v2"].tiny, "model_type": "deepseek_v2"} | changes, "here")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_backend(ModelConfig(**{**BFLOAT16, **options}), network, ParallelConfig(), gpu=True)
+    check_backend(ModelConfig(dtype="bfloat16", backend="megatron"), network, ParallelConfig(), gpu=True)

@@ -31,15 +31,18 @@ CASES = {
     "qwen3_moe.none": LoraConfig(rank=4, experts="none"),
     "qwen3_moe.down": LoraConfig(rank=4, targets=("linear_qkv", "linear_fc2")),
     "qwen2_moe.none": LoraConfig(rank=4, experts="none"),
+    "deepseek_v2.attention": LoraConfig(rank=4, targets=("linear_proj",)),
     "glm4_moe.attention": LoraConfig(rank=4, targets=("linear_qkv", "linear_proj")),
 }
 NOT_LOADED = {
     "qwen3_moe.up": LoraConfig(rank=4, targets=("linear_qkv", "linear_fc1")),
     "qwen2_moe": LoraConfig(rank=4),
+    "deepseek_v2": LoraConfig(rank=4, targets=("linear_proj", "linear_fc1", "linear_fc2")),
     "glm4_moe": LoraConfig(rank=4),
     "glm4_moe.none": LoraConfig(rank=4, experts="none"),
 }
-"""peft 0.21.2 loads qwen2_moe and glm4_moe without a warning, and says of the other two that keys are missing."""
+"""peft 0.21.2 loads qwen2_moe, deepseek_v2 and glm4_moe without a warning, and says of the other two that keys are
+missing."""
 
 
 @pytest.fixture(scope="module")

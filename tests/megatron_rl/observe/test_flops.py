@@ -48,3 +48,14 @@ def test_the_layer_behind_the_last_is_a_moe_layer_and_the_head_without_its_gradi
 def test_frozen_matrices_have_no_gradient_of_their_own():
     # 3 tokens: forward 2880 in matrices and 288 in pairs; backward 2880 for inputs of matrices and 576 for pairs
     assert train_flops(SMALL, iter([3]), frozen=True) == 2880 + 288 + 2880 + 576
+
+
+def test_latent_attention_by_hand():
+    latent = SMALL | {"num_key_value_heads": 2, "head_dim": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2,
+                      "v_head_dim": 4, "kv_lora_rank": 3, "q_lora_rank": 0}
+    # queries 4*2*5 = 40, down 4*(3+2) = 20, up 3*2*(3+4) = 42, output 2*4*4 = 32: 134, times 2
+    assert linear_flops_per_token(latent) == 2 * 268 + 168 + 424 + 80
+    # queries by way of 6 numbers: 4*6 + 6*2*5 = 84 in the place of 40
+    assert linear_flops_per_token(latent | {"q_lora_rank": 6}) == 2 * 356 + 168 + 424 + 80
+    # 3 tokens see 6 pairs; each 2*2*(5+4) = 36 in 2 layers
+    assert forward_flops(latent, [3]) == 3 * linear_flops_per_token(latent) + 6 * 36 * 2
