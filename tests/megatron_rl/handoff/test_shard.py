@@ -11,7 +11,7 @@ from megatron_rl.handoff import cut_into_shards, read_shard, write_shard
 from megatron_rl.model.network import Network
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 
-NETWORK = dataclasses.asdict(Network("bailing_moe", *[1] * 15, norm_topk_prob=True))
+NETWORK = dataclasses.asdict(Network("bailing_moe", *[1] * 14, norm_topk_prob=True))
 LAYERS, TOP_K = 3, 2
 
 
