@@ -23,6 +23,8 @@ Written for SGLang 0.5.23, which runs unmodified; what is adapted:
    attention_backend_handler.py has a handler for torch_native.
  - latent attention without rope_scaling (Moonlight) gets the plain rotation. Delete when get_rope_cpu no longer asserts
    that there is a scaling (layers/rotary_embedding/factory.py).
+ - the gate of a qwen2_moe's shared experts is torch's, since SGLang has a Triton kernel alone. Delete when
+   models/qwen2_moe.py has another way on a CPU.
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
 Importing this module does nothing; prepare() comes before SGLang is imported.
@@ -128,6 +130,7 @@ def _register_hooks() -> None:
     HookRegistry.register("sglang.srt.models.deepseek_v2.DeepseekV2AttentionMLA.dispatch_attn_forward_method",
                           by_latent_vectors, HookType.REPLACE)
     HookRegistry.register("sglang.srt.layers.rotary_embedding.factory.get_rope_cpu", plain_or_scaled, HookType.AROUND)
+    HookRegistry.register("sglang.srt.models.qwen2_moe.fused_gate_sigmoid_mul_add", add_gated, HookType.REPLACE)
     HookRegistry.register("sglang.srt.layers.rotary_embedding.base.apply_rotary_emb", rotate, HookType.AROUND)
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", batched.grouped_experts,
                           HookType.AROUND)
@@ -153,6 +156,12 @@ def plain_or_scaled(original, head_size, rotary_dim, max_position, base, is_neox
     if rope_scaling is None:
         return get_rope(head_size, rotary_dim, max_position, base, is_neox_style)
     return original(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, *rest)
+
+
+def add_gated(hidden_TH: torch.Tensor, gate_H: torch.Tensor, shared_TH: torch.Tensor, out_TH: torch.Tensor) -> None:
+    """For fused_gate_sigmoid_mul_add: out += sigmoid(hidden . gate) * shared, summed in float32, as there."""
+    share_T1 = torch.sigmoid(hidden_TH.float() @ gate_H.float())[:, None]
+    out_TH.copy_(out_TH.float() + share_T1 * shared_TH.float())
 
 
 def rotate(original, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox_style: bool) -> torch.Tensor:

@@ -67,7 +67,7 @@ MTP_LAYOUTS = ("one", "dp2", "ep2", "tp2", "tp2_ep2", "tp2_etp2", "cp2", "tp2_dp
 MTP_WITH_VARIANTS = ("dp2", "tp2_ep2")
 """Where each of cases.VARIANTS takes a step too."""
 BIAS_RATE = 0.01
-SERVED = ("ling", "bailing_v2", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3")
+SERVED = ("ling", "bailing_v2", "qwen3_moe", "glm4_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3")
 """By a real engine, in tests/engine/test_networks.py."""
 
 
