@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     parts["rehearse"].add_argument("--engines", type=positive_int, default=None, metavar="N",
                                    help="with --collectors: engines apart from the ranks (default: as many GPUs as "
                                    "the ranks have)")
+    parts["rehearse"].add_argument("--rates", default=None, metavar="FILE",
+                                   help="rates of the card, links and engines (docs/rehearsal.md; default: an H800's)")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
     parts["quickstart"].set_defaults(own_keys=("model",))
     parts["torchrun"].add_argument("--nodes", type=positive_int, required=True, metavar="N",

@@ -307,15 +307,17 @@ def rehearse(options) -> int:
         if options.engines and not options.collectors:
             raise ValueError(f"--engines {options.engines} says how many engines --collectors simulates; add it")
         if options.layouts:
-            command.compare_layouts(config, network, count=options.layouts, json_file=options.json)
+            command.compare_layouts(config, network, count=options.layouts, rates_file=options.rates,
+                                    json_file=options.json)
             return 0
         if options.collectors:
             command.compare_collectors(config, network, options.ranks, lengths=options.lengths,
-                                       engines=options.engines, imbalance=options.imbalance, json_file=options.json,
-                                       page_file=options.page)
+                                       engines=options.engines, imbalance=options.imbalance,
+                                       rates_file=options.rates, json_file=options.json, page_file=options.page)
             return 0
         command.run(config, network, options.ranks, json_file=options.json, imbalance=options.imbalance,
-                    lengths=options.lengths, trace_file=options.trace, page_file=options.page)
+                    lengths=options.lengths, rates_file=options.rates, trace_file=options.trace,
+                    page_file=options.page)
     return 0
 
 

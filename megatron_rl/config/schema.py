@@ -134,6 +134,8 @@ class ParallelConfig:
     - sequence_parallel: null means on if tp > 1, because Megatron refuses MoE under TP without it.
     - distributed_optimizer: data-parallel ranks divide the optimiser's state among them.
     - overlap: reduce gradients while the backward pass goes on.
+    - overlap_shared_experts: compute the shared expert while rows travel to the ranks of their experts. It needs
+      token_dispatcher=alltoall.
     - token_dispatcher: how tokens reach the ranks of their experts. `allgather` sends every token to all of them, which
       suits an ep not above the experts that a token chooses, and pads the ranks' micro-batches to one length.
     """
@@ -148,6 +150,7 @@ class ParallelConfig:
     sequence_parallel: bool | None = None
     distributed_optimizer: bool = True
     overlap: bool = False
+    overlap_shared_experts: bool = False
     token_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
     def __post_init__(self):
@@ -167,6 +170,9 @@ class ParallelConfig:
         require(self.token_dispatcher == "alltoall" or self.pp == 1,
                 f"parallel.token_dispatcher=allgather with parallel.pp={self.pp}: Megatron sends micro-batches of "
                 "varying length between stages with alltoall only")
+        require(not self.overlap_shared_experts or self.token_dispatcher == "alltoall",
+                "parallel.overlap_shared_experts=true with parallel.token_dispatcher=allgather: only alltoall can be "
+                "started ahead; leave one of the two out")
         require(not (self.tp == 1 and self.sequence_parallel),
                 "parallel.sequence_parallel=true needs parallel.tp > 1; leave it unset")
         require(self.vpp is None or self.pp > 1, f"parallel.vpp={self.vpp} needs parallel.pp > 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -92,8 +93,8 @@ def build_policy(model: Network, options: ModelConfig, parallel: ParallelConfig,
     config = transformer_config(model, options, parallel, chosen)
     losses = RouterLosses()
     stages = range(parallel.vpp) if parallel.vpp else (None,)
-    gpt_models = [_gpt_model(model, config, block_spec(model, config, losses, chosen, stage), stage)
-                  for stage in stages]
+    spec = partial(block_spec, model, config, losses, chosen, overlap=parallel.overlap_shared_experts)
+    gpt_models = [_gpt_model(model, config, spec(stage), stage) for stage in stages]
     adapters = attach(gpt_models, options.lora) if options.lora.on else None
     chunks: list[torch.nn.Module] = [Float16Module(config, m) if config.bf16 else m for m in gpt_models]
     mtp = _mtp(model, config, chosen) if options.mtp else None

@@ -32,6 +32,7 @@ from megatron_rl.model.backend import WITH_DEVICE_COUNTS, Backend
 from megatron_rl.model.kernel_layers import DeviceCountsMoELayer, KernelExperts, KernelRouter, SwiGLU
 from megatron_rl.model.latent_attention import LatentSelfAttention
 from megatron_rl.model.network import Network
+from megatron_rl.model.overlap import OverlappedMoELayer, StartedAhead, StartedAheadWithDeviceCounts
 from megatron_rl.model.router import BudgetRouter, RouterLosses
 from megatron_rl.model.routing_replay import RoutedMoELayer, RoutedTransformerLayer
 
@@ -52,7 +53,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-def _moe(model: Network, losses: RouterLosses, backend: Backend):
+def _moe(model: Network, losses: RouterLosses, backend: Backend, *, overlap: bool):
     """Experts and router are Megatron's own unless the backend's kernels name an implementation of ours."""
     local, kernels = LocalSpecProvider(), backend.kernels
     mlp = shared = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear(),
@@ -63,7 +64,10 @@ def _moe(model: Network, losses: RouterLosses, backend: Backend):
         grouped, shared = _te_spec().experts_and_shared()
         experts = grouped if kernels.experts == "transformer_engine" else experts
     router = BudgetRouter if kernels.router == "megatron" else partial(KernelRouter, impl=kernels.router)
-    layer = DeviceCountsMoELayer if kernels.experts in WITH_DEVICE_COUNTS else RoutedMoELayer
+    on_device = kernels.experts in WITH_DEVICE_COUNTS
+    layer = DeviceCountsMoELayer if on_device else RoutedMoELayer
+    if overlap:
+        layer = partial(OverlappedMoELayer, dispatcher=StartedAheadWithDeviceCounts if on_device else StartedAhead)
     return partial(layer, submodules=MoESubmodules(
         experts=experts, shared_experts=partial(SharedExpertMLP, submodules=shared),
         router=partial(router, losses=losses, experts_ranking_a_group=model.experts_ranking_a_group)))
@@ -81,8 +85,9 @@ def _te_spec():
     return te_spec
 
 
-def layer_spec(model: Network, layer: int, losses: RouterLosses, backend: Backend) -> ModuleSpec:
-    """One layer, dense or MoE by its global number from 0."""
+def layer_spec(model: Network, layer: int, losses: RouterLosses, backend: Backend, *,
+               overlap: bool = False) -> ModuleSpec:
+    """One layer, dense or MoE by its global number from 0. overlap: parallel.overlap_shared_experts."""
     num_experts = None if model.is_dense_layer(layer) else model.num_experts
     if backend.name == "transformer_engine":
         submodules = _te_spec().layer_submodules(num_experts=num_experts, qk_norm=model.qk_norm)
@@ -90,7 +95,7 @@ def layer_spec(model: Network, layer: int, losses: RouterLosses, backend: Backen
         submodules = _local_submodules(model, num_experts, backend)
     if num_experts is None:
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
-    submodules.mlp = _moe(model, losses, backend)
+    submodules.mlp = _moe(model, losses, backend, overlap=overlap)
     return ModuleSpec(module=RoutedTransformerLayer, submodules=submodules)
 
 
@@ -113,11 +118,14 @@ def _local_submodules(model: Network, num_experts: int | None, backend: Backend)
     return submodules
 
 
-def block_spec(model: Network, config, losses: RouterLosses, backend: Backend,
-               vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Specs of the layers that this pipeline stage holds, dense or MoE by their global number."""
+def block_spec(model: Network, config, losses: RouterLosses, backend: Backend, vp_stage: int | None, *,
+               overlap: bool) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage holds, dense or MoE by their global number.
+
+    overlap: parallel.overlap_shared_experts.
+    """
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [layer_spec(model, layer, losses, backend) for layer in range(first, first + count)]
+    layers = [layer_spec(model, layer, losses, backend, overlap=overlap) for layer in range(first, first + count)]
     norm = _te_spec().FINAL_NORM if backend.name == "transformer_engine" else RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

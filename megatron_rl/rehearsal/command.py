@@ -14,12 +14,11 @@ from megatron_rl.model.network import Network, check_layout
 from megatron_rl.observe.say import say
 from megatron_rl.plan import Hardware, Proposal, propose
 from megatron_rl.plan.report import layout
-from megatron_rl.rehearsal.engines import EngineRates
 from megatron_rl.rehearsal.page import collectors_page, rehearsal_page
 from megatron_rl.rehearsal.ranks import check_rank, distinct_ranks
+from megatron_rl.rehearsal.rates import read_rates
 from megatron_rl.rehearsal.records import Lengths, lengths_of, loads_of
 from megatron_rl.rehearsal.report import collectors_text, layouts_text, rank_text, stages_text
-from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.standins import Imbalance
 from megatron_rl.rehearsal.step import check_rehearsable, rehearse
 from megatron_rl.rehearsal.summary import summary
@@ -29,12 +28,13 @@ from megatron_rl.rehearsal.workload import full_microbatches, tokens_per_update,
 
 
 def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: str | None = None,
-        imbalance: str = "1", lengths: str | None = None, trace_file: str | None = None,
-        page_file: str | None = None) -> None:
+        imbalance: str = "1", lengths: str | None = None, rates_file: str | None = None,
+        trace_file: str | None = None, page_file: str | None = None) -> None:
     """Rehearse each rank and say what was seen; `ranks` empty: one of each distinct kind.
 
     imbalance: a number, or a run's folder (records.loads_of). lengths: as records.lengths_of; None: full micro-batches.
-    trace_file: the update of all of them on one clock, for ui.perfetto.dev. page_file: everything as an HTML page.
+    rates_file: as rates.read_rates. trace_file: the update of all of them on one clock, for ui.perfetto.dev.
+    page_file: everything as an HTML page.
     """
     check_layout(network, config.parallel)
     uneven = _imbalance(imbalance, network)
@@ -45,21 +45,21 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
     for option, file in (("--json", json_file), ("--trace", trace_file), ("--page", page_file)):
         if file is not None:
             _check_folder(option, file)
-    rates = Rates()
+    rates = read_rates(rates_file)
     chosen = list(ranks) or distinct_ranks(config.parallel)
     found: list[dict[str, Any]] = []
     updates: dict[int, list[Event]] = {}
     for rank in chosen:
         workload = workload_of(config, network, rank, drawn)
         seen = rehearse(config, network, rank, workload, imbalance=uneven)
-        found.append(summary(config, network, workload, seen, rates) | {
+        found.append(summary(config, network, workload, seen, rates.ranks) | {
             "imbalance": uneven, "sources": _sources(imbalance, uneven, drawn)})
         updates[rank] = [event for event in seen.recorder.events if event.phase == "update"]
         del seen
         gc.collect()  # modules and their optimiser hold each other
         print(rank_text(config, found[-1], rates), flush=True)
         print(flush=True)
-    slices = simulate(updates, rates)
+    slices = simulate(updates, rates.ranks)
     if len(found) > 1:
         print(stages_text(config, found, waiting_share(slices)))
     if trace_file is not None:
@@ -73,8 +73,8 @@ def run(config: Config, network: Network, ranks: Sequence[int], *, json_file: st
 
 
 def compare_collectors(config: Config, network: Network, ranks: Sequence[int], *, lengths: str | None = None,
-                       engines: int | None = None, imbalance: str = "1", json_file: str | None = None,
-                       page_file: str | None = None) -> None:
+                       engines: int | None = None, imbalance: str = "1", rates_file: str | None = None,
+                       json_file: str | None = None, page_file: str | None = None) -> None:
     """The whole RL step with every collector: the ranks' step is rehearsed, then engines and loop are simulated.
 
     lengths None: uniform. engines: how many stand apart from the ranks; None: on as many GPUs as the ranks have.
@@ -86,30 +86,30 @@ def compare_collectors(config: Config, network: Network, ranks: Sequence[int], *
     for option, file in (("--json", json_file), ("--page", page_file)):
         if file is not None:
             _check_folder(option, file)
-    rates, engine_rates = Rates(), EngineRates()
+    rates = read_rates(rates_file)
     count = engines or max(1, config.parallel.world_size // config.rollout.engine.tp)
-    variants(config), engine_of(network, config, drawn, engine_rates)  # refuse what cannot be simulated
+    variants(config), engine_of(network, config, drawn, rates.engine)  # refuse what cannot be simulated
     found = []
     for rank in ranks or distinct_ranks(config.parallel):
         check_rank(rank, config.parallel)
         workload = workload_of(config, network, rank, drawn)
         found.append(summary(config, network, workload, rehearse(config, network, rank, workload, imbalance=uneven),
-                             rates))
+                             rates.ranks))
         gc.collect()
     seconds = max(sum(each["step_seconds"].values()) for each in found)
     tokens = tokens_per_update(config, drawn)
     say(f"one optimiser step of {tokens:,} response tokens takes {seconds:.1f} s")
-    rows = whole_steps(config, network, drawn, train_s_per_token=seconds / tokens, engines=count, rates=rates,
-                       engine_rates=engine_rates)
-    assumed = [f"responses {drawn.name}; judging takes no time", engine_rates.stated(), f"ranks: {rates.stated()}"]
+    rows = whole_steps(config, network, drawn, train_s_per_token=seconds / tokens, engines=count,
+                       rates=rates.ranks, engine_rates=rates.engine)
+    assumed = [f"responses {drawn.name}; judging takes no time", rates.engine.stated(), f"ranks: {rates.stated()}"]
     print(collectors_text(rows, assumed))
     if page_file is not None:
         Path(page_file).write_text(collectors_page(config, rows, assumed), encoding="utf-8")
         say(f"page: {page_file}")
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"collectors": rows, "assumed": assumed, "optimiser_step_s": seconds,
-                                               "engine_rates": dataclasses.asdict(engine_rates),
-                                               "rates": dataclasses.asdict(rates)}, indent=1) + "\n")
+                                               "engine_rates": dataclasses.asdict(rates.engine),
+                                               "rates": dataclasses.asdict(rates.ranks)}, indent=1) + "\n")
 
 
 def _imbalance(text: str, network: Network) -> Imbalance:
@@ -130,7 +130,8 @@ def _sources(imbalance: str, uneven: Imbalance, lengths: Lengths | None) -> dict
             "lengths": "full micro-batches of equal sequences" if lengths is None else f"responses {lengths.name}"}
 
 
-def compare_layouts(config: Config, network: Network, *, count: int, json_file: str | None = None) -> None:
+def compare_layouts(config: Config, network: Network, *, count: int, rates_file: str | None = None,
+                    json_file: str | None = None) -> None:
     """The layouts that `plan` proposes and the one asked about, rehearsed and ordered by their seconds.
 
     The ranks of the first and the last stage of each layout are rehearsed; the slower one sets the pace.
@@ -139,19 +140,20 @@ def compare_layouts(config: Config, network: Network, *, count: int, json_file: 
     check_rehearsable(config)
     if json_file is not None:
         _check_folder("--json", json_file)
+    rates = read_rates(rates_file)
     proposed = [variant_of(config, each) for each in propose(network, config, Hardware(), count=count)]
     variants = [config, *(each for each in proposed if layout_name(each) != layout_name(config))]
     found = []
     for index, variant in enumerate(variants):
-        workload, rates = full_microbatches(variant), Rates()
+        workload = full_microbatches(variant)
         ranks = distinct_ranks(variant.parallel)
         seen = []
         for rank in sorted({ranks[0], ranks[-1]}):
-            seen.append(summary(variant, network, workload, rehearse(variant, network, rank, workload), rates))
+            seen.append(summary(variant, network, workload, rehearse(variant, network, rank, workload), rates.ranks))
             gc.collect()
         found.append({"layout": layout_name(variant), "asked": index == 0, "ranks": seen})
         print(f"rehearsed {layout_name(variant)}", flush=True)
-    print(layouts_text(found, Rates()))
+    print(layouts_text(found, rates))
     if json_file is not None:
         Path(json_file).write_text(json.dumps({"layouts": found}, indent=1) + "\n")
 

@@ -12,8 +12,8 @@ from megatron_rl.config.schema import Config
 from megatron_rl.observe.page import figure, page, table, text, tiles
 from megatron_rl.observe.plots import Drawing, Key, Line, css
 from megatron_rl.plan.report import layout
+from megatron_rl.rehearsal.rates import RatesFile
 from megatron_rl.rehearsal.report import GB, LIMITS
-from megatron_rl.rehearsal.roofline import Rates
 from megatron_rl.rehearsal.timeline import Slice
 
 ROWS = 30
@@ -25,7 +25,7 @@ COLOURS = {"compute": css(0), "wait": "transparent"}
 
 
 def rehearsal_page(config: Config, found: Sequence[dict[str, Any]], slices: Mapping[int, Sequence[Slice]],
-                   rates: Rates) -> str:
+                   rates: RatesFile) -> str:
     """found: summary.summary of each rank. slices: timeline.simulate of their updates."""
     title = f"{config.run.name}: {layout(config.parallel)}, recompute={config.model.recompute}"
     body = [f"<h1>{text(title)}</h1>", f"<p>{text(LIMITS)}. {text(rates.stated())}</p>", _stages(found),
@@ -68,7 +68,7 @@ def _stages(found: Sequence[dict[str, Any]]) -> str:
                   "seconds of a step"], [
         [each["rank"], each["place"]["pp"], each["place"]["cp"], f"{each['peak']['bytes'] / GB:.2f}",
          f"{each['phases']['update']['flops'] / 1e12:.1f}", f"{each['phases']['update']['traffic_bytes'] / 1e12:.3f}",
-         f"{sum(each['phases']['update']['seconds'].values()):.3f}", f"{sum(each['step_seconds'].values()):.1f}"]
+         f"{each['phases']['update']['elapsed']:.3f}", f"{sum(each['step_seconds'].values()):.1f}"]
         for each in found], numbers_from=0)
 
 
@@ -97,7 +97,7 @@ def _rank(each: dict[str, Any]) -> list[str]:
         table(["phase", "peak GB", "TFLOP", "TB moved", "kernels", "host reads", "seconds", "most of them"], [
             [name, f"{phase['peak_bytes'] / GB:.2f}", f"{phase['flops'] / 1e12:.2f}",
              f"{phase['traffic_bytes'] / 1e12:.3f}", f"{phase['kernels']:,}", phase["host_reads"],
-             f"{sum(phase['seconds'].values()):.3f}", _spent(phase["seconds"])] for name, phase in phases.items()],
+             f"{phase['elapsed']:.3f}", _spent(phase["seconds"])] for name, phase in phases.items()],
             numbers_from=1),
         "<h3>Collectives</h3>",
         table(["phase", "operation", "group", "ranks", "link", "calls", "GB", "asked for by"], [
@@ -132,6 +132,7 @@ def _memory(curve: Sequence[tuple[int, str, int]]) -> Drawing:
 
 def _clock(slices: Mapping[int, Sequence[Slice]]) -> str:
     """A bar for each rank, whose parts say what they are under the pointer."""
+    slices = {rank: [each for each in rows if not each.lane] for rank, rows in slices.items()}
     end = max((each.start + each.seconds for rows in slices.values() for each in rows), default=0.0)
     if not end:
         return "<p>nothing took any time</p>"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch._C._distributed_c10d import FakeWork, ProcessGroup, Work
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -86,11 +86,32 @@ class Receipt:
     index: int
 
 
+@dataclass(frozen=True)
+class Wait:
+    """The rank goes on when a collective has come to its end. index: counts the collectives of this phase that are no
+    messages. A collective that nobody started ahead is waited for at once."""
+
+    phase: str
+    index: int
+
+
+class _Handle(Work):
+    """What a rehearsed collective gives its caller to wait by."""
+
+    def __init__(self, waited: Callable[[], None]):
+        super().__init__()
+        self._waited = waited
+
+    def wait(self, timeout=None) -> bool:
+        self._waited()
+        return True
+
+
 class Recorder(TorchDispatchMode):
     """operations, collectives and host_reads count calls; peaks has the fullest moment of each phase.
 
     events: what happened in order. Megatron asks for messages ahead of their use, so a receive stands there as the
-    Receipt of its first use.
+    Receipt of its first use. Where a collective was waited for is known on fake tensors alone.
 
     fake: the mode that this one goes around; None if tensors are real. From a fake tensor the host reads 1, or False.
     """
@@ -102,9 +123,11 @@ class Recorder(TorchDispatchMode):
         self.operations: Counter[Operation] = Counter()
         self.collectives: Counter[Collective] = Counter()
         self.host_reads: Counter[tuple[str, str]] = Counter()  # (phase, where)
-        self.events: list[Operation | Collective | Receipt] = []  # in order; equal ones are one object
+        self.events: list[Operation | Collective | Receipt | Wait] = []  # in order; equal ones are one object
         self._expected: dict[int, Receipt] = {}  # by the storage that a message comes to
         self._received: Counter[tuple[str, int]] = Counter()  # by phase and peer
+        self._started: Counter[str] = Counter()  # by phase
+        self._handles: list[_Handle] = []  # whoever waits holds them by C++ alone
         self._known: dict[Operation | Collective, Operation | Collective] = {}
         self.peaks: dict[str, Peak] = {}
         self.curve: list[tuple[int, str, int]] = []  # (operations so far, phase, bytes), at changes of 1% of the peak
@@ -211,11 +234,22 @@ class Recorder(TorchDispatchMode):
             self._received[self._phase, peer] += 1
         else:
             self._happened(call, self.collectives)
+            if self._fake is not None and call.operation not in POINT_TO_POINT:
+                out = self._waited_for(out)
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self.storages.see(value, self._kind, name, where)
         self._advance()
         return out
+
+
+    def _waited_for(self, out):
+        """What the collective returned, with a handle that tells of the wait."""
+        wait = Wait(self._phase, self._started[self._phase])
+        self._started[self._phase] += 1
+        self._handles.append(_Handle(lambda: self.events.append(wait)))
+        boxed = self._handles[-1].boxed()
+        return (*out[:-1], boxed) if isinstance(out, tuple) else boxed
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.plan.report import layout
-from megatron_rl.rehearsal.roofline import Rates
+from megatron_rl.rehearsal.rates import RatesFile
 from megatron_rl.rehearsal.step import PHASES
 
 GB = 1e9
@@ -15,10 +15,10 @@ CENSUS_ROWS, COLLECTIVE_ROWS, READ_ROWS, OPERATION_ROWS = 12, 24, 12, 10
 PHASE = max(map(len, PHASES)) + 2
 """Width of the column of phases."""
 LIMITS = ("not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, "
-          "overlap; seconds are a roofline over assumed rates, none was measured")
+          "what overlapping costs; seconds are a roofline over stated rates")
 
 
-def rank_text(config: Config, found: dict[str, Any], rates: Rates) -> str:
+def rank_text(config: Config, found: dict[str, Any], rates: RatesFile) -> str:
     """found: summary.summary."""
     return "\n".join([*_head(config, found), "", *_memory(found), "", *_census(found), "", *_phases(found), "",
                       *_collectives(found), "", *_host_reads(found), "", *_operations(found), "",
@@ -65,7 +65,7 @@ def _phases(found: dict[str, Any]) -> list[str]:
     for phase, each in found["phases"].items():
         rows.append(f"  {phase:<{PHASE}}{each['peak_bytes'] / GB:>9.2f}{each['flops'] / 1e12:>10.2f}"
                     f"{each['traffic_bytes'] / 1e12:>10.3f}{each['kernels']:>9,}{each['host_reads']:>12}"
-                    f"{sum(each['seconds'].values()):>9.3f}")
+                    f"{each['elapsed']:>9.3f}")
     return rows
 
 
@@ -93,12 +93,12 @@ def _operations(found: dict[str, Any]) -> list[str]:
     return rows + _more(found["operations"], OPERATION_ROWS)
 
 
-def _seconds(found: dict[str, Any], rates: Rates) -> list[str]:
-    rows = [f"seconds at assumed rates: {rates.stated()}",
-            f"{'phase, as rehearsed':<29}{'matrix':>9}{'memory':>9}{'nvlink':>9}{'network':>9}"]
+def _seconds(found: dict[str, Any], rates: RatesFile) -> list[str]:
+    rows = [f"seconds at the rates: {rates.stated()}",
+            f"{'phase, as rehearsed':<29}{'matrix':>9}{'memory':>9}{'nvlink':>9}{'network':>9}{'together':>10}"]
     for phase, each in found["phases"].items():
         parts = "".join(f"{each['seconds'].get(part, 0.0):>9.3f}" for part in ("matrix", "memory", "nvlink", "network"))
-        rows.append(f"  {phase:<{PHASE}}{parts}")
+        rows.append(f"  {phase:<{PHASE}}{parts}{each['elapsed']:>10.3f}")
     step = found["step_seconds"]
     return [*rows, f"one optimiser step at this rank's pace: {sum(step.values()):.1f} s: "
                    f"scoring {step['scoring']:.1f}, update {step['update']:.1f}, once a step {step['once']:.1f}"]
@@ -120,9 +120,9 @@ def stages_text(config: Config, found: list[dict[str, Any]], waits: dict[int, fl
         rows.append(f"{each['rank']:>6}{each['place']['pp']:>7}{each['place']['cp']:>4}"
                     f"{each['peak']['bytes'] / GB:>9.2f}{update['flops'] / 1e12:>9.1f}"
                     f"{update['traffic_bytes'] / 1e12:>10.3f}"
-                    f"{sum(update['seconds'].values()):>10.3f}{waits[each['rank']]:>8.0%}"
+                    f"{update['elapsed']:>10.3f}{waits[each['rank']]:>8.0%}"
                     f"{sum(each['step_seconds'].values()):>9.1f}")
-    paces = [sum(each["phases"]["update"]["seconds"].values()) for each in found]
+    paces = [each["phases"]["update"]["elapsed"] for each in found]
     slowest = max(range(len(found)), key=paces.__getitem__)
     mean = sum(paces) / len(paces)
     return "\n".join([
@@ -131,7 +131,7 @@ def stages_text(config: Config, found: list[dict[str, Any]], waits: dict[int, fl
         f"goes at its pace: {sum(found[slowest]['step_seconds'].values()):.1f} s"])
 
 
-def layouts_text(found: list[dict[str, Any]], rates: Rates) -> str:
+def layouts_text(found: list[dict[str, Any]], rates: RatesFile) -> str:
     """Layouts by the seconds of a step, at the pace of the slower of their rehearsed ranks, and what takes the seconds.
 
     found: of each layout its name, whether it was asked about, and the summaries of its ranks.

@@ -1,4 +1,4 @@
-"""Seconds of what was recorded, from stated rates: a roofline of each operation and each collective, one after another.
+"""Seconds of what was recorded, from stated rates: a roofline of each operation and each collective.
 
 An operation takes the longest of its FLOPs at the matrix rate, its bytes at the memory rate and the launch of a kernel;
 a collective takes a latency and its bytes over the link that its group reaches across. Nothing here was measured.
@@ -34,7 +34,7 @@ class Rates:
     def stated(self) -> str:
         return (f"{self.matrix_share:.0%} of {self.flops / 1e12:g} TFLOP/s; {self.bandwidth_share:.0%} of "
                 f"{self.memory / 1e12:g} TB/s of memory, {self.nvlink / 1e9:g} GB/s of NVLink and "
-                f"{self.network / 1e9:g} GB/s of network a GPU; nothing overlaps")
+                f"{self.network / 1e9:g} GB/s of network a GPU")
 
 
 def link(ranks: tuple[int, ...], rates: Rates) -> str:

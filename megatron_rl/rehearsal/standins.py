@@ -7,7 +7,7 @@ asks whether it runs on a CPU and should do as on a GPU here. Written for torch 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,15 @@ def known_sequences(read_by_host: Callable[[str], None], number: int):
 def forgotten_loss_scale():
     """MoEAuxLossAutoScaler keeps the scale of the router losses, a tensor, in its class; inside there is none."""
     return replaced(MoEAuxLossAutoScaler, main_loss_backward_scale=None)
+
+
+def after_a_first_step(chunks: Iterable[torch.nn.Module]) -> None:
+    """Megatron's buckets learn in a run's first backward pass when they are complete, and reduce after it; from the
+    second on they reduce while it goes on (distributed/param_and_grad_buffer.py: register_grad_ready)."""
+    for chunk in chunks:
+        for bucket_group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            bucket_group.is_first_batch = False
+            bucket_group.golden_per_param_grad_ready_counts = dict.fromkeys(bucket_group.params, 1)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.recorder import Recorder
 from megatron_rl.rehearsal.standins import (
     Imbalance,
+    after_a_first_step,
     as_on_a_gpu,
     fake_parameters,
     forgotten_loss_scale,
@@ -153,6 +154,8 @@ def run_step(config: Config, network: Network, here: Topology, batches: list[Pac
         recorder.storages.relabel([buffer.grad_data for buffer in buffers], "gradients")
     if not isinstance(next(policy.gpt_models[0].parameters()), FakeTensor):
         _initialise(policy)
+    elif parallel.overlap:
+        after_a_first_step(policy.chunks)
     with recorder.phase("build optimiser", "optimiser"):
         optimizer = build_optimizer(policy, config.optimizer, parallel)
         settle(optimizer, policy, offload=config.offloads_optimizer)

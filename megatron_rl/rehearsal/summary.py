@@ -10,9 +10,10 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.network import Network
 from megatron_rl.plan.memory import plan_stage
 from megatron_rl.rehearsal.ranks import coordinates, group_name
-from megatron_rl.rehearsal.recorder import Recorder
+from megatron_rl.rehearsal.recorder import Collective, Recorder
 from megatron_rl.rehearsal.roofline import Rates, link, phase_seconds
 from megatron_rl.rehearsal.step import PHASES, Rehearsed, Workload
+from megatron_rl.rehearsal.timeline import elapsed
 
 CENSUS_SHARE = 0.005
 """Tensors of the census take at least this share of the peak."""
@@ -33,20 +34,20 @@ def summary(config: Config, network: Network, workload: Workload, seen: Rehearse
         "peak": {"phase": fullest, "bytes": peaks[fullest].total, "kinds": peaks[fullest].kinds},
         "census": {phase: [{**dataclasses.asdict(made), "bytes": size, "count": count}
                            for made, size, count in peak.largest(CENSUS_SHARE)] for phase, peak in peaks.items()},
-        "phases": _phases(recorder, peaks, phase_seconds(recorder, rates)),
+        "phases": _phases(recorder, peaks, rates),
         "collectives": _collectives(config, recorder, rates),
         "host_reads": [{"phase": phase, "where": where, "count": count}
                        for (phase, where), count in sorted(recorder.host_reads.items()) if phase in PHASES],
         "operations": _operations(recorder),
         "curve": [list(point) for point in recorder.curve],
-        "step_seconds": step_seconds(config, workload, phase_seconds(recorder, rates)),
+        "step_seconds": step_seconds(config, workload, recorder, rates),
         "rates": dataclasses.asdict(rates),
         "plan": _plan(config, network, seen, workload, peaks[fullest].kinds, peaks[fullest].total),
     }
 
 
-def _phases(recorder: Recorder, peaks, seconds) -> dict[str, dict[str, Any]]:
-    found = {}
+def _phases(recorder: Recorder, peaks, rates: Rates) -> dict[str, dict[str, Any]]:
+    found, seconds = {}, phase_seconds(recorder, rates)
     for phase, peak in peaks.items():
         rows = [(each, count) for each, count in recorder.operations.items() if each.phase == phase]
         found[phase] = {
@@ -54,7 +55,8 @@ def _phases(recorder: Recorder, peaks, seconds) -> dict[str, dict[str, Any]]:
             "flops": sum(each.flops * count for each, count in rows),
             "traffic_bytes": sum(each.bytes * count for each, count in rows),
             "host_reads": sum(count for (where, _), count in recorder.host_reads.items() if where == phase),
-            "seconds": dict(seconds.get(phase, {}))}
+            "seconds": dict(seconds.get(phase, {})),
+            "elapsed": elapsed([event for event in recorder.events if event.phase == phase], rates)}
     return found
 
 
@@ -85,17 +87,25 @@ def _operations(recorder: Recorder) -> list[dict[str, Any]]:
             for (phase, name), row in sorted(found.items(), key=lambda item: (-item[1]["bytes"], item[0]))]
 
 
-def step_seconds(config: Config, workload: Workload, seconds: dict[str, Counter[str]]) -> dict[str, float]:
-    """Seconds of one whole optimiser step at this rank's pace.
+def step_seconds(config: Config, workload: Workload, recorder: Recorder, rates: Rates) -> dict[str, float]:
+    """Seconds of one whole optimiser step at this rank's pace, with what its code overlaps (timeline.py).
 
-    scoring: both passes; update: both with the pipeline's bubble; once: what comes once a step.
+    scoring: both passes; update: both with the pipeline's bubble. once: what comes once a step, the reduction of the
+    gradients among it as far as the last micro-batch does not hide it.
     """
     parallel, expected = config.parallel, workload.per_step
     chunks = expected * (parallel.vpp or 1)
     factor = expected / workload.microbatches * (1 + (parallel.pp - 1) / chunks)
-    totals = {phase: sum(seconds.get(phase, {}).values()) for phase in PHASES}
-    return {"scoring": factor * (totals[PHASES[0]] + totals[PHASES[1]]), "update": factor * totals[PHASES[2]],
-            "once": totals[PHASES[3]] + totals[PHASES[4]]}
+    of = {phase: [event for event in recorder.events if event.phase == phase] for phase in PHASES}
+    each = {phase: elapsed(events, rates, reduces_gradients) for phase, events in of.items()}
+    return {"scoring": factor * (each[PHASES[0]] + each[PHASES[1]]), "update": factor * each[PHASES[2]],
+            "once": elapsed(of[PHASES[2]], rates) - each[PHASES[2]] + elapsed(of[PHASES[3]], rates)
+            + elapsed(of[PHASES[4]], rates)}
+
+
+def reduces_gradients(call: Collective) -> bool:
+    """Megatron's DistributedDataParallel asks for these in the last micro-batch alone (TrainStep's no_sync)."""
+    return call.phase == PHASES[2] and call.where.startswith("megatron/core/distributed/")
 
 
 def _plan(config: Config, network: Network, seen: Rehearsed, workload: Workload, kinds: dict[str, int],

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -105,9 +106,10 @@ class Runner:
     def __init__(self, folder: Path, layout: str, here: topology.Topology, *, distributed_optimizer: bool,
                  overlap: bool = False, recompute: str = "none", checkpoint: str = "norm_head_True",
                  temperature: float = cases.TEMPERATURE, kernels: str = "megatron", dtype: str = "float32",
-                 step: str = "step.pt", lora: LoraConfig | None = None, mtp: bool = False):
+                 step: str = "step.pt", lora: LoraConfig | None = None, mtp: bool = False,
+                 overlap_shared_experts: bool = False):
         parallel = ParallelConfig(**cases.LAYOUTS[layout], distributed_optimizer=distributed_optimizer,
-                                  overlap=overlap)
+                                  overlap=overlap, overlap_shared_experts=overlap_shared_experts)
         checkpoint = folder / checkpoint
         self.here, self.layout, self.temperature = here, layout, temperature
         options = ModelConfig(path=str(checkpoint), recompute=recompute, recompute_modules=RECOMPUTE_MODULES,
@@ -300,6 +302,20 @@ def run_kernels(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(results, folder / f"{layout}.kernels.pt")
 
 
+def run_shared_experts(folder: Path, layout: str, here: topology.Topology) -> None:
+    """Gradients and a step of step.pt with the shared expert before the exchange and during it, by kernels and
+    recompute; rank 0 saves them as LAYOUT.shared_experts.pt."""
+    results = {}
+    for kernels, recompute, overlapped in product(("megatron", "torch"), ("none", "full"), (False, True)):
+        runner = Runner(folder, layout, here, distributed_optimizer=False, kernels=kernels, recompute=recompute,
+                        overlap_shared_experts=overlapped)
+        results[kernels, recompute, overlapped] = {
+            "gradients": runner.gradients(cases.UPDATE_MICROBATCHES),
+            "weights": runner.update(cases.UPDATE_MICROBATCHES)["weights"]}
+    if here.is_main:
+        torch.save(results, folder / f"{layout}.shared_experts.pt")
+
+
 def run_bfloat16(folder: Path, layout: str, here: topology.Topology) -> None:
     """The step of bfloat16.pt in bfloat16, with each choice of kernels; rank 0 saves LAYOUT.bfloat16.pt."""
     result: dict = {"mutated": {}, "gradients": {}}
@@ -358,7 +374,7 @@ def run_mtp(folder: Path, layout: str, here: topology.Topology) -> None:
 
 
 RUNS = {"mtp": run_mtp, "bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
-        "exports": run_exports, "lora": run_lora}
+        "exports": run_exports, "lora": run_lora, "shared_experts": run_shared_experts}
 
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:
