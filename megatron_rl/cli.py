@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
                                    "the ranks have)")
     parts["rehearse"].add_argument("--rates", default=None, metavar="FILE",
                                    help="rates of the card, links and engines (docs/rehearsal.md; default: an H800's)")
+    parts["rehearse"].add_argument("--calibrate", default=None, metavar="FILE",
+                                   help="instead measure on this machine's GPU what --rates reads, and write it")
     parts["rehearse"].set_defaults(own_keys=RANK_KEYS)
     parts["quickstart"].set_defaults(own_keys=("model",))
     parts["torchrun"].add_argument("--nodes", type=positive_int, required=True, metavar="N",

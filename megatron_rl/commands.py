@@ -298,6 +298,12 @@ def plan(options) -> int:
 def rehearse(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
+    if options.calibrate:
+        from megatron_rl.rehearsal.calibrate import calibrate
+        from megatron_rl.rehearsal.rates import read_rates, write_rates
+
+        write_rates(options.calibrate, calibrate(config, network, read_rates(options.rates)))
+        return 0
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # fake tensors live on the CPU, and Megatron asks for a GPU if there is one
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # its hints on how to build models
     with warnings.catch_warnings():

@@ -200,7 +200,7 @@ PHASES = ("old log-probabilities", "reference log-probabilities", "update", "met
 
 @torch.no_grad()
 def _initialise(policy: Policy) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(next(policy.gpt_models[0].parameters()).device).manual_seed(0)
     for _, parameter in _named_parameters(policy):
         parameter.normal_(0, 0.02, generator=generator)
 

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from megatron_rl.rehearsal.calibrate import calibrate, calibrated, measured_update
 from megatron_rl.rehearsal.engines import EngineRates
 from megatron_rl.rehearsal.rates import RatesFile, read_rates, write_rates
 from megatron_rl.rehearsal.roofline import Rates
+from tests.megatron_rl.rehearsal.tiny import NETWORK, WORKLOAD, rehearsed, tiny_config
 
 
 def test_rates_come_back_as_they_were_written(tmp_path):
@@ -36,3 +38,30 @@ def test_other_files_are_refused_by_their_key(given, message, tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps(given))
     with pytest.raises(ValueError, match=message):
         read_rates(str(tmp_path / "rates.json"))
+
+
+def test_shares_are_what_was_counted_over_what_was_measured():
+    """400 FLOPs in 8 s of 100 a second; 60 bytes in 3 s of 40 a second. Other phases do not count."""
+    operations = [{"phase": "update", "name": "aten.mm", "flops": 300, "bytes": 7},
+                  {"phase": "update", "name": "megatron_rl.product", "flops": 100, "bytes": 7},
+                  {"phase": "update", "name": "aten.add", "flops": 0, "bytes": 60},
+                  {"phase": "metrics", "name": "aten.add", "flops": 0, "bytes": 1000}]
+    found = calibrated(RatesFile(ranks=Rates(flops=100.0, memory=40.0)), "a card", operations,
+                       {"aten.mm": 6.0, "aten.addmm": 2.0, "aten.add": 2.0, "aten.copy_": 1.0})
+    assert (found.ranks.matrix_share, found.ranks.bandwidth_share) == (0.5, 0.5)
+    assert (found.card, found.measured) == ("a card", ("ranks.matrix_share", "ranks.bandwidth_share"))
+    with pytest.raises(ValueError, match="a card was seen to spend 0 s in products"):
+        calibrated(RatesFile(), "a card", operations, {"aten.add": 1.0})
+
+
+def test_an_update_is_measured_by_operation_on_this_machine():
+    """On a CPU here, by which a card's share means nothing; the names meet those of the rehearsal."""
+    seconds = measured_update(tiny_config(), NETWORK, WORKLOAD)
+    assert {"aten.mm", "aten.add"} <= seconds.keys() and all(value > 0 for value in seconds.values())
+    found = calibrated(RatesFile(), "this machine", rehearsed(tiny_config())["operations"], seconds)
+    assert 0 < found.ranks.matrix_share < 1
+
+
+def test_a_machine_without_a_gpu_says_what_to_do():
+    with pytest.raises(ValueError, match="this machine has none; --rates FILE reads a file"):
+        calibrate(tiny_config(), NETWORK, RatesFile())
