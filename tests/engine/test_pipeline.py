@@ -36,16 +36,6 @@ SMALL = [
     *(f"code_science_rl.{text}" for text in (*SMALL_RL, "run.steps=2", *(
         f"eval.benchmarks.{name}.problems=2" for name in ("math", "code", "science")))),
 ]
-RING = ["base", "cold_start", "choice", "math_rl", "code_rl", "science_rl", "one_model", "adaptive"]
-RING_RL = ["parallel=single", "run.save_every_steps=1", "run.steps=2", "rollout.prompts_per_step=4",
-           "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12", "algo.phi=32",
-           "algo.underfull=train_short"]
-SMALL_RING = [
-    "experiment=ring_mini", "rollout.engine.deterministic=true", "rollout.max_response_tokens=12",
-    "eval.bootstrap_resamples=50", *(f"eval.benchmarks.{name}.{key}" for name in (
-        "math", "code", "science", "low", "high") for key in ("problems=2", "samples=1")),
-    *(f"cold_start.{text}" for text in (*SMALL_SFT, "sft.epochs=1")), "choice.select.problems=2",
-    "choice.select.samples=2", *(f"{name}.{text}" for name in RING[3:] for text in RING_RL)]
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +46,23 @@ def engine_url(quickstart_model, tmp_path_factory):
         yield engine.base_url
 
 
-def command(folder: Path, url: str, *more: str, small: list[str]) -> list[str]:
-    return [sys.executable, "-m", "megatron_rl.cli", "pipeline", *small, f"run.dir={folder}",
+def command(folder: Path, url: str, *more: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_rl.cli", "pipeline", *SMALL, f"run.dir={folder}",
             f'rollout.engine.urls=["{url}"]', *more]
 
 
-def to_the_end(folder: Path, url: str, *more: str, small: list[str] = SMALL) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, url, *more, small=small), cwd=ROOT, env=rank_environment(),
-                          capture_output=True, text=True, timeout=900)
+def to_the_end(folder: Path, url: str, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(folder, url, *more), cwd=ROOT, env=rank_environment(), capture_output=True, text=True,
+                          timeout=900)
 
 
-def kill_at(stage: str, step: int, folder: Path, url: str, small: list[str] = SMALL) -> None:
+def kill_at(stage: str, step: int, folder: Path, url: str) -> None:
     """kill -9 when `stage` has begun and `step` steps of it are logged, from when on the engine samples nothing."""
     def reached() -> bool:
         return stage in records(folder) and len(rows(folder / stage)) >= step
 
     with FaultyProxy(url, hold=reached) as proxy:
-        process = subprocess.Popen(command(folder, proxy.url, small=small), cwd=ROOT, env=rank_environment(),
+        process = subprocess.Popen(command(folder, proxy.url), cwd=ROOT, env=rank_environment(),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         while stage not in records(folder):
             assert process.poll() is None, f"the pipeline ended early:\n{process.stderr.read()}"
@@ -82,8 +72,8 @@ def kill_at(stage: str, step: int, folder: Path, url: str, small: list[str] = SM
 
 
 def records(folder: Path) -> dict[str, dict]:
-    return {name: json.loads((folder / name / "stage.json").read_text())
-            for name in dict.fromkeys([*STAGES, *RING]) if (folder / name / "stage.json").exists()}
+    return {name: json.loads((folder / name / "stage.json").read_text()) for name in STAGES
+            if (folder / name / "stage.json").exists()}
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -162,28 +152,3 @@ def test_killed_in_every_later_stage_it_ends_as_if_it_had_not_been(whole, engine
     assert {name: records(whole)[name]["starts"] for name in again} == dict.fromkeys(again, 2)
     assert expected == (results(whole), {name: [timeless(row) for row in rows(whole / name)] for name in TRAINED}, {
         name: weights_digest(whole / name) for name in again})
-
-
-def test_specialists_and_their_distillation_are_killed_in_every_stage_and_go_on(engine_url, tmp_path):
-    """Branches: three stages start from the choice, and a fourth from it too, with the three as its teachers."""
-    folder = tmp_path / "ring"
-    for name in RING[1:]:
-        kill_at(name, 0 if name == "choice" else 1, folder, engine_url, SMALL_RING)
-    done = to_the_end(folder, engine_url, small=SMALL_RING)
-    assert done.returncode == 0, done.stderr
-    found = records(folder)
-    assert {name: record["starts"] for name, record in found.items()} == {**dict.fromkeys(RING, 2), "base": 1}
-    for name in RING[3:]:
-        assert [row["step"] for row in rows(folder / name)] == [1, 2], name
-        config = json.loads((folder / name / "config.json").read_text())
-        parent = "one_model" if name == "adaptive" else "choice"
-        assert config["model"]["path"] == str(folder / parent / "hf"), name
-    assert found["one_model"]["after"] == "+".join(found[name]["id"] for name in RING[2:6])
-    for row in rows(folder / "one_model"):
-        assert row["train/distill_kl"] > -1e-6 and 0 < row["train/distill_teacher_mass"] < 1
-    assert 0 < rows(folder / "code_rl")[-1]["prompts/judged_fraction"] < 0.1
-    decision = json.loads((folder / "choice" / "selection" / "decision.json").read_text())
-    assert decision["rule"]["rule"] == "pass_at_k" and decision["why"] == "best pass_at_k of all"
-    stages = {stage["name"]: stage for stage in json.loads((folder / "pipeline.json").read_text())["stages"]}
-    assert all(set(stages[name]["gain"]) == {"math", "code", "science", "low", "high"} for name in RING[1:])
-    assert "Gain of every stage" in (folder / "report.html").read_text()
