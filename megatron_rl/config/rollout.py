@@ -166,8 +166,8 @@ class RolloutConfig:
       engine cannot give it, the environment cannot continue it, or the judge cannot judge it. Below the share, failed
       responses are counted and train nothing.
     - publish: how weights travel. bucket_bytes: bytes that are sent at a time.
-    - verify_checksums: each engine proves by checksums what it got. null: only engines that can, which are those with a
-      single CPU rank (sync/engines_verified counts them).
+    - verify_checksums: each engine proves by checksums what each of its tensor-parallel ranks holds. null: as far as
+      these can be predicted (sync/engines_verified counts the engines). What cannot is said once.
     - probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
       trainer's after a publish (sync/probe_max_abs). Beyond it the engine serves nothing and is sent the weights again.
       If no engine passes in three attempts, the run ends. null: 0.01, or 2 if trainer or engine compute in bfloat16.

@@ -3,7 +3,7 @@
     start      config, checkpoint (a folder or None), stage, schedule_updates, reset_optimizer, written (a file of
                run.dir that every rank must see)
                -> steps_done, probe_tokens
-    publish    version, urls, checksums     -> failures by URL, bytes, digests, reference, free_bytes
+    publish    version, urls, layouts       -> failures by URL, bytes, digests by layout, reference, free_bytes
     make_room  urls                         -> {}
     train      step                         -> results of its optimiser steps, seconds by phase
     save       step, loop_state             -> {}

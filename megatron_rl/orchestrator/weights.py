@@ -7,6 +7,7 @@ on, and proves by the log-probabilities of a fixed prompt that it computes with 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -18,8 +19,16 @@ from megatron_rl.orchestrator.port import TrainerPort
 from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.sync.publish import PublishError
-from megatron_rl.sync.verify import UnpredictableChecksumsError, WeightMismatchError, verify_engine
+from megatron_rl.sync.verify import (
+    EngineLayout,
+    UnpredictableChecksumsError,
+    WeightMismatchError,
+    layout_of,
+    unproven,
+    verify_engine,
+)
 
+_LOG = logging.getLogger(__name__)
 ATTEMPTS = 3
 WAIT_POLL_S = 0.2
 CATCH_UP_POLL_S = 0.1
@@ -35,6 +44,8 @@ class PublishedWeights:
         self._tolerance, self._wait_s = rollout.probe_limit(config.model.dtype), rollout.engine.wait_timeout_s
         self._version: int | None = None
         self._verified: set[str] = set()
+        self._layouts: dict[str, EngineLayout | None] = {}  # by URL; None: its checksums cannot be predicted
+        self._unproven: dict[str, set[str]] = {}  # by URL of a GPU engine: parameters that it holds in its own way
         self.probe_tokens: list[int] = []
         self.metrics: dict[str, float] = {}
 
@@ -83,7 +94,10 @@ class PublishedWeights:
         self._fleet.updating(version, urls)
         self._verified.clear()
         try:
-            sent = await self._port.execute("publish", version=version, urls=list(urls), checksums=self._checksums)
+            await asyncio.gather(*(self._learn_layout(url) for url in urls if self._checksums))
+            layouts = sorted({layout for url in urls if (layout := self._layouts.get(url)) is not None})
+            sent = await self._port.execute("publish", version=version, urls=list(urls),
+                                            layouts=[(each.device, each.tp) for each in layouts])
             reached = [url for url in urls if url not in sent["failures"]]
             proofs = dict(zip(reached, await asyncio.gather(*(self._prove(url, sent) for url in reached)), strict=True))
             failures = {**sent["failures"], **{url: proof for url, proof in proofs.items() if isinstance(proof, str)}}
@@ -101,7 +115,8 @@ class PublishedWeights:
         """The largest difference of its log-probabilities to the trainer's, or the reason why it may not serve."""
         client, reference = self._fleet.client(url), np.asarray(sent["reference"], dtype=np.float32)
         try:
-            await self._verify(url, sent["digests"])
+            if (layout := self._layouts.get(url)) is not None:
+                await self._verify(url, layout, sent["digests"].get(str(layout)))
             await client.continue_generation()
             found = await client.input_logprobs(self.probe_tokens, rid="probe.")
         except (EngineHTTPError, WeightMismatchError) as error:
@@ -112,21 +127,42 @@ class PublishedWeights:
                     f"rollout.probe_tolerance={self._tolerance:g}")
         return gap
 
-    async def _verify(self, url: str, digests: dict[str, str] | None) -> None:
-        """Compares the engine's checksums with `digests`.
-
-        If they cannot be predicted for this engine, it is not compared, and the trainer stops hashing what it sends.
-        """
-        if digests is None:
+    async def _learn_layout(self, url: str) -> None:
+        """Once for each engine. One that cannot be predicted is said once, and takes nothing from the others."""
+        if url in self._layouts:
             return
         try:
-            await verify_engine(self._fleet.client(url), digests)
-        except UnpredictableChecksumsError:
-            if self._must_verify:
-                raise
-            self._checksums = False
-        else:
-            self._verified.add(url)
+            self._layouts[url] = layout_of(await self._fleet.client(url).server_info(), url)
+        except EngineHTTPError:
+            return  # the publish will tell
+        except UnpredictableChecksumsError as error:
+            self._leave_to_probe(url, error)
+
+    def _leave_to_probe(self, url: str, error: UnpredictableChecksumsError) -> None:
+        if self._must_verify:
+            raise error
+        self._layouts[url] = None
+        _LOG.warning("%s. Its weights are proven by the probe alone (rollout.probe_tolerance)", error)
+
+    async def _verify(self, url: str, layout: EngineLayout, digests: list[dict[str, str]] | None) -> None:
+        """Compares the engine's checksums with `digests`; None: the trainer cannot predict them for this network.
+
+        A GPU engine may keep some parameters in an order of its own. Unless rollout.verify_checksums=true, those that
+        differ in its first publish are said once and left to the probe; all others must agree from then on.
+        """
+        client = self._fleet.client(url)
+        if digests is None:
+            self._leave_to_probe(url, UnpredictableChecksumsError(
+                f"engine {url} shares this network among {layout.tp} ranks in a way that cannot be predicted; set "
+                "rollout.verify_checksums=null or false"))
+            return
+        if layout.device == "cuda" and not self._must_verify and url not in self._unproven:
+            self._unproven[url] = await unproven(client, digests)
+            if names := sorted(self._unproven[url]):
+                _LOG.warning("engine %s holds %d parameters in another form than predicted (%s, ...); these are proven "
+                             "by the probe alone (rollout.probe_tolerance)", url, len(names), names[0])
+        await verify_engine(client, digests, leave_out=self._unproven.get(url, ()))
+        self._verified.add(url)
 
     async def _answering(self) -> list[str]:
         """URLs of the engines that answer; waits for the first."""

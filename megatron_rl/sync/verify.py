@@ -1,19 +1,18 @@
 """Checks by the engine's own checksums that every engine serves exactly the weights that were sent.
 
-SGLang 0.5.23 hashes each parameter it holds: the first 8 bytes of SHA-256 over its raw bytes on CPU
-(sglang/srt/utils/weight_checker.py, sglang/srt/managers/mm_utils.py: tensor_hash). Its parameters differ from the
-checkpoint's: it fuses query, key and value, and gate and up projections; it stacks experts, pads vocabularies and MLP
-widths with zeros, and normalises a NormHead (sglang/srt/models/bailing_moe.py: load_weights). A family's engine_layout
-says how (model/families/). We compute the digests while the tensors stream past, without keeping them.
+SGLang 0.5.23 hashes each parameter that each tensor-parallel rank holds (sglang/srt/utils/weight_checker.py;
+engine_hashes.py has its two hashes). The parameters differ from the checkpoint's: SGLang fuses query, key and value,
+and gate and up projections; it stacks experts, pads vocabularies with zeros and on a CPU MLP widths too, and normalises
+a NormHead (sglang/srt/models/bailing_moe.py: load_weights). A family's engine_layout says how (model/families/). A rank
+holds its share of heads, of MLP widths and of the vocabulary (sglang/srt/layers/linear.py, fused_moe_triton/layer.py,
+vocab_parallel_embedding.py: weight_loader). We compute the digests while the tensors stream past, without keeping them.
 
-Two kinds of engines are not reproduced, and raise UnpredictableChecksumsError: tensor-parallel engines (each rank
-hashes its shard) and CUDA engines (another hash function).
+Engines that spread their model in another way, or quantise it, raise UnpredictableChecksumsError.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +22,15 @@ import torch
 
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.rollout.client import EngineClient
+from megatron_rl.sync.engine_hashes import CPUHash, GPUHash
 
 VOCABULARY_MULTIPLE = 64  # sglang/srt/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
 WIDTH_MULTIPLE = 32  # sglang/srt/configs/update_config.py: adjust_config_with_unaligned_cpu_tp
 NORM_HEAD_EPS = 1e-7  # sglang/srt/models/bailing_moe.py: load_weights
 NAMES_SHOWN = 8
+PLAIN: Mapping[str, Any] = {"ep_size": 1, "dp_size": 1, "pp_size": 1, "quantization": None,
+                            "enable_dp_attention": False, "moe_dense_tp_size": None}
+"""Of /server_info: what an engine must have for its checksums to be predicted."""
 
 
 class WeightMismatchError(RuntimeError):
@@ -38,42 +41,65 @@ class UnpredictableChecksumsError(ValueError):
     """The checksums of this kind of engine cannot be compared with what was sent."""
 
 
+@dataclass(frozen=True, order=True)
+class EngineLayout:
+    """Where an engine's parameters lie: device `cpu` or `cuda`, and how many tensor-parallel ranks share them."""
+
+    device: str = "cpu"
+    tp: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.device} tp={self.tp}"
+
+
+def layout_of(info: Mapping[str, Any], url: str) -> EngineLayout:
+    """From an engine's /server_info. UnpredictableChecksumsError for one that we cannot predict."""
+    other = {key: info[key] for key, value in PLAIN.items() if key in info and info[key] != value}
+    if other or info["device"] not in ("cpu", "cuda"):
+        raise UnpredictableChecksumsError(
+            f"engine {url} runs on {', '.join([info['device'], *(f'{key}={value}' for key, value in other.items())])}: "
+            "its checksums cannot be predicted; set rollout.verify_checksums=null or false")
+    return EngineLayout(info["device"], info.get("tp_size", 1))
+
+
 @dataclass
 class _Parameter:
-    """One engine parameter while its parts arrive. Parts are hashed in the order of their places."""
+    """One engine parameter of one rank while its parts arrive. Parts are hashed in the order of their places."""
 
     places: int
-    sha: Any = field(default_factory=hashlib.sha256)
+    hash: CPUHash | GPUHash
     next_place: int = 0
     waiting: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, place: int, tensor: torch.Tensor) -> None:
         self.waiting[place] = tensor
         while self.next_place in self.waiting:
-            part = self.waiting.pop(self.next_place)
-            self.sha.update(memoryview(part.contiguous().flatten().view(torch.uint8).numpy()))
+            self.hash.update(self.waiting.pop(self.next_place))
             self.next_place += 1
 
 
 class ExpectedChecksums:
-    """The digests an engine must report for the tensors that were last watched.
+    """The digests that the ranks of an engine must report for the tensors that were last watched.
 
     config: the fields of model.network.Network. engine_dtype: what the engine converts weights to; an expert bias is
     float32 in any case, and so are the router's weights if config says router_dtype=fp32.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype):
-        self._config = config
+    def __init__(self, config: Mapping[str, Any], *, engine_dtype: torch.dtype, layout: EngineLayout | None = None):
+        self._config, self._layout = config, layout or EngineLayout()
         self._family = FAMILIES[config["model_type"]]
-        self._layout = self._family.engine_layout + (
+        self._rules = self._family.engine_layout + (
             self._family.engine_latent_layout if config.get("q_lora_rank") else ())
-        (self._head,) = self._family.names["output_layer.weight"]
-        self._vocabulary = {self._head, *self._family.names["embedding.word_embeddings.weight"]}
+        names = self._family.names
+        (self._head,) = names["output_layer.weight"]
+        self._vocabulary = {self._head, *names["embedding.word_embeddings.weight"]}
+        self._joint = names.get("self_attention.linear_qkv.weight", ())
+        self._queries = (*self._joint, *names.get("self_attention.linear_qkv.bias", ()))
         self._dtype = engine_dtype
-        self._in_float32 = tuple(self._family.names.get("mlp.router.expert_bias", ()))
+        self._in_float32 = tuple(names.get("mlp.router.expert_bias", ()))
         if config.get("router_dtype") == "fp32":
-            self._in_float32 += self._family.names["mlp.router.weight"]
-        self._parameters: dict[str, _Parameter] = {}
+            self._in_float32 += names["mlp.router.weight"]
+        self._ranks: list[dict[str, _Parameter]] = []
 
     def _is_behind(self, name: str) -> bool:
         """Whether the engine's model drops the tensor, which belongs to a layer behind the last (model.mtp)."""
@@ -85,19 +111,19 @@ class ExpectedChecksums:
 
         Each call starts over: digests() covers these tensors only.
         """
-        self._parameters = {}
+        self._ranks = [{} for _ in range(self._layout.tp)]
         for name, tensor in named_tensors:
             if not self._is_behind(name):
-                self._add(name, tensor.detach().cpu())
+                self._add(name, tensor.detach() if self._layout.device == "cuda" else tensor.detach().cpu())
             yield name, tensor
 
-    def digests(self) -> dict[str, str]:
-        """Engine parameter -> 16 hex digits. ValueError if parts of a parameter were never seen."""
-        for name, parameter in self._parameters.items():
+    def digests(self) -> list[dict[str, str]]:
+        """Of each rank: parameter -> 16 hex digits. ValueError if parts of a parameter were never seen."""
+        for name, parameter in (item for rank in self._ranks for item in rank.items()):
             if parameter.next_place != parameter.places:
                 raise ValueError(f"{parameter.places - parameter.next_place} of {parameter.places} tensors that make "
                                  f"up {name} were not published")
-        return {name: parameter.sha.digest()[:8].hex() for name, parameter in self._parameters.items()}
+        return [{name: parameter.hash.hexdigest() for name, parameter in rank.items()} for rank in self._ranks]
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         if name == self._head and self._config.get("tie_word_embeddings"):
@@ -107,17 +133,51 @@ class ExpectedChecksums:
         if name in self._vocabulary:
             tensor = _zero_padded(tensor, 0, _round_up(tensor.shape[0], VOCABULARY_MULTIPLE))
         parameter, place, places, width_dim = self._locate(name)
-        if width_dim is not None:
+        if width_dim is not None and self._layout.device == "cpu":
             tensor = _zero_padded(tensor, width_dim, self._engine_width(name))
-        entry = self._parameters.setdefault(parameter, _Parameter(places))
-        entry.add(place, tensor.to(torch.float32 if name.endswith(self._in_float32) else self._dtype))
-        if parameter.endswith(".mlp.gate.weight") and not self._config["num_shared_experts"]:
-            for empty in self._family.zero_width:
-                self._parameters[parameter.removesuffix("gate.weight") + empty] = _Parameter(places=0)
+        tensor = tensor.to(torch.float32 if name.endswith(self._in_float32) else self._dtype)
+        hashes = CPUHash if self._layout.device == "cpu" else GPUHash
+        for held, piece in zip(self._ranks, self._pieces(name, tensor, width_dim), strict=True):
+            held.setdefault(parameter, _Parameter(places, hashes())).add(place, piece)
+            if parameter.endswith(".mlp.gate.weight") and not self._config["num_shared_experts"]:
+                for empty in self._family.zero_width:
+                    held[parameter.removesuffix("gate.weight") + empty] = _Parameter(0, hashes())
+
+    def _pieces(self, name: str, tensor: torch.Tensor, width_dim: int | None) -> list[torch.Tensor]:
+        """What each tensor-parallel rank holds of a whole tensor."""
+        tp = self._layout.tp
+        if tp == 1:
+            return [tensor]
+        if name in self._vocabulary:
+            return _cut(tensor, tp, 0)
+        if width_dim is not None:
+            return _cut(tensor, tp, width_dim)
+        if name.endswith(tuple(self._family.names["self_attention.linear_proj.weight"])):
+            return _cut(tensor, tp, 1)
+        if name.endswith(self._queries):
+            return self._heads(name, tensor, tp)
+        return [tensor] * tp
+
+    def _heads(self, name: str, tensor: torch.Tensor, tp: int) -> list[torch.Tensor]:
+        """Query, key and value, in one tensor or one of them; with fewer key heads than ranks several hold the same."""
+        size = self._config["head_dim"]
+        heads, groups = (self._config[key] for key in ("num_attention_heads", "num_key_value_heads"))
+        queries, keys = heads * size, groups * size
+
+        def shared_out(part: torch.Tensor) -> list[torch.Tensor]:
+            if groups < tp:
+                return [each for each in _cut(part, groups, 0) for _ in range(tp // groups)]
+            return _cut(part, tp, 0)
+
+        if len(self._joint) == 1:
+            query, key, value = tensor.split([queries, keys, keys])
+            return [torch.cat(parts) for parts in zip(_cut(query, tp, 0), shared_out(key), shared_out(value),
+                                                      strict=True)]
+        return _cut(tensor, tp, 0) if "q_proj" in name else shared_out(tensor)
 
     def _locate(self, name: str) -> tuple[str, int, int, int | None]:
         """(engine parameter, place of this tensor in it, number of places, dimension of the MLP's width)."""
-        for pattern, parameter, (parts, part), width_dim in self._layout:
+        for pattern, parameter, (parts, part), width_dim in self._rules:
             if match := re.fullmatch(pattern, name):
                 found = match.groupdict()
                 if "expert" not in found:
@@ -127,13 +187,29 @@ class ExpectedChecksums:
         return name, 0, 1, None
 
     def _engine_width(self, name: str) -> int:
-        """The width of an expert, of all shared experts together, or of a dense layer."""
-        expert_width = _round_up(self._config["moe_intermediate_size"], WIDTH_MULTIPLE)
+        """The width of an expert, of all shared experts together, or of a dense layer, on a CPU."""
+        multiple = WIDTH_MULTIPLE * self._layout.tp
+        expert_width = _round_up(self._config["moe_intermediate_size"], multiple)
         if ".mlp.experts." in name:
             return expert_width
         if ".mlp.shared_experts." in name:
             return expert_width * self._config["num_shared_experts"]
-        return _round_up(self._config["intermediate_size"], WIDTH_MULTIPLE)
+        return _round_up(self._config["intermediate_size"], multiple)
+
+
+def predictable(config: Mapping[str, Any], layout: EngineLayout) -> bool:
+    """Whether we know how so many ranks share this network: not with latent attention, and only even shares."""
+    if layout.tp == 1:
+        return True
+    groups, tp = config["num_key_value_heads"], layout.tp
+    even = [config["num_attention_heads"], VOCABULARY_MULTIPLE, config["intermediate_size"],
+            config["moe_intermediate_size"], max(groups, tp)]
+    return not config.get("kv_lora_rank") and all(size % tp == 0 for size in even) and max(groups, tp) % groups == 0
+
+
+def _cut(tensor: torch.Tensor, parts: int, dim: int) -> list[torch.Tensor]:
+    assert tensor.shape[dim] % parts == 0, (tensor.shape, parts)  # `predictable`
+    return list(tensor.chunk(parts, dim))
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -162,14 +238,26 @@ def compare_checksums(expected: Mapping[str, str], reported: Mapping[str, str], 
         raise WeightMismatchError(f"engine {engine} does not serve the published weights; " + "; ".join(found))
 
 
-async def verify_engine(client: EngineClient, digests: Mapping[str, str]) -> None:
-    """Asks one engine for its checksums. Raises WeightMismatchError or UnpredictableChecksumsError."""
-    info, ranks = await asyncio.gather(client.server_info(), client.checksums())
-    if len(ranks) != 1 or info["device"] != "cpu":
-        raise UnpredictableChecksumsError(
-            f"engine {client.base_url} runs on {info['device']} with {len(ranks)} tensor-parallel ranks: its "
-            "checksums cannot be predicted (only one CPU rank can); set rollout.verify_checksums=null or false")
-    compare_checksums(digests, ranks[0], client.base_url)
+async def verify_engine(client: EngineClient, digests: Sequence[Mapping[str, str]], *,
+                        leave_out: Iterable[str] = ()) -> None:
+    """Asks one engine for its checksums, rank by rank, but for the parameters `leave_out`.
+
+    Raises WeightMismatchError.
+    """
+    ranks, left_out = await client.checksums(), set(leave_out)
+    if len(ranks) != len(digests):
+        raise WeightMismatchError(f"engine {client.base_url} reports {len(ranks)} tensor-parallel ranks, not "
+                                  f"{len(digests)}")
+    for number, (expected, reported) in enumerate(zip(digests, ranks, strict=True)):
+        compare_checksums({name: digest for name, digest in expected.items() if name not in left_out},
+                          {name: digest for name, digest in reported.items() if name not in left_out},
+                          client.base_url + (f" (tensor-parallel rank {number})" if len(ranks) > 1 else ""))
+
+
+async def unproven(client: EngineClient, digests: Sequence[Mapping[str, str]]) -> set[str]:
+    """Parameters whose checksum differs on some rank, or that one side alone has."""
+    return {name for expected, reported in zip(digests, await client.checksums(), strict=False)
+            for name in expected.keys() | reported.keys() if expected.get(name) != reported.get(name)}
 
 
 def verify_engines(clients: Sequence[EngineClient], expected: ExpectedChecksums) -> None:

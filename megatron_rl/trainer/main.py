@@ -128,12 +128,12 @@ class Trainer:
             self._checkpoints.reset_optimizer()
             self._learner.updates_done = 0
 
-    def _publish(self, version: int, urls: list[str], checksums: bool) -> dict[str, Any]:
+    def _publish(self, version: int, urls: list[str], layouts: list[tuple[str, int]]) -> dict[str, Any]:
         """Sends the weights to the engines at `urls`, which stay paused until the orchestrator has checked them."""
         reference = self._probe()
         tensors, outcome = self._learner.exporter(), {}
         if self._sender is not None:
-            outcome = {**self._sender.send(tensors, version, urls, checksums=checksums),
+            outcome = {**self._sender.send(tensors, version, urls, layouts=layouts),
                        "reference": reference.tolist()}
         for _ in tensors:  # on rank 0: what a failed publish left, which the other ranks send all the same
             pass

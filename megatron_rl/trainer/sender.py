@@ -22,7 +22,7 @@ from megatron_rl.sync.disk import DiskPublisher
 from megatron_rl.sync.memory import EngineMemory, free_bytes
 from megatron_rl.sync.publish import Publisher, PublishError
 from megatron_rl.sync.tensor import TensorPublisher
-from megatron_rl.sync.verify import ExpectedChecksums
+from megatron_rl.sync.verify import EngineLayout, ExpectedChecksums, predictable
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,19 +38,23 @@ class Sender:
         self._engine_dtype = DTYPES[config.rollout.engine.dtype or config.model.dtype]
 
     def send(self, tensors: Iterable[NamedTensor], version: int, urls: Sequence[str], *,
-             checksums: bool) -> dict[str, Any]:
+             layouts: Sequence[tuple[str, int]]) -> dict[str, Any]:
         """Sends `tensors`. Engines that got them hold them and stay paused.
 
-        failures: by URL, why an engine did not get the weights. digests: what its checksums must be, or None.
+        layouts: (device, tensor-parallel size) of engines whose checksums are to be predicted.
+        failures: by URL, why an engine did not get the weights. digests: by EngineLayout, what the checksums of such
+        an engine's ranks must be; none if they cannot be predicted for this network.
         """
-        expected = ExpectedChecksums(self._network, engine_dtype=self._engine_dtype) if checksums else None
-        outcome: dict[str, Any] = {"failures": {}, "bytes": 0, "digests": None}
+        expected = {str(layout): ExpectedChecksums(self._network, engine_dtype=self._engine_dtype, layout=layout)
+                    for layout in (EngineLayout(device, tp) for device, tp in layouts)
+                    if predictable(self._network, layout)}
+        outcome: dict[str, Any] = {"failures": {}, "bytes": 0, "digests": {}}
+        for each in expected.values():
+            tensors = each.watch(tensors)
         try:
-            report = self._publisher.publish(tensors if expected is None else expected.watch(tensors), version,
-                                             only=urls, resume=False)
+            report = self._publisher.publish(tensors, version, only=urls, resume=False)
             outcome |= {"failures": dict(report.failures), "bytes": report.bytes}
-            if expected is not None:
-                outcome["digests"] = expected.digests()
+            outcome["digests"] = {layout: each.digests() for layout, each in expected.items()}
         except PublishError as error:
             outcome["failures"] = dict.fromkeys(urls, str(error))
         return outcome | {"free_bytes": {} if self._memory is None else dict(self._memory.free_bytes)}

@@ -122,10 +122,10 @@ class Trainer:
     def __init__(self, config: Config, model: dict, weights: dict[str, torch.Tensor]):
         self._sender, self._weights, self._model = Sender(config, read_config(config.model.path), CPU), weights, model
 
-    async def execute(self, kind: str, *, version: int, urls: list[str], checksums: bool) -> dict:
+    async def execute(self, kind: str, *, version: int, urls: list[str], layouts: list) -> dict:
         assert kind == "publish"
         sent = await asyncio.to_thread(self._sender.send, iter(self._weights.items()), version, urls,
-                                       checksums=checksums)
+                                       layouts=layouts)
         return {**sent, "reference": reference(self._weights, self._model).tolist()}
 
     def close(self) -> None:

@@ -118,7 +118,8 @@ def run_rl(config: Config) -> None:
     first = trainer(None)
     first.execute({"kind": "train", "step": 0})
     first.execute({"kind": "save", "step": 1, "loop_state": {}})
-    outcome = first.execute({"kind": "publish", "version": 1, "urls": [Engine.base_url], "checksums": True})
+    outcome = first.execute({"kind": "publish", "version": 1, "urls": [Engine.base_url],
+                             "layouts": [("cpu", 1), ("cuda", 2)]})
     assert not here.is_main or (outcome["bytes"] and not outcome["failures"]), outcome
     first.execute({"kind": "finish", "export_hf": True})
     second = trainer(f"{config.run.dir}/checkpoints/step_00000001")

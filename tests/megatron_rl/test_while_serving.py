@@ -22,11 +22,11 @@ class Trainer:
     def __init__(self, engine: Engine, failures: dict[str, str] | None = None):
         self._engine, self._failures, self.published = engine, failures or {}, []
 
-    async def execute(self, kind: str, *, version: int, urls: list[str], checksums: bool) -> dict:
+    async def execute(self, kind: str, *, version: int, urls: list[str], layouts: list) -> dict:
         assert kind == "publish"
         self.published.append((version, urls))
         self._engine.label = version
-        return {"failures": self._failures, "bytes": 1, "digests": None, "reference": [0.0, 0.0], "free_bytes": {}}
+        return {"failures": self._failures, "bytes": 1, "digests": {}, "reference": [0.0, 0.0], "free_bytes": {}}
 
 
 def with_engine(use, monkeypatch, failures=None):
