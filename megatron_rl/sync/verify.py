@@ -30,7 +30,7 @@ NORM_HEAD_EPS = 1e-7  # sglang/srt/models/bailing_moe.py: load_weights
 NAMES_SHOWN = 8
 PLAIN: Mapping[str, Any] = {"ep_size": 1, "dp_size": 1, "pp_size": 1, "quantization": None,
                             "enable_dp_attention": False, "moe_dense_tp_size": None}
-"""Of /server_info: what an engine must have for its checksums to be predicted."""
+"""What an engine must say in /server_info for its checksums to be predicted."""
 
 
 class WeightMismatchError(RuntimeError):
@@ -118,7 +118,7 @@ class ExpectedChecksums:
             yield name, tensor
 
     def digests(self) -> list[dict[str, str]]:
-        """Of each rank: parameter -> 16 hex digits. ValueError if parts of a parameter were never seen."""
+        """For each rank, parameter -> 16 hex digits. ValueError if parts of a parameter were never seen."""
         for name, parameter in (item for rank in self._ranks for item in rank.items()):
             if parameter.next_place != parameter.places:
                 raise ValueError(f"{parameter.places - parameter.next_place} of {parameter.places} tensors that make "
