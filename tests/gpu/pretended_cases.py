@@ -125,7 +125,7 @@ class Plant:
 PLANTS: dict[str, Plant] = {
     "a factor of the rotation on the CPU": Plant(
         MIXED, "one", "sft", "megatron_rl/model/attention.py", "rotation",
-        "dtype=torch.float32, device=position_ids_T.device)", "dtype=torch.float32)", "angles = torch.outer("),
+        "model.head_dim, position_ids_T.device))", "model.head_dim))", "angles = torch.outer("),
     "a gradient's buffer on the CPU, in a backward pass of our own": Plant(
         MIXED, "one", "sft", "kernels/rl_kernels/linear_logprob/op.py", "_backward",
         "grad_scaled_TH = torch.zeros_like(hidden_TH, dtype=lse_T.dtype)",
