@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,17 @@ def write_whole(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes, *, allowed: Callable[[], None] = lambda: None) -> None:
+def write_bytes(path: Path, *parts: bytes, allowed: Callable[[], None] = lambda: None) -> None:
     """As write_whole. allowed: called before the file appears; what it raises leaves the file as it was."""
-    write_together({path: content}, allowed=allowed)
+    write_together({path: parts}, allowed=allowed)
 
 
-def write_together(contents: Mapping[Path, bytes], *, allowed: Callable[[], None] = lambda: None) -> None:
-    """As write_bytes for several files: none changes before all of them are on the disk."""
+def write_together(contents: Mapping[Path, Iterable[bytes]], *, allowed: Callable[[], None] = lambda: None) -> None:
+    """As write_bytes for several files, each of parts: none changes before all of them are on the disk."""
     partials = {path: path.with_name(path.name + ".partial") for path in contents}
-    for path, content in contents.items():
+    for path, parts in contents.items():
         with partials[path].open("wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
     allowed()  # after the fsync, which takes minutes if a file server is away

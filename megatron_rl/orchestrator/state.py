@@ -1,8 +1,8 @@
 """What an orchestrator leaves in <run.dir>/orchestrator for its successor, and for checkpoints.
 
-    start.json         where the run began: the checkpoint that was chosen, and the stage
-    step.safetensors   the step that was offered last: its shards, its metrics, and the state after collecting it
-    end.json           how the run ended, written before the trainer is told to finish
+    start.json   where the run began: the checkpoint that was chosen, and the stage
+    step.bin     the step that was offered last: its shards, its metrics, and the state after collecting it
+    end.json     how the run ended, written before the trainer is told to finish
 
 The launcher removes the folder when it starts a run, and no older start writes into it (observe/lease.py), so every
 file in it belongs to this start. Each file is whole or absent. A checkpoint of S steps holds the state after collecting
@@ -12,19 +12,18 @@ step S - 1.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_rl.handoff import dump, load
 from megatron_rl.loop import End, Ended
 from megatron_rl.observe import lease
 from megatron_rl.observe.files import write_bytes
 
-FOLDER, START, STEP, END = "orchestrator", "start.json", "step.safetensors", "end.json"
+FOLDER, START, STEP, END = "orchestrator", "start.json", "step.bin", "end.json"
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,21 @@ class OfferedStep:
     collector: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        shards = [np.frombuffer(shard, dtype=np.uint8) for shard in self.shards]
+        """Eight bytes with the length of a body, the body of everything but the shards, and the shards as they are."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        _write(folder / STEP, dump({**fields, "shards": shards}))
+        body = dump({**fields, "shards": [len(shard) for shard in self.shards]})
+        _write(folder / STEP, len(body).to_bytes(8, "little"), body, *self.shards)
 
 
 def read_offered(folder: Path) -> OfferedStep | None:
     path = folder / STEP
     if not path.exists():
         return None
-    state = load(path.read_bytes())
-    return OfferedStep(**{**state, "shards": [shard.tobytes() for shard in state["shards"]]})
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    state = load(content[8:begin])
+    ends = list(itertools.accumulate(state["shards"], initial=begin))
+    return OfferedStep(**{**state, "shards": [content[start:end] for start, end in itertools.pairwise(ends)]})
 
 
 def write_end(folder: Path, ended: Ended, *, is_last: bool) -> None:
@@ -98,5 +101,5 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     _write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _write(path: Path, content: bytes) -> None:
-    write_bytes(path, content, allowed=lambda: lease.check(path.parent.parent))
+def _write(path: Path, *parts: bytes) -> None:
+    write_bytes(path, *parts, allowed=lambda: lease.check(path.parent.parent))

@@ -101,7 +101,7 @@ def write_split(folder: Path, split: Split, bad: Sequence[tuple[Row, Removal]] =
     texts = {KEPT: "".join(map(_line, kept)), REMOVED: "".join(map(_line, removed)),
              REPORT: json.dumps(counts, indent=2) + "\n"}
     folder.mkdir(parents=True, exist_ok=True)
-    write_together({folder / name: text.encode("utf-8") for name, text in texts.items()})
+    write_together({folder / name: [text.encode("utf-8")] for name, text in texts.items()})
     return counts
 
 
