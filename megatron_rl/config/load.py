@@ -118,8 +118,8 @@ def _check_keys(raw: Any, path: str) -> None:
     if isinstance(raw, dict):
         for key, value in raw.items():
             if not isinstance(key, str):
-                raise ValueError(f"{path or 'the configuration'} has a key that YAML reads as {key!r}, not as text: put "
-                                 "it in quotes (on, yes, true, off, no, false, null and numbers need them)")
+                raise ValueError(f"{path or 'the configuration'} has a key that YAML reads as {key!r}, not as text: "
+                                 "put it in quotes (on, yes, true, off, no, false, null and numbers need them)")
             _check_keys(value, _join(path, key))
     elif isinstance(raw, (list, tuple)):
         for place, value in enumerate(raw):
