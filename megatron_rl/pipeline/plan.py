@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_rl.config.distillation import DistillationConfig
 from megatron_rl.config.load import SHORTHANDS, load
 from megatron_rl.config.pipeline import BASE, PipelineStage
 from megatron_rl.config.resources import CONF_DIR
@@ -108,16 +109,15 @@ def _compose(whole: Config, name: str, model: Path, models: Mapping[str, Path],
     model: where it starts. models: what each stage leaves.
     """
     declared, root = whole.pipeline.stages, Path(whole.run.dir)
-    texts = [*declared[name].overrides, *of_stages.get(name, ())]
+    texts, taught = [*declared[name].overrides, *of_stages.get(name, ())], declared[name].teachers
     given = {"run.dir": root / name, "run.name": name, "run.seed": whole.run.seed, "model.path": model}
     if declared[name].recipe == "select":
         names = list(declared)
         earlier, later = names[:names.index(name)], names[names.index(name):]
         rl = next(each for each in later if declared[each].recipe == "rl")
         sft = next(each for each in reversed(earlier) if declared[each].recipe == "sft")
-        texts = [*declared[rl].overrides, *of_stages.get(rl, ()), *texts]
+        texts, taught = [*declared[rl].overrides, *of_stages.get(rl, ()), *texts], declared[rl].teachers
         given["select.folder"] = root / sft
-    taught = declared[name].teachers
     if taught:
         folders = ", ".join(f"{each}: {{checkpoint: '{models[each]}'}}" for each in dict.fromkeys(taught.values()))
         routes = ", ".join(f"{domain}: {teacher}" for domain, teacher in taught.items())
@@ -126,6 +126,8 @@ def _compose(whole: Config, name: str, model: Path, models: Mapping[str, Path],
         config = load([*texts, *(f"{key}={value}" for key, value in given.items())])
     except ValueError as error:
         raise ValueError(f"stage {name}: {error}") from error
+    if declared[name].recipe == "select":  # which asks no teacher of the rl stage that it repeats
+        config = dataclasses.replace(config, algo=dataclasses.replace(config.algo, distillation=DistillationConfig()))
     engine = dataclasses.replace(config.rollout, engine=whole.rollout.engine)
     return dataclasses.replace(config, observe=whole.observe, rollout=engine)
 

@@ -44,6 +44,15 @@ def test_the_choice_is_made_on_the_prompts_of_the_rl_stage_after_it(tiny):
     assert choice.select.folder == "runs/here/long_cot_sft"
 
 
+def test_a_choice_before_a_stage_with_teachers_asks_none_of_them():
+    taught = plan(["experiment=ring_lite_tiny", "pipeline.stages.math_rl.teachers={math: base}",
+                   "math_rl.algo.distillation.top_k=4"])
+    _, _, choice, rl, *_ = taught.stages
+    assert (choice.config.algo.distillation.on, rl.config.algo.distillation.top_k) == (False, 4)
+    assert (choice.sources, rl.sources) == (("long_cot_sft",), ("choice", "base"))
+    check(taught)
+
+
 def test_every_domain_that_a_stage_meets_has_a_judge(tiny):
     for config in (*(stage.config for stage in tiny.stages), load(["experiment=domains"])):
         if config.sft != type(config.sft)():
