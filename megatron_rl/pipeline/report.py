@@ -90,12 +90,14 @@ def _cell(values: Mapping[str, float] | None) -> str:
 def gain(stage: Stage, before: Stage, config: EvalConfig) -> dict[str, tuple[float, float, float]]:
     """Set -> (gain in accuracy over the model that the stage started from, low, high).
 
-    Both models answered the same problems, so the bootstrap interval is of the differences by problem.
+    Both models were asked the same problems, so the bootstrap interval is of the differences by problem. A problem that
+    one of them could not answer, or that has no verdict, is left out.
     """
     ours, theirs = (_shares_by_problem(each) for each in (stage, before))
     differences: dict[str, list[list[float]]] = {}
-    for key in (key for key in ours if key in theirs):
-        differences.setdefault(key[0], []).append([ours[key] - theirs[key]])
+    for key, share in ours.items():  # in their order, on which the resampling depends
+        if key in theirs:
+            differences.setdefault(key[0], []).append([share - theirs[key]])
     return {name: bootstrap_interval(values, config.bootstrap_resamples, config.seed)
             for name, values in differences.items()}
 
