@@ -221,11 +221,13 @@ def test_the_most_probable_tokens_travel_too():
 
 
 @pytest.mark.parametrize("answer", [
-    lambda k: [[-0.1, 1, None]] * (k + 1), lambda k: [[float("nan"), 1, None]] * k, lambda k: None])
+    lambda k: [[[-0.1, 1, None]] * (k + 1)], lambda k: [[[float("nan"), 1, None]] * k], lambda k: [None],
+    lambda k: [[[-0.1, 1, None]] * (k + 1), [[-0.1, 1, None]] * (k - 1)]])
 def test_a_malformed_answer_about_the_most_probable_tokens_is_a_failure(answer):
     async def spoil(request, body, found):
         by_rank(request, body, found)
-        found["meta_info"]["input_top_logprobs"][1] = answer(2)
+        places = answer(2)
+        found["meta_info"]["input_top_logprobs"][1:1 + len(places)] = places
 
     async def scored():
         async with teachers_at(engine.url, top_k=2) as teachers:
