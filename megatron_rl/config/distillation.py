@@ -94,9 +94,9 @@ class DistillationConfig:
     def check_domains(self, domains: Collection[str]) -> None:
         """ValueError for a domain of the prompts in which nothing would be learned."""
         untaught = sorted(domain for domain in domains if self.teacher_of(domain) is None)
-        require(not self.on or self.task_reward or not untaught,
-                f"algo.distillation.task_reward=false, but domain {', '.join(untaught)} has no teacher: add it to "
-                "algo.distillation.routes")
+        require(self.task_reward or not untaught,
+                f"algo.distillation.task_reward=false, but domain {', '.join(untaught)} has no teacher: add "
+                f"{'it to algo.distillation.routes' if self.on else 'algo.distillation.teachers'}")
 
     @property
     def checkpoints(self) -> dict[str, str]:

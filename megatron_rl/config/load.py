@@ -109,7 +109,21 @@ def _check_choice(key: str, value: str) -> None:
 
 def build(raw: dict[str, Any], cls: type = Config) -> Any:
     """The Config, or another dataclass, of plain values. ValueError names the dotted key that is unknown or wrong."""
+    _check_keys(raw, "")
     return _dataclass(cls, raw, "")
+
+
+def _check_keys(raw: Any, path: str) -> None:
+    """ValueError for a key that is no string, at any depth: as JSON, which ranks read, it would be another key."""
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{path or 'the configuration'} has a key that YAML reads as {key!r}, not as text: "
+                                 "put it in quotes (on, yes, true, off, no, false, null and numbers need them)")
+            _check_keys(value, _join(path, key))
+    elif isinstance(raw, (list, tuple)):
+        for place, value in enumerate(raw):
+            _check_keys(value, f"{path}[{place}]")
 
 
 def from_json(path: str | Path) -> Config:

@@ -19,8 +19,8 @@ class PipelineStage:
     - recipe: `sft` and `rl` train. `select` takes one epoch of the last sft stage by its entropy on the RL prompts
       (section select); it composes the overrides of the next rl stage and then its own.
     - title: the name for readers; empty: the stage's name.
-    - after: the stage (or `base`) whose model it starts from; empty: the one before it. Several stages may start from
-      one model.
+    - after: the stage (or `base`) whose model it starts from; empty: the one before it, or for `select` the last sft
+      stage. Several stages may start from one model.
     - teachers: domain -> the earlier stage whose model teaches its prompts (algo.distillation), for an rl stage. It
       becomes algo.distillation.teachers.<stage> and algo.distillation.routes.<domain>.
     - overrides: they compose the stage's configuration, usually an experiment's name and little else.
@@ -61,6 +61,8 @@ class PipelineConfig:
             earlier = [BASE, *list(self.stages)[:place]]
             require(not stage.after or stage.after in earlier, f"pipeline.stages.{name}.after={stage.after} is no "
                     f"earlier stage: {', '.join(earlier)}")
+            require(not stage.after or stage.recipe != "select", f"pipeline.stages.{name}.after={stage.after}: "
+                    "recipe=select takes an epoch of the last sft stage before it; leave `after` out")
             require(not stage.teachers or stage.recipe == "rl",
                     f"pipeline.stages.{name}.teachers are for recipe=rl, not {stage.recipe}")
             for domain, teacher in stage.teachers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,9 +79,12 @@ class MixedSampler:
         self._dealt = dict.fromkeys(self._samplers, 0)
 
     def next(self, n: int) -> list[Prompt]:
-        return [self._next() for _ in range(n)]
+        names = [self._part() for _ in range(n)]
+        dealt = {name: iter(self._samplers[name].next(count)) for name, count in Counter(names).items()}
+        return [next(dealt[name]) for name in names]
 
-    def _next(self) -> Prompt:
+    def _part(self) -> str:
+        """The section of the next prompt."""
         prompts, shares = self._stages[self._stage]
         if prompts is not None and sum(self._dealt.values()) == prompts:
             self._stage, self._dealt = self._stage + 1, dict.fromkeys(self._samplers, 0)
@@ -88,8 +92,7 @@ class MixedSampler:
         total = sum(self._dealt.values()) + 1
         name = max(shares, key=lambda part: shares[part] * total - self._dealt[part])
         self._dealt[name] += 1
-        (prompt,) = self._samplers[name].next(1)
-        return prompt
+        return name
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -35,13 +35,13 @@ def check(plan: Plan) -> None:
             raise ValueError(f"stage {stage.name}: {error}") from error
 
 
-def check_start(plan: Plan, place: int) -> None:
-    """`check`, the base checkpoint, and the data of every stage from `place` on, read with the base's tokenizer."""
+def check_start(plan: Plan, places: Sequence[int]) -> None:
+    """`check`, the base checkpoint, and the data of the stages at `places`, read with the base's tokenizer."""
     check(plan)
     base = plan.stages[0].model
     check_folders(at(plan.whole, base), exports=True)
     check_data(at(plan.whole, base))
-    for stage in plan.stages[max(place, 1):]:
+    for stage in (plan.stages[place] for place in places if place):
         config = at(stage.config, base, stage.teachers)
         try:
             if stage.recipe == "sft":

@@ -19,7 +19,7 @@ def run(options) -> int:
     todo = plan(options.overrides)
     base_is_here = (todo.stages[0].model / "config.json").is_file()
     if options.check and base_is_here:
-        check_start(todo, 0)
+        check_start(todo, range(len(todo.stages)))
     else:
         check(todo)
     console.print(table(todo))

@@ -19,7 +19,7 @@ from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, terminable
 from megatron_rl.pipeline.check import check_start
 from megatron_rl.pipeline.plan import Plan, Stage
-from megatron_rl.pipeline.record import Record, begin, finish, made_from, next_stage, records
+from megatron_rl.pipeline.record import Record, begin, finish, made_from, records, unfinished
 from megatron_rl.pipeline.report import write_result
 from megatron_rl.recipes import evaluate, select_checkpoint
 from megatron_rl.recipes.quickstart import make_random_model
@@ -36,21 +36,22 @@ def run(plan: Plan, console: Console) -> Path:
     """Everything that is not finished; returns the report's path. RunFailed and RunInterrupted leave a state from
     which this goes on."""
     found = records(plan)
-    first = next_stage(found)
-    if first is None:
+    waiting = unfinished(found)
+    if not waiting:
         console.print(f"all {len(plan.stages)} stages are finished")
         return write_result(plan, found)
-    if first:
-        console.print(f"{first} of {len(plan.stages)} stages are finished")
+    if done := len(plan.stages) - len(waiting):
+        console.print(f"{done} of {len(plan.stages)} stages are finished")
     base = plan.stages[0]
     if not plan.whole.model.path and (found[0] is None or not has_model(base)):
         make_random_model(base.model, plan.whole.run.seed)
-    check_start(plan, first)
-    current = plan.stages[first]
+    check_start(plan, waiting)
+    current = plan.stages[waiting[0]]
     try:
         with claimed(plan.folder), terminable(), engine_errors(), \
                 engines_for(plan.engine_config, str(base.model), plan.folder / "engine.log") as served:
-            for place, current in enumerate(plan.stages[first:], first):
+            for place in waiting:
+                current = plan.stages[place]
                 console.rule(f"[bold]{place + 1} of {len(plan.stages)}: {current.title}[/bold]")
                 found[place] = run_stage(plan, current, made_from(plan, current, found), found[place], served, console)
                 report = write_result(plan, found)

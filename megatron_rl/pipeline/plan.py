@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_rl.config.distillation import DistillationConfig
 from megatron_rl.config.load import SHORTHANDS, load
 from megatron_rl.config.pipeline import BASE, PipelineStage
 from megatron_rl.config.resources import CONF_DIR
@@ -88,6 +89,7 @@ def plan(overrides: Sequence[str]) -> Plan:
     base = Path(whole.model.path) if whole.model.path else root / BASE / "hf"
     models = {BASE: base} | {name: root / name / "hf" for name in declared}
     after = {name: declared[name].after or before for before, name in pairwise([BASE, *declared])}
+    after |= {name: _last_sft(declared, name) for name in declared if declared[name].recipe == "select"}
     # selections last: a mistake in an rl stage that they inherit is then reported as that stage's
     configs = {name: _compose(whole, name, models[after[name]], models, of_stages)
                for name in sorted(declared, key=lambda name: declared[name].recipe == "select")}
@@ -108,16 +110,13 @@ def _compose(whole: Config, name: str, model: Path, models: Mapping[str, Path],
     model: where it starts. models: what each stage leaves.
     """
     declared, root = whole.pipeline.stages, Path(whole.run.dir)
-    texts = [*declared[name].overrides, *of_stages.get(name, ())]
+    texts, taught = [*declared[name].overrides, *of_stages.get(name, ())], declared[name].teachers
     given = {"run.dir": root / name, "run.name": name, "run.seed": whole.run.seed, "model.path": model}
     if declared[name].recipe == "select":
         names = list(declared)
-        earlier, later = names[:names.index(name)], names[names.index(name):]
-        rl = next(each for each in later if declared[each].recipe == "rl")
-        sft = next(each for each in reversed(earlier) if declared[each].recipe == "sft")
-        texts = [*declared[rl].overrides, *of_stages.get(rl, ()), *texts]
-        given["select.folder"] = root / sft
-    taught = declared[name].teachers
+        rl = next(each for each in names[names.index(name):] if declared[each].recipe == "rl")
+        texts, taught = [*declared[rl].overrides, *of_stages.get(rl, ()), *texts], declared[rl].teachers
+        given["select.folder"] = root / _last_sft(declared, name)
     if taught:
         folders = ", ".join(f"{each}: {{checkpoint: '{models[each]}'}}" for each in dict.fromkeys(taught.values()))
         routes = ", ".join(f"{domain}: {teacher}" for domain, teacher in taught.items())
@@ -126,8 +125,16 @@ def _compose(whole: Config, name: str, model: Path, models: Mapping[str, Path],
         config = load([*texts, *(f"{key}={value}" for key, value in given.items())])
     except ValueError as error:
         raise ValueError(f"stage {name}: {error}") from error
+    if declared[name].recipe == "select":  # which asks no teacher of the rl stage that it repeats
+        config = dataclasses.replace(config, algo=dataclasses.replace(config.algo, distillation=DistillationConfig()))
     engine = dataclasses.replace(config.rollout, engine=whole.rollout.engine)
     return dataclasses.replace(config, observe=whole.observe, rollout=engine)
+
+
+def _last_sft(declared: Mapping[str, PipelineStage], name: str) -> str:
+    """The stage of whose epochs the selection `name` takes one."""
+    names = list(declared)
+    return next(each for each in reversed(names[:names.index(name)]) if declared[each].recipe == "sft")
 
 
 def split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -19,7 +19,7 @@ from megatron_rl.config.show import differences
 from megatron_rl.observe.files import write_json
 from megatron_rl.pipeline.plan import Plan, Stage
 
-__all__ = ["Record", "begin", "finish", "made_from", "next_stage", "read", "records"]
+__all__ = ["Record", "begin", "finish", "made_from", "read", "records", "unfinished"]
 
 FILE = "stage.json"
 MAY_DIFFER = ("run.resume", "observe.", "rollout.engine.", "slurm.", "pipeline.")
@@ -87,9 +87,9 @@ def made_from(plan: Plan, stage: Stage, found: Sequence[Record | None]) -> str |
     return "+".join(each.id for each in sources) if sources and len(sources) == len(stage.sources) else None
 
 
-def next_stage(found: Sequence[Record | None]) -> int | None:
-    """The place of the first stage that is not finished, None when all are."""
-    return next((place for place, record in enumerate(found) if record is None or not record.finished), None)
+def unfinished(found: Sequence[Record | None]) -> list[int]:
+    """The places of the stages that are to run. With branches, finished ones may lie between them."""
+    return [place for place, record in enumerate(found) if record is None or not record.finished]
 
 
 def begin(stage: Stage, after: str | None, earlier: Record | None) -> Record:

@@ -50,7 +50,7 @@ def result(plan: Plan, made: Made) -> dict[str, Any]:
                if (before := _stage_before(stage, made)) is not None else {}),
             **({"decision": _decision(stage)} if stage.recipe == "select" else {}), "config": to_dict(record.config),
         } for stage, record in made],
-        "waiting": [stage.name for stage in plan.stages[len(made):]],
+        "waiting": [stage.name for stage in plan.stages if stage.name not in {each.name for each, _ in made}],
         "config": to_dict(plan.whole), "versions": collect_versions()}
 
 
@@ -90,12 +90,14 @@ def _cell(values: Mapping[str, float] | None) -> str:
 def gain(stage: Stage, before: Stage, config: EvalConfig) -> dict[str, tuple[float, float, float]]:
     """Set -> (gain in accuracy over the model that the stage started from, low, high).
 
-    Both models answered the same problems, so the bootstrap interval is of the differences by problem.
+    Both models were asked the same problems, so the bootstrap interval is of the differences by problem. A problem that
+    one of them could not answer, or that has no verdict, is left out.
     """
     ours, theirs = (_shares_by_problem(each) for each in (stage, before))
     differences: dict[str, list[list[float]]] = {}
-    for (name, problem), share in ours.items():
-        differences.setdefault(name, []).append([share - theirs[name, problem]])
+    for key, share in ours.items():  # in their order, on which the resampling depends
+        if key in theirs:
+            differences.setdefault(key[0], []).append([share - theirs[key]])
     return {name: bootstrap_interval(values, config.bootstrap_resamples, config.seed)
             for name, values in differences.items()}
 
@@ -135,11 +137,12 @@ def _gains(made: Made, config: EvalConfig) -> str:
 
 
 def _stages(plan: Plan, made: Made) -> str:
-    rows = [[str(place), stage.title, stage.name, _work(stage), str(record.starts),
-             *(duration(record.seconds.get(key, 0.0)) for key in ("train", "evaluate"))]
-            for place, (stage, record) in enumerate(made)]
-    rows += [[str(place), stage.title, stage.name, _work(stage), "-", "waits", "-"]
-             for place, stage in enumerate(plan.stages) if place >= len(made)]
+    done, rows = {stage.name: record for stage, record in made}, []
+    for place, stage in enumerate(plan.stages):
+        record = done.get(stage.name)
+        ran = ["-", "waits", "-"] if record is None else [
+            str(record.starts), *(duration(record.seconds.get(key, 0.0)) for key in ("train", "evaluate"))]
+        rows.append([str(place), stage.title, stage.name, _work(stage), *ran])
     header = ["", "stage", "folder", "work", "starts", "time", "evaluation"]
     note = ""
     if any(record.starts > 1 for _, record in made):

@@ -86,10 +86,10 @@ class EngineClient:
         """
         meta = await self._read_input(input_ids, rid, {"top_logprobs_num": top_k})
         with well_formed():
-            rows = [(logprob, token) for row in meta["input_top_logprobs"][1:] for logprob, token, _ in row]
+            rows = meta["input_top_logprobs"][1:]
             shape = (len(input_ids) - 1, top_k)
-            return (_finite(rid, [logprob for logprob, _ in rows]).reshape(shape),
-                    np.asarray([token for _, token in rows], np.int32).reshape(shape))
+            return (_finite(rid, [[logprob for logprob, _, _ in row] for row in rows]).reshape(shape),
+                    np.asarray([[token for _, token, _ in row] for row in rows], np.int32).reshape(shape))
 
     async def _read_input(self, input_ids: Sequence[int], rid: str, more: dict[str, Any]) -> dict[str, Any]:
         """meta_info of a request that the engine reads and answers with one token."""
@@ -238,7 +238,8 @@ class EngineClient:
             method, path, body, timeout_s=self.control_timeout_s if timeout_s is None else timeout_s)
 
 
-def _finite(rid: str, values: list[float]) -> np.ndarray:
+def _finite(rid: str, values: list[Any]) -> np.ndarray:
+    """float32 of numbers, or of equally long lists of them."""
     logprobs = np.asarray(values, dtype=np.float32)
     if not np.isfinite(logprobs).all():
         raise EngineHTTPError(f"POST /generate: request {rid} has log-probabilities that are not finite")

@@ -68,20 +68,22 @@ class TrainStep:
         return self._logprobs(policy or self.policy, microbatches, routing)
 
     @torch.no_grad()
-    def chosen_logprobs(self, microbatches: Sequence[PackedMicrobatch],
+    def chosen_logprobs(self, microbatches: Sequence[PackedMicrobatch], policy: Policy | None = None, *,
                         top_k: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(ids int64 [T, k], their log-probabilities fp32 [T, k]) per micro-batch on the last stage, [] elsewhere.
 
-        top_k: of the policy's own k most probable tokens. 0: of the teacher_ids of each micro-batch.
+        policy: as in logprobs(). top_k: of its k most probable tokens. 0: of the teacher_ids of each micro-batch.
         """
+        routing = self._replayed(microbatches) if policy is None else [None] * len(microbatches)
+
         def read(batch: PackedMicrobatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if not top_k:
                 return batch.teacher_ids, output[1:].T.contiguous()
             logprobs_kT, ids_kT = output[1:].chunk(2)
             return ids_kT.T.to(torch.int64, copy=True).contiguous(), logprobs_kT.T.contiguous()
 
-        outputs = self._run(self.policy, microbatches, [None] * len(microbatches), read, forward_only=True,
-                            top_k=top_k, of_ids=not top_k)
+        outputs = self._run(policy or self.policy, microbatches, routing, read, forward_only=True, top_k=top_k,
+                            of_ids=not top_k)
         return outputs if self.topology.is_last_stage else []
 
     def _logprobs(self, policy: Policy, microbatches, routing: Routing) -> list[torch.Tensor]:

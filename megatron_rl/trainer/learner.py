@@ -55,11 +55,12 @@ def packed_microbatches(samples: Sequence[TrainSample], config: Config, topology
 
 
 def pack_all(microbatches: Sequence[Sequence[TrainSample]], least_tokens: Sequence[int], config: Config,
-             topology: Topology, experts_shape: tuple[int, int] | None = None) -> list[PackedMicrobatch]:
+             topology: Topology, experts_shape: tuple[int, int] | None = None, *,
+             top_k: int = 0) -> list[PackedMicrobatch]:
     """Packs for this context-parallel rank. least_tokens: each micro-batch is padded to at least this many."""
     return [pack(members, multiple_of=config.parallel.token_multiple, cp_size=topology.cp_size,
                  cp_rank=topology.cp_rank, min_tokens=tokens, device=topology.device, experts_shape=experts_shape,
-                 top_k=config.algo.distillation.top_k)
+                 top_k=top_k)
             for members, tokens in zip(microbatches, least_tokens, strict=True)]
 
 
@@ -105,11 +106,12 @@ def teach(microbatches: Sequence[PackedMicrobatch], config: DistillationConfig, 
     is_last_stage = student.topology.is_last_stage
     if config.top_k and config.top_k_of == "student":
         for microbatch, (ids_Tk, _) in zip(microbatches if is_last_stage else [],
-                                           student.chosen_logprobs(microbatches, config.top_k), strict=True):
+                                           student.chosen_logprobs(microbatches, top_k=config.top_k), strict=True):
             microbatch.teacher_ids = ids_Tk
     for place, teacher in teachers.items():
         if config.top_k:
-            found = teacher.chosen_logprobs(microbatches, config.top_k if config.top_k_of == "teacher" else 0)
+            found = teacher.chosen_logprobs(microbatches, teacher.policy,
+                                            top_k=config.top_k if config.top_k_of == "teacher" else 0)
         else:
             found = [(None, logprobs_T) for logprobs_T in teacher.logprobs(microbatches, teacher.policy)]
         for microbatch, (ids_Tk, logprobs) in zip(microbatches if is_last_stage else [], found, strict=True):
@@ -167,7 +169,8 @@ class PolicyLearner:
     def _prepare(self, update: UpdateShard) -> tuple[list[PackedMicrobatch], RoutingCounts | None]:
         network, replay = self.policy.config, self.config.algo.router_replay
         shape = (network.num_moe_layers, network.num_experts_per_tok) if replay == "rollout" else None
-        microbatches = pack_all(update.microbatches(), update.least_tokens, self.config, self.topology, shape)
+        microbatches = pack_all(update.microbatches(), update.least_tokens, self.config, self.topology, shape,
+                                top_k=self.config.algo.distillation.top_k)
         old, counts = None, None
         if needs_old_pass(self.config.algo, network):
             old, counts = self.step.count_routing(microbatches, record=replay == "trainer")

@@ -84,6 +84,15 @@ def refused(runner: Runner, name: str) -> bool:
     return any(runner.here.gather_objects(failed))
 
 
+def chosen_differ(runner: Runner) -> bool:
+    """Whether some rank's log-probabilities of chosen tokens, here the labels, come from other experts than given."""
+    batches = microbatches_of(runner.step, runner.here, runner.layout, 2)
+    for batch in batches:
+        batch.teacher_ids = batch.labels[:, None]
+    found = zip(runner.train_step.logprobs(batches), runner.train_step.chosen_logprobs(batches), strict=True)
+    return any(runner.here.gather_objects(not all(torch.equal(one, chosen[:, 0]) for one, (_, chosen) in found)))
+
+
 def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
     given = torch.load(folder / "given.pt", weights_only=False)
     result: dict = {"given": {}, "recorded": {}}
@@ -92,6 +101,7 @@ def run_layout(folder: Path, layout: str, here: topology.Topology) -> None:
         result["recorded"][recompute] = record_and_replay(runner, folder)
         runner.step = given
         result["given"][recompute] = {count: runner.gradients(count) for count in COUNTS}
+        result["chosen_differ"] = chosen_differ(runner)
         if recompute == "full":
             result["report"] = runner.update(cases.UPDATE_MICROBATCHES)["sums"]
             result["refused"] = {name: refused(runner, name) for name in ("none", "skipped", "stale")}

@@ -104,6 +104,12 @@ def test_gradient_with_given_experts_is_the_reference_told_the_same_experts(repl
 
 
 @in_layouts
+def test_log_probabilities_of_chosen_tokens_are_of_the_given_experts_too(replays, layout):
+    """They are the labels, whose log-probabilities another pass gives."""
+    assert replays[layout]["chosen_differ"] is False
+
+
+@in_layouts
 def test_gradients_reach_the_router(replays, layout):
     assert len(replays[layout]["given"]["none"]) >= 2
     for gradients in replays[layout]["given"]["none"].values():

@@ -37,6 +37,22 @@ SMALL = [
         f"eval.benchmarks.{name}.problems=2" for name in ("math", "code", "science")))),
 ]
 
+SPECIALISTS = ["math_rl", "code_rl"]
+CODE = ROOT / "examples" / "table3_domain_conflict" / "code.jsonl"
+BRANCHES = [
+    "experiment=quickstart", 'model.path=""', "parallel=single", "rollout.engine.deterministic=true",
+    "rollout.max_response_tokens=12", "eval.problems=2", "eval.bootstrap_resamples=50", "observe.wandb=off",
+    "pipeline.random_base=true",
+    "pipeline.stages.math_rl.overrides=['experiment=ring_mini_specialist', 'data.source=chains']",
+    "pipeline.stages.code_rl={after: base, overrides: "
+    f"['experiment=ring_mini_specialist', 'data.path={CODE}', 'data.domain_key=domain']}}",
+    "pipeline.stages.one_model={after: base, teachers: {math: math_rl, code: code_rl, science: code_rl}, "
+    "overrides: ['experiment=ring_mini_distillation', 'algo.distillation.top_k=8']}",
+    *(f"{name}.{text}" for name in (*SPECIALISTS, "one_model") for text in (
+        "parallel=single", "run.save_every_steps=1", "run.steps=2", "rollout.prompts_per_step=4",
+        "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12", "algo.phi=32",
+        "algo.underfull=train_short"))]
+
 
 @pytest.fixture(scope="module")
 def engine_url(quickstart_model, tmp_path_factory):
@@ -46,23 +62,23 @@ def engine_url(quickstart_model, tmp_path_factory):
         yield engine.base_url
 
 
-def command(folder: Path, url: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_rl.cli", "pipeline", *SMALL, f"run.dir={folder}",
+def command(folder: Path, url: str, *more: str, small: list[str]) -> list[str]:
+    return [sys.executable, "-m", "megatron_rl.cli", "pipeline", *small, f"run.dir={folder}",
             f'rollout.engine.urls=["{url}"]', *more]
 
 
-def to_the_end(folder: Path, url: str, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, url, *more), cwd=ROOT, env=rank_environment(), capture_output=True, text=True,
-                          timeout=900)
+def to_the_end(folder: Path, url: str, *more: str, small: list[str] = SMALL) -> subprocess.CompletedProcess:
+    return subprocess.run(command(folder, url, *more, small=small), cwd=ROOT, env=rank_environment(),
+                          capture_output=True, text=True, timeout=900)
 
 
-def kill_at(stage: str, step: int, folder: Path, url: str) -> None:
+def kill_at(stage: str, step: int, folder: Path, url: str, small: list[str] = SMALL) -> None:
     """kill -9 when `stage` has begun and `step` steps of it are logged, from when on the engine samples nothing."""
     def reached() -> bool:
         return stage in records(folder) and len(rows(folder / stage)) >= step
 
     with FaultyProxy(url, hold=reached) as proxy:
-        process = subprocess.Popen(command(folder, proxy.url), cwd=ROOT, env=rank_environment(),
+        process = subprocess.Popen(command(folder, proxy.url, small=small), cwd=ROOT, env=rank_environment(),
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         while stage not in records(folder):
             assert process.poll() is None, f"the pipeline ended early:\n{process.stderr.read()}"
@@ -72,7 +88,7 @@ def kill_at(stage: str, step: int, folder: Path, url: str) -> None:
 
 
 def records(folder: Path) -> dict[str, dict]:
-    return {name: json.loads((folder / name / "stage.json").read_text()) for name in STAGES
+    return {name: json.loads((folder / name / "stage.json").read_text()) for name in [*STAGES, "code_rl", "one_model"]
             if (folder / name / "stage.json").exists()}
 
 
@@ -152,3 +168,28 @@ def test_killed_in_every_later_stage_it_ends_as_if_it_had_not_been(whole, engine
     assert {name: records(whole)[name]["starts"] for name in again} == dict.fromkeys(again, 2)
     assert expected == (results(whole), {name: [timeless(row) for row in rows(whole / name)] for name in TRAINED}, {
         name: weights_digest(whole / name) for name in again})
+
+
+def test_specialists_and_their_distillation_killed_in_two_of_three_stages_go_on(engine_url, tmp_path):
+    """Branches: two specialists start from the base, and a third stage from it too, with the two as its teachers."""
+    folder, trained = tmp_path / "branches", [*SPECIALISTS, "one_model"]
+    for name in ("code_rl", "one_model"):
+        kill_at(name, 1, folder, engine_url, BRANCHES)
+    done = to_the_end(folder, engine_url, small=BRANCHES)
+    assert done.returncode == 0, done.stderr
+    found = records(folder)
+    assert {name: record["starts"] for name, record in found.items()} == {
+        "base": 1, "math_rl": 1, "code_rl": 2, "one_model": 2}
+    for name in trained:
+        assert [row["step"] for row in rows(folder / name)] == [1, 2], name
+        assert rows(folder / name)[0]["mismatch/max_abs"] < 1e-4, name
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["model"]["path"] == str(folder / "base" / "hf"), name
+    assert found["one_model"]["after"] == "+".join(found[name]["id"] for name in ("base", *SPECIALISTS))
+    for row in rows(folder / "one_model"):
+        assert row["train/distill_kl"] > -1e-6 and 0 < row["train/distill_teacher_mass"] < 1
+    assert 0 < rows(folder / "code_rl")[-1]["prompts/judged_fraction"] < 0.1
+    stages = {stage["name"]: stage for stage in json.loads((folder / "pipeline.json").read_text())["stages"]}
+    for name in trained:
+        assert stages[name]["gain"].keys() == stages[name]["evaluation"].keys() and stages[name]["gain"], name
+    assert "Gain of every stage" in (folder / "report.html").read_text()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from megatron_rl.cli import main
 from megatron_rl.config.load import CONF_DIR, build, load, to_dict
@@ -102,10 +103,27 @@ def test_a_config_survives_json():
     (["optimizer.warmup_fraction=1.5"], r"optimizer\.warmup_fraction=1\.5 must lie in \[0, 1\]"),
     (["sft.balance_coef=-1.0"], r"sft\.balance_coef=-1\.0 must not be negative"),
     (["algo.phi"], r"must look like section\.key=value"),
+    (["reward.routes={7: math_verify}"], r"reward\.routes has a key that YAML reads as 7"),
 ])
 def test_a_mistake_is_named_with_its_path(overrides, message):
     with pytest.raises(ValueError, match=message):
         load(overrides)
+
+
+@pytest.mark.parametrize(("text", "named"), [
+    ("on: 1", "the configuration has a key that YAML reads as True"),
+    ("algo: {distillation: {off: 1}}", "algo.distillation has a key that YAML reads as False"),
+    ("algo: {1: 2}", "algo has a key that YAML reads as 1"),
+    ("data: {1.5: 2}", "data has a key that YAML reads as 1.5"),
+    ("data: {null: 2}", "data has a key that YAML reads as None"),
+    ("reward: {routes: {yes: math_verify}}", "reward.routes has a key that YAML reads as True"),
+    ("pipeline: {stages: {no: {}}}", "pipeline.stages has a key that YAML reads as False"),
+    ("data: {task_config: {levels: {2: 3}}}", "data.task_config.levels has a key that YAML reads as 2"),
+    ("reward: {shaping: [{on: 1}]}", r"reward.shaping\[0\] has a key that YAML reads as True"),
+])
+def test_a_key_that_yaml_does_not_read_as_text_is_named(text, named):
+    with pytest.raises(ValueError, match=f"^{named}, not as text: put it in quotes"):
+        build(yaml.safe_load(text))
 
 
 @pytest.mark.parametrize("group", ["experiment", "parallel", "algo"])

@@ -111,6 +111,13 @@ def test_prompts_are_drawn_as_often_as_the_formula_says(source):
     assert all(len({prompt.id for prompt in sampler.next(8)}) == 8 for _ in range(20)) and len(pairs) == 8
 
 
+def test_one_call_deals_no_prompt_of_a_mix_twice_either(source):
+    config = DataConfig(source="mix", mix={name: DataConfig(source="chains", size=8) for name in "ab"})
+    sampler = build_rated_sampler(MixedSource({"a": source(8), "b": source(8, 8)}), config, 3, RATES)
+    for _ in range(5):
+        assert len({prompt.text for prompt in sampler.next(16)}) == 16
+
+
 def test_a_sampler_that_loads_a_state_draws_what_the_other_would_have_drawn(source):
     config = DataConfig(source="mix", mix={"a": DataConfig(source="chains", size=20),
                                            "b": DataConfig(source="chains", size=20, seed=8)}, weights={"a": 2, "b": 1})

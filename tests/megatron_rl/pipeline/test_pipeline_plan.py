@@ -44,6 +44,24 @@ def test_the_choice_is_made_on_the_prompts_of_the_rl_stage_after_it(tiny):
     assert choice.select.folder == "runs/here/long_cot_sft"
 
 
+def test_a_choice_is_made_from_the_sft_stage_whose_epochs_it_takes():
+    """Also with a stage between them that does not start from it."""
+    _, first, aside, choice, _ = plan([
+        "experiment=quickstart", "pipeline.stages={first: {recipe: sft, overrides: ['experiment=quickstart_sft']}, "
+        "aside: {after: base}, choice: {recipe: select}, more: {}}", "first.sft.export_epochs=true"]).stages
+    assert (aside.sources, choice.sources) == (("base",), ("first",))
+    assert (choice.config.model.path, choice.config.select.folder) == (str(first.model), str(first.folder))
+
+
+def test_a_choice_before_a_stage_with_teachers_asks_none_of_them():
+    taught = plan(["experiment=ring_lite_tiny", "pipeline.stages.math_rl.teachers={math: base}",
+                   "math_rl.algo.distillation.top_k=4"])
+    _, _, choice, rl, *_ = taught.stages
+    assert (choice.config.algo.distillation.on, rl.config.algo.distillation.top_k) == (False, 4)
+    assert (choice.sources, rl.sources) == (("long_cot_sft",), ("choice", "base"))
+    check(taught)
+
+
 def test_every_domain_that_a_stage_meets_has_a_judge(tiny):
     for config in (*(stage.config for stage in tiny.stages), load(["experiment=domains"])):
         if config.sft != type(config.sft)():
@@ -102,6 +120,7 @@ def test_the_engine_serves_the_longest_context_of_any_stage():
     (["pipeline.stages.general_sft.after=general_sft"], "after=general_sft is no earlier stage"),
     (["pipeline.stages.math_rl.teachers={math: code_science_rl}"], "teachers.math=code_science_rl is no earlier stage"),
     (["pipeline.stages.general_sft.teachers={math: math_rl}"], "general_sft.teachers are for recipe=rl, not sft"),
+    (["pipeline.stages.choice.after=base"], "choice.after=base: recipe=select takes an epoch of the last sft stage"),
     (["pipeline.stages.again={recipe: select}"], "again.recipe=select needs an rl stage after it"),
 ])
 def test_a_mistake_is_named_before_anything_starts(overrides, message):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 
 import pytest
+from rich.console import Console
 
+from megatron_rl.pipeline import driver
 from megatron_rl.pipeline.plan import Plan, plan
-from megatron_rl.pipeline.record import FILE, Record, begin, finish, made_from, next_stage, read, records
-from megatron_rl.pipeline.report import _summary, gain
+from megatron_rl.pipeline.record import FILE, Record, begin, finish, made_from, read, records, unfinished
+from megatron_rl.pipeline.report import _stages, _summary, gain, result
 
 SETS = {"math": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}
 
@@ -48,12 +51,12 @@ def finished(todo: Plan, count: int) -> list[Record]:
 
 def test_stages_come_in_order_and_a_finished_one_does_not_come_again(todo):
     for count in range(len(todo.stages)):
-        assert next_stage(records(todo)) == count
+        assert unfinished(records(todo))[0] == count
         stage, found = todo.stages[count], records(todo)
         record = begin(stage, found[count - 1].id if count else None, None)
-        assert next_stage(records(todo)) == count, "begun is not finished"
+        assert unfinished(records(todo))[0] == count, "begun is not finished"
         finish(stage, record, SETS, {})
-    assert next_stage(records(todo)) is None
+    assert not unfinished(records(todo))
 
 
 def test_a_stage_that_was_stopped_is_the_same_one_when_it_begins_again(todo):
@@ -83,11 +86,11 @@ def test_what_changes_no_result_may_change(todo):
     finished(todo, 6)
     engine = dataclasses.replace(todo.whole.rollout.engine, urls=("http://127.0.0.1:1",), threads=2)
     for section, key, value in (("rollout", "engine", engine), ("run", "resume", True)):
-        assert next_stage(records(changed(todo, 3, section, key, value))) is None
+        assert not unfinished(records(changed(todo, 3, section, key, value)))
     observe = dataclasses.replace(todo.whole.observe, progress=False)
     stages = [dataclasses.replace(stage, config=dataclasses.replace(stage.config, observe=observe))
               for stage in todo.stages]
-    assert next_stage(records(Plan(todo.whole, tuple(stages)))) is None
+    assert not unfinished(records(Plan(todo.whole, tuple(stages))))
 
 
 def test_a_choice_holds_while_only_the_training_after_it_changes(todo):
@@ -114,12 +117,38 @@ def test_a_specialist_made_anew_makes_stale_what_it_taught_and_nothing_beside_it
     ring = plan(["experiment=ring_mini", f"run.dir={tmp_path}"])
     for stage in ring.stages:
         finish(stage, begin(stage, made_from(ring, stage, records_of(ring)), None), SETS, {})
-    assert next_stage(records(ring)) is None
+    assert not unfinished(records(ring))
     code = ring.stages[4]
     finish(code, begin(code, made_from(ring, code, records_of(ring)), None), SETS, {})
     with pytest.raises(ValueError, match=rf"one_model was made from an earlier result of stage choice or math_rl or "
                        rf"code_rl or science_rl: remove {tmp_path}/one_model {tmp_path}/adaptive to run"):
         records(ring)
+
+
+def test_a_finished_specialist_behind_one_that_is_missing_is_neither_run_again_nor_said_to_wait(tmp_path, monkeypatch):
+    ring = plan(["experiment=ring_mini", f"run.dir={tmp_path}"])
+    (tmp_path / "base" / "hf").mkdir(parents=True)
+    (tmp_path / "base" / "hf" / "config.json").touch()
+    for stage in ring.stages:
+        finish(stage, begin(stage, made_from(ring, stage, records_of(ring)), None), SETS, {"train": 61.0})
+    missing = ["code_rl", "one_model", "adaptive"]
+    for name in missing:
+        (tmp_path / name / FILE).unlink()
+    made = [(stage, read(stage)) for stage in ring.stages if stage.name in ("base", "science_rl")]
+    assert result(ring, made)["waiting"] == [
+        stage.name for stage in ring.stages if stage.name not in ("base", "science_rl")]
+    row = next(part for part in _stages(ring, made).split("<tr>") if "science_rl" in part)
+    assert "<td>5</td>" in row and "1 min 01 s" in row, row
+
+    ran: list[str] = []  # in place of what needs an engine and ranks
+    for name, stand_in in (("check_start", lambda *_: None), ("write_result", lambda *_: tmp_path),
+                           ("engines_for", lambda *_: contextlib.nullcontext(ring.whole)),
+                           ("make_model", lambda stage, *_: ran.append(stage.name)),
+                           ("evaluate_model", lambda *_: SETS)):
+        monkeypatch.setattr(driver, name, stand_in)
+    driver.run(ring, Console(quiet=True))
+    assert ran == missing and not unfinished(records(ring))
+    assert read(ring.stages[5]).seconds == {"train": 61.0}
 
 
 def records_of(ring: Plan) -> list[Record | None]:
@@ -137,6 +166,18 @@ def test_a_gain_is_of_the_same_problems_with_an_interval_of_their_differences(to
     found = gain(after, before, todo.whole.eval)
     mean, low, high = found["math"]
     assert mean == pytest.approx((0.5 + 0.5 + 0.0) / 3) and (low, high) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize("failing", ["before", "after"])
+def test_a_problem_that_one_of_two_models_could_not_be_asked_is_left_out_of_the_gain(todo, failing):
+    before, after = todo.stages[:2]
+    for stage, name, right in ((before, "before", False), (after, "after", True)):
+        (stage.folder / "evaluation").mkdir(parents=True)
+        (stage.folder / "evaluation" / "evaluation_samples.jsonl").write_text("".join(json.dumps({
+            "set": "math", "id": problem, "correct": right and status == "correct", "status": status}) + "\n"
+            for problem, status in (("a", "correct" if right else "wrong"),
+                                    ("b", "engine_error" if name == failing else "wrong"))))
+    assert gain(after, before, todo.whole.eval)["math"] == (1.0, 1.0, 1.0)
 
 
 def test_a_record_is_written_whole_or_not_at_all(todo, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from megatron_rl.config.schema import AlgoConfig
 from megatron_rl.handoff import dump
 from megatron_rl.handoff import load as load_body
 from megatron_rl.handoff.shard import UpdateShard, read_shard, write_shard
+from megatron_rl.model.architectures import parse_config
+from megatron_rl.model.fresh import bailing_config
 from megatron_rl.orchestrator.teaching import check_teachers
 from megatron_rl.rollout.collectors.open_groups import OpenGroup, OpenResponse, group_from_state, group_to_state
 from megatron_rl.rollout.fleet import FleetError
@@ -24,7 +27,8 @@ from megatron_rl.rollout.responses import Judged, Responder, Ticket
 from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.rollout.teachers import Teachers
 from megatron_rl.rollout.transcript import Transcript
-from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
+from megatron_rl.trainer.learner import packed_microbatches
+from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, TrainSample, VersionSpan
 from tests.stub_engine import StubEngine
 
 VOCABULARY = 50
@@ -217,11 +221,13 @@ def test_the_most_probable_tokens_travel_too():
 
 
 @pytest.mark.parametrize("answer", [
-    lambda k: [[-0.1, 1, None]] * (k + 1), lambda k: [[float("nan"), 1, None]] * k, lambda k: None])
+    lambda k: [[[-0.1, 1, None]] * (k + 1)], lambda k: [[[float("nan"), 1, None]] * k], lambda k: [None],
+    lambda k: [[[-0.1, 1, None]] * (k + 1), [[-0.1, 1, None]] * (k - 1)]])
 def test_a_malformed_answer_about_the_most_probable_tokens_is_a_failure(answer):
     async def spoil(request, body, found):
         by_rank(request, body, found)
-        found["meta_info"]["input_top_logprobs"][1] = answer(2)
+        places = answer(2)
+        found["meta_info"]["input_top_logprobs"][1:1 + len(places)] = places
 
     async def scored():
         async with teachers_at(engine.url, top_k=2) as teachers:
@@ -268,3 +274,14 @@ def test_without_the_tasks_reward_every_domain_needs_a_teacher():
     with pytest.raises(ValueError, match="task_reward=false, but domain code has no teacher"):
         only.check_domains({"math", "code"})
     replace(only, task_reward=True).check_domains({"math", "code"})
+    with pytest.raises(ValueError, match=r"domain math has no teacher: add algo\.distillation\.teachers"):
+        DistillationConfig(task_reward=False).check_domains({"math"})
+
+
+def test_sft_packs_nothing_for_teachers():
+    """Its loss takes no log-probabilities of chosen tokens, and a file of RL may give its algo.distillation too."""
+    config = load(["algo.distillation.teachers={a: {checkpoint: x}}", "algo.distillation.top_k=4"])
+    here = SimpleNamespace(dp_rank=0, cp_size=1, cp_rank=0, device="cpu")
+    sample = TrainSample(0, np.arange(5, dtype=np.int32), np.ones(5, bool), np.zeros(5, np.float32), 0.0, 4)
+    [packed] = packed_microbatches([sample], config, here, parse_config(bailing_config(), "a model"))
+    assert packed.teacher_ids is None
