@@ -14,6 +14,7 @@ GB = 1e9
 CENSUS_ROWS, COLLECTIVE_ROWS, READ_ROWS, OPERATION_ROWS = 12, 24, 12, 10
 PHASE = max(map(len, PHASES)) + 2
 """Width of the column of phases."""
+PARTS = ("matrix", "memory", "host", "nvlink", "network")
 LIMITS = ("not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, "
           "what overlapping costs; seconds are a roofline over stated rates")
 
@@ -95,9 +96,9 @@ def _operations(found: dict[str, Any]) -> list[str]:
 
 def _seconds(found: dict[str, Any], rates: RatesFile) -> list[str]:
     rows = [f"seconds at the rates: {rates.stated()}",
-            f"{'phase, as rehearsed':<29}{'matrix':>9}{'memory':>9}{'nvlink':>9}{'network':>9}{'together':>10}"]
+            f"{'phase, as rehearsed':<29}{''.join(f'{part:>9}' for part in PARTS)}{'together':>10}"]
     for phase, each in found["phases"].items():
-        parts = "".join(f"{each['seconds'].get(part, 0.0):>9.3f}" for part in ("matrix", "memory", "nvlink", "network"))
+        parts = "".join(f"{each['seconds'].get(part, 0.0):>9.3f}" for part in PARTS)
         rows.append(f"  {phase:<{PHASE}}{parts}{each['elapsed']:>10.3f}")
     step = found["step_seconds"]
     return [*rows, f"one optimiser step at this rank's pace: {sum(step.values()):.1f} s: "
