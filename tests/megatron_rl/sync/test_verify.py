@@ -115,6 +115,14 @@ def test_a_gpu_engine_may_keep_a_parameter_in_its_own_form_from_the_first_publis
         asyncio.run(gpu.publish(3))
 
 
+def test_an_engine_that_holds_nothing_as_predicted_is_not_counted_as_proven():
+    engine = Engine("http://gpu", GPU)
+    engine.held = dict.fromkeys(SENT, "of its own")
+    gpu = weights(Trainer(), [engine])
+    asyncio.run(gpu.publish(1))
+    assert gpu.metrics["sync/engines_verified"] == 0
+
+
 def test_who_asks_for_proof_gets_it_or_an_error():
     with pytest.raises(UnpredictableChecksumsError, match="runs on cuda.*rollout.verify_checksums=null"):
         asyncio.run(weights(Trainer(), [Engine("http://spread", SPREAD)], "rollout.verify_checksums=true").publish(1))
