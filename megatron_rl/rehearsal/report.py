@@ -133,7 +133,8 @@ def stages_text(config: Config, found: list[dict[str, Any]], waits: dict[int, fl
 
 
 def layouts_text(found: list[dict[str, Any]], rates: RatesFile) -> str:
-    """Layouts by the seconds of a step, at the pace of the slower of their rehearsed ranks, and what takes the seconds.
+    """Layouts by the seconds of a step, at the pace of the slower of their rehearsed ranks, and what takes the seconds
+    of an update but for the reduction of gradients, which comes once a step.
 
     found: of each layout its name, whether it was asked about, and the summaries of its ranks.
     """
@@ -144,7 +145,7 @@ def layouts_text(found: list[dict[str, Any]], rates: RatesFile) -> str:
 
     for each in sorted(found, key=lambda one: sum(slower(one)["step_seconds"].values())):
         rank, peak = slower(each), max(one["peak"]["bytes"] for one in each["ranks"])
-        step, parts = rank["step_seconds"], rank["phases"]["update"]["seconds"]
+        step, parts = rank["step_seconds"], rank["microbatch_seconds"]
         spent = ", ".join(f"{name} {value / sum(parts.values()):.0%}" for name, value in sorted(parts.items()))
         rows.append(f"{each['layout'] + ' *' * each['asked']:<46}{peak / GB:>9.2f}{sum(step.values()):>8.1f}"
                     f"{step['scoring']:>9.1f}{step['update']:>8.1f}  {spent}")

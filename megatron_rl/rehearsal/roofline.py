@@ -8,6 +8,7 @@ link that its group reaches across. Nothing here was measured.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.rehearsal.recorder import POINT_TO_POINT, Collective, Operation, Recorder
@@ -70,13 +71,15 @@ def operation_seconds(each: Operation, rates: Rates) -> float:
                rates.kernel)
 
 
-def phase_seconds(recorder: Recorder, rates: Rates) -> dict[str, Counter[str]]:
+def phase_seconds(recorder: Recorder, rates: Rates,
+                  free: Callable[[Collective], bool] = lambda _: False) -> dict[str, Counter[str]]:
     """Phase -> seconds of matrix products (`matrix`), of copies from and to the host (`host`), of all other operations
-    (`memory`) and of the two links."""
+    (`memory`) and of the two links. free: collectives that do not count."""
     found: dict[str, Counter[str]] = {}
     for each, count in recorder.operations.items():
         part = "matrix" if each.flops else "host" if each.over_bus else "memory"
         found.setdefault(each.phase, Counter())[part] += count * operation_seconds(each, rates)
     for call, count in recorder.collectives.items():
-        found.setdefault(call.phase, Counter())[link(call.ranks, rates)] += count * collective_seconds(call, rates)
+        if not free(call):
+            found.setdefault(call.phase, Counter())[link(call.ranks, rates)] += count * collective_seconds(call, rates)
     return found

@@ -98,6 +98,9 @@ def test_layouts_are_put_into_the_order_of_their_seconds(tmp_path, capsys):
     table = [line for line in lines if line.startswith(tuple(seconds))]
     names = [next(name for name in seconds if line.startswith(name)) for line in table]
     assert names == sorted(seconds, key=seconds.get)
+    for rank in found[0]["ranks"]:
+        update, parts = rank["phases"]["update"]["seconds"], rank["microbatch_seconds"]
+        assert {name for name in update if parts[name] != update[name]} == {"nvlink"}  # gradients, once a step
 
 
 def test_whole_steps_are_compared_for_every_collector_and_place_of_the_engines(tmp_path, capsys):
