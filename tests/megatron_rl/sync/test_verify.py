@@ -88,7 +88,8 @@ def test_a_network_that_the_trainer_cannot_share_out_is_said_once(caplog):
 
 @pytest.mark.parametrize(("sizes", "tp", "known"), [
     ({}, 1, True), ({}, 2, True), ({}, 4, True), ({}, 3, False), ({"num_key_value_heads": 3}, 4, False),
-    ({"intermediate_size": 126}, 4, False), ({"kv_lora_rank": 32}, 2, False), ({"kv_lora_rank": 32}, 1, True)])
+    ({"intermediate_size": 126}, 4, False), ({"shared_expert_intermediate_size": 126}, 4, False),
+    ({"kv_lora_rank": 32}, 2, False), ({"kv_lora_rank": 32}, 1, True)])
 def test_only_even_shares_of_plain_attention_are_predicted(sizes, tp, known):
     network = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 128,
                "moe_intermediate_size": 0, "kv_lora_rank": 0} | sizes
