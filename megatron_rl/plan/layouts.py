@@ -46,6 +46,11 @@ class Hardware:
     def usable(self) -> float:
         return self.gpu_memory * (1 - self.reserve)
 
+    def engine_bytes(self, config: Config) -> int:
+        """What engines on the trainer's GPUs take of each, between the steps."""
+        engine = config.rollout.engine
+        return round(engine.mem_fraction_static * self.gpu_memory) if engine.colocate else 0
+
 
 @dataclass(frozen=True)
 class Proposal:
