@@ -288,16 +288,34 @@ def plan(options) -> int:
     network = network_of(config)
     check_layout(network, config.parallel)
     check_lora(config.model, network, gpu=True)
-    hardware, engine = Hardware(gpu_memory=options.gpu_memory * GB), config.rollout.engine
-    engine = round(engine.mem_fraction_static * hardware.gpu_memory) if engine.colocate else 0
+    hardware = Hardware(gpu_memory=options.gpu_memory * GB)
+    engine = hardware.engine_bytes(config)
     given = estimate(network, config, hardware, engine_bytes=engine)
     print(plan_text(network, config, given, propose(network, config, hardware, engine_bytes=engine), hardware))
     return 0
 
 
+READ_BY = {"calibrate": {"rates"}, "layouts": {"rates", "json"},
+           "collectors": {"engines", "lengths", "imbalance", "rates", "json", "page"}}
+"""Options of `rehearse` that say what it does instead, and the other options that each of them reads."""
+
+
+def _refuse_unread(options) -> None:
+    """ValueError for options of `rehearse` that the others leave without effect."""
+    if options.engines and not options.collectors:
+        raise ValueError(f"--engines {options.engines} says how many engines --collectors simulates; add it")
+    names = ("calibrate", "layouts", "collectors", "engines", "lengths", "trace", "page", "json", "rates")
+    given = [name for name in names if getattr(options, name)] + ["imbalance"] * (options.imbalance != "1")
+    for mode, read in READ_BY.items():
+        unread = sorted({*given} - read - {mode})
+        if mode in given and unread:
+            raise ValueError(f"--{mode} does not read --{unread[0]}: leave one of the two out")
+
+
 def rehearse(options) -> int:
     config = load(options.overrides)
     network = network_of(config)
+    _refuse_unread(options)
     if options.calibrate:
         from megatron_rl.rehearsal.calibrate import calibrate
         from megatron_rl.rehearsal.rates import read_rates, write_rates
@@ -310,8 +328,6 @@ def rehearse(options) -> int:
         warnings.simplefilter("ignore")  # Megatron's, about libraries that it can do without
         from megatron_rl.rehearsal import command
 
-        if options.engines and not options.collectors:
-            raise ValueError(f"--engines {options.engines} says how many engines --collectors simulates; add it")
         if options.layouts:
             command.compare_layouts(config, network, count=options.layouts, rates_file=options.rates,
                                     json_file=options.json)

@@ -161,8 +161,10 @@ class PublishedWeights:
             if names := sorted(self._unproven[url]):
                 _LOG.warning("engine %s holds %d parameters in another form than predicted (%s, ...); these are proven "
                              "by the probe alone (rollout.probe_tolerance)", url, len(names), names[0])
-        await verify_engine(client, digests, leave_out=self._unproven.get(url, ()))
-        self._verified.add(url)
+        left_out = self._unproven.get(url, set())
+        await verify_engine(client, digests, leave_out=left_out)
+        if any(digest.keys() - left_out for digest in digests):
+            self._verified.add(url)
 
     async def _answering(self) -> list[str]:
         """URLs of the engines that answer; waits for the first."""

@@ -4,6 +4,8 @@ The estimate is arithmetic over the stated speeds, for ordering only; nothing of
 
     step = m (stage + head) + (p - 1) / v stage + data traffic + the optimiser's states from the host and back
 
+Nothing overlaps here: parallel.overlap and parallel.overlap_shared_experts change no second of it.
+
 stage: a micro-batch's FLOPs in the layers of one of p stages (plus the forward pass again under recompute) at the
 stated rate, and the tensor, expert and context traffic: bytes that a rank sends, over the link that its group reaches
 across. head: its FLOPs, which the last stage has and the others wait for. m micro-batches, v chunks to a stage. The
@@ -43,6 +45,11 @@ class Hardware:
     @property
     def usable(self) -> float:
         return self.gpu_memory * (1 - self.reserve)
+
+    def engine_bytes(self, config: Config) -> int:
+        """What engines on the trainer's GPUs take of each, between the steps."""
+        engine = config.rollout.engine
+        return round(engine.mem_fraction_static * self.gpu_memory) if engine.colocate else 0
 
 
 @dataclass(frozen=True)

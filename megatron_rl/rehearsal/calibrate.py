@@ -16,6 +16,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_rl import topology
@@ -29,8 +31,9 @@ from megatron_rl.rehearsal.summary import summary
 from megatron_rl.rehearsal.workload import full_microbatches
 
 LAYERS = 4
-PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten._grouped_mm"}
-"""What stand-ins of a rehearsal are on a card, beside the names that have FLOPs there."""
+PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten._grouped_mm",
+            *(f"aten.{kind}_attention_{way}" for kind in ("_flash", "_cudnn") for way in ("forward", "backward"))}
+"""What runs on a card for what the rehearsal counts FLOPs of: for its stand-ins, and inside torch's varlen_attn."""
 TURNS = 3
 """The last of these updates counts: kernels are built and tuned in the first ones."""
 
@@ -58,10 +61,20 @@ class Stopwatch:
             yield
             if self._cuda:
                 torch.cuda.synchronize()
-        for event in seen.key_averages():
-            seconds = (event.self_device_time_total if self._cuda else event.self_cpu_time_total) / 1e6
-            if seconds and "::" in event.key:
-                self.seconds[event.key.replace("::", ".")] = seconds
+        self.seconds = seconds_of_operations(seen.key_averages(), cuda=self._cuda)
+
+
+def seconds_of_operations(events: EventList, *, cuda: bool) -> dict[str, float]:
+    """Operation -> seconds of its kernels, or without `cuda` its own.
+
+    The profiler lists each kernel a second time under its own name, as an event of the device; that is left out.
+    """
+    found = {}
+    for event in events:
+        seconds = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        if seconds and "::" in event.key and event.device_type == DeviceType.CPU:
+            found[event.key.replace("::", ".")] = seconds
+    return found
 
 
 def measured_update(config: Config, network: Network, workload: Workload) -> dict[str, float]:

@@ -141,7 +141,9 @@ def compare_layouts(config: Config, network: Network, *, count: int, rates_file:
     if json_file is not None:
         _check_folder("--json", json_file)
     rates = read_rates(rates_file)
-    proposed = [variant_of(config, each) for each in propose(network, config, Hardware(), count=count)]
+    hardware = Hardware()
+    proposed = [variant_of(config, each) for each in propose(
+        network, config, hardware, engine_bytes=hardware.engine_bytes(config), count=count)]
     variants = [config, *(each for each in proposed if layout_name(each) != layout_name(config))]
     found = []
     for index, variant in enumerate(variants):

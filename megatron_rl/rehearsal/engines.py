@@ -124,7 +124,11 @@ def decoder_of(network: Network, config: Config, rates: EngineRates, mean_contex
     total, active = count_parameters(network)
     chosen = network.num_experts_per_tok / network.num_experts if network.num_experts else 1.0
     routed = (total - active) / (1 - chosen) if chosen < 1 else 0.0  # active = always + chosen x routed
-    token_bytes = 2 * element * network.num_hidden_layers * network.num_key_value_heads * network.head_dim
+    if network.kv_lora_rank:  # every rank has the whole latent vector (sglang/srt/mem_cache: MLATokenToKVPool)
+        numbers = engine.tp * (network.kv_lora_rank + network.qk_rope_head_dim)
+    else:
+        numbers = 2 * max(network.num_key_value_heads, engine.tp) * network.head_dim
+    token_bytes = element * network.num_hidden_layers * numbers
     room = engine.mem_fraction_static * rates.gpu_memory * engine.tp - element * total
     cache = min(room / token_bytes, math.inf if engine.max_total_tokens is None else engine.max_total_tokens)
     slots = min(engine.max_running_requests, int(cache // mean_context))

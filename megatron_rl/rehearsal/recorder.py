@@ -28,6 +28,7 @@ NO_TRAFFIC = {aten.detach.default, aten.alias.default, aten.empty.memory_format,
               aten.new_empty.default, aten.empty_like.default, aten.new_empty_strided.default,
               aten._unsafe_view.default}
 """Operations that move no bytes besides the views."""
+COPIES = {aten._to_copy, aten.copy_}
 SHAPED_LIKE = {aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros_like, aten.ones_like, aten.full_like,
                aten.rand_like, aten.randn_like, aten.zero_, aten.fill_}
 """They write, and read nothing."""
@@ -68,12 +69,14 @@ class Collective:
 
 @dataclass(frozen=True, order=True)
 class Operation:
-    """One kind of call. bytes: of all inputs and outputs, as an unfused kernel reads and writes them."""
+    """One kind of call. bytes: of all inputs and outputs, as an unfused kernel reads and writes them. over_bus: a copy
+    between the device and the host's memory, and bytes what it brings."""
 
     phase: str
     name: str
     flops: int
     bytes: int
+    over_bus: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,11 @@ class Recorder(TorchDispatchMode):
         if func not in NO_TRAFFIC:
             size = _moved(func, args, kwargs, outs)
             flops = operation_flops(func, args, kwargs, out)
-        self._happened(Operation(self._phase, name, flops, size), self.operations)
+        over_bus = func._overloadpacket in COPIES and any(
+            self.storages.on_host(value) for value in tree_iter((args, out)) if isinstance(value, torch.Tensor))
+        if over_bus:
+            size = sum(map(_present, outs))
+        self._happened(Operation(self._phase, name, flops, size, over_bus), self.operations)
         self._advance()
         return out
 

@@ -14,6 +14,7 @@ GB = 1e9
 CENSUS_ROWS, COLLECTIVE_ROWS, READ_ROWS, OPERATION_ROWS = 12, 24, 12, 10
 PHASE = max(map(len, PHASES)) + 2
 """Width of the column of phases."""
+PARTS = ("matrix", "memory", "host", "nvlink", "network")
 LIMITS = ("not counted: the allocator's fragmentation, NCCL's buffers, the CUDA context, "
           "what overlapping costs; seconds are a roofline over stated rates")
 
@@ -95,9 +96,9 @@ def _operations(found: dict[str, Any]) -> list[str]:
 
 def _seconds(found: dict[str, Any], rates: RatesFile) -> list[str]:
     rows = [f"seconds at the rates: {rates.stated()}",
-            f"{'phase, as rehearsed':<29}{'matrix':>9}{'memory':>9}{'nvlink':>9}{'network':>9}{'together':>10}"]
+            f"{'phase, as rehearsed':<29}{''.join(f'{part:>9}' for part in PARTS)}{'together':>10}"]
     for phase, each in found["phases"].items():
-        parts = "".join(f"{each['seconds'].get(part, 0.0):>9.3f}" for part in ("matrix", "memory", "nvlink", "network"))
+        parts = "".join(f"{each['seconds'].get(part, 0.0):>9.3f}" for part in PARTS)
         rows.append(f"  {phase:<{PHASE}}{parts}{each['elapsed']:>10.3f}")
     step = found["step_seconds"]
     return [*rows, f"one optimiser step at this rank's pace: {sum(step.values()):.1f} s: "
@@ -132,7 +133,8 @@ def stages_text(config: Config, found: list[dict[str, Any]], waits: dict[int, fl
 
 
 def layouts_text(found: list[dict[str, Any]], rates: RatesFile) -> str:
-    """Layouts by the seconds of a step, at the pace of the slower of their rehearsed ranks, and what takes the seconds.
+    """Layouts by the seconds of a step, at the pace of the slower of their rehearsed ranks, and what takes the seconds
+    of an update but for the reduction of gradients, which comes once a step.
 
     found: of each layout its name, whether it was asked about, and the summaries of its ranks.
     """
@@ -143,7 +145,7 @@ def layouts_text(found: list[dict[str, Any]], rates: RatesFile) -> str:
 
     for each in sorted(found, key=lambda one: sum(slower(one)["step_seconds"].values())):
         rank, peak = slower(each), max(one["peak"]["bytes"] for one in each["ranks"])
-        step, parts = rank["step_seconds"], rank["phases"]["update"]["seconds"]
+        step, parts = rank["step_seconds"], rank["microbatch_seconds"]
         spent = ", ".join(f"{name} {value / sum(parts.values()):.0%}" for name, value in sorted(parts.items()))
         rows.append(f"{each['layout'] + ' *' * each['asked']:<46}{peak / GB:>9.2f}{sum(step.values()):>8.1f}"
                     f"{step['scoring']:>9.1f}{step['update']:>8.1f}  {spent}")

@@ -1,12 +1,14 @@
 """Seconds of what was recorded, from stated rates: a roofline of each operation and each collective.
 
 An operation takes the longest of its FLOPs at the matrix rate, its bytes at the memory rate and the launch of a kernel;
-a collective takes a latency and its bytes over the link that its group reaches across. Nothing here was measured.
+a copy from the host's memory or to it takes its bytes over the bus; a collective takes a latency and its bytes over the
+link that its group reaches across. Nothing here was measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.rehearsal.recorder import POINT_TO_POINT, Collective, Operation, Recorder
@@ -17,13 +19,15 @@ class Rates:
     """Peaks of an H800 and the shares of them that a step may count on; bytes and FLOPs per second, seconds.
 
     nvlink: one way, within a node of gpus_per_node. network: of one GPU's card; a group that fills nodes uses every
-    card of a node, other groups one each.
+    card of a node, other groups one each. host: what a copy between a GPU and its host's memory reaches, as `plan`
+    assumes it.
     """
 
     flops: float = 989e12
     memory: float = 3.35e12
     nvlink: float = 200e9
     network: float = 50e9
+    host: float = 25e9
     matrix_share: float = 0.45
     bandwidth_share: float = 0.70
     kernel: float = 3e-6
@@ -34,7 +38,7 @@ class Rates:
     def stated(self) -> str:
         return (f"{self.matrix_share:.0%} of {self.flops / 1e12:g} TFLOP/s; {self.bandwidth_share:.0%} of "
                 f"{self.memory / 1e12:g} TB/s of memory, {self.nvlink / 1e9:g} GB/s of NVLink and "
-                f"{self.network / 1e9:g} GB/s of network a GPU")
+                f"{self.network / 1e9:g} GB/s of network a GPU; {self.host / 1e9:g} GB/s to the host's memory")
 
 
 def link(ranks: tuple[int, ...], rates: Rates) -> str:
@@ -61,16 +65,21 @@ def collective_seconds(call: Collective, rates: Rates) -> float:
 
 def operation_seconds(each: Operation, rates: Rates) -> float:
     """Seconds of one call."""
+    if each.over_bus:
+        return max(each.bytes / rates.host, rates.kernel)
     return max(each.flops / (rates.flops * rates.matrix_share), each.bytes / (rates.memory * rates.bandwidth_share),
                rates.kernel)
 
 
-def phase_seconds(recorder: Recorder, rates: Rates) -> dict[str, Counter[str]]:
-    """Phase -> seconds of matrix products (`matrix`), of all other operations (`memory`) and of the two links."""
+def phase_seconds(recorder: Recorder, rates: Rates,
+                  free: Callable[[Collective], bool] = lambda _: False) -> dict[str, Counter[str]]:
+    """Phase -> seconds of matrix products (`matrix`), of copies from and to the host (`host`), of all other operations
+    (`memory`) and of the two links. free: collectives that do not count."""
     found: dict[str, Counter[str]] = {}
     for each, count in recorder.operations.items():
-        part = "matrix" if each.flops else "memory"
+        part = "matrix" if each.flops else "host" if each.over_bus else "memory"
         found.setdefault(each.phase, Counter())[part] += count * operation_seconds(each, rates)
     for call, count in recorder.collectives.items():
-        found.setdefault(call.phase, Counter())[link(call.ranks, rates)] += count * collective_seconds(call, rates)
+        if not free(call):
+            found.setdefault(call.phase, Counter())[link(call.ranks, rates)] += count * collective_seconds(call, rates)
     return found

@@ -76,7 +76,8 @@ def shares(total: int, parts: int) -> list[int]:
 
 Imbalance = float | Mapping[int, float]
 """Rows of this rank's experts over the mean; or, by the number of the layer (from 1), rows of its busiest expert over
-the mean, which stands on this rank."""
+the mean, which stands on this rank. The layer behind the last (model.mtp), of which a run records no load, is as the
+last one."""
 
 
 def rows_with_busiest(total: int, experts: int, own: range, busiest: float) -> list[int]:
@@ -115,8 +116,11 @@ def known_experts(read_by_host: Callable[[str], None], imbalance: Imbalance = 1.
         experts, peers = len(self.local_expert_indices), self.ep_size * self.tp_size
         first = self.local_expert_indices[0]
         total, own = routing_map.size(0) * self.config.moe_router_topk, range(first, first + experts)
-        rows = rows_with_busiest(total, self.num_experts, own, imbalance[self.rehearsed_layer]) \
-            if isinstance(imbalance, Mapping) else rows_of_experts(total, self.num_experts, own, imbalance)
+        if isinstance(imbalance, Mapping):
+            busiest = imbalance.get(self.rehearsed_layer, imbalance[max(imbalance)])
+            rows = rows_with_busiest(total, self.num_experts, own, busiest)
+        else:
+            rows = rows_of_experts(total, self.num_experts, own, imbalance)
         mine = rows[first:first + experts]
         if peers > 1:
             self.input_splits = _on_host([sum(rows[start:start + experts])

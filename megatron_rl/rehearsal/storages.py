@@ -96,6 +96,10 @@ class Storages:
                 made = held.made
                 held.made = Made(kind, made.operation, made.where, made.dtype, made.shape)
 
+    def on_host(self, tensor: torch.Tensor) -> bool:
+        held = self._live.get(tensor.untyped_storage()._cdata)
+        return held is not None and held.made.kind == ON_HOST
+
     def begin(self) -> None:
         """A new phase: the peak is what is alive now."""
         self._mark()

@@ -22,7 +22,10 @@ PER_MICROBATCH = PHASES[:3]
 
 
 def summary(config: Config, network: Network, workload: Workload, seen: Rehearsed, rates: Rates) -> dict[str, Any]:
-    """Everything of one rank; bytes, calls and FLOPs of the rehearsed micro-batches, seconds also of a whole step."""
+    """Everything of one rank; bytes, calls and FLOPs of the rehearsed micro-batches, seconds also of a whole step.
+
+    microbatch_seconds: by part, of the rehearsed update without the reduction of gradients, which comes once a step.
+    """
     recorder, parallel = seen.recorder, config.parallel
     peaks = {phase: recorder.peaks[phase] for phase in PHASES if phase in recorder.peaks}
     fullest = max(peaks, key=lambda phase: peaks[phase].total)
@@ -41,6 +44,7 @@ def summary(config: Config, network: Network, workload: Workload, seen: Rehearse
         "operations": _operations(recorder),
         "curve": [list(point) for point in recorder.curve],
         "step_seconds": step_seconds(config, workload, recorder, rates),
+        "microbatch_seconds": dict(phase_seconds(recorder, rates, reduces_gradients)[PHASES[2]]),
         "rates": dataclasses.asdict(rates),
         "plan": _plan(config, network, seen, workload, peaks[fullest].kinds, peaks[fullest].total),
     }

@@ -192,8 +192,9 @@ class ExpectedChecksums:
         expert_width = _round_up(self._config["moe_intermediate_size"], multiple)
         if ".mlp.experts." in name:
             return expert_width
-        if ".mlp.shared_experts." in name:
-            return expert_width * self._config["num_shared_experts"]
+        if ".mlp.shared_expert" in name:
+            own_width = self._config.get("shared_expert_intermediate_size", 0)
+            return (_round_up(own_width, multiple) or expert_width) * self._config["num_shared_experts"]
         return _round_up(self._config["intermediate_size"], multiple)
 
 
@@ -203,7 +204,7 @@ def predictable(config: Mapping[str, Any], layout: EngineLayout) -> bool:
         return True
     groups, tp = config["num_key_value_heads"], layout.tp
     even = [config["num_attention_heads"], VOCABULARY_MULTIPLE, config["intermediate_size"],
-            config["moe_intermediate_size"], max(groups, tp)]
+            config["moe_intermediate_size"], config.get("shared_expert_intermediate_size", 0), max(groups, tp)]
     return not config.get("kv_lora_rank") and all(size % tp == 0 for size in even) and max(groups, tp) % groups == 0
 
 

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.slow
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 128,
          "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 """Two heads of keys: four ranks hold each of them twice. The vocabulary is padded to 128 rows."""
-FAMILIES = ("bailing_moe", "qwen3_moe")
-"""Query, key and value in one tensor, with a dense layer, shared experts and a NormHead; and apart, with norms."""
+CASES = [("bailing_moe", 2), ("bailing_moe", 4), ("qwen3_moe", 2), ("qwen3_moe", 4), ("qwen2_moe", 2)]
+"""Query, key and value in one tensor, with a dense layer, shared experts and a NormHead; apart, with norms; and a
+shared expert of a width of its own."""
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tp"), CASES)
 def test_every_rank_holds_what_is_predicted(tmp_path, family, tp):
     write, options = (write_tiny_bailing, {"norm_head": True, "first_k_dense_replace": 1}) \
         if family == "bailing_moe" else (write_tiny_known, {})

@@ -40,6 +40,11 @@ def test_other_ranks_are_refused(words, message, capsys):
     (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: there is no folder"),
     (["parallel.tp=3"], "parallel.tp"),
     (["--engines", "8"], "--engines 8 says how many engines --collectors simulates"),
+    (["--layouts", "2", "--lengths", "uniform"], "--layouts does not read --lengths"),
+    (["--layouts", "2", "--imbalance", "1.3"], "--layouts does not read --imbalance"),
+    (["--collectors", "--trace", "x.json"], "--collectors does not read --trace"),
+    (["--collectors", "--layouts", "2"], "--layouts does not read --collectors"),
+    (["--calibrate", "x.json", "--page", "x.html"], "--calibrate does not read --page"),
     (["--collectors", "rollout.engine.mem_fraction_static=0.1"], "raise rollout.engine.tp"),
     (["--lengths", "gamma:3"], "--lengths gamma:3: expected uniform, lognormal:MEAN:SIGMA or a run's folder"),
     (["--imbalance", "no/run"], "there is no no/run/metrics.jsonl"),
@@ -98,6 +103,9 @@ def test_layouts_are_put_into_the_order_of_their_seconds(tmp_path, capsys):
     table = [line for line in lines if line.startswith(tuple(seconds))]
     names = [next(name for name in seconds if line.startswith(name)) for line in table]
     assert names == sorted(seconds, key=seconds.get)
+    for rank in found[0]["ranks"]:
+        update, parts = rank["phases"]["update"]["seconds"], rank["microbatch_seconds"]
+        assert {name for name in update if parts[name] != update[name]} == {"nvlink"}  # gradients, once a step
 
 
 def test_whole_steps_are_compared_for_every_collector_and_place_of_the_engines(tmp_path, capsys):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from megatron_rl.rehearsal.calibrate import calibrate, calibrated, measured_update
+from megatron_rl.rehearsal.calibrate import calibrate, calibrated, measured_update, seconds_of_operations
 from megatron_rl.rehearsal.engines import EngineRates
 from megatron_rl.rehearsal.rates import RatesFile, read_rates, write_rates
 from megatron_rl.rehearsal.roofline import Rates
@@ -52,6 +54,28 @@ def test_shares_are_what_was_counted_over_what_was_measured():
     assert (found.card, found.measured) == ("a card", ("ranks.matrix_share", "ranks.bandwidth_share"))
     with pytest.raises(ValueError, match="a card was seen to spend 0 s in products"):
         calibrated(RatesFile(), "a card", operations, {"aten.add": 1.0})
+
+
+def test_a_kernel_counts_once_for_the_operation_that_started_it():
+    """As the profiler lists two products on a card: each operation, and its kernel of 5 us as an event of the card.
+
+    The kernel of attention belongs to the operation inside torch's varlen_attn, which counts as a product too.
+    """
+    events = []
+    for place, (name, kernel) in enumerate([("aten::mm", "void cutlass::Kernel2<half>"),
+                                            ("aten::_flash_attention_forward", "void pytorch_flash::flash_fwd<64>")]):
+        operation = FunctionEvent(2 * place, name, 0, 0, 2, stack=[], use_device="cuda")
+        operation.append_kernel(kernel, 0, 5)
+        events += [operation, FunctionEvent(2 * place + 1, kernel, 0, 10, 15, stack=[], device_type=DeviceType.CUDA,
+                                            use_device="cuda")]
+    listed = EventList(events, use_device="cuda")
+    listed._build_tree()
+    seconds = seconds_of_operations(listed.key_averages(), cuda=True)
+    assert seconds == pytest.approx({"aten.mm": 5e-6, "aten._flash_attention_forward": 5e-6})
+    counted = [{"phase": "update", "name": "torch_attn._varlen_attn", "flops": 10, "bytes": 1},
+               {"phase": "update", "name": "aten.add", "flops": 0, "bytes": 60}]
+    found = calibrated(RatesFile(ranks=Rates(flops=1e6)), "a card", counted, seconds | {"aten.add": 1e-6})
+    assert found.ranks.matrix_share == pytest.approx(1.0)
 
 
 def test_an_update_is_measured_by_operation_on_this_machine():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from megatron_rl.config.load import build
 from megatron_rl.rehearsal.records import lengths_of, loads_of
 from megatron_rl.rehearsal.standins import rows_with_busiest
-from megatron_rl.rehearsal.step import Workload
+from megatron_rl.rehearsal.step import Workload, rehearse
 from megatron_rl.rehearsal.workload import scheduled_microbatches
-from tests.megatron_rl.rehearsal.tiny import NETWORK, rehearsed, tiny_config
+from tests.megatron_rl.rehearsal.tiny import NETWORK, WORKLOAD, rehearsed, tiny_config
 
 ROLLOUT = tiny_config().rollout  # at most 48 response tokens, prompts of up to 16
 
@@ -68,6 +69,18 @@ def test_the_busiest_expert_of_each_layer_gets_the_runs_load(tmp_path):
     row = 6 * NETWORK.hidden_size * NETWORK.moe_intermediate_size  # three matrices, 2 FLOPs each
     old = "old log-probabilities"  # this rank's experts get 123 rows of each of the two ranks, not 96
     assert uneven["phases"][old]["flops"] - even["phases"][old]["flops"] == 2 * (123 - 96) * row
+
+
+def test_the_layer_behind_the_last_has_the_load_of_the_last():
+    """Four experts of rank 0 get 72 + 18 + 17 + 17 rows of each of two ranks, not 96; in both layers, three passes."""
+    network = dataclasses.replace(NETWORK, model_type="bailing_moe_v2", num_nextn_predict_layers=1)
+    config = tiny_config(world_size=2, ep=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp=True))
+    flops = [sum(each.flops * count for each, count in rehearse(
+        config, network, 0, WORKLOAD, imbalance={2: busiest}).recorder.operations.items() if each.phase == "update")
+        for busiest in (1.0, 3.0)]
+    row = 6 * NETWORK.hidden_size * NETWORK.moe_intermediate_size
+    assert flops[1] - flops[0] == 3 * 2 * 2 * (124 - 96) * row
 
 
 def test_the_runs_own_schedule_packs_the_lengths():

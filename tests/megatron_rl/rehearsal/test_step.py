@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch.distributed as dist
@@ -11,9 +12,11 @@ from megatron_rl.config.load import build
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.observe.flops import forward_flops
-from megatron_rl.plan.memory import expected_microbatches
+from megatron_rl.plan.memory import expected_microbatches, plan_stage
+from megatron_rl.rehearsal.roofline import Rates, phase_seconds
 from megatron_rl.rehearsal.standins import DISPATCHER, SEQUENCES, rows_of_experts
 from megatron_rl.rehearsal.step import Workload, check_rehearsable, rehearse
+from megatron_rl.rehearsal.timeline import elapsed
 from megatron_rl.rehearsal.workload import full_microbatches
 from tests.megatron_rl.rehearsal.tiny import NETWORK, WORKLOAD, rehearsed, tiny_config
 
@@ -69,6 +72,22 @@ def test_weights_gradients_and_optimiser_are_what_plan_says(lora):
     counters = found["plan"]["optimiser"]["rehearsed"] - found["plan"]["optimiser"]["plan"]
     # Adam's count of each tensor's steps, 4 bytes, left out by plan
     assert counters in range(4, 4 * (128 if lora.on else 64), 4)
+
+
+def test_states_on_the_host_come_over_the_bus_and_go_back():
+    """12 bytes an element each way, at the bus's rate; nothing else crosses it."""
+    config = tiny_config(world_size=4, ep=2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, offload=True))
+    recorder = rehearse(config, NETWORK, 0, WORKLOAD).recorder
+    crossed = Counter()
+    for each, count in recorder.operations.items():
+        if each.over_bus:
+            crossed[each.phase] += each.bytes * count
+    states = plan_stage(NETWORK, config, 0, 1).host
+    assert crossed == {"build optimiser": states, "optimiser step": 2 * states}
+    rates = Rates(host=1.0)  # a byte a second
+    assert phase_seconds(recorder, rates)["optimiser step"]["host"] == 2 * states
+    assert elapsed([each for each in recorder.events if each.phase == "optimiser step"], rates) > 2 * states
 
 
 def test_a_rehearsal_repeats_bit_for_bit():

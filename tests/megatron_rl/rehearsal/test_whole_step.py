@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_rl.config.load import build
 from megatron_rl.config.schema import Config
+from megatron_rl.model.architectures import HF_FILES, parse_config
 from megatron_rl.rehearsal.engines import Decoder, EngineRates, Engines, VirtualLoop, decoder_of
 from megatron_rl.rehearsal.records import Lengths
 from megatron_rl.rehearsal.whole_step import simulate_steps, variants
@@ -134,6 +136,17 @@ def test_a_loop_in_which_everything_waits_says_so():
     with pytest.raises(RuntimeError, match="stands still"):
         loop.run_until_complete(loop.create_future())
     loop.close()
+
+
+@pytest.mark.parametrize(("network", "tp", "numbers"), [
+    ("tests", 1, 2 * 2 * 2 * 16), ("tests", 2, 2 * 2 * 2 * 16),  # 2 layers, 2 heads of 16
+    ("tests", 4, 2 * 2 * 4 * 16),  # each head on two of four ranks
+    ("deepseek_v2_lite", 1, 27 * (512 + 64)), ("deepseek_v2_lite", 2, 2 * 27 * (512 + 64))])
+def test_a_tokens_cache_is_its_keys_and_values_or_its_latent_vector_on_every_rank(network, tp, numbers):
+    config = build({"model": {"dtype": "bfloat16"}, "rollout": {"engine": {"tp": tp}}})
+    published = HF_FILES / f"{network}.json"
+    sizes = NETWORK if network == "tests" else parse_config(json.loads(published.read_text()), network)
+    assert decoder_of(sizes, config, EngineRates(), 100.0).token_bytes == 2 * numbers
 
 
 def test_an_engine_without_room_for_one_sequence_names_the_key():

@@ -88,7 +88,8 @@ def test_a_network_that_the_trainer_cannot_share_out_is_said_once(caplog):
 
 @pytest.mark.parametrize(("sizes", "tp", "known"), [
     ({}, 1, True), ({}, 2, True), ({}, 4, True), ({}, 3, False), ({"num_key_value_heads": 3}, 4, False),
-    ({"intermediate_size": 126}, 4, False), ({"kv_lora_rank": 32}, 2, False), ({"kv_lora_rank": 32}, 1, True)])
+    ({"intermediate_size": 126}, 4, False), ({"shared_expert_intermediate_size": 126}, 4, False),
+    ({"kv_lora_rank": 32}, 2, False), ({"kv_lora_rank": 32}, 1, True)])
 def test_only_even_shares_of_plain_attention_are_predicted(sizes, tp, known):
     network = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 128,
                "moe_intermediate_size": 0, "kv_lora_rank": 0} | sizes
@@ -113,6 +114,14 @@ def test_a_gpu_engine_may_keep_a_parameter_in_its_own_form_from_the_first_publis
     engine.held["model.norm.weight"] = "ff"
     with pytest.raises(PublishError, match="tensor-parallel rank 0.*model.norm.weight"):
         asyncio.run(gpu.publish(3))
+
+
+def test_an_engine_that_holds_nothing_as_predicted_is_not_counted_as_proven():
+    engine = Engine("http://gpu", GPU)
+    engine.held = dict.fromkeys(SENT, "of its own")
+    gpu = weights(Trainer(), [engine])
+    asyncio.run(gpu.publish(1))
+    assert gpu.metrics["sync/engines_verified"] == 0
 
 
 def test_who_asks_for_proof_gets_it_or_an_error():
