@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_rl.config.check import Sizes, check_served_alone, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.rules import require
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, SFTConfig
 from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import EXIT_CODES
@@ -296,7 +296,7 @@ def plan(options) -> int:
 
 
 def rehearse(options) -> int:
-    config = load(options.overrides)
+    config = dataclasses.replace(load(options.overrides), sft=SFTConfig())  # the step is RL's, whatever section sft says
     network = network_of(config)
     if options.calibrate:
         from megatron_rl.rehearsal.calibrate import calibrate
