@@ -22,6 +22,7 @@ from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import EXIT_CODES
 from megatron_rl.model.adapters import check_lora
+from megatron_rl.model.backend import check_backend
 from megatron_rl.model.network import check_layout
 from megatron_rl.observe.say import say, warn
 from megatron_rl.orchestrator.stages import stage_configs
@@ -287,6 +288,7 @@ def plan(options) -> int:
     config = load([*options.overrides, *(["rollout.engine.colocate=true"] if options.colocated else [])])
     network = network_of(config)
     check_layout(network, config.parallel)
+    check_backend(config.model, network, config.parallel, gpu=True)
     check_lora(config.model, network, gpu=True)
     hardware, engine = Hardware(gpu_memory=options.gpu_memory * GB), config.rollout.engine
     engine = round(engine.mem_fraction_static * hardware.gpu_memory) if engine.colocate else 0

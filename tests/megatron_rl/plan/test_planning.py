@@ -133,6 +133,17 @@ def test_supervised_fine_tuning_is_planned_by_its_batch_and_without_anything_of_
     assert not any(word in shown for word in ("Phi", "reference", "publishing"))
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.architecture=deepseek_v3", "model.mtp=true"], "model.mtp=true: the layer behind the last of a deepseek_v3"),
+    (["experiment=ring_lite_rl_stage1", "model.mtp=true"], "model.mtp=true: this bailing_moe network has"),
+    (["model.architecture=deepseek_v2_lite", "model.recompute=selective", "model.recompute_modules=[core_attn]"],
+     "model.recompute_modules=core_attn: latent attention"),
+])
+def test_what_a_run_would_refuse_is_not_planned(overrides, message, capsys):
+    assert main(["plan", *overrides]) != 0
+    assert message in capsys.readouterr().err
+
+
 def test_where_nothing_fits_the_smallest_are_shown(capsys):
     assert main(["plan", "experiment=ring_lite_rl_stage1", "parallel.world_size=8", "--gpu-memory", "16"]) == 0
     shown = capsys.readouterr().out
