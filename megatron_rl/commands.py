@@ -298,7 +298,7 @@ def plan(options) -> int:
 
 
 def rehearse(options) -> int:
-    config = dataclasses.replace(load(options.overrides), sft=SFTConfig())  # the step is RL's, whatever section sft says
+    config = dataclasses.replace(load(options.overrides), sft=SFTConfig())  # RL's step, whatever section sft says
     network = network_of(config)
     if options.calibrate:
         from megatron_rl.rehearsal.calibrate import calibrate

@@ -41,7 +41,8 @@ def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
         f"(algo.objective={algo.objective})")
     step = f"{trained}, sequences of up to {rollout.max_context_tokens:,}"
     if config.is_sft:
-        step = f"{config.sft.batch_size:,} examples, of up to {config.batch.tokens_per_microbatch * parallel.cp:,} tokens"
+        room = config.batch.tokens_per_microbatch * parallel.cp
+        step = f"{config.sft.batch_size:,} examples, of up to {room:,} tokens"
     trains = count_trained(model, config.model.lora)
     lora = [f"LoRA       {trains / 1e6:,.1f}M parameters of adapters train, {trains / total:.2%} of the model's "
             f"(rank {config.model.lora.rank}, experts {config.model.lora.experts})"] if config.model.lora.on else []

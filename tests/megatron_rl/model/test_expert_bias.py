@@ -1,5 +1,5 @@
-"""What of a bailing_moe_v2 or deepseek_v3 no gradient moves: the experts' biases, in float32 whatever the dtype, and layers behind the
-last, which pass through untouched."""
+"""What of a bailing_moe_v2 or deepseek_v3 no gradient moves: the experts' biases, in float32 whatever the dtype, and
+layers behind the last, which pass through untouched."""
 
 from __future__ import annotations
 

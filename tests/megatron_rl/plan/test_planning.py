@@ -134,7 +134,7 @@ def test_supervised_fine_tuning_is_planned_by_its_batch_and_without_anything_of_
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["model.architecture=deepseek_v3", "model.mtp=true"], "model.mtp=true: the layer behind the last of a deepseek_v3"),
+    (["model.architecture=deepseek_v3", "model.mtp=true"], "model.mtp=true: the layer behind the last"),
     (["experiment=ring_lite_rl_stage1", "model.mtp=true"], "model.mtp=true: this bailing_moe network has"),
     (["model.architecture=deepseek_v2_lite", "model.recompute=selective", "model.recompute_modules=[core_attn]"],
      "model.recompute_modules=core_attn: latent attention"),
