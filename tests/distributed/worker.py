@@ -38,6 +38,7 @@ from megatron_rl.model.slots import frozen_names
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.train_step.watch import Watch
 from megatron_rl.trainer.learner import teach
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
@@ -154,7 +155,10 @@ class Runner:
         teach(batches, config, self.train_step, {0: self._train_step(other, None)})
         self.train_step = self.new_step()  # one step owns Megatron's hooks
         totals = StepTotals(phi=cases.PHI, selected_tokens=1, num_responses=1, max_response_tokens=1)
-        return self.gradients_of(batches, None, TokenObjective(algo, totals), 0.0, 0.0)
+        watch = Watch(self.policy, self.here, batches)  # as the replay of a dumped step does
+        gradients = self.gradients_of(batches, None, watch.objective(TokenObjective(algo, totals)), 0.0, 0.0)
+        assert watch.findings == []
+        return gradients
 
     def gradients_of(self, batches: list, counts: RoutingCounts | None, loss=None, balance_coef=cases.BALANCE_COEF,
                      z_loss_coef=cases.Z_LOSS_COEF) -> dict[str, torch.Tensor]:
