@@ -81,6 +81,16 @@ def test_layers_behind_the_last_need_the_key_that_says_so(tmp_path):
         check_checkpoint(parse_config(raw, "here"), HFReader(folder))
 
 
+def test_a_layer_behind_the_last_that_is_not_there_is_missed_by_the_key_that_trains_it(tmp_path):
+    folder = bfloat16_folder(tmp_path)
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items()
+               if not name.startswith(BEHIND)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    check_checkpoint(read_config(folder), HFReader(folder))
+    with pytest.raises(ValueError, match=rf"missing {BEHIND}input_layernorm.weight \[32\], which model.mtp=true trains"):
+        check_checkpoint(read_config(folder), HFReader(folder), mtp=True)
+
+
 def test_a_checkpoint_brings_back_the_biases_that_it_was_saved_with(tmp_path, ranks):
     model = write_tiny_bailing(tmp_path / "model", "bailing_moe_v2", **SMALL)
     run = Run(model, tmp_path)
