@@ -17,11 +17,12 @@ from rich.table import Table
 from megatron_rl.config.check import Sizes, check_served_alone, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.rules import require
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, SFTConfig
 from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, run_ranks, terminable
 from megatron_rl.launch.programs import EXIT_CODES
 from megatron_rl.model.adapters import check_lora
+from megatron_rl.model.backend import check_backend
 from megatron_rl.model.network import check_layout
 from megatron_rl.observe.say import say, warn
 from megatron_rl.orchestrator.stages import stage_configs
@@ -287,6 +288,7 @@ def plan(options) -> int:
     config = load([*options.overrides, *(["rollout.engine.colocate=true"] if options.colocated else [])])
     network = network_of(config)
     check_layout(network, config.parallel)
+    check_backend(config.model, network, config.parallel, gpu=True)
     check_lora(config.model, network, gpu=True)
     hardware = Hardware(gpu_memory=options.gpu_memory * GB)
     engine = hardware.engine_bytes(config)
@@ -313,7 +315,7 @@ def _refuse_unread(options) -> None:
 
 
 def rehearse(options) -> int:
-    config = load(options.overrides)
+    config = dataclasses.replace(load(options.overrides), sft=SFTConfig())  # RL's step, whatever section sft says
     network = network_of(config)
     _refuse_unread(options)
     if options.calibrate:

@@ -59,16 +59,17 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
             "algo.mismatch and algo.sequence_* cannot correct for it; use rollout.top_p=1.0")
 
 
-def check_sft(config: Config, sizes: Sizes) -> None:
+def check_sft(config: Config, sizes: Sizes | None) -> None:
     """As check_rl, for supervised fine-tuning."""
     batch, parallel = config.batch, config.parallel
     require(batch.tokens_per_microbatch % parallel.token_multiple == 0,
             f"batch.tokens_per_microbatch={batch.tokens_per_microbatch} must be a multiple of "
             f"{parallel.token_multiple}, to which parallel.tp={parallel.tp} and parallel.cp={parallel.cp} pad")
     _check_kernels(config)
-    require(config.rollout.max_context_tokens <= sizes.max_position_embeddings,
-            f"rollout.max_context_tokens={config.rollout.max_context_tokens} exceeds the model's "
-            f"max_position_embeddings={sizes.max_position_embeddings}")
+    if sizes is not None:
+        require(config.rollout.max_context_tokens <= sizes.max_position_embeddings,
+                f"rollout.max_context_tokens={config.rollout.max_context_tokens} exceeds the model's "
+                f"max_position_embeddings={sizes.max_position_embeddings}")
     for key in ("weights", "curriculum"):
         require(not getattr(config.data, key),
                 f"data.{key} is not read by SFT, which trains on the first sft.examples, in the ratio of the sections' "

@@ -365,6 +365,11 @@ class Config:
         """optimizer.offload, resolved."""
         return self.rollout.engine.colocate if self.optimizer.offload is None else self.optimizer.offload
 
+    @property
+    def is_sft(self) -> bool:
+        """Whether `plan`, which has no recipe, plans supervised fine-tuning: section sft is not as it is by default."""
+        return self.sft != SFTConfig()
+
     def __post_init__(self):
         total = sum(stage.steps for stage in self.stages)
         require(not self.stages or total == self.run.steps,

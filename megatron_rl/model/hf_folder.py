@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from megatron_rl.config.load import read_json
 from megatron_rl.model.architectures import HF_FILES, family_of, parse_config
 from megatron_rl.model.network import Network
-from megatron_rl.model.slots import carried, expected_shapes, frozen_names, network_slots
+from megatron_rl.model.slots import behind_prefixes, carried, expected_shapes, frozen_names, network_slots
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -337,7 +337,9 @@ def check_checkpoint(config: Network, reader: HFReader, *, mtp: bool = False) ->
     tied head that equals its embedding, and layers behind the last (slots.carried) unless model.mtp trains one.
     """
     expected = expected_shapes(config, mtp=mtp)
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in reader.names]
+    trained = behind_prefixes(config) if mtp else ()
+    problems = [f"missing {name} {list(shape)}" + ", which model.mtp=true trains" * name.startswith(trained)
+                for name, shape in expected.items() if name not in reader.names]
     more = {name for name in reader.names - set(expected) if not name.endswith("rotary_emb.inv_freq")}
     more -= set(carried(config, more))
     if config.tie_word_embeddings and "lm_head.weight" in more:

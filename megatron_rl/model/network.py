@@ -194,8 +194,7 @@ def _latent_rules(network: Network) -> Iterator[tuple[bool, str]]:
     yield rope.kind in ("default", "yarn"), (
         f"rope_scaling of type {rope.kind} is not supported: the engine takes every scaling of this class for yarn")
     yield rope.truncate, "rope_scaling.truncate=false is not supported: the engine does not read it in this class"
-    both_or_none = bool(rope.mscale) == bool(rope.mscale_all_dim)
-    yield both_or_none or (rope.mscale, rope.mscale_all_dim or None) == (1.0, None), (
+    yield bool(rope.mscale) if rope.mscale_all_dim else rope.mscale in (None, 1.0), (  # 1.0 is the engine's default
         f"rope_scaling.mscale={rope.mscale} with mscale_all_dim={rope.mscale_all_dim} is not supported: transformers "
         "takes none or both of them, the engine takes each; give both above 0, or none")
 

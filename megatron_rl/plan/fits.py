@@ -7,7 +7,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, SFTConfig
 from megatron_rl.model.network import Network
 from megatron_rl.plan.memory import plan_memory
 
@@ -18,7 +18,7 @@ def check_fits(model: Network, config: Config, *, ranks: int, which: str, machin
     That part of the plan is exact. If only the peak exceeds it, which is an estimate, the text comes back as a warning.
     which, machine: what the ranks and the machine are called in the text.
     """
-    plan = plan_memory(model, config)
+    plan = plan_memory(model, replace(config, sft=SFTConfig()))  # RL starts here, whatever section sft says
     memory = psutil.virtual_memory().total
     if torch.cuda.is_available():
         if ranks * plan.host > memory:

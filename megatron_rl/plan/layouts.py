@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rl.config.check import check_rl
+from megatron_rl.config.check import check_rl, check_sft
 from megatron_rl.config.schema import RECOMPUTE_MODULES, Config, ParallelConfig
 from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.slots import count_parameters
@@ -90,7 +90,7 @@ def variants(model: Network, config: Config) -> Iterator[Config]:
                 parallel = dataclasses.replace(config.parallel, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, cp=cp)
                 check_layout(model, parallel)
                 variant = dataclasses.replace(config, parallel=parallel, algo=algo)
-                check_rl(variant, None)
+                (check_sft if config.is_sft else check_rl)(variant, None)
             except ValueError:
                 continue
             for recompute in ("none", "selective", "full"):

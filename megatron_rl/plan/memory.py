@@ -89,10 +89,13 @@ def expected_microbatches(config: Config) -> int:
     """Micro-batches per rank and optimiser step if response lengths are uniform up to rollout.max_response_tokens.
 
     Prompts are taken at half their room. One data-parallel rank's responses (with a budget about phi / dp / mean
-    length, without one its share of the rollout) go through the run's own planner (batch/schedule.py).
+    length, without one its share of the rollout, in SFT its share of sft.batch_size) go through the run's own planner
+    (batch/schedule.py).
     """
     algo, rollout, parallel = config.algo, config.rollout, config.parallel
-    if algo.has_budget:
+    if config.is_sft:
+        responses = float(config.sft.batch_size)
+    elif algo.has_budget:
         responses = algo.phi_global(parallel.dp) / ((1 + rollout.max_response_tokens) / 2)
     else:
         responses = rollout.prompts_per_step * rollout.responses_per_prompt / algo.updates_per_rollout
@@ -154,13 +157,16 @@ def plan_stage(model: Network, config: Config, stage: int, num_microbatches: int
         layer=math.ceil(tokens * layer) + expert_gradient_bytes(model, parallel, how),
         recomputed=math.ceil(tokens * recomputed), logits=head,
         step=max(step_bytes(group, parallel, element, offload=offload, fused=how.with_te) for group in trained),
-        publishing=min(config.rollout.bucket_bytes, count_parameters(model)[0] * element), engine=engine_bytes,
+        publishing=0 if config.is_sft else min(config.rollout.bucket_bytes, count_parameters(model)[0] * element),
+        engine=engine_bytes,
         host=optimizer if offload else 0)
 
 
 def frozen_parameters(config: Config, chunks: Sequence[Chunk], stage: int) -> int:
     """Parameters of the reference policy and of the teachers that the ranks hold, on one rank of the stage. None of
     these has adapters."""
+    if config.is_sft:
+        return 0
     reference = config.algo.loss.kl_coef > 0 and needs_reference_copy(config.model)
     own = sum(sum(chunk.frozen) or chunk.num_parameters for chunk in chunks) if reference else 0
     return own + sum(

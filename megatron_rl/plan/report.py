@@ -39,6 +39,10 @@ def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
     trained = f"Phi {algo.phi_global(parallel.dp):,} response tokens" if algo.has_budget else (
         f"{rollout.prompts_per_step * rollout.responses_per_prompt // algo.updates_per_rollout:,} whole responses "
         f"(algo.objective={algo.objective})")
+    step = f"{trained}, sequences of up to {rollout.max_context_tokens:,}"
+    if config.is_sft:
+        room = config.batch.tokens_per_microbatch * parallel.cp
+        step = f"{config.sft.batch_size:,} examples, of up to {room:,} tokens"
     trains = count_trained(model, config.model.lora)
     lora = [f"LoRA       {trains / 1e6:,.1f}M parameters of adapters train, {trains / total:.2%} of the model's "
             f"(rank {config.model.lora.rank}, experts {config.model.lora.experts})"] if config.model.lora.on else []
@@ -46,7 +50,7 @@ def _head(model: Network, config: Config, hardware: Hardware) -> list[str]:
         f"model      {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active per token, {config.model.dtype}",
         *lora,
         f"layout     {parallel.world_size} GPUs of {hardware.gpu_memory / GB:g} GB: {layout(parallel)}",
-        f"step       {trained}, sequences of up to {rollout.max_context_tokens:,}",
+        f"step       {step}",
     ]
 
 

@@ -66,11 +66,11 @@ class Watch:
         """`loss`, with a check of its inputs and its value. Micro-batches must come in order."""
         count = iter(range(len(self._batches)))
 
-        def watched(batch, logprobs_T, entropy_T):
+        def watched(batch, logprobs_T, *more):
             index = next(count)
             selected = torch.where(batch.loss_mask, logprobs_T.detach(), 0.0)
             self._check("log-probability", "of a selected token", selected, index, rows=True)
-            value, sums = loss(batch, logprobs_T, entropy_T)
+            value, sums = loss(batch, logprobs_T, *more)
             self._check("loss", "of the micro-batch", value, index)
             return value, sums
 

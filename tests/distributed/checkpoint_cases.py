@@ -14,7 +14,10 @@ LOOP_STATE, ROLLOUTS = {"updates_done": 2}, {"prompts": {"position": 7}, "carrie
 
 @dataclass(frozen=True)
 class Case:
+    """network: the folder of the network and that of its step, under the layouts' folder; "": those of cases.py."""
+
     layout: str
+    network: str = ""
     distributed: bool = True
     dtype: str = "float32"
     kernels: str = "megatron"
@@ -24,14 +27,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.layout}{'' if self.distributed else '_plain'}{'_bf16' if self.dtype == 'bfloat16' else ''}" \
-            f"{'' if self.kernels == 'megatron' else f'_{self.kernels}'}{'_lora' if self.lora.on else ''}" \
-            f"{'_offload' if self.offload else ''}{'_mtp' if self.mtp else ''}"
-
-    @property
-    def network(self) -> str:
-        """The folder of the network and that of its step, under the layouts' folder."""
-        return "bailing_v2" if self.mtp else ""
+        parts = {self.layout: True, self.network: self.network, "plain": not self.distributed,
+                 "bf16": self.dtype == "bfloat16", self.kernels: self.kernels != "megatron", "lora": self.lora.on,
+                 "mtp": self.mtp, "offload": self.offload}
+        return "_".join(part for part, said in parts.items() if said)
 
     @property
     def world_size(self) -> int:
@@ -44,7 +43,7 @@ SOURCES = (Case("one"), Case("ep2"), Case("ep2", distributed=False), Case("ep2",
            Case("ep2", lora=LORA), Case("ep2", dtype="bfloat16", offload=True),
            Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16"),
            Case("tp2_pp2_ep2", distributed=False, dtype="bfloat16", offload=True), Case("ep2", offload=True),
-           Case("ep2", mtp=True))
+           Case("ep2", "deepseek_v2"), Case("ep2", "bailing_v2", mtp=True))
 TARGETS = {
     "one": tuple(Case(name) for name in ("one", "ep2", "tp2_ep2")),
     "ep2": (*(Case(name) for name in cases.UP_TO_FOUR_RANKS if "token_dispatcher" not in cases.LAYOUTS[name]),
@@ -58,7 +57,9 @@ TARGETS = {
     "cp2": (Case("cp2"), Case("ep2", distributed=False)),
     "ep2_torch": (Case("tp2_ep2"),),
     "ep2_lora": tuple(Case(name, lora=LORA) for name in ("ep2", "tp2", "pp2", "tp2_etp2", "tp2_pp2_ep2")),
-    "ep2_mtp": tuple(Case(name, mtp=True) for name in ("ep2", "tp2_ep2", "cp2")),
+    "ep2_deepseek_v2": tuple(Case(name, "deepseek_v2") for name in ("ep2", "tp2_ep2", "pp2")),
+    "ep2_bailing_v2_mtp": (*(Case(name, "bailing_v2", mtp=True) for name in ("ep2", "tp2_ep2", "cp2")),
+                           Case("ep2", "bailing_v2", mtp=True, offload=True)),
     "tp2_pp2_ep2": tuple(Case(name) for name in ("tp2_pp2_ep2", "ep2", "one")),
 }
 PAIRS = [(source.name, target) for source in SOURCES for target in TARGETS.get(source.name, ())]

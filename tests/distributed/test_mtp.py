@@ -57,6 +57,21 @@ def test_the_trunk_is_the_same_bit_for_bit_with_it_and_without(layouts, layout, 
         assert result["gauges"] == {key: found["gauges"][key] for key in result["gauges"]}, variant
 
 
+@pytest.mark.parametrize("distilled", cases.DISTILLED)
+@pytest.mark.parametrize("name", MTP_NETWORKS)
+@pytest.mark.parametrize("layout", MTP_WITH_VARIANTS)
+def test_beside_the_probabilities_of_further_tokens_both_stay_as_they_are(layouts, layout, name, distilled):
+    """algo.distillation.top_k: the head gives rows for k tokens and one for the layer."""
+    found = layouts.mtp(layout)[name]
+    without, with_it = (found[mtp]["distilled"][distilled] for mtp in (False, True))
+    assert max(float(gradient.norm()) for gradient in without.values()) > 1e-3
+    for key, gradient in without.items():
+        assert torch.equal(gradient, with_it[key]), key
+    behind = with_it.keys() - without.keys()
+    alone = {key: found[True]["gradients"][key] for key in behind}
+    assert behind and too_different({key: with_it[key] for key in behind}, alone) == {}
+
+
 @in_layouts
 def test_its_gradients_equal_the_reference(layouts, layout, name):
     network = layouts.network(name)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -37,6 +38,7 @@ from megatron_rl.model.slots import frozen_names
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer
 from megatron_rl.train_step.step import TrainStep
+from megatron_rl.train_step.watch import Watch
 from megatron_rl.trainer.learner import teach
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
@@ -119,8 +121,9 @@ class Runner:
         load_hf(self.policy, self.here, checkpoint)
         fill_adapters(self.policy, self.here, drawn_matrix)
         optimizer = build_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
-        self.train_step = self._train_step(
-            self.policy, optimizer, build_mtp_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel))
+        mtp_optimizer = build_mtp_optimizer(self.policy, OptimizerConfig(**cases.OPTIMIZER), parallel)
+        self.new_step = partial(self._train_step, self.policy, optimizer, mtp_optimizer)
+        self.train_step = self.new_step()
         self.adapters = self.policy.adapters is not None
         self.exporter = Exporter(self.policy, self.here)
         self.step: cases.Step = torch.load(folder / step, weights_only=False)
@@ -142,16 +145,20 @@ class Runner:
         return self.gradients_of(batches, counts if counting_pass else None)
 
     def distilled(self, options: dict[str, str]) -> dict[str, torch.Tensor]:
-        """Gradients of the dense term alone, whose teacher is the policy without its NormHead."""
+        """Gradients of the dense term alone, whose teacher is the policy without its NormHead, or with one."""
         config = DistillationConfig({"a": TeacherConfig(checkpoint="x")}, task_reward=False, top_k=cases.TOP_K,
                                     **options)
         algo = AlgoConfig(distillation=config, loss=C3POLossConfig(kl_coef=0.0, entropy_coef=0.0))
         batches = microbatches_of(self.step, self.here, self.layout, 2, cases.TOP_K)
-        plain = replace(self.policy, config=replace(self.policy.config, norm_head=False))
-        teach(batches, config, self.train_step, {0: self._train_step(plain, None)})
-        self.train_step = self._train_step(self.policy, self.train_step.optimizer)  # one step owns Megatron's hooks
+        network = self.policy.config
+        other = replace(self.policy, config=replace(network, norm_head=not network.norm_head))
+        teach(batches, config, self.train_step, {0: self._train_step(other, None)})
+        self.train_step = self.new_step()  # one step owns Megatron's hooks
         totals = StepTotals(phi=cases.PHI, selected_tokens=1, num_responses=1, max_response_tokens=1)
-        return self.gradients_of(batches, None, TokenObjective(algo, totals), 0.0, 0.0)
+        watch = Watch(self.policy, self.here, batches)  # as the replay of a dumped step does
+        gradients = self.gradients_of(batches, None, watch.objective(TokenObjective(algo, totals)), 0.0, 0.0)
+        assert watch.findings == []
+        return gradients
 
     def gradients_of(self, batches: list, counts: RoutingCounts | None, loss=None, balance_coef=cases.BALANCE_COEF,
                      z_loss_coef=cases.Z_LOSS_COEF) -> dict[str, torch.Tensor]:
@@ -369,6 +376,9 @@ def run_mtp(folder: Path, layout: str, here: topology.Topology) -> None:
             for variant, more in cases.VARIANTS.items() if layout in MTP_WITH_VARIANTS else ():
                 result["updated"][variant] = Runner(folder, layout, here, **more, **options).update(
                     cases.UPDATE_MICROBATCHES)
+            if layout in MTP_WITH_VARIANTS:
+                load_hf(runner.policy, here, folder / options["checkpoint"])
+                result["distilled"] = {name: runner.distilled(more) for name, more in cases.DISTILLED.items()}
     if here.is_main:
         torch.save(results, folder / f"{layout}.mtp.pt")
 

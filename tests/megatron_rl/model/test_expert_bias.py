@@ -1,5 +1,5 @@
-"""What of a bailing_moe_v2 no gradient moves: the experts' biases, in float32 whatever the dtype, and layers behind the
-last, which pass through untouched."""
+"""What of a bailing_moe_v2 or deepseek_v3 no gradient moves: the experts' biases, in float32 whatever the dtype, and
+layers behind the last, which pass through untouched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_rl.model.hf_folder import HFReader, check_checkpoint
 from megatron_rl.recipes.convert import digest
 from megatron_rl.trainer.export import export
 from tests.megatron_rl.model.test_checkpoint import Run
-from tests.tiny_models import write_tiny_bailing
+from tests.tiny_models import write_tiny_bailing, write_tiny_known
 
 BEHIND = "model.layers.2."
 SMALL = {"hidden_size": 32, "moe_intermediate_size": 16}
@@ -43,8 +43,23 @@ def bfloat16_folder(path: Path) -> Path:
     return folder
 
 
-def test_a_bfloat16_round_trip_returns_biases_and_layers_behind_the_last_bit_for_bit(tmp_path, ranks):
-    source = bfloat16_folder(tmp_path / "source")
+def deepseek_folder(path: Path) -> Path:
+    """The same of a deepseek_v3, which lays a copy of the embedding and the head there too."""
+    write_tiny_known(path, "deepseek_v3")
+    raw, tensors = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+    tensors = {name: tensor.float() if name.endswith("correction_bias") else tensor.bfloat16()
+               for name, tensor in tensors.items()}
+    behind = {name.replace("layers.1.", "layers.2."): tensor / 3 for name, tensor in tensors.items() if ".1." in name}
+    behind |= {f"{BEHIND}{name}.weight": tensors[f"{copied}.weight"].float() / 3 for name, copied in (
+        ("eh_proj", "lm_head"), ("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head"))}
+    save_file({**behind, **tensors}, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps({**raw, "dtype": "bfloat16", "num_nextn_predict_layers": 1}))
+    return path
+
+
+@pytest.mark.parametrize("folder", [bfloat16_folder, deepseek_folder])
+def test_a_bfloat16_round_trip_returns_biases_and_layers_behind_the_last_bit_for_bit(tmp_path, ranks, folder):
+    source = folder(tmp_path / "source")
     here = topology.start(ParallelConfig(), seed=0)
     options = ModelConfig(path=str(source), dtype="bfloat16")
     policy = build_policy(read_config(source), options, ParallelConfig(), with_gradients=True)
@@ -52,8 +67,8 @@ def test_a_bfloat16_round_trip_returns_biases_and_layers_behind_the_last_bit_for
     export(Config(model=options), Exporter(policy, here), here, tmp_path / "written")
     before, after = HFReader(source), HFReader(tmp_path / "written")
     behind = {name for name in before.names if name.startswith(BEHIND)}
-    assert len(behind) == 39 and before.dtype(f"{BEHIND}eh_proj.weight") == "F32"
-    assert {after.dtype(name) for name in after.names if name.endswith("expert_bias")} == {"F32"}
+    assert len(behind) > 35 and before.dtype(f"{BEHIND}eh_proj.weight") == "F32"
+    assert {after.dtype(name) for name in after.names if name.endswith("_bias")} == {"F32"}
     assert {name: digest(after.get(name)) for name in after.names} == {
         name: digest(before.get(name)) for name in before.names}
 
@@ -64,6 +79,16 @@ def test_layers_behind_the_last_need_the_key_that_says_so(tmp_path):
     raw = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
     with pytest.raises(ValueError, match=f"unexpected {BEHIND}attention.dense.weight"):
         check_checkpoint(parse_config(raw, "here"), HFReader(folder))
+
+
+def test_a_layer_behind_the_last_that_is_not_there_is_missed_by_the_key_that_trains_it(tmp_path):
+    folder = bfloat16_folder(tmp_path)
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items()
+               if not name.startswith(BEHIND)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    check_checkpoint(read_config(folder), HFReader(folder))
+    with pytest.raises(ValueError, match=f"missing {BEHIND}input_layernorm.weight .32., which model.mtp=true trains"):
+        check_checkpoint(read_config(folder), HFReader(folder), mtp=True)
 
 
 def test_a_checkpoint_brings_back_the_biases_that_it_was_saved_with(tmp_path, ranks):

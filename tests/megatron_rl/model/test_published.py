@@ -106,6 +106,7 @@ def test_what_ling_2_cannot_be_is_refused_by_its_key(changes, message):
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling of type linear is not supported: the engine"),
     ({"rope_scaling": {**YARN, "truncate": False}}, "rope_scaling.truncate=false is not supported: the engine"),
     ({"rope_scaling": {**YARN, "mscale": 0.7}}, "rope_scaling.mscale=0.7 with mscale_all_dim=None is not supported"),
+    ({"rope_scaling": {**YARN, "mscale": 0}}, "rope_scaling.mscale=0.0 with mscale_all_dim=None is not supported"),
     ({"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, "rope_scaling.mscale=None with mscale_all_dim=1.0 is not"),
 ])
 def test_what_latent_attention_cannot_be_is_refused_by_its_key(name, changes, message):

@@ -122,6 +122,28 @@ def test_without_a_budget_every_response_is_counted(ring_lite):
     assert batches("grpo", 1024) == pytest.approx(2 * batches("grpo", 512), rel=0.02)
 
 
+def test_supervised_fine_tuning_is_planned_by_its_batch_and_without_anything_of_rl(capsys):
+    """256 examples on 8 ranks: 32 of 16,384 tokens in the mean on each."""
+    sft = load(["experiment=ring_mini_2_sft"])
+    assert sft.algo.loss.kl_coef > 0 and expected_microbatches(sft) == 16
+    assert plan_memory(network_of(sft), sft).reference == 0
+    assert main(["plan", "experiment=ring_mini_2_sft"]) == 0
+    shown = capsys.readouterr().out
+    assert "step       256 examples, of up to 32,768 tokens" in shown
+    assert not any(word in shown for word in ("Phi", "reference", "publishing"))
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["model.architecture=deepseek_v3", "model.mtp=true"], "model.mtp=true: the layer behind the last"),
+    (["experiment=ring_lite_rl_stage1", "model.mtp=true"], "model.mtp=true: this bailing_moe network has"),
+    (["model.architecture=deepseek_v2_lite", "model.recompute=selective", "model.recompute_modules=[core_attn]"],
+     "model.recompute_modules=core_attn: latent attention"),
+])
+def test_what_a_run_would_refuse_is_not_planned(overrides, message, capsys):
+    assert main(["plan", *overrides]) != 0
+    assert message in capsys.readouterr().err
+
+
 def test_where_nothing_fits_the_smallest_are_shown(capsys):
     assert main(["plan", "experiment=ring_lite_rl_stage1", "parallel.world_size=8", "--gpu-memory", "16"]) == 0
     shown = capsys.readouterr().out
