@@ -88,10 +88,10 @@ def test_a_step_keeps_its_budget(name):
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_plan_knows_the_peak(name):
-    """Within 3%, and what never comes and goes to a thousandth."""
+    """Within 3%, and what never comes and goes to a thousandth, but for counters of some hundred bytes."""
     found = rehearsed(name)["plan"]
     for kind in ("weights", "gradients", "optimiser", "reference"):
-        assert found[kind]["plan"] == pytest.approx(found[kind]["rehearsed"], rel=1e-3)
+        assert found[kind]["plan"] == pytest.approx(found[kind]["rehearsed"], rel=1e-3, abs=1000)
     for kind, tolerance in (("peak", 0.03), ("activations", 0.05)):
         assert found[kind]["plan"] == pytest.approx(found[kind]["rehearsed"], rel=tolerance), kind
 

@@ -156,14 +156,15 @@ class Runner:
         self.train_step = self.new_step()  # one step owns Megatron's hooks
         totals = StepTotals(phi=cases.PHI, selected_tokens=1, num_responses=1, max_response_tokens=1)
         watch = Watch(self.policy, self.here, batches)  # as the replay of a dumped step does
-        gradients = self.gradients_of(batches, None, watch.objective(TokenObjective(algo, totals)), 0.0, 0.0)
+        gradients = self.gradients_of(batches, None, watch.objective(TokenObjective(algo, totals)),
+                                      router_losses=False)
         assert watch.findings == []
         return gradients
 
-    def gradients_of(self, batches: list, counts: RoutingCounts | None, loss=None, balance_coef=cases.BALANCE_COEF,
-                     z_loss_coef=cases.Z_LOSS_COEF) -> dict[str, torch.Tensor]:
-        self.train_step.backward(batches, loss or token_loss, balance_coef=balance_coef, z_loss_coef=z_loss_coef,
-                                 counts=counts)
+    def gradients_of(self, batches: list, counts: RoutingCounts | None, loss=token_loss, *,
+                     router_losses: bool = True) -> dict[str, torch.Tensor]:
+        self.train_step.backward(batches, loss, balance_coef=router_losses * cases.BALANCE_COEF,
+                                 z_loss_coef=router_losses * cases.Z_LOSS_COEF, counts=counts)
         parameters = [parameter for _, parameter in trained_slots(self.policy, self.here)]
         kept = [p.data for p in parameters]
         for parameter in parameters:

@@ -67,7 +67,7 @@ def test_a_self_teacher_of_k_tokens_gives_zero(models, tmp_path, case):
                  "algo.z_loss_coef=0",
                  f"algo.distillation.teachers={{me: {{checkpoint: {models['student']}}}}}",
                  *(f"algo.distillation.{text}" for text in TOP_K[case]))
-    assert abs(row["train/distill_kl"]) < 1e-12 and row["train/selected_tokens"] == 1024
+    assert abs(row["train/distill_kl"]) < 1e-8 and row["train/selected_tokens"] == 1024
     assert row["train/distill_mass"] == pytest.approx(row["train/distill_teacher_mass"])
     assert 0 < row["train/distill_mass"] < 1 and row["train/grad_norm"] < 1e-5
 
