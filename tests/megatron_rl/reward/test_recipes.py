@@ -22,7 +22,8 @@ from megatron_rl.types import Prompt
 
 EXPERIMENTS = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml") if path.stem != "none")
 WORKED = {"examples/table3_domain_conflict/code.jsonl", "examples/table3_domain_conflict/science.jsonl",
-          "examples/ring_lite_tiny/general.jsonl", "examples/ring_lite_tiny/replay.jsonl"}
+          "examples/ring_lite_tiny/general.jsonl", "examples/ring_lite_tiny/replay.jsonl",
+          "examples/ring_mini/low.jsonl", "examples/ring_mini/high.jsonl"}
 SOLUTION = "print(sum(map(int, input().split())))"
 CASES = [{"input": "1 2\n", "output": "3\n"}]
 BROUGHT = {  # what a user brings: source and domain -> rows
@@ -127,4 +128,4 @@ def test_who_follows_the_prompt_to_the_letter_is_right(name, tmp_path):
             assert [text for text in right if not scorer.score(prompt, text).correct] == []
             assert [text for text in wrong if scorer.score(prompt, text).value] == []
             judged += 1
-    assert judged or "sft" in name
+    assert judged or "sft" in name or not sections(name)  # the pipeline names the data

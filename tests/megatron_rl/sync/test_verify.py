@@ -63,7 +63,7 @@ def weights(trainer: Trainer, engines: list[Engine], *overrides: str) -> Publish
     return made
 
 
-def test_one_engine_that_cannot_be_predicted_takes_no_proof_from_the_others_and_is_said_once(caplog):
+def test_one_engine_that_cannot_be_predicted_takes_no_proof_from_the_others_and_is_said_once(caplog, messages):
     trainer = Trainer()
     mixed = weights(trainer, [Engine("http://cpu", CPU), Engine("http://spread", SPREAD), Engine("http://gpu", GPU)])
     with caplog.at_level(logging.WARNING):
@@ -71,10 +71,11 @@ def test_one_engine_that_cannot_be_predicted_takes_no_proof_from_the_others_and_
             asyncio.run(mixed.publish(version))
             assert mixed.metrics["sync/engines_verified"] == 2
     assert trainer.asked == [[("cpu", 1), ("cuda", 2)]] * 2
-    assert len(caplog.records) == 1 and "http://spread runs on cuda, ep_size=2" in caplog.text
+    (said,) = messages()
+    assert "http://spread runs on cuda, ep_size=2" in said
 
 
-def test_a_network_that_the_trainer_cannot_share_out_is_said_once(caplog):
+def test_a_network_that_the_trainer_cannot_share_out_is_said_once(caplog, messages):
     trainer = Trainer()
     trainer.knows = False
     latent = weights(trainer, [Engine("http://gpu", GPU)])
@@ -83,7 +84,8 @@ def test_a_network_that_the_trainer_cannot_share_out_is_said_once(caplog):
             asyncio.run(latent.publish(version))
             assert latent.metrics["sync/engines_verified"] == 0
     assert trainer.asked == [[("cuda", 2)], []]
-    assert len(caplog.records) == 1 and "http://gpu shares this network among 2 ranks" in caplog.text
+    (said,) = messages()
+    assert "http://gpu shares this network among 2 ranks" in said
 
 
 @pytest.mark.parametrize(("sizes", "tp", "known"), [
@@ -103,14 +105,16 @@ def test_a_cpu_engine_must_hold_every_parameter():
         asyncio.run(weights(Trainer(), [engine]).publish(1))
 
 
-def test_a_gpu_engine_may_keep_a_parameter_in_its_own_form_from_the_first_publish_on_and_no_other_later(caplog):
+def test_a_gpu_engine_may_keep_a_parameter_in_its_own_form_from_the_first_publish_on_and_no_other_later(
+        caplog, messages):
     engine = Engine("http://gpu", GPU)
     engine.held["lm_head.weight"] = "of its own"
     gpu = weights(Trainer(), [engine])
     with caplog.at_level(logging.WARNING):
         for version in (1, 2):
             asyncio.run(gpu.publish(version))
-    assert len(caplog.records) == 1 and "1 parameters in another form than predicted (lm_head.weight" in caplog.text
+    (said,) = messages()
+    assert "1 parameters in another form than predicted (lm_head.weight" in said
     engine.held["model.norm.weight"] = "ff"
     with pytest.raises(PublishError, match="tensor-parallel rank 0.*model.norm.weight"):
         asyncio.run(gpu.publish(3))
