@@ -98,7 +98,7 @@ MADE_ONCE = ("sort_input_by_local_experts", "restore_output_by_local_experts")
 
 
 class RoutedMoELayer(MoELayer):
-    """Router and experts of one layer, of which nothing of a micro-batch stays after its forward pass.
+    """Router and experts of one layer. It keeps nothing of a micro-batch after the forward pass.
 
     Megatron-Core 0.19.2's dispatcher keeps the router's probabilities, whose graph holds all of the layer, until the
     layer's next forward (transformer/moe/token_dispatcher.py: dispatch_preprocess; Megatron-LM issue 3221). Delete

@@ -131,9 +131,9 @@ def _gains(made: Made, config: EvalConfig) -> str:
     if not rows:
         return ""
     return (f"<h2>Gain of every stage</h2>{page.table(['stage', 'over', *names, 'tokens'], rows, numbers_from=2)}"
-            '<p class="quiet">Accuracy of the stage\'s model minus that of the model that it started from, on the same '
-            "problems. Brackets: 95% bootstrap interval of the differences by problem. tokens: mean length of the "
-            "stage's responses in each set, in the order of the columns.</p>")
+            '<p class="quiet">By how much the stage\'s model is more accurate than the model that it started from, on '
+            "the same problems. Brackets: 95% bootstrap interval of the differences by problem. tokens: mean length of "
+            "the stage's responses in each set, in the order of the columns.</p>")
 
 
 def _stages(plan: Plan, made: Made) -> str:

@@ -76,8 +76,8 @@ def shares(total: int, parts: int) -> list[int]:
 
 Imbalance = float | Mapping[int, float]
 """Rows of this rank's experts over the mean; or, by the number of the layer (from 1), rows of its busiest expert over
-the mean, which stands on this rank. The layer behind the last (model.mtp), of which a run records no load, is as the
-last one."""
+the mean, which stands on this rank. A run records no load of the layer behind the last (model.mtp), so that layer
+gets the load of the last one."""
 
 
 def rows_with_busiest(total: int, experts: int, own: range, busiest: float) -> list[int]:

@@ -83,7 +83,7 @@ def _mean(config: Config, lengths: Lengths) -> float:
 
 
 def _filling(config: Config, microbatches: int) -> int:
-    """How many micro-batches fill the pipeline, of which a step has `microbatches`."""
+    """How many micro-batches fill the pipeline. microbatches: how many a step has."""
     parallel = config.parallel
     if parallel.pp == 1:
         return 1

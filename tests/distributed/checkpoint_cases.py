@@ -14,7 +14,7 @@ LOOP_STATE, ROLLOUTS = {"updates_done": 2}, {"prompts": {"position": 7}, "carrie
 
 @dataclass(frozen=True)
 class Case:
-    """network: the folder of the network and that of its step, under the layouts' folder; "": those of cases.py."""
+    """network: the name under which the layouts' folder holds the network and its step. "": the network of cases.py."""
 
     layout: str
     network: str = ""

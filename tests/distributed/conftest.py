@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.distributed.reference_step import Reference, fill_logprobs, reference
 from tests.distributed.table import RED, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 600
+TIMEOUT_S = 840
 
 
 @dataclass
@@ -32,42 +33,40 @@ class Layouts:
     start: dict[str, torch.Tensor]
     configs: dict[bool, dict]
     reference: Reference
-    results: dict[str, dict] = field(default_factory=dict)
     _networks: dict[str, WrittenNetwork] = field(default_factory=dict)
-    _network_results: dict[str, dict] = field(default_factory=dict)
-    _lora_results: dict[str, dict] = field(default_factory=dict)
-    _mtp_results: dict[str, dict] = field(default_factory=dict)
+    _results: dict[str, dict[str, dict]] = field(default_factory=dict)  # what -> layout -> what it made of it
     _lora_references: dict[str, LoraReference] = field(default_factory=dict)
     _failed: dict[tuple[str, int], str] = field(default_factory=dict)  # so that a failure is waited for once
 
     def __getitem__(self, layout: str) -> dict:
-        if layout not in self.results:
-            self._run("step", layout, self.results, "{}.pt")
-        return self.results[layout]
+        return self._made("step", layout, "{}.pt")
 
     def networks(self, layout: str) -> dict[str, dict]:
         """What the layout made of each of NETWORKS that it can hold."""
-        if layout not in self._network_results:
-            for name in NETWORKS:
-                self.network(name)
-            self._run("networks", layout, self._network_results, "{}.networks.pt")
-        return self._network_results[layout]
+        return self._made("networks", layout, "{}.networks.pt", self.network, NETWORKS)
 
     def lora(self, layout: str) -> dict[str, dict]:
         """What the layout made of each of LORA_CASES."""
-        if layout not in self._lora_results:
-            for name in LORA_CASES:
-                self.lora_reference(name)
-            self._run("lora", layout, self._lora_results, "{}.lora.pt")
-        return self._lora_results[layout]
+        return self._made("lora", layout, "{}.lora.pt", self.lora_reference, LORA_CASES)
 
     def mtp(self, layout: str) -> dict[str, dict]:
         """What the layout made of each of MTP_NETWORKS, by whether the layer behind the last trains."""
-        if layout not in self._mtp_results:
-            for name in MTP_NETWORKS:
-                self.network(name)
-            self._run("mtp", layout, self._mtp_results, "{}.mtp.pt")
-        return self._mtp_results[layout]
+        return self._made("mtp", layout, "{}.mtp.pt", self.network, MTP_NETWORKS)
+
+    def _made(self, what: str, layout: str, file: str, write: Callable[[str], object] | None = None,
+              names: Iterable[str] = ()) -> dict:
+        """What the layout made of `what`. write: writes each of `names`, which the worker reads, before it starts."""
+        results = self._results.setdefault(what, {})
+        if layout not in results:
+            for name in names:
+                write(name)
+            self._run(what, layout, results, file)
+        return results[layout]
+
+    @property
+    def results(self) -> dict[str, dict]:
+        """What the layouts that were run made of the step."""
+        return self._results.get("step", {})
 
     def lora_reference(self, name: str) -> LoraReference:
         """One of LORA_CASES, whose step is written under `folder` when it is first asked for."""

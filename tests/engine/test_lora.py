@@ -31,15 +31,17 @@ def megatron_rl(*arguments: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=900)
 
 
-@pytest.fixture(scope="module")
-def run_dir(model, tmp_path_factory) -> Path:
-    """Two steps on two expert-parallel ranks, the third on two tensor-parallel ones."""
-    folder = tmp_path_factory.mktemp("lora") / "run"
-    options = [*SMALL, *OPTIONS, f"model.path={model}", f"run.dir={folder}"]
+def in_two_layouts(model: Path, folder: Path, *options: str) -> Path:
+    """Two steps on two expert-parallel ranks, the rest on two tensor-parallel ones; the run's folder, which is new."""
     for more in (["run.steps=2"], ["parallel=tp2", "resume=true"]):
-        done = megatron_rl("rl", *options, *more)
+        done = megatron_rl("rl", *options, f"model.path={model}", f"run.dir={folder}", *more)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(model, tmp_path_factory) -> Path:
+    return in_two_layouts(model, tmp_path_factory.mktemp("lora") / "run", *SMALL, *OPTIONS)
 
 
 def test_every_publish_of_merged_weights_is_proven_by_the_engines_checksums(run_dir):

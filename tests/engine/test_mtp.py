@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.slots import expected_shapes
 from megatron_rl.observe.jsonl import read_jsonl
-from tests.engine.test_lora import megatron_rl
+from tests.engine.test_lora import in_two_layouts, megatron_rl
 from tests.engine.test_runs import SMALL
 from tests.tiny_models import write_tiny_bailing
 
@@ -28,12 +28,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(model, tmp_path_factory) -> Path:
-    """Two steps on two expert-parallel ranks, the third on two tensor-parallel ones."""
-    folder = tmp_path_factory.mktemp("mtp") / "run"
-    for more in (["run.steps=2"], ["parallel=tp2", "resume=true"]):
-        done = megatron_rl("rl", *OPTIONS, f"model.path={model}", f"run.dir={folder}", *more)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return in_two_layouts(model, tmp_path_factory.mktemp("mtp") / "run", *OPTIONS)
 
 
 def test_every_publish_is_proven_and_the_loss_is_told(run_dir):

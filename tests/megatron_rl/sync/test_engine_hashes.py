@@ -40,7 +40,7 @@ def parameters() -> list[torch.Tensor]:
 
 
 def in_parts(kind: type, tensor: torch.Tensor) -> str:
-    """Three uneven parts, of which the first ends within a word."""
+    """Three uneven parts. The first ends within a word."""
     made, cut = kind(), len(tensor) // 3
     for part in tensor.split([cut, cut, len(tensor) - 2 * cut]):
         made.update(part)
