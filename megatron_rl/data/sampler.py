@@ -63,9 +63,9 @@ class PassRateSampler:
     """Draws prompts by their current pass rate (dynamic pass rating of Ling & Ring 2.6, arXiv 2606.15079).
 
     That report, at second hand, gives no formula; draw_weights is ours. Every draw takes prompt i with chance
-    w_i / sum w among the prompts that this call of next() has not dealt yet. A prompt's rate is that of the first group
-    that was judged, then a running mean. A draw depends on the seed, on the number of draws before it and on the rates,
-    so a sampler that loads another's state deals exactly what the other would have dealt next.
+    w_i / sum w among the prompts that this call of next() has not dealt yet. A prompt's rate begins with its first
+    judged group and goes on as a running mean. A draw depends on the seed, on the number of draws before it and on the
+    rates, so a sampler that loads another's state deals exactly what the other would have dealt next.
     """
 
     def __init__(self, source: PromptSource, seed: int, config: PassRateConfig):
@@ -76,18 +76,15 @@ class PassRateSampler:
         self._draws = 0
 
     def next(self, n: int) -> list[Prompt]:
-        weights = draw_weights(self.rates, self._config)
-        left, prompts = weights.copy(), []
-        for _ in range(n):
-            if not left.any():  # this call has dealt every prompt
-                left = weights.copy()
-            ends = left.cumsum()
-            chance = np.random.default_rng([self._seed, 1, self._draws]).random()
-            place = int(np.searchsorted(ends, chance * ends[-1], side="right"))
-            place = min(place, int(np.flatnonzero(left)[-1]))  # a product that was rounded up to the sum
-            left[place], self._draws = 0.0, self._draws + 1
-            prompts.append(self._source.prompt(place))
-            self._places[prompts[-1].id] = place
+        weights, prompts = draw_weights(self.rates, self._config), []
+        while left := min(n - len(prompts), len(weights)):  # again, if this call has dealt every prompt
+            # in the order of exponential waits with rates w, as by draw after draw (Efraimidis and Spirakis 2006)
+            waits = np.random.default_rng([self._seed, 1, self._draws]).exponential(size=len(weights)) / weights
+            first = np.argpartition(waits, left - 1)[:left]
+            for place in first[waits[first].argsort()].tolist():
+                prompts.append(self._source.prompt(place))
+                self._places[prompts[-1].id] = place
+            self._draws += left
         return prompts
 
     def observe(self, prompt: Prompt, rate: float) -> None:
