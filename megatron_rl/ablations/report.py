@@ -27,7 +27,8 @@ def write_result(ablation: Ablation, todo: Plan, folder: Path, *, scale: str, co
     if not seeds:
         return None
     table = tabulate(ablation, todo, seeds)
-    verdicts = [verdict for verdict in (judge(statement, table) for statement in ablation.statements) if verdict]
+    planned = len({run.seed for run in todo.runs})
+    verdicts = [verdict for verdict in (judge(each, table, planned) for each in ablation.statements) if verdict]
     versions = json.loads((todo.runs[0].folder / VERSIONS).read_text())
     folder.mkdir(parents=True, exist_ok=True)
     if ablation.panels:
@@ -60,7 +61,8 @@ def markdown(ablation: Ablation, table: Table, verdicts: Sequence[Verdict], seed
     if ablation.paper is not None:
         parts.append(_paper(ablation.paper))
     if verdicts:
-        parts += [_rows(["claim", "difference", "95% interval", "verdict"], [_verdict(each) for each in verdicts]),
+        parts += [_rows(["claim", "difference", "95% interval", "verdict", "could detect"],
+                        [_verdict(each) for each in verdicts]),
                   f"Rule: {RULE}"]
     if ablation.panels:
         parts.append(f"![{ablation.title}](result-{scale}.png)")
@@ -113,7 +115,8 @@ def _cell(values: Sequence[float], digits: int) -> str:
 def _verdict(verdict: Verdict) -> list[str]:
     interval = f"{verdict.low:+.4g} to {verdict.high:+.4g}" if math.isfinite(verdict.low) else "-"
     difference = f"{verdict.difference:+.4g}" if math.isfinite(verdict.difference) else "-"
-    return [verdict.statement.text, difference, interval, f"**{verdict.verdict}**"]
+    could = f"{verdict.detectable:.2g}" if math.isfinite(verdict.detectable) else "-"
+    return [verdict.statement.text, difference, interval, f"**{verdict.verdict}**", could]
 
 
 def _paper(paper: PaperTable) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import nct
 from scipy.stats import t as student_t
 
 from megatron_rl.ablations.driver import Plan
@@ -19,9 +21,11 @@ from megatron_rl.observe.sinks import EVALUATIONS, METRICS
 
 HELD_OUT = "held_out/"
 MIN_SEEDS = 3
+POWER = 0.8
 RULE = ("For each seed the difference of the two arms (or of one arm from zero); its mean over the seeds with the 95% "
         "interval of Student's t. The whole interval on the claimed side of zero: supports; on the other side: "
-        f"contradicts; an interval with zero in it, or fewer than {MIN_SEEDS} seeds: cannot tell.")
+        f"contradicts; an interval with zero in it, or fewer than {MIN_SEEDS} seeds: cannot tell. Could detect: the "
+        f"true difference that this rule finds in {POWER:.0%} of such experiments, if differences spread as these do.")
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]
 """arm -> column label -> one value per finished seed, in the order of the seeds."""
@@ -29,7 +33,10 @@ Table = Mapping[str, Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the data say about a statement. difference: arm - than, mean over seeds, with its 95% interval."""
+    """What the data say about a statement. difference: arm - than, mean over seeds, with its 95% interval.
+
+    detectable: as `detectable` says, for the seeds that the plan has, finished or not.
+    """
 
     statement: Statement
     verdict: str
@@ -37,6 +44,7 @@ class Verdict:
     difference: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    detectable: float = math.nan
 
 
 def series(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -79,23 +87,37 @@ def whole_seeds(todo: Plan) -> list[int]:
     return [seed for seed in seeds if all(run.finished() for run in todo.runs if run.seed == seed)]
 
 
-def judge(statement: Statement, table: Table) -> Verdict | None:
-    """RULE on one statement; None where the scale lacks one of its arms."""
+def judge(statement: Statement, table: Table, seeds: int | None = None) -> Verdict | None:
+    """RULE on one statement; None where the scale lacks one of its arms. seeds: of the plan; None: those in `table`."""
     if not {statement.arm, statement.than} - {None} <= table.keys():
         return None
     values = table[statement.arm][statement.column]
     others = [0.0] * len(values) if statement.than is None else table[statement.than][statement.column]
     differences = tuple(ours - theirs for ours, theirs in zip(values, others, strict=True))
     number = len(differences)
+    mean, spread = mean_and_spread(differences)
+    could = detectable(spread, seeds or number)
     if number < MIN_SEEDS or not all(map(math.isfinite, differences)):
-        mean = statistics.fmean(differences) if differences else math.nan
-        return Verdict(statement, "cannot tell", differences, mean)
-    mean = statistics.fmean(differences)
-    half = float(student_t.ppf(0.975, number - 1)) * statistics.stdev(differences) / math.sqrt(number)
+        return Verdict(statement, "cannot tell", differences, mean, detectable=could)
+    half = float(student_t.ppf(0.975, number - 1)) * spread / math.sqrt(number)
     low, high = mean - half, mean + half
     claimed_sign = 1 if statement.direction == "higher" else -1
     verdict = "cannot tell" if low <= 0 <= high else "supports" if mean * claimed_sign > 0 else "contradicts"
-    return Verdict(statement, verdict, differences, mean, low, high)
+    return Verdict(statement, verdict, differences, mean, low, high, could)
+
+
+def detectable(spread: float, seeds: int) -> float:
+    """The true mean difference that RULE finds with probability POWER, if `spread` is known.
+
+    spread: standard deviation over seeds of the paired differences. NaN below MIN_SEEDS seeds. Power of the two-sided
+    t test (Cohen 1988, ch. 2): under a true difference d the statistic has the noncentral t law with noncentrality
+    d sqrt(seeds) / spread.
+    """
+    if seeds < MIN_SEEDS:
+        return math.nan
+    critical = student_t.ppf(0.975, seeds - 1)
+    shift = brentq(lambda shift: nct.sf(critical, seeds - 1, shift) - POWER, 0.0, 20.0)
+    return float(shift) * spread / math.sqrt(seeds)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

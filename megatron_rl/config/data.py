@@ -53,7 +53,7 @@ class DataConfig:
     - path: the file or folder; for `function` the dotted path package.module.function of a function without arguments.
       hf_split: which split, if a folder holds several.
     - task: which task `reasoning_gym` generates. task_config: its options; `chains` with {max_operands: 20} makes
-      longer sums, of uneven lengths.
+      longer sums, of uneven lengths, and {max_operands: 80, tail: 1} few of them very long.
     - mix: the sections of a `mix`, by name. weights: the ratio in which it draws from them; empty: that of their sizes.
       curriculum: parts with weights of their own, one after the other, instead of weights.
     - size, seed: how many problems a generator makes, and from which seed.

@@ -9,6 +9,7 @@ which keeps a floor under the policy's entropy; one answer in five is direct, so
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -37,19 +38,25 @@ VOCABULARY_SIZE = 96
 class Chains:
     """`size` problems of 2-7 operands with worked responses; problem i depends on (task_config, seed, i, split) only.
 
-    task_config: {"max_operands": M} draws the number of operands from 2-M, log-uniformly, so that the lengths of
-    responses have a tail. ValueError on anything else in it.
+    task_config:
+    - max_operands: draws the number of operands from 2 to this, so that the lengths of responses have a tail.
+    - tail: the exponent a of that draw, a bounded Pareto law of density x^(-a-1). Default 0: log-uniform. The larger,
+      the shorter is the median beside the longest.
+
+    ValueError on anything else in it.
     """
 
     domains = frozenset({"math"})
 
     def __init__(self, *, size: int, seed: int, split: str, task_config: Mapping[str, Any] | None = None):
         self._size, self._seed, self._split = size, seed, split
-        self._longest = (task_config or {}).get("max_operands")
-        if task_config and not (set(task_config) == {"max_operands"} and isinstance(self._longest, int)
-                                and self._longest >= MIN_OPERANDS):
-            raise ValueError(f"data.task_config={dict(task_config)} does not fit data.source=chains, which knows "
-                             f"max_operands, a whole number from {MIN_OPERANDS}")
+        config = dict(task_config or {})
+        self._longest, self._tail = config.get("max_operands"), config.get("tail", 0.0)
+        whole = isinstance(self._longest, int) and self._longest >= MIN_OPERANDS
+        if config and not (whole and config.keys() <= {"max_operands", "tail"}
+                           and isinstance(self._tail, int | float) and 0 <= self._tail < math.inf):
+            raise ValueError(f"data.task_config={config} does not fit data.source=chains, which knows max_operands, a "
+                             f"whole number from {MIN_OPERANDS}, and beside it tail, a number from 0")
 
     def __len__(self) -> int:
         return self._size
@@ -69,7 +76,10 @@ class Chains:
     def _num_operands(self, rng: random.Random) -> int:
         if self._longest is None:
             return rng.randint(MIN_OPERANDS, MAX_OPERANDS)
-        return int(MIN_OPERANDS * ((self._longest + 1) / MIN_OPERANDS) ** rng.random())
+        share, ratio = rng.random(), (self._longest + 1) / MIN_OPERANDS
+        if self._tail == 0:
+            return int(MIN_OPERANDS * ratio ** share)
+        return int(MIN_OPERANDS * (1 - share * (1 - ratio ** -self._tail)) ** (-1 / self._tail))
 
 
 def _draw_chain(rng: random.Random, num_operands: int) -> tuple[str, list[str], int]:

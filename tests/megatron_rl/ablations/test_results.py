@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.ablations import report
 from megatron_rl.ablations.driver import Plan, Run
-from megatron_rl.ablations.results import judge, mean_and_spread, take, whole_seeds
+from megatron_rl.ablations.results import POWER, detectable, judge, mean_and_spread, take, whole_seeds
 from megatron_rl.ablations.spec import Ablation, Arm, Column, Panel, PaperTable, Scale, Statement
 from megatron_rl.config.load import build, to_dict
 
@@ -64,6 +64,23 @@ def test_two_seeds_or_a_missing_number_cannot_tell():
     assert judge(STATEMENT, {"a": {"score": [1.0]}}) is None, "a scale without one of the arms says nothing"
 
 
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_the_detectable_difference_is_found_as_often_as_it_says(seeds):
+    """20,000 experiments whose true difference is just that; the standard error of a share is 0.003."""
+    differences = np.random.default_rng(0).normal(detectable(0.5, seeds), 0.5, (20000, seeds))
+    half = {3: 4.3027, 8: 2.3646}[seeds] * differences.std(axis=1, ddof=1) / math.sqrt(seeds)
+    assert np.mean(differences.mean(axis=1) - half > 0) == pytest.approx(POWER, abs=0.012)
+
+
+def test_pilot_seeds_say_what_all_planned_seeds_could_detect():
+    # differences 1, 2, 3: standard deviation 1
+    table = {"a": {"score": [1.0, 2.0, 3.0]}, "b": {"score": [0.0, 0.0, 0.0]}}
+    assert judge(STATEMENT, table).detectable == pytest.approx(detectable(1.0, 3))
+    assert judge(STATEMENT, table, seeds=8).detectable == pytest.approx(detectable(1.0, 8))
+    assert detectable(1.0, 8) < detectable(1.0, 3)
+    assert math.isnan(detectable(1.0, 2)), "two seeds cannot tell anything"
+
+
 def write_run(root, arm: str, seed: int, *, scores: list[float], steps: int = 2, evaluated: bool = True) -> Run:
     folder = root / arm / f"seed_{seed}"
     folder.mkdir(parents=True)
@@ -110,7 +127,7 @@ def test_the_result_has_table_figure_verdict_and_goes_between_the_readmes_marker
     text = report.write_result(ablation, Plan(tmp_path, (), tuple(runs)), tmp_path / "out", scale="tiny", command="it")
     # seeds 0, 1, 2 of a end at 2, 3, 4; seed 3 lacks an arm and is not counted
     assert "| Arm A | 3.000 +- 1.000 | 0.400 +- 0.000 |" in text
-    assert "| a is higher | +1 | +1 to +1 | **supports** |" in text
+    assert "| a is higher | +1 | +1 to +1 | **supports** | 0 |" in text
     assert "Not run to its end" in text and "| theirs | 36.60 (+1) |" in text
     assert (tmp_path / "out" / "figure.png").read_bytes()[:4] == b"\x89PNG"
     result = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -79,8 +79,28 @@ def test_longer_chains_have_a_tail():
     lengths = sorted(source[i].metadata["num_operands"] for i in range(2000))
     assert (lengths[0], lengths[-1]) == (2, 20)
     assert lengths[1000] <= 6 and lengths[1800] >= 14, "half of them short, a tenth long"
-    with pytest.raises(ValueError, match="data.task_config=.*max_operands"):
-        Chains(size=1, seed=1, split="all", task_config={"longest": 20})
+
+
+def test_a_tail_of_chains_is_a_bounded_pareto_law_and_log_uniform_in_the_limit():
+    """P(N >= k) = (k^-a - 81^-a) / (2^-a - 81^-a), the law that is cut at both ends: 0.488 for k=4, a=1."""
+    for tail, shares in ((1.0, {4: 0.488, 8: 0.231, 40: 0.026}), (2.0, {4: 0.249, 8: 0.062, 40: 0.002})):
+        source = Chains(size=4000, seed=1, split="all", task_config={"max_operands": 80, "tail": tail})
+        lengths = [source[i].metadata["num_operands"] for i in range(4000)]
+        assert min(lengths) == 2 and max(lengths) <= 80
+        for operands, share in shares.items():  # 4 standard errors
+            found = sum(length >= operands for length in lengths) / 4000
+            assert abs(found - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 5e-4
+    plain, limit = (Chains(size=300, seed=1, split="all", task_config={"max_operands": 80, **tail})
+                    for tail in ({}, {"tail": 1e-9}))
+    assert [plain[i].text for i in range(300)] == [limit[i].text for i in range(300)]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"longest": 20}, {"tail": 1.0}, {"max_operands": 1}, {"max_operands": 20, "tail": -1},
+    {"max_operands": 20, "tail": "1"}])
+def test_a_wrong_setting_of_chains_is_named(wrong):
+    with pytest.raises(ValueError, match="data.task_config=.*max_operands.*tail"):
+        Chains(size=1, seed=1, split="all", task_config=wrong)
 
 
 def test_chain_answers_and_every_worked_step_are_right():
