@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_rl.ablations.driver import Plan, Run, continued, plan, run_all, run_starts
 from megatron_rl.ablations.report import publish, write_result
 from megatron_rl.ablations.spec import Ablation, load_ablation
-from megatron_rl.config.check import check_rl
+from megatron_rl.config.check import check_rl, check_sft
 from megatron_rl.config.resources import SOURCE_TREE
 from megatron_rl.config.rules import require
 from megatron_rl.launch.local import RunInterrupted
@@ -74,7 +74,7 @@ def run(options) -> int:
 
 
 def run_what_is_missing(options, asked: Planned) -> None:
-    """All of it here with one engine, or the supervised starts here and a job for each arm and seed."""
+    """All of it here with one engine, or what comes before the arms here and a job for each arm and seed."""
     if options.multirun is None:
         run_all(asked.ablation, asked.plan, Console())
         return
@@ -100,14 +100,19 @@ def seeds_of(text: str) -> list[int]:
 
 def check(ablation: Ablation, todo: Plan) -> None:
     """Compose and validate every run, print them, start nothing. A model that a start will make has no sizes yet."""
+    for each in todo.starts:
+        (check_sft if each.recipe == "sft" else check_rl)(each.config, None)
     table = Table("arm", "seed", "Phi", "steps", title=str(todo.root))
     for each in todo.runs:
-        if each.config.model.architecture or (Path(each.config.model.path) / "config.json").is_file():
+        if each.recipe == "sft":
+            check_sft(each.config, None)
+        elif each.config.model.architecture or (Path(each.config.model.path) / "config.json").is_file():
             validate(each.config, start=False)
         else:
             check_rl(each.config, None)
         algo = each.config.algo
-        phi = f"{algo.phi_global(each.config.parallel.dp):,}" if algo.has_budget else "no budget"
+        budgeted = each.recipe == "rl" and algo.has_budget
+        phi = f"{algo.phi_global(each.config.parallel.dp):,}" if budgeted else "no budget"
         table.add_row(ablation.arms[each.arm], str(each.seed), phi, str(each.steps))
     Console().print(table)
 
@@ -116,6 +121,9 @@ def submit_all(todo: Plan) -> None:
     """One Slurm job per run that is not finished (section slurm of the configuration); --collect comes after them."""
     waiting: list[Run] = [each for each in todo.runs if not each.finished()]
     if any(not start.finished() for start in todo.starts):
-        raise ValueError("the supervised starts come first: run them on one machine, or give start=CHECKPOINT")
+        raise ValueError("the runs under starts and prepared come first: run them on one machine; start=CHECKPOINT "
+                         "stands for the starts")
+    for each in waiting:
+        require(each.recipe == "rl", f"arm {each.arm} is supervised, and --slurm submits RL runs: run it without")
     for each in waiting:
         print(f"{each.folder}: job {submit(continued(each), dry_run=False)}")

@@ -1,6 +1,6 @@
-"""Runs an ablation: supervised starts once, then every (seed, arm) by itself; what is finished is not run again.
+"""Runs an ablation: starts and prepared runs once, then every (seed, arm) by itself; what is finished is not run again.
 
-Folders under <out>/<ablation>/<scale>: init/ (random weights), starts/<start>/, <arm>/seed_<n>/. Whether a run is
+Folders under <out>/<ablation>/<scale>: init/ (random weights), starts/<name>/, <arm>/seed_<n>/. Whether a run is
 finished is read from its own files, so an interrupted ablation goes on with the same command.
 """
 
@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_rl.ablations.spec import Ablation, Scale
+from megatron_rl.ablations.spec import Ablation, Arm, Scale
 from megatron_rl.config.check import check_evaluates
-from megatron_rl.config.load import from_json, load
+from megatron_rl.config.distillation import teachers_at
+from megatron_rl.config.load import from_json, load, to_dict
 from megatron_rl.config.resume import changed
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import engines_for, terminable
+from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS
+from megatron_rl.recipes import evaluate
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.runs import engine_errors, prepare_model, train_rl, train_sft
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the ablation; arm None is a supervised start."""
+    """One run of the ablation; arm None is one that comes before the arms. recipe: Arm.recipe."""
 
     arm: str | None
     seed: int
     config: Config
+    recipe: str = "rl"
 
     @property
     def folder(self) -> Path:
@@ -41,11 +47,13 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return self.config.sft.total_steps if self.arm is None else self.config.run.steps
+        return self.config.sft.total_steps if self.recipe == "sft" else self.config.run.steps
 
     def finished(self) -> bool:
         """All steps logged, and what comes after the last one done. ValueError: the folder holds another run."""
         self._check_same_run()
+        if self.recipe == "evaluate":
+            return (self.folder / evaluate.RESULTS).is_file()
         if self.arm is None:
             return _last_step(self.folder / METRICS) == self.steps and (self.folder / "hf" / "config.json").is_file()
         return _last_step(self.folder / EVALUATIONS) == self.steps
@@ -63,7 +71,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """The supervised runs and the arms' runs, seed by seed, so that an early stop leaves whole comparisons."""
+    """The runs before the arms in their order; the arms' runs, seed by seed, so that an early stop leaves whole
+    comparisons."""
 
     root: Path
     starts: tuple[Run, ...]
@@ -72,41 +81,89 @@ class Plan:
 
 def plan(name: str, scale_name: str, scale: Scale, *, out: Path, seeds: Sequence[int], arms: Sequence[str],
          overrides: Sequence[str] = (), start: str | None = None) -> Plan:
-    """The runs of some arms of `scale`, composed. start: a checkpoint for all instead of the supervised runs.
+    """The runs of some arms of `scale` and what these need, composed. start: a checkpoint instead of the supervised
+    starts, also for what has no start.
 
     ValueError: as the configuration raises it, or an arm that is not there.
     """
     unknown = [arm for arm in arms if arm not in scale.arms]
     require(not unknown, f"arms={','.join(unknown)}: {name}, scale {scale_name} has {', '.join(scale.arms)}")
     root = out / name / scale_name
-    needed = {scale.arms[arm].start for arm in arms}
-    used = {} if start else {key: settings for key, settings in scale.starts.items() if key in needed}
-    starts = tuple(Run(None, 0, load([*settings, "run.seed=0", f"run.name={key}", f"run.dir={root / 'starts' / key}",
-                                      f"model.path={root / 'init'}", "observe.wandb=off"]))
-                   for key, settings in used.items())
+    before = {key: Arm("sft", overrides=settings) for key, settings in scale.starts.items()} | scale.prepared
+    folders = {key: root / "starts" / key for key in before}
+    models = {key: Path(start) if start and key in scale.starts else folders[key] / "hf" for key in before}
+
+    def given(run: Arm) -> list[str]:
+        """Overrides that follow from the runs that `run` needs."""
+        model = models[run.start] if run.start else start
+        texts = [f"model.path={model}"] if model else []
+        if run.teachers:
+            texts += teachers_at(run.teachers, models)
+        if run.responses_of:
+            texts += ["data.source=jsonl", f"data.path={folders[run.responses_of] / evaluate.SAMPLES}",
+                      "data.response_key=text", "data.split=all"]
+        return texts
+
     runs = []
-    for seed in seeds:
-        for key in arms:
-            arm = scale.arms[key]
-            model = start or (arm.start and str(root / "starts" / arm.start / "hf"))
-            runs.append(Run(key, seed, load([
-                *scale.common, *arm.overrides, *([f"model.path={model}"] if model else []), f"run.seed={seed}",
-                f"run.name={key}_seed_{seed}", f"run.dir={root / key / f'seed_{seed}'}", "run.export_hf=false",
-                "observe.wandb=off", *overrides])))
-            check_evaluates(runs[-1].config, "an ablation")
-    return Plan(root, starts, tuple(runs))
+    for seed, key in itertools.product(seeds, arms):
+        arm = scale.arms[key]
+        runs.append(Run(key, seed, load([
+            *scale.common, *arm.overrides, *given(arm), f"run.seed={seed}", f"run.name={key}_seed_{seed}",
+            f"run.dir={root / key / f'seed_{seed}'}", f"run.export_hf={str(arm.recipe == 'sft').lower()}",
+            "observe.wandb=off", *overrides]), arm.recipe))
+        check_evaluates(runs[-1].config, "an ablation")
+    starts = []
+    for key in needed([scale.arms[arm] for arm in arms], before):
+        if start and key in scale.starts:
+            continue
+        texts = [f"model.path={root / 'init'}"] if key in scale.starts else given(before[key])
+        starts.append(Run(None, 0, load([*before[key].overrides, *texts, "run.seed=0", f"run.name={key}",
+                                         f"run.dir={folders[key]}", "observe.wandb=off"]), before[key].recipe))
+    return Plan(root, tuple(starts), tuple(runs))
+
+
+def needed(arms: Sequence[Arm], before: Mapping[str, Arm]) -> list[str]:
+    """The runs of `before`, in its order, that `arms` need or that these need."""
+    found: set[str] = set()
+    waiting = list(arms)
+    while waiting:
+        run = waiting.pop()
+        new = run.needs - found
+        found |= new
+        waiting += [before[key] for key in new]
+    return [key for key in before if key in found]
 
 
 def run_starts(todo: Plan, console: Console) -> None:
-    """The supervised runs that are not finished, and the model that the arms begin with where the project makes it."""
-    if any(not run.finished() for run in todo.starts) and not (todo.root / "init" / "config.json").is_file():
+    """The runs before the arms that are not finished, and the models that the project makes."""
+    init = todo.root / "init"
+    if any(run.config.model.path == str(init) and not run.finished() for run in todo.starts) \
+            and not (init / "config.json").is_file():
         todo.root.mkdir(parents=True, exist_ok=True)
-        make_random_model(todo.root / "init", seed=0)
+        make_random_model(init, seed=0)
+    for run in (*todo.starts, todo.runs[0]):
+        prepare_model(run.config)
     for run in todo.starts:
-        if not run.finished():
-            console.print(f"[bold]start {run.config.run.name}[/bold]: {run.steps} supervised steps in {run.folder}")
-            train_sft(continued(run))
-    prepare_model(todo.runs[0].config)
+        if run.finished():
+            continue
+        console.print(f"[bold]{run.config.run.name}[/bold], before the arms: {run.recipe} in {run.folder}")
+        config = continued(run)
+        if run.recipe == "sft":
+            train_sft(config)
+        elif run.recipe == "rl":
+            train_rl(config)
+        else:
+            sample(config)
+
+
+def sample(config: Config) -> None:
+    """A run of recipe evaluate: the responses are in <run.dir>/evaluation_samples.jsonl."""
+    folder = Path(config.run.dir)
+    with claimed(folder), terminable(), engine_errors(), \
+            engines_for(config, config.model.path, folder / "engine.log") as served, \
+            evaluate.serving_model(served, Path(config.model.path)):  # given engines hold another
+        write_json(folder / CONFIG, to_dict(config))
+        evaluate.measure(served)
 
 
 def run_all(ablation: Ablation, todo: Plan, console: Console) -> None:
@@ -124,7 +181,21 @@ def run_all(ablation: Ablation, todo: Plan, console: Console) -> None:
                               f"{run.steps} steps in {run.folder}")
                 config = continued(run)
                 engine = dataclasses.replace(config.rollout.engine, urls=served.rollout.engine.urls)
-                train_rl(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine)))
+                config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
+                if run.recipe == "sft":
+                    train_sft_and_evaluate(config)
+                else:
+                    train_rl(config)
+
+
+def train_sft_and_evaluate(config: Config) -> None:
+    """A supervised arm. Writes eval.jsonl as an RL run does: before the first step and after the last."""
+    train_sft(config)
+    folder, rows = Path(config.run.dir), []
+    for step, model in ((0, Path(config.model.path)), (config.sft.total_steps, folder / "hf")):
+        with evaluate.serving_model(config, model):
+            rows.append({"step": step, **evaluate.run(config, step)})
+    write_whole(folder / EVALUATIONS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def sharing_engines(runs: Sequence[Run]) -> list[list[Run]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,26 +21,69 @@ Take = Literal["first", "last", "gain", "mean", "end", "sum", "cv", "jitter"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison. start: the supervised run whose model it begins with; else model.path is set."""
+    """One side of the comparison, or a run under `prepared` that others need.
 
+    - recipe: `rl` and `sft` train. `evaluate`, only under prepared, samples responses to the problems of section eval.
+    - start: the run under starts or prepared whose model it begins with; else model.path is set.
+    - teachers: domain -> the run under starts or prepared that teaches its prompts (algo.distillation); for `rl`.
+    - responses_of: the run under prepared, of recipe `evaluate`, whose responses it learns; for `sft`.
+    - overrides: under prepared all of them, for an arm those beside Scale.common.
+    """
+
+    recipe: Literal["rl", "sft", "evaluate"] = "rl"
     start: str | None = None
+    teachers: dict[str, str] = field(default_factory=dict)
+    responses_of: str | None = None
     overrides: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> set[str]:
+        """The runs that come before it."""
+        return {self.start, self.responses_of, *self.teachers.values()} - {None}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The runs at one size. common: overrides of every arm; starts: supervised runs from a random model, by name."""
+    """The runs at one size.
+
+    - common: overrides of every arm.
+    - starts: supervised runs from a random model, by name.
+    - prepared: more runs that come before the arms, once for all seeds, by name. One may need those above it.
+    """
 
     seeds: tuple[int, ...] = (0,)
     common: tuple[str, ...] = ()
     starts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    prepared: dict[str, Arm] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def __post_init__(self):
         require(len(self.arms) > 0, "scales: a scale without arms")
+        recipes: dict[str, str] = dict.fromkeys(self.starts, "sft")
+        for name, run in self.prepared.items():
+            require(name not in recipes, f"scales: {name} is under starts and under prepared: rename one")
+            _check(run, f"prepared run {name}", recipes)
+            recipes[name] = run.recipe
         for name, arm in self.arms.items():
-            require(arm.start is None or arm.start in self.starts,
-                    f"scales: arm {name} has start: {arm.start}, which is not under starts")
+            require(arm.recipe != "evaluate", f"scales: arm {name} has recipe: evaluate, which is for prepared runs")
+            _check(arm, f"arm {name}", recipes)
+
+
+def _check(run: Arm, what: str, recipes: Mapping[str, str]) -> None:
+    """ValueError unless `run` needs only runs that come before it. recipes: those, each with its recipe."""
+    require(not run.teachers or run.recipe == "rl", f"scales: {what} has teachers, which are for recipe: rl")
+    require(run.responses_of is None or run.recipe == "sft",
+            f"scales: {what} has responses_of, which is for recipe: sft")
+    for key, names in {"start": [run.start], "teachers": run.teachers.values(),
+                       "responses_of": [run.responses_of]}.items():
+        for name in names:
+            if name is None:
+                continue
+            require(name in recipes,
+                    f"scales: {what} has {key}: {name}, which is not under starts nor under prepared above it")
+            evaluates = recipes[name] == "evaluate"
+            require(evaluates == (key == "responses_of"), f"scales: {what} has {key}: {name}, which "
+                    f"{'leaves responses and no model' if evaluates else 'leaves a model and no responses'}")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -32,6 +33,13 @@ class TeacherConfig:
         for url in self.urls:
             require(urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).hostname),
                     f"urls: {url!r} must look like http://127.0.0.1:30000")
+
+
+def teachers_at(taught: Mapping[str, str], folders: Mapping[str, Path]) -> list[str]:
+    """Overrides of algo.distillation. taught: domain -> its teacher; folders: teacher -> its checkpoint."""
+    teachers = ", ".join(f"{name}: {{checkpoint: '{folders[name]}'}}" for name in dict.fromkeys(taught.values()))
+    routes = ", ".join(f"{domain}: {name}" for domain, name in taught.items())
+    return [f"algo.distillation.teachers={{{teachers}}}", f"algo.distillation.routes={{{routes}}}"]
 
 
 @dataclass(frozen=True)

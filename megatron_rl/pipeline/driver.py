@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import os
@@ -23,13 +22,8 @@ from megatron_rl.pipeline.record import Record, begin, finish, made_from, record
 from megatron_rl.pipeline.report import write_result
 from megatron_rl.recipes import evaluate, select_checkpoint
 from megatron_rl.recipes.quickstart import make_random_model
-from megatron_rl.rollout.client import engine_clients
-from megatron_rl.rollout.connection import EngineHTTPError
 from megatron_rl.rollout.fleet import FleetError
 from megatron_rl.runs import engine_errors, train_rl, train_sft
-
-LOADED = -2
-"""The label of weights that an engine read from a folder; after a restart it says -1 (rollout/supervisor.py)."""
 
 
 def run(plan: Plan, console: Console) -> Path:
@@ -102,7 +96,7 @@ def choose(stage: Stage, served: Config, console: Console) -> None:
         console.print(f"sampling from {path}")
         config = dataclasses.replace(
             config, rollout=dataclasses.replace(config.rollout, engine=served.rollout.engine))
-        with serving_model(config, Path(path)):
+        with evaluate.serving_model(config, Path(path)):
             yield config
 
     own = dataclasses.replace(stage.config.rollout.engine, urls=())
@@ -123,7 +117,7 @@ def evaluate_model(plan: Plan, stage: Stage, served: Config, console: Console) -
         whole, model=dataclasses.replace(whole.model, path=str(stage.model)),
         run=dataclasses.replace(whole.run, dir=str(stage.folder / "evaluation")),
         rollout=dataclasses.replace(whole.rollout, engine=served.rollout.engine))
-    with serving_model(config, stage.model):
+    with evaluate.serving_model(config, stage.model):
         measured = evaluate.measure(config)
     shown = Table("set", "accuracy", "95% interval", "problems", title="the model is right in")
     for each in measured:
@@ -133,32 +127,6 @@ def evaluate_model(plan: Plan, stage: Stage, served: Config, console: Console) -
         shown.add_row(each.name, accuracy, interval, f"{values['problems']} x {values['samples_per_problem']}")
     console.print(shown)
     return {each.name: each.values for each in measured}
-
-
-@contextlib.contextmanager
-def serving_model(config: Config, folder: Path) -> Iterator[None]:
-    """The engines of `config` hold the model of `folder`, at the end still. RunFailed if one does not."""
-    asyncio.run(_on_engines(config, folder, load=True))
-    yield
-    asyncio.run(_on_engines(config, folder, load=False))
-
-
-async def _on_engines(config: Config, folder: Path, *, load: bool) -> None:
-    clients = engine_clients(config)
-
-    async def load_or_look(client) -> None:
-        if load:
-            await client.update_weights_from_disk(str(folder.resolve()), version=LOADED)
-        elif await client.weight_version() != LOADED:
-            raise RunFailed(f"{client.base_url} was started again while it served {folder}, so what it said may be "
-                            "the base model's; its log says why")
-
-    try:
-        await asyncio.gather(*map(load_or_look, clients))
-    except EngineHTTPError as error:
-        raise RunFailed(f"the engines could not serve {folder}: {error}") from error
-    finally:
-        await asyncio.gather(*(client.close() for client in clients))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_rl.config.distillation import DistillationConfig
+from megatron_rl.config.distillation import DistillationConfig, teachers_at
 from megatron_rl.config.load import SHORTHANDS, load
 from megatron_rl.config.pipeline import BASE, PipelineStage
 from megatron_rl.config.resources import CONF_DIR
@@ -117,12 +117,9 @@ def _compose(whole: Config, name: str, model: Path, models: Mapping[str, Path],
         rl = next(each for each in names[names.index(name):] if declared[each].recipe == "rl")
         texts, taught = [*declared[rl].overrides, *of_stages.get(rl, ()), *texts], declared[rl].teachers
         given["select.folder"] = root / _last_sft(declared, name)
-    if taught:
-        folders = ", ".join(f"{each}: {{checkpoint: '{models[each]}'}}" for each in dict.fromkeys(taught.values()))
-        routes = ", ".join(f"{domain}: {teacher}" for domain, teacher in taught.items())
-        given |= {"algo.distillation.teachers": f"{{{folders}}}", "algo.distillation.routes": f"{{{routes}}}"}
+    teachers = teachers_at(taught, models) if taught else []
     try:
-        config = load([*texts, *(f"{key}={value}" for key, value in given.items())])
+        config = load([*texts, *(f"{key}={value}" for key, value in given.items()), *teachers])
     except ValueError as error:
         raise ValueError(f"stage {name}: {error}") from error
     if declared[name].recipe == "select":  # which asks no teacher of the rl stage that it repeats

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ from rich.table import Table
 
 from megatron_rl.config.load import to_dict
 from megatron_rl.config.schema import Config
+from megatron_rl.launch.local import RunFailed
 from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe.files import write_json
 from megatron_rl.orchestrator.evaluation import INTERVAL_PREFIX, Evaluator, Measured
 from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.reward import RewardPool
+from megatron_rl.rollout.client import engine_clients
+from megatron_rl.rollout.connection import EngineHTTPError
 
 RESULTS, SAMPLES = "evaluation.json", "evaluation_samples.jsonl"
+LOADED = -2
+"""The label of weights that an engine read from a folder; after a restart it says -1 (rollout/supervisor.py)."""
 
 
-def run(config: Config) -> dict[str, float]:
+def run(config: Config, step: int = 0) -> dict[str, float]:
     """Held-out accuracy of what the engines serve, as one row; values as Evaluator returns them."""
-    return asyncio.run(_with_evaluator(config, lambda evaluator: evaluator.evaluate(step=0)))
+    return asyncio.run(_with_evaluator(config, lambda evaluator: evaluator.evaluate(step)))
 
 
 def measure(config: Config) -> list[Measured]:
@@ -32,14 +38,14 @@ def measure(config: Config) -> list[Measured]:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = {each.name: each.values for each in measured}
-    write_json(folder / RESULTS, {"model": config.model.path, "results": results, "eval": to_dict(config)["eval"]})
     with (folder / SAMPLES).open("w", encoding="utf-8") as file:
         for each in measured:
             for group in each.groups:
                 for text, score in zip(group.texts, group.scores, strict=True):
-                    file.write(json.dumps({"set": each.name, "id": group.prompt.id, "answer": group.prompt.answer,
-                                           "reward": score.value, "correct": score.correct, "status": score.status,
-                                           "text": text}) + "\n")
+                    file.write(json.dumps({"set": each.name, "id": group.prompt.id, "prompt": group.prompt.text,
+                                           "answer": group.prompt.answer, "reward": score.value,
+                                           "correct": score.correct, "status": score.status, "text": text}) + "\n")
+    write_json(folder / RESULTS, {"model": config.model.path, "results": results, "eval": to_dict(config)["eval"]})
     return measured
 
 
@@ -48,6 +54,32 @@ async def _with_evaluator(config: Config, use: Callable[[Evaluator], Awaitable[A
         rewards.warm_up()
         async with Serving(config) as serving:
             return await use(Evaluator(config, serving, load_tokenizer(config.model), rewards))
+
+
+@contextlib.contextmanager
+def serving_model(config: Config, folder: Path) -> Iterator[None]:
+    """The engines of `config` hold the model of `folder`, at the end still. RunFailed if one does not."""
+    asyncio.run(_on_engines(config, folder, load=True))
+    yield
+    asyncio.run(_on_engines(config, folder, load=False))
+
+
+async def _on_engines(config: Config, folder: Path, *, load: bool) -> None:
+    clients = engine_clients(config)
+
+    async def load_or_look(client) -> None:
+        if load:
+            await client.update_weights_from_disk(str(folder.resolve()), version=LOADED)
+        elif await client.weight_version() != LOADED:
+            raise RunFailed(f"{client.base_url} was started again while it served {folder}, so what it said may be "
+                            "the base model's; its log says why")
+
+    try:
+        await asyncio.gather(*map(load_or_look, clients))
+    except EngineHTTPError as error:
+        raise RunFailed(f"the engines could not serve {folder}: {error}") from error
+    finally:
+        await asyncio.gather(*(client.close() for client in clients))
 
 
 def table(measured: Sequence[Measured], title: str) -> Table:

@@ -71,6 +71,7 @@ def run(config: Config) -> None:
                 tokens += in_step
                 if log is not None:
                     log.log(done, {**reduce_metrics(result.sums, None), **result.gauges,
+                                   "train/selected_tokens": sum(int(each.loss_mask.sum()) for each in samples),
                                    "tokens_per_s/train": in_step / (time.perf_counter() - started)})
             if options.export_epochs:  # before its checkpoint, from which a killed run goes on with the next epoch
                 folder = epoch_folder(config, epoch + 1)

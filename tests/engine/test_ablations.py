@@ -59,6 +59,49 @@ def test_two_arms_run_to_a_result_and_an_interrupted_run_goes_on(name, quickstar
     assert json.loads((folder / "result.json").read_text())["seeds"] == [0]
 
 
+def test_a_student_learns_from_a_prepared_teacher_and_another_from_its_responses(
+        quickstart_model, engine_url, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    short = json.dumps([f"model.path={quickstart_model}", "experiment=quickstart", *SHORT, "eval.problems=4",
+                        f"rollout.engine.urls=[{engine_url}]"])
+    monkeypatch.setattr(spec, "EXAMPLES", tmp_path)
+    (tmp_path / "mine" / "ablation.yaml").write_text(f"""
+arms: {{taught: distilled, told: supervised}}
+scales:
+  tiny:
+    common: {short}
+    prepared:
+      teacher: {{overrides: {short}}}
+      responses:
+        {{recipe: evaluate, start: teacher, overrides: {json.dumps([*json.loads(short)[1:], "eval.problems=32"])}}}
+    arms:
+      taught: {{teachers: {{math: teacher}}, overrides: [algo.distillation.task_reward=false]}}
+      told: {{recipe: sft, responses_of: responses, overrides: [sft.examples=32, sft.batch_size=16, sft.epochs=1]}}
+columns:
+  - {{label: before, metric: held_out/accuracy, take: first}}
+  - {{label: tokens, metric: train/selected_tokens, take: sum}}
+""")
+    settings = [f"out={tmp_path / 'out'}"]
+    assert main(["ablate", "mine", "--check", *settings]) == 0
+    assert main(["ablate", "mine", *settings]) == 0
+    folder = tmp_path / "out" / "mine" / "tiny"
+    values = json.loads((folder / "result.json").read_text())["values"]
+    assert values["taught"]["before"] == values["told"]["before"], "the same model, problems and seeds"
+    samples = (folder / "starts" / "responses" / "evaluation_samples.jsonl").read_text().splitlines()
+    assert len(samples) == 32 * 2, "two to each problem"
+    assert values["taught"]["tokens"] == [2 * 64.0] and values["told"]["tokens"][0] > 32
+    rows = [json.loads(line) for line in (folder / "told" / "seed_0" / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2]
+
+    before = {path: path.read_bytes() for path in folder.rglob("eval*.json*")}
+    shutil.rmtree(folder / "taught")
+    (folder / "told" / "seed_0" / "eval.jsonl").write_text("")  # as if killed before the evaluation
+    assert main(["ablate", "mine", *settings]) == 0
+    after = {path: path.read_bytes() for path in before}
+    kept = [path for path in before if path.parent.parent.name == "starts"]
+    assert kept and all(before[path] == after[path] for path in kept), "what is prepared is not made again"
+
+
 def test_arms_begin_from_a_supervised_start_that_is_trained_once(engine_url, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     start = "[experiment=quickstart_sft, parallel=single, sft.epochs=1, sft.examples=32, observe.progress=false]"

@@ -81,17 +81,19 @@ def test_pilot_seeds_say_what_all_planned_seeds_could_detect():
     assert math.isnan(detectable(1.0, 2)), "two seeds cannot tell anything"
 
 
-def write_run(root, arm: str, seed: int, *, scores: list[float], steps: int = 2, evaluated: bool = True) -> Run:
+def write_run(root, arm: str, seed: int, *, scores: list[float], steps: int = 2, evaluated: bool = True,
+              recipe: str = "rl", **sections) -> Run:
     folder = root / arm / f"seed_{seed}"
     folder.mkdir(parents=True)
-    config = build({"run": {"dir": str(folder), "steps": steps, "seed": seed}})
+    asked = steps if recipe == "rl" else 7  # an sft run takes its steps from section sft
+    config = build({"run": {"dir": str(folder), "steps": asked, "seed": seed}, **sections})
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     (folder / "versions.json").write_text(json.dumps(VERSIONS))
     rows = [{"step": step + 1, "score": value} for step, value in enumerate(scores)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     last = [{"step": 0, "accuracy": 0.1}] + ([{"step": steps, "accuracy": 0.5}] if evaluated else [])
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in last))
-    return Run(arm, seed, config)
+    return Run(arm, seed, config, recipe)
 
 
 def test_a_spread_over_seeds_that_measured_nothing_is_nan():
@@ -104,6 +106,16 @@ def test_a_run_is_finished_when_its_last_evaluation_is_there(tmp_path):
     killed = write_run(tmp_path, "a", 1, scores=[1.0, 2.0], evaluated=False)
     assert done.finished() and not killed.finished() and killed.begun()
     assert whole_seeds(Plan(tmp_path, (), (done, killed))) == [0]
+
+
+def test_a_supervised_arm_is_finished_when_it_is_evaluated_and_samples_when_all_are_written(tmp_path):
+    sft = {"epochs": 1, "examples": 32, "batch_size": 16}
+    run = write_run(tmp_path, "a", 0, scores=[1.0, 2.0], recipe="sft", sft=sft)
+    assert run.config.run.steps == 7 and run.steps == 2 and run.finished()
+    samples = Run(None, 0, run.config, "evaluate")
+    assert not samples.finished()
+    (run.folder / "evaluation.json").write_text("{}")
+    assert samples.finished()
 
 
 def test_a_folder_with_another_run_is_refused_by_the_key_that_differs(tmp_path):

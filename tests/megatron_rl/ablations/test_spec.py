@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def test_arms_differ_in_what_they_compare_and_in_nothing_else():
     assert ours.model.path == theirs.model.path == str(todo.starts[0].folder / "hf")
 
 
+def test_ratios_of_three_units_are_compared_at_one_budget_with_the_clip_ranges_of_their_papers():
+    tiny = spec.load_ablation("lpo_gspo_token").scales["tiny"]
+    todo = plan("x", "tiny", tiny, out=Path("runs"), seeds=[0], arms=list(tiny.arms))
+    token, lpo, gspo, gspo_wide = (run.config for run in todo.runs)
+    for other in (lpo, gspo, gspo_wide):
+        assert {key for key, *_ in differences(token, other)} == {
+            "run.name", "run.dir", "algo.loss.surrogate", "algo.loss.clip_eps_low", "algo.loss.clip_eps_high"}
+    assert [(each.algo.loss.surrogate, each.algo.loss.clip_eps_low, each.algo.loss.clip_eps_high)
+            for each in (token, lpo, gspo, gspo_wide)] == [
+        ("ppo", 0.2, 0.2), ("lpo", 0.03, 0.03), ("gspo", 3e-4, 4e-4), ("gspo", 0.03, 0.03)]
+    assert token.algo.updates_per_rollout > 1, "with one update every ratio is 1"
+    worked = " so3+7=10 then10-1=9 so\\boxed{9}"
+    assert re.split(token.algo.sentence_end, worked) == [" so3+7=1", " then10-1=", " so\\boxed{9}"]
+
+
 def test_the_search_for_a_collapse_compares_objectives_in_every_setting():
     ablation = spec.load_ablation("grpo_collapse")
     tiny = ablation.scales["tiny"]
@@ -58,7 +74,16 @@ def test_the_search_for_a_collapse_compares_objectives_in_every_setting():
 @pytest.mark.parametrize(("text", "message"), [
     ("titel: x", r"unknown key titel \(did you mean title\?\)"),
     ("scales: {tiny: {arms: {a: {}}}}", "no label under arms for a"),
-    ("scales: {tiny: {arms: {a: {start: s}}}}", "start: s, which is not under starts"),
+    ("scales: {tiny: {arms: {a: {start: s}}}}", "arm a has start: s, which is not under starts"),
+    ("scales: {tiny: {prepared: {p: {start: q}, q: {}}, arms: {a: {}}}}", "run p has start: q.*nor under prepared"),
+    ("scales: {tiny: {starts: {p: []}, prepared: {p: {}}, arms: {a: {}}}}", "p is under starts and under prepared"),
+    ("scales: {tiny: {arms: {a: {teachers: {math: t}}}}}", "arm a has teachers: t, which is not under starts"),
+    ("scales: {tiny: {starts: {t: []}, arms: {a: {recipe: sft, teachers: {math: t}}}}}", "teachers.*for recipe: rl"),
+    ("scales: {tiny: {starts: {t: []}, arms: {a: {responses_of: t}}}}", "responses_of, which is for recipe: sft"),
+    ("scales: {tiny: {starts: {t: []}, arms: {a: {recipe: sft, responses_of: t}}}}", "a model and no responses"),
+    ("scales: {tiny: {prepared: {e: {recipe: evaluate}}, arms: {a: {start: e}}}}", "responses and no model"),
+    ("scales: {tiny: {arms: {a: {recipe: evaluate}}}}", "recipe: evaluate, which is for prepared runs"),
+    ("scales: {tiny: {arms: {a: {recipe: dpo}}}}", "recipe=dpo must be one of"),
     ("columns: [{label: x, metric: y, take: median}]", "take=median must be one of"),
     ("statements: [{column: score}]", "column 'score' is not under columns"),
     ("panels: [{title: both, metric: a, column: b}]", "'both' needs metric or column"),
@@ -79,6 +104,46 @@ def test_a_mistake_in_an_ablation_names_file_and_key(tmp_path, monkeypatch, text
 def test_a_wrong_setting_is_refused_before_anything_starts(settings, message, capsys):
     assert main(["ablate", "fig7_8_c3po_vs_grpo", *settings]) == 2
     assert message in capsys.readouterr().err
+
+
+STUDENTS = spec.Scale(
+    starts={"young": ("experiment=quickstart_sft",), "old": ("experiment=quickstart_sft", "sft.epochs=9")},
+    common=("experiment=quickstart",),
+    prepared={"teacher": spec.Arm(start="old", overrides=("experiment=quickstart",)),
+              "responses": spec.Arm("evaluate", start="teacher", overrides=("experiment=quickstart",))},
+    arms={"plain": spec.Arm(start="young"),
+          "taught": spec.Arm(start="young", teachers={"math": "teacher"}),
+          "told": spec.Arm("sft", start="young", responses_of="responses")})
+
+
+def plan_of(arms: list[str], **settings):
+    return plan("x", "tiny", STUDENTS, out=Path("runs"), seeds=[1], arms=arms, **settings)
+
+
+def test_arms_learn_from_runs_that_are_prepared_once():
+    todo = plan_of(["taught", "told"])
+    taught, told = (run.config for run in todo.runs)
+    starts = Path("runs/x/tiny/starts")
+    assert [(run.config.run.name, run.recipe) for run in todo.starts] == [
+        ("young", "sft"), ("old", "sft"), ("teacher", "rl"), ("responses", "evaluate")]
+    assert taught.algo.distillation.checkpoints == {
+        "algo.distillation.teachers.teacher.checkpoint": str(starts / "teacher" / "hf")}
+    assert taught.algo.distillation.routes == {"math": "teacher"}
+    assert taught.model.path == told.model.path == str(starts / "young" / "hf")
+    assert told.data.path == str(starts / "responses" / "evaluation_samples.jsonl")
+    assert (told.data.source, told.data.response_key) == ("jsonl", "text")
+    assert todo.runs[1].steps == told.sft.total_steps and told.run.export_hf and not taught.run.export_hf
+    teacher, responses = (run.config for run in todo.starts[2:])
+    assert (teacher.model.path, responses.model.path) == (str(starts / "old" / "hf"), str(starts / "teacher" / "hf"))
+
+
+@pytest.mark.parametrize(("arms", "start", "expected"), [
+    (["plain"], None, ["young"]), (["taught"], None, ["young", "old", "teacher"]), (["plain"], "here", []),
+    (["told"], "here", ["teacher", "responses"])])
+def test_only_what_the_chosen_arms_need_is_prepared(arms, start, expected):
+    todo = plan_of(arms, start=start)
+    assert [run.config.run.name for run in todo.starts] == expected
+    assert start is None or {run.config.model.path for run in (*todo.runs, *todo.starts[:1])} == {start}
 
 
 def test_arms_share_engines_where_one_can_serve_them_and_seeds_stay_together():
