@@ -1,14 +1,17 @@
 """Hugging Face names <-> Megatron's sharded parameters, streaming in both directions.
 
-What a parameter is made of says its Slot (slots.py). `load_hf` reads the tensors of one slot at a time;
-`Exporter` sends each piece once to rank 0, so memory is bounded by one slot. Copies only: a round trip is equal
-bit for bit.
+What a parameter is made of says its Slot (slots.py). `load_hf` reads the tensors of one slot at a time. `Exporter`
+sends each piece once to rank 0, many in one message; rank 0 holds two rounds of messages at most. Copies only: a round
+trip is equal bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +31,8 @@ _TRANSFORMER_ENGINE = (
 )
 """Names of a layer's parameters in te_spec.py, and what they are in spec.py's other layers and in slots.py."""
 _LAYERS = "decoder.layers."
+GATHER_BYTES = 64 << 20
+"""How much of the weights rank 0 gathers at a time. A piece alone is small: 5.8 MB for an expert of Ling-lite."""
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -117,6 +122,33 @@ def _fill(slot: Slot, parameter: torch.Tensor, whole: list[torch.Tensor], topolo
     parameter.data.copy_(piece)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """A slot whose pieces are brought together on rank 0. shape, dtype: of each piece; sources: the rank of each."""
+
+    slot: Slot
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: list[int]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.sources) * math.prod(self.shape) * self.dtype.itemsize
+
+
+def _rounds(plan: Iterable[Gathered]) -> list[list[Gathered]]:
+    """Consecutive slots of one dtype, of at most GATHER_BYTES together; a larger slot is alone."""
+    rounds: list[list[Gathered]] = []
+    held = 0
+    for each in plan:
+        if not rounds or each.dtype != rounds[-1][0].dtype or held + each.num_bytes > GATHER_BYTES:
+            rounds.append([])
+            held = 0
+        rounds[-1].append(each)
+        held += each.num_bytes
+    return rounds
+
+
 class Exporter:
     """Streams the policy's current weights to rank 0 as (Hugging Face name, tensor on the CPU or device).
 
@@ -128,14 +160,14 @@ class Exporter:
         self._adapters = None if adapters else policy.adapters
         chosen = trained_slots(policy, topology) if adapters else [*slots(policy, topology), *frozen_slots(policy)]
         self._local = {slot.key: (slot, tensor) for slot, tensor in chosen}
-        self._plan = self._gather_plan()
+        self._rounds = _rounds(self._gather_plan())
 
     def _piece(self, key: str) -> torch.Tensor:
         tensor = self._local[key][1]
         return tensor.detach() if self._adapters is None else self._adapters.merged(tensor)
 
-    def _gather_plan(self) -> list[tuple[Slot, tuple[int, ...], torch.dtype, list[int]]]:
-        """(slot, piece shape, dtype, source rank of each piece), in one order that all ranks share."""
+    def _gather_plan(self) -> list[Gathered]:
+        """In one order that all ranks share."""
         here = self._topology
         owned = []
         for key, (slot, parameter) in self._local.items():
@@ -151,22 +183,49 @@ class Exporter:
             for key, slot, shape, dtype, index in items:
                 about[key] = (slot, shape, dtype)
                 sources.setdefault(key, {})[index] = rank
-        return [(*about[key], [sources[key][i] for i in sorted(sources[key])]) for key in sorted(about)]
+        return [Gathered(*about[key], [sources[key][i] for i in sorted(sources[key])]) for key in sorted(about)]
 
     @torch.no_grad()
     def __call__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Named tensors on rank 0; other ranks must iterate too (they send, and yield nothing)."""
-        here = self._topology
-        for slot, shape, dtype, ranks in self._plan:
-            pieces = []
-            for source in ranks:
-                if source == here.rank == 0:
-                    pieces.append(self._piece(slot.key))
-                elif source == here.rank:
-                    dist.send(self._piece(slot.key).contiguous(), dst=0)
-                elif here.rank == 0:
-                    piece = torch.empty(shape, dtype=dtype, device=here.device)
-                    dist.recv(piece, src=source)
-                    pieces.append(piece)
-            if here.rank == 0:
-                yield from slot.unshard(pieces)
+        if self._topology.rank == 0:
+            yield from self._receive()
+        else:
+            self._send()
+
+    def _receive(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The next round arrives while the caller works on this one."""
+        coming = self._expect(self._rounds[0])
+        for round_, following in zip(self._rounds, [*self._rounds[1:], []], strict=True):
+            for _, work in coming.values():
+                work.wait()
+            left = {source: buffer for source, (buffer, _) in coming.items()}
+            coming = self._expect(following)
+            for each in round_:
+                pieces, size = [], math.prod(each.shape)
+                for source in each.sources:
+                    if source == 0:
+                        pieces.append(self._piece(each.slot.key))
+                    else:
+                        pieces.append(left[source][:size].view(each.shape))
+                        left[source] = left[source][size:]
+                yield from each.slot.unshard(pieces)
+
+    def _expect(self, round_: list[Gathered]) -> dict[int, tuple[torch.Tensor, dist.Work]]:
+        """By rank: the buffer for its pieces of a round, and what is done when they are there."""
+        sizes: Counter[int] = Counter()
+        for each in round_:
+            sizes.update(dict.fromkeys(each.sources, math.prod(each.shape)))
+        coming = {}
+        for source in sizes.keys() - {0}:
+            buffer = torch.empty(sizes[source], dtype=round_[0].dtype, device=self._topology.device)
+            coming[source] = buffer, dist.irecv(buffer, src=source)
+        return coming
+
+    def _send(self) -> None:
+        """This rank's pieces, a message for each round in which it has some."""
+        rank = self._topology.rank
+        for round_ in self._rounds:
+            pieces = [self._piece(each.slot.key).flatten() for each in round_ if rank in each.sources]
+            if pieces:
+                dist.send(torch.cat(pieces), dst=0)

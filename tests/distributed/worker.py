@@ -28,7 +28,7 @@ from megatron_rl.batch import by_sample, common_tokens, lay_out, pack, plan_micr
 from megatron_rl.config.distillation import DistillationConfig, TeacherConfig
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import RECOMPUTE_MODULES, AlgoConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.model import backend
+from megatron_rl.model import backend, convert
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.build import build_policy
 from megatron_rl.model.convert import Exporter, fill_adapters, load_hf, trained_slots
@@ -55,6 +55,8 @@ from tests.distributed.networks import (
 )
 
 Run = Callable[[Path, str, topology.Topology], None]
+
+convert.GATHER_BYTES = 1 << 14  # so that an export of these small networks takes several rounds too
 
 
 def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, count: int, top_k: int = 0) -> list:
