@@ -2,7 +2,7 @@
 # PROCESSES=... of `make test`: three keep two cores busy, since each waits a good deal, for engines and for Slurm.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart ablations test test-fast test-gpu test-te test-layouts test-kills test-faults bench lint docs clean
+.PHONY: help setup quickstart ablations test test-fast test-gpu test-te test-layouts test-kills test-faults bench bench-gpu lint docs clean
 
 VENV := .venv/bin
 ARGS ?=
@@ -31,8 +31,8 @@ test-fast: setup  ## the tests that start neither an engine nor several ranks
 test-layouts: setup  ## one step in every parallel layout against a float64 reference, as a table
 	@$(VENV)/python -m pytest tests/distributed/test_gradients.py $(ARGS)
 
-test-gpu: setup  ## the kernels' tests on this machine's GPU (`make test` hides GPUs)
-	@MEGATRON_RL_TEST_GPU=1 $(VENV)/python -m pytest tests/kernels $(ARGS)
+test-gpu: setup  ## minutes on this machine's GPU, from doctor to RL, in the order of docs/gpu.md (`make test` hides GPUs)
+	@MEGATRON_RL_TEST_GPU=1 $(VENV)/python -m pytest -v --durations=0 --session-timeout=480 -m gpu tests/card $(ARGS)
 
 test-te: setup  ## Transformer Engine's layers without a GPU; TE_WHEEL=... is its torch extension (docs/gpu.md)
 	@bash .ci/te_folder.sh build/te "$(TE_WHEEL)"
@@ -48,6 +48,9 @@ test-faults: setup  ## engines (ten moments each: a table), environments, judges
 
 bench: setup  ## run every benchmark, print ours, anchor, ratio, limit (ARGS=--quick smoke, ARGS=--stored last results)
 	@$(VENV)/python -m benchmarks $(ARGS)
+
+bench-gpu: setup  ## on this machine's GPU: kernels against their floors, a slice of Ling-lite by backend, profiles in build/trace
+	@$(VENV)/python -m benchmarks --gpu $(ARGS)
 
 lint: setup  ## ruff over the whole tree, mypy over what others import, and a syntax check of the shell scripts
 	@$(VENV)/ruff check .

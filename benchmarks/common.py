@@ -118,13 +118,14 @@ def main(name: str, measure: Callable[..., tuple[list[Row], dict[str, Any]]], **
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="seconds, not minutes; times are not judged or saved")
+    parser.add_argument("--no-save", action="store_true", help="print only")
     for option, default in options.items():
         parser.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
-    load = load_average()
+    load, printed_only = load_average(), arguments.pop("no_save")
     rows, details = measure(**arguments)
     print(f"{name}\n{format_table(rows)}")
-    if not arguments["quick"]:
+    if not (arguments["quick"] or printed_only):
         save(name, rows, details, arguments, load)
 
 

@@ -2,10 +2,11 @@
 
 Packed sequences of 8k to 24k tokens, random weights, bfloat16. A step is what the learner does with one batch: the pass
 for old log-probabilities, then forward, backward and AdamW. Both arms train one model in one process and take turns:
-`megatron` is SDPA by sequence, SequentialMLP, the eager router and chunked log-probabilities. `ours` is the torch
-backend with what --experts, --router and --logprob name (model.kernels). Reported: tokens/s, model TFLOP/s
-(observe/flops.py), peak memory. --trace FOLDER leaves a profile of one update of each arm. `--quick` is the same
-program on a small network, for machines without a GPU.
+`megatron` is SDPA by sequence, SequentialMLP, the eager router and chunked log-probabilities. `torch` is the torch
+backend with what --experts, --router and --logprob name (model.kernels). `--backend transformer_engine` has layers of
+its own, so it runs alone. Reported: tokens/s, model TFLOP/s (observe/flops.py), peak memory, also against what
+`megatron-rl plan` says. --trace FOLDER leaves a profile of one update of each arm. `--quick` is the same program on a
+small network, for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from megatron_rl import topology
 from megatron_rl.batch import plan_microbatches
 from megatron_rl.batch.pack import pack
 from megatron_rl.config.kernels import KernelConfig
-from megatron_rl.config.schema import AlgoConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.schema import AlgoConfig, BatchConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.model.architectures import HF_FILES, parse_config
 from megatron_rl.model.attention import PackedSelfAttention, attend_at_once, attend_by_run
 from megatron_rl.model.backend import Backend, resolve
 from megatron_rl.model.build import Policy, build_policy
 from megatron_rl.model.kernel_layers import KernelExperts, KernelRouter
+from megatron_rl.model.network import Network
 from megatron_rl.model.router import BudgetRouter
 from megatron_rl.observe.flops import train_flops
+from megatron_rl.plan.memory import plan_stage
 from megatron_rl.train_step.optimizer import build_optimizer
 from megatron_rl.train_step.step import TrainStep
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
 
-LAYERS = 4
+LAYERS, CHUNK_TOKENS = 4, 1024
 (SequentialMLP,) = KernelExperts.__bases__
 TINY = {"vocab_size": 2048, "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "intermediate_size": 256}
@@ -98,6 +101,12 @@ def peak_memory_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def planned_bytes(model: Network, options: ModelConfig, algo: AlgoConfig, tokens: list[int]) -> int:
+    """The peak that `megatron-rl plan` gives for micro-batches of so many tokens."""
+    config = Config(model=options, algo=algo, batch=BatchConfig(max(tokens), CHUNK_TOKENS))
+    return plan_stage(model, config, 0, len(tokens)).total
+
+
 def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -116,24 +125,25 @@ def record(arm: str, folder: str, update) -> None:
     print(arm, profile.key_averages().table(sort_by=order, row_limit=25), sep="\n")
 
 
-def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts: str, router: str, logprob: str,
-            trace: str) -> tuple[list[Row], dict]:
+def measure(*, quick: bool, backend: str, recompute: str, sequences: int, steps: int, experts: str, router: str,
+            logprob: str, trace: str) -> tuple[list[Row], dict]:
     on_gpu = torch.cuda.is_available()
     if not quick and not on_gpu:
-        raise ValueError("the slice at its real size needs a CUDA device; --quick runs without one")
+        raise SystemExit("the slice at its real size needs a CUDA device, and torch sees none; --quick runs without")
     shortest, longest = (128, 383) if quick else (8_192, 24_575)
     sequences, steps = (3, 1) if quick else (sequences, steps)
-    options = ModelConfig(dtype="bfloat16", recompute=recompute, backend="torch",
+    options = ModelConfig(dtype="bfloat16", recompute=recompute, backend=backend,
                           kernels=KernelConfig(experts, router, logprob))
     ours = resolve(options, gpu=on_gpu)
-    arms = {"megatron": resolve(ModelConfig(backend="megatron"), gpu=on_gpu), "ours": ours}
+    arms = {"megatron": resolve(ModelConfig(backend="megatron"), gpu=on_gpu)} if backend == "torch" else {}
+    arms[backend] = ours
     raw, parallel = network(small=quick), ParallelConfig()
     here = topology.start(parallel, seed=0)
     model = parse_config(raw, "the slice")
     policy = build_policy(model, options, parallel, with_gradients=True)
     initialise(policy, model.initializer_range)
     optimizer = build_optimizer(policy, OptimizerConfig(), parallel)
-    step = TrainStep(policy, optimizer, here, temperature=1.0, chunk_tokens=1024)
+    step = TrainStep(policy, optimizer, here, temperature=1.0, chunk_tokens=CHUNK_TOKENS)
     made = samples(sequences, shortest, longest, model.vocab_size)
     lengths = [len(sample.token_ids) - 1 for sample in made]
     plan, = plan_microbatches(lengths, dp_size=1, tokens_per_microbatch=longest + 1)
@@ -145,15 +155,19 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts:
     batches = [pack([made[i] for i in members], multiple_of=1, device=here.device) for members in plan]
     peaks, gauges, counts = {}, {}, {}
 
+    def turn_to(arm: str) -> None:
+        if len(arms) > 1:
+            choose(policy, step, arms[arm])
+
     def old_logprobs(arm: str) -> None:
-        choose(policy, step, arms[arm])
+        turn_to(arm)
         old, counts[arm] = step.count_routing(batches)
         for batch, logprobs_T in zip(batches, old, strict=True):
             batch.old_logprobs = logprobs_T
         wait()
 
     def update(arm: str) -> None:
-        choose(policy, step, arms[arm])
+        turn_to(arm)
         reset_peak_memory()
         result = step.update(batches, objective, lr=1e-6, balance_coef=algo.balance_coef,
                              z_loss_coef=algo.z_loss_coef, counts=counts[arm])
@@ -166,16 +180,19 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts:
     for arm in arms if trace else ():
         record(arm, trace, lambda arm=arm: update(arm))
     tokens, flops = sum(lengths), train_flops(vars(model), lengths)
-    name = (f"ling_lite_slice: {LAYERS} layers of {'a small network' if quick else 'Ling-lite'}, {tokens} tokens in "
+    name = (f"{backend}: {LAYERS} layers of {'a small network' if quick else 'Ling-lite'}, {tokens} tokens in "
             f"{len(plan)} micro-batches")
 
-    def rates(work: float, seconds: dict[str, list[float]]) -> tuple[float, float]:
-        return work / median(seconds["ours"]), work / median(seconds["megatron"])
+    def rates(work: float, seconds: dict[str, list[float]]) -> tuple[float, float | None]:
+        return work / median(seconds[backend]), work / median(seconds["megatron"]) if "megatron" in seconds else None
 
+    planned = planned_bytes(model, options, algo, [len(batch.input_ids) for batch in batches])
     rows = [Row(f"{name}: update", *rates(tokens, updates), "tokens/s"),
             Row(f"{name}: update", *rates(flops / 1e12, updates), "model TFLOP/s"),
             Row(f"{name}: old log-probabilities", *rates(tokens, passes), "tokens/s"),
-            Row(f"{name}: peak memory of an update", peaks["ours"] / 1e9, peaks["megatron"] / 1e9, "GB")]
+            *([Row(f"{name}: peak memory of an update", peaks[backend] / 1e9, peaks["megatron"] / 1e9, "GB")]
+              if "megatron" in peaks else []),
+            Row(f"{name}: peak memory against `plan`", peaks[backend] / 1e9, planned / 1e9, "GB")]
     parameters = sum(parameter.numel() for gpt in policy.gpt_models for parameter in gpt.parameters())
     topology.stop()
     return rows, {"device": str(here.device), "lengths": lengths, "parameters": parameters, "recompute": recompute,
@@ -184,5 +201,5 @@ def measure(*, quick: bool, recompute: str, sequences: int, steps: int, experts:
 
 
 if __name__ == "__main__":
-    main("ling_lite_slice", measure, recompute="full", sequences=8, steps=3, experts="auto", router="auto",
-         logprob="auto", trace="")
+    main("ling_lite_slice", measure, backend="torch", recompute="full", sequences=8, steps=3, experts="auto",
+         router="auto", logprob="auto", trace="")

@@ -1,8 +1,8 @@
 """Environment of every test process and of the processes it starts; set before torch is imported.
 
 GPUs are hidden: the tests' models are float32, which engines on CUDA do not take, and their heads are small. `make
-test-gpu` (MEGATRON_RL_TEST_GPU=1) shows them to the kernels' tests.
-One thread per process (several ranks share few cores), no torch.compile (Megatron's jit_fuser), and no
+test-gpu` (MEGATRON_RL_TEST_GPU=1) shows them to tests/card, and leaves torch.compile (Megatron's jit_fuser) as it is.
+One thread per process (several ranks share few cores), no torch.compile elsewhere, and no
 network: wandb writes files, Hugging Face reads local folders.
 """
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 os.environ.update(
     OMP_NUM_THREADS="1",
-    TORCHDYNAMO_DISABLE="1",
     WANDB_MODE="offline",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
@@ -19,7 +18,7 @@ os.environ.update(
 )
 
 if os.environ.get("MEGATRON_RL_TEST_GPU") != "1":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 HERE = Path(__file__).resolve().parent
-LONGEST_FIRST = ("engine/test_runs.py", "slurm", "engine/test_ablations.py", "engine", "distributed",
+LONGEST_FIRST = ("engine/test_runs.py", "slurm", "engine/test_ablations.py", "engine", "distributed", "card",
                  "test_benchmarks.py")
 """Files, and folders of files, that start real processes."""
 

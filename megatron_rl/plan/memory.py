@@ -73,9 +73,10 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The peak: a layer or the head of a training pass, the optimiser's step after it, or engines on the same GPUs,
-        which have given their memory back until then: a publish to them, and their sampling."""
+        which have given their memory back until then: a publish to them, and their sampling. For these the gradients'
+        buffers are free (TrainStep.release_gradients)."""
         return self.stays + max(self.activations + max(self.layer, self.logits), self.step,
-                                self.publishing + self.engine)
+                                self.publishing + self.engine - (self.gradients if self.engine else 0))
 
 
 def plan_memory(model: Network, config: Config, *, engine_bytes: int = 0) -> MemoryPlan:

@@ -170,6 +170,8 @@ class TrainStep:
         losses.begin_update(step_tokens=self._step_tokens(microbatches), scale=scaling.router_scale,
                             load_fractions={} if counts is None else {
                                 layer: c / c.sum().clamp(min=1) for layer, c in counts.experts.items()})
+        for chunk in self._trained_chunks:
+            chunk.restore_grad_buffers(synchronize=False)
         for chunk in self.policy.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -201,6 +203,16 @@ class TrainStep:
                     store[key] = value
                 else:
                     store[key] = store[key].merge(value) if isinstance(value, Max) else store[key] + value
+
+    def release_gradients(self) -> None:
+        """Frees the buffers of gradients until the next backward(). What they hold is lost."""
+        for chunk in self._trained_chunks:
+            chunk.offload_grad_buffers(synchronize=False, empty_cache=False)
+
+    @property
+    def _trained_chunks(self) -> list[torch.nn.Module]:
+        """All that have gradients: the policy's, and the layer behind the last."""
+        return [*self.policy.chunks, *([] if self._mtp is None else [self.policy.mtp_chunk])]
 
     def _step_tokens(self, microbatches: Sequence[PackedMicrobatch]) -> float:
         """Real tokens of the whole step, over all data-parallel ranks (prompt and response, padding excluded)."""

@@ -157,9 +157,15 @@ class Trainer:
         results = self._learner.learn(updates, timers)
         self.steps_done = step + 1
         self._checkpoints.poll()
-        if self._config.rollout.engine.colocate and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what torch keeps for the next step, the engines cannot have
+        if self._config.rollout.engine.colocate:
+            self._leave_room()
         return {"results": [_plain(result) for result in results], "seconds": timers.pop()}
+
+    def _leave_room(self) -> None:
+        """Frees for colocated engines what only a step needs: gradients, and what torch keeps for the next one."""
+        self._learner.step.release_gradients()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _save(self, step: int, loop_state: dict[str, Any]) -> dict[str, Any]:
         """Writes a checkpoint with both programs' state in one folder."""

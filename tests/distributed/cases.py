@@ -74,11 +74,13 @@ KERNELS = {
     "megatron": {},
     "reference": {"kernels": KernelConfig(experts="reference", router="reference")},
     "torch": {"backend": "torch"},
+    "transformer_engine": {"backend": "transformer_engine"},
     "grouped_mm": {"kernels": KernelConfig(experts="grouped_mm")},
     "triton": {"kernels": KernelConfig(experts="triton", router="triton", logprob="triton", pointwise="triton")},
     "fused": {"kernels": KernelConfig(experts="loop", logprob="fused", pointwise="triton")},
 }
-"""Keys of `model`. torch is as on a GPU, whose calls and operators a CPU answers (varlen.py, gpu_operators.py)."""
+"""Keys of `model`. torch is as on a GPU, whose calls and operators a CPU answers (varlen.py, gpu_operators.py).
+transformer_engine needs a GPU."""
 KERNELS_IN = {"ep2": ("megatron", "reference", "torch"), "ep2_allgather": ("reference",),
               "tp2_ep2": ("reference",), "tp2_etp2": ("reference",), "cp2": ("reference",), "one": ("triton", "fused")}
 """Choices of model.kernels that are held against the same float64 reference, by layout. torch gives its gradients in

@@ -14,7 +14,10 @@ LOOP_STATE, ROLLOUTS = {"updates_done": 2}, {"prompts": {"position": 7}, "carrie
 
 @dataclass(frozen=True)
 class Case:
-    """network: the name under which the layouts' folder holds the network and its step. "": the network of cases.py."""
+    """network: the name under which the layouts' folder holds the network and its step. "": the network of cases.py.
+
+    offload: as in a colocated run, optimizer.offload, and gradients that are released after each step.
+    """
 
     layout: str
     network: str = ""

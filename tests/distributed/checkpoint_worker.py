@@ -56,7 +56,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run, self.policy, self.optimizer, self.here)
         self._step = TrainStep(self.policy, optimizer, self.here, temperature=cases.TEMPERATURE, chunk_tokens=16,
                                mtp_optimizer=mtp_optimizer)
-        self._layout = case.layout
+        self._layout, self._colocated = case.layout, case.offload
         self._data: cases.Step = torch.load(data / case.network / "step.pt", weights_only=False)
 
     def update(self) -> None:
@@ -64,6 +64,10 @@ class Trainer:
         _, counts = self._step.count_routing(batches)
         self._step.update(batches, token_loss, lr=cases.LEARNING_RATE, balance_coef=cases.BALANCE_COEF,
                           z_loss_coef=cases.Z_LOSS_COEF, counts=counts)
+        if self._colocated:
+            self._step.release_gradients()
+            for _, parameter in trained_slots(self.policy, self.here):
+                assert parameter.main_grad.untyped_storage().size() == 0
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """What trains, its master weights and moments under their Hugging Face names, on rank 0."""

@@ -66,7 +66,7 @@ def test_the_next_step_is_the_one_that_would_have_followed(folder, source, targe
 
 
 @pytest.mark.parametrize("plain", ["ep2", "ep2_bf16", "tp2_pp2_ep2_plain_bf16"])
-def test_states_on_the_host_change_no_bit_of_weights_and_moments(folder, plain):
+def test_states_on_the_host_and_released_gradients_change_no_bit_of_weights_and_moments(folder, plain):
     """Three steps, with the distributed optimiser and without, in float32 and with float32 copies of bfloat16."""
     on_device, on_host = result(folder, plain), result(folder, f"{plain}_offload")
     for moment in ("state", "next"):

@@ -1,8 +1,8 @@
 """The processes behind the layout tests: runs the step of cases.py in many layouts and saves what came out.
 
 `python -m tests.distributed.worker RUN FOLDER WORLD_SIZE LAYOUT...` forks WORLD_SIZE ranks after the imports,
-so that a group of layouts pays for them once (hide the GPUs: a forked process cannot use CUDA). FOLDER holds step.pt
-and the checkpoints; rank 0 writes LAYOUT.pt there.
+so that a group of layouts pays for them once (hide the GPUs: a forked process cannot use CUDA). One rank alone is this
+process, and may be on a GPU. FOLDER holds step.pt and the checkpoints; rank 0 writes LAYOUT.pt there.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from megatron_rl.model.convert import Exporter, fill_adapters, load_hf, trained_
 from megatron_rl.model.hf_folder import write_hf_folder
 from megatron_rl.model.router import RoutingCounts
 from megatron_rl.model.slots import frozen_names
+from megatron_rl.model.te_spec import HAVE_TE
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.train_step.optimizer import build_mtp_optimizer, build_optimizer
 from megatron_rl.train_step.step import TrainStep
@@ -76,10 +77,10 @@ def microbatches_of(step: cases.Step, here: topology.Topology, layout: str, coun
     shape = None if step.routed_experts is None else step.routed_experts[0].shape[1:]
     for members, tokens in zip(plan[here.dp_rank], least, strict=True):
         batch = pack([samples[index] for index in members], **align, cp_rank=here.cp_rank, min_tokens=tokens,
-                     experts_shape=shape, top_k=top_k)
+                     device=here.device, experts_shape=shape, top_k=top_k)
         for name in ("old_logprobs", "ref_logprobs"):
             arrays = [getattr(step, name)[index][1:] for index in members]
-            setattr(batch, name, lay_out(batch.source, arrays, dtype=np.float32))
+            setattr(batch, name, lay_out(batch.source, arrays, dtype=np.float32).to(here.device))
         packed.append(batch)
     return packed
 
@@ -343,6 +344,19 @@ def run_bfloat16(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(result, folder / f"{layout}.bfloat16.pt")
 
 
+def run_card(folder: Path, layout: str, here: topology.Topology) -> None:
+    """As run_bfloat16, with the backends of a GPU that are installed; rank 0 saves LAYOUT.card.pt, on the CPU."""
+    results = {}
+    for kernels in ("torch", *(["transformer_engine"] if HAVE_TE else [])):
+        runner = Runner(folder, layout, here, distributed_optimizer=False, checkpoint="bfloat16", step="bfloat16.pt",
+                        dtype="bfloat16", kernels=kernels)
+        gradients, logprobs = runner.gradients(cases.UPDATE_MICROBATCHES), runner.logprobs(norm_head=True)
+        results[kernels] = {"gradients": {name: tensor.cpu() for name, tensor in gradients.items()},
+                            "logprobs": {index: tensor.cpu() for index, tensor in logprobs.items()}}
+    if here.is_main:
+        torch.save(results, folder / f"{layout}.card.pt")
+
+
 def run_lora(folder: Path, layout: str, here: topology.Topology) -> None:
     """The adapters of lora_cases.py in one layout; rank 0 saves what came out as LAYOUT.lora.pt."""
     results = {}
@@ -387,12 +401,14 @@ def run_mtp(folder: Path, layout: str, here: topology.Topology) -> None:
 
 
 RUNS = {"mtp": run_mtp, "bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
-        "exports": run_exports, "lora": run_lora, "shared_experts": run_shared_experts}
+        "card": run_card, "exports": run_exports, "lora": run_lora, "shared_experts": run_shared_experts}
 
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:
-    """`run` in each layout on world_size forked ranks."""
+    """`run` in each layout on world_size forked ranks, or on this one."""
     port = choose_port(None)
+    if world_size == "1":
+        return run_rank(0, run, Path(folder), 1, port, list(layouts))
     torch.multiprocessing.start_processes(
         run_rank, args=(run, Path(folder), int(world_size), port, list(layouts)), nprocs=int(world_size),
         start_method="fork")

@@ -23,7 +23,7 @@ from megatron_rl.rollout.engines import EngineProcess
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.sync.publish import Publisher
 from megatron_rl.sync.tensor import TensorPublisher
-from megatron_rl.sync.verify import ExpectedChecksums, verify_engines
+from megatron_rl.sync.verify import EngineLayout, ExpectedChecksums, verify_engines
 from tests.reference_bailing import response_logprobs
 from tests.tiny_models import tiny_bailing_weights, write_tiny_bailing
 
@@ -76,7 +76,8 @@ def in_time[Outcome](attempt: Callable[[], Outcome], was_in_time: Callable[[Outc
 class LiveEngine:
     """The shared server together with the weights that it is meant to serve."""
 
-    def __init__(self, process: EngineProcess, folder: Path, draw=tiny_bailing_weights):
+    def __init__(self, process: EngineProcess, folder: Path, draw=tiny_bailing_weights, *,
+                 dtype: torch.dtype = torch.float32, device: str = "cpu"):
         """draw(config, seed=...): weights under their checkpoint names; those of the folder without a seed."""
         self.process = process
         self.folder = folder
@@ -85,7 +86,7 @@ class LiveEngine:
         self._draw = draw
         self.weights = draw(self.config)
         self.version = 0
-        self.expected = ExpectedChecksums(self.config, engine_dtype=torch.float32)
+        self.expected = ExpectedChecksums(self.config, engine_dtype=dtype, layout=EngineLayout(device))
         self._seeds = itertools.count(1)
 
     def new_weights(self) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MIXED = "tensors on two devices"
@@ -146,7 +147,11 @@ class Watch(TorchDispatchMode):
             kwargs["device"] = asked if asked.type == "meta" else torch.device("cpu")
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        out = ON_CUDA_ALONE.get(func, func)(*args, **kwargs)
+        own = OPDEFS.get(func._schema.name)
+        if own is not None and "cpu" not in own._backend_fns:  # no CPU's kernel stands in for it
+            out = self._within(own._backend_fns[None], args, kwargs)
+        else:
+            out = ON_CUDA_ALONE.get(func, func)(*args, **kwargs)
         # for zeros of a gradient that is not there autograd's engine asks by itself, on the memory's real device
         by_engine = sys._getframe(1).f_code.co_name == "_engine_run_backward"
         if asked is not None and (asked.type == "cuda" or (name != "_to_copy" and not by_engine)):
@@ -157,6 +162,14 @@ class Watch(TorchDispatchMode):
             if claim(tensor) is None:
                 claimed(tensor, made)
         return out
+
+    def _within(self, function, args, kwargs):
+        """What a Python function gives whose own operations are judged too."""
+        super().__enter__()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.__exit__(None, None, None)
 
 
 def _tensors(values: Iterable) -> Iterator[torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Layouts in which Transformer Engine's layers are built (te_ranks.py), and one tiny network of each family."""
+"""Layouts in which Transformer Engine's layers are built (te_ranks.py), and one tiny network of each family that
+model.backend=transformer_engine takes: those without latent attention."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def config_of(name: str) -> dict[str, Any]:
 def networks_in(layout: str) -> list[str]:
     """Families whose network the layout can hold: a dense one has no experts to spread."""
     spreads = LAYOUTS[layout].get("ep", 1) * LAYOUTS[layout].get("etp", 1) > 1
-    return [name for name in FAMILIES if not spreads or network_of(name).num_experts]
+    return [name for name in FAMILIES
+            if not network_of(name).kv_lora_rank and (not spreads or network_of(name).num_experts)]
 
 
 def network_of(name: str) -> Network:

@@ -19,6 +19,7 @@ import torch
 
 import megatron_rl.preflight_gpu as preflight_gpu
 from megatron_rl.config.load import load
+from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.local import ranks_command
 from megatron_rl.model.architectures import HF_FILES, parse_config
@@ -143,6 +144,11 @@ def test_broadcast_to_engines_on_the_ranks_gpus_is_refused_and_apart_it_is_not(f
     assert [re.search(r"--base-gpu-id (\d)", line)[1] for line in apart] == ["4", "6"]
     assert all("--enable-memory-saver" in line
                for line in found["ring_lite_rl_stage1, in turns"]["8"]["engines"])
+
+
+def test_an_engine_has_time_to_read_ling_lite_and_to_compile():
+    """33.6 GB from a network file system at 50 MB/s, and some minutes for kernels and CUDA graphs."""
+    assert EngineConfig().start_timeout_s > 33.6e9 / 50e6 + 300
 
 
 PARSE = """

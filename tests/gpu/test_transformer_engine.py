@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rl.model.families import FAMILIES
 from tests.distributed.cases import sha256
 from tests.distributed.conftest import run_worker
 from tests.gpu.te_cases import LAYOUTS, RESTORED_IN, TRAVELLERS, network_of, networks_in, write_model
@@ -33,7 +32,7 @@ OTHER = {"torch": "transformer_engine", "transformer_engine": "torch"}
 def folder(tmp_path_factory) -> Path:
     """What the ranks wrote, one start of them for each number of ranks; the checkpoints in folder/NAME."""
     folder = tmp_path_factory.mktemp("transformer_engine")
-    for name in FAMILIES:
+    for name in networks_in("one"):
         write_model(folder, name)
     for size in (1, 2):
         run_worker(("tests.gpu.te_worker",), folder, size,

@@ -14,6 +14,7 @@ from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.te_spec import layer_submodules
+from tests.gpu.te_cases import network_of, networks_in
 
 NETWORK = parse_config({**bailing_config(**FAMILIES["bailing_moe"].tiny), "hidden_size": 64, "head_dim": 16,
                         "moe_intermediate_size": 32}, "the test's network")
@@ -125,3 +126,16 @@ def test_what_a_backend_cannot_do_of_a_deepseek_is_refused_by_its_key(changes, o
     with pytest.raises(ValueError, match=f"^{message}"):
         check_backend(ModelConfig(**{**BFLOAT16, **options}), network, ParallelConfig(), gpu=True)
     check_backend(ModelConfig(dtype="bfloat16", backend="megatron"), network, ParallelConfig(), gpu=True)
+
+
+def test_the_networks_that_are_built_with_transformer_engine_are_those_that_it_takes():
+    """`make test-te` runs seldom; this holds its list of networks (tests/gpu/te_cases.py) every day."""
+    for name in FAMILIES:
+        try:
+            check_backend(ModelConfig(backend="transformer_engine", **BFLOAT16), network_of(name), ParallelConfig(),
+                          gpu=True)
+            taken = True
+        except ValueError as refusal:
+            assert "latent attention" in str(refusal)
+            taken = False
+        assert taken is (name in networks_in("one")), name

@@ -77,6 +77,21 @@ def test_one_that_hangs_before_it_is_healthy_is_noticed_soon(tmp_path):
         process.stop()
 
 
+def test_an_engine_at_work_is_never_asked_for_its_health(tmp_path):
+    """SGLang answers /health by a forward pass, and a colocated engine has given up the memory for it."""
+    asked = tmp_path / "asked"
+    process = server(tmp_path, SERVER.replace(
+        "self.send", "open(sys.argv[2], 'a').write(self.path + ' '); self.send", 1))
+    process.argv = (*process.argv, str(asked))
+    with Supervisor([process], replace(CONFIG, health_interval_s=0.01)):
+        deadline = time.monotonic() + 60.0
+        while asked.read_text().count("/model_info") < 5:
+            assert time.monotonic() < deadline, asked.read_text()
+            time.sleep(0.05)
+    started, *watched = asked.read_text().split("/model_info", 1)
+    assert "/health" in started and "/health" not in watched[0]
+
+
 def test_it_is_given_up_after_max_restarts(tmp_path, caplog):
     once = tmp_path / "started"
     process = server(tmp_path, f"""
