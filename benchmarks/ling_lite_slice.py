@@ -114,14 +114,11 @@ def wait() -> None:
 
 def record(arm: str, folder: str, update) -> None:
     """A profile of one update as FOLDER/ARM.json (chrome://tracing, perfetto), and its dearest operations printed."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
         update()
     Path(folder).mkdir(parents=True, exist_ok=True)
     profile.export_chrome_trace(f"{folder}/{arm}.json")
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(arm, profile.key_averages().table(sort_by=order, row_limit=25), sep="\n")
 
 
