@@ -31,7 +31,7 @@ class Place:
     def device(self) -> str:
         return "cuda" if self.on_card else "cpu"
 
-    def run(self, *command: str, timeout_s: float = 400.0, **variables: str) -> str:
+    def run(self, *command: str, timeout_s: float = 840.0, **variables: str) -> str:
         """What `python -m COMMAND` printed; its last words if it failed. variables: of the environment."""
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'kernels'}", **variables}
         if not self.on_card:
