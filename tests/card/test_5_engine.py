@@ -38,7 +38,7 @@ def engine(place, tmp_path_factory) -> Iterator[LiveEngine]:
     folder = write_tiny_bailing(tmp_path_factory.mktemp("model") / "tiny", torch_dtype="bfloat16", norm_head=True,
                                 hidden_size=128, head_dim=FLASH_HEAD_DIM, moe_intermediate_size=64)
     options = EngineConfig(device=place.device, colocate=True, max_running_requests=32, mem_fraction_static=0.3,
-                           max_total_tokens=None if place.on_card else 8192, start_timeout_s=300.0)
+                           max_total_tokens=None if place.on_card else 8192, start_timeout_s=600.0)
     log = tmp_path_factory.mktemp("engine") / "engine.log"
     with EngineProcess.from_config(dataclasses.replace(ROLLOUT, engine=options), folder, log_path=log,
                                    model_dtype="bfloat16") as process:
