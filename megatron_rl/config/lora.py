@@ -8,7 +8,9 @@ from typing import Literal
 
 from megatron_rl.config.rules import require
 
-TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+PLAIN = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+TARGETS = (*PLAIN, "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj",
+           "linear_kv_up_proj")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class LoraConfig:
     - rank: rows of an adapter's first matrix. 0: no adapters, all weights train. Every layout takes every rank.
     - alpha: what an adapter adds is multiplied by alpha / rank.
     - targets: the projections that get adapters, under Megatron's names: linear_qkv (query, key and value), linear_proj
-      (the attention's output), linear_fc1 (gate and up), linear_fc2 (down). The router never gets one.
+      (the attention's output), linear_fc1 (gate and up), linear_fc2 (down). Latent attention has other projections in
+      the place of linear_qkv: linear_kv_down_proj and linear_kv_up_proj, and linear_q_proj, or with a latent query
+      linear_q_down_proj and linear_q_up_proj. The router never gets one.
     - experts: routed experts have adapters of their own (`own`), or share within a layer the matrices at the hidden
       size, the first of linear_fc1 and the second of linear_fc2 (`shared_outer`), or have none (`none`).
     - path: start from this adapter folder (docs/lora.md) instead of fresh adapters.
@@ -26,7 +30,7 @@ class LoraConfig:
 
     rank: int = 0
     alpha: float = 32.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = PLAIN
     experts: Literal["own", "shared_outer", "none"] = "own"
     path: str | None = None
 

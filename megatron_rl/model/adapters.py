@@ -5,6 +5,7 @@ The linear with weight W [out, in] gets A [r, in] and B [out, r]: it computes W 
 
 - A column-parallel linear (W cut by rows) has a whole A on every rank, and B is cut as W is.
 - A row-parallel linear (W cut by columns) has A cut as W is, and a whole B on every rank.
+- What leads down to a latent vector is whole on every rank, and so are its A and B.
 
 The rank is never cut, so it need not divide by anything.
 """
@@ -20,7 +21,7 @@ from math import prod
 
 import torch
 
-from megatron_rl.config.lora import LoraConfig
+from megatron_rl.config.lora import TARGETS, LoraConfig
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.model.backend import GROUPED_BYTES, resolve
@@ -51,10 +52,10 @@ def adapter_slots(network: Network, lora: LoraConfig) -> Iterator[AdapterSlots]:
             continue
         shared = SHARED[target] if expert and lora.experts == "shared_outer" else None
         names = tuple(each.removesuffix(".weight") for each in base.names)
-        column, inputs = base.cut == "rows", base.parts[0][1]
-        a = Slot((f"{names[0]}.lora_A.weight",), ((lora.rank, inputs),), "none" if column else "columns", base.over)
+        a = Slot((f"{names[0]}.lora_A.weight",), ((lora.rank, base.parts[0][1]),),
+                 "columns" if base.cut == "columns" else "none", base.over)
         b = Slot(tuple(f"{each}.lora_B.weight" for each in names), tuple((part[0], lora.rank) for part in base.parts),
-                 "rows" if column else "none", base.over, base.groups)
+                 "rows" if base.cut == "rows" else "none", base.over, base.groups)
         if shared is not None:
             a, b = (_of_all(each) if letter == shared else each for letter, each in (("A", a), ("B", b)))
         yield AdapterSlots(linear, base, a, b)
@@ -90,7 +91,7 @@ def check_lora(options: ModelConfig, network: Network, *, gpu: bool) -> None:
     linears = {name.split(".")[-2] for name in network_slots(network) if name.endswith(".weight")}
     for target in lora.targets:
         require(target in linears, f"model.lora.targets={','.join(lora.targets)}: this {network.model_type} has no "
-                f"{target}; leave it out")
+                f"{target}; leave it out, it has {', '.join(each for each in TARGETS if each in linears)}")
     reached = {each.linear.split(".")[2] for each in adapter_slots(network, lora)}
     bare = [layer for layer in range(network.num_hidden_layers) if str(layer) not in reached]
     require(not bare, f"model.lora.targets={','.join(lora.targets)} with model.lora.experts={lora.experts} puts no "

@@ -37,8 +37,9 @@ class WholeLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config):
         super().__init__()
+        self.is_expert, self.sequence_parallel = False, config.sequence_parallel
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.allreduce, self.weight.sequence_parallel = True, config.sequence_parallel
 
     def forward(self, x):
         return F.linear(x, self.weight)

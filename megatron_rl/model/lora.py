@@ -32,6 +32,7 @@ from torch import nn
 
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.model.adapters import SHARED
+from megatron_rl.model.latent_attention import WholeLinear
 
 
 class Adapters:
@@ -64,20 +65,25 @@ class Adapters:
 
 
 class Adapter(nn.Module):
-    """A [r, in] and B [out, r] of one linear on this rank. shared: a matrix that another module owns, by its letter."""
+    """A [r, in] and B [out, r] of one linear on this rank. shared: a matrix that another module owns, by its letter.
 
-    def __init__(self, adapters: Adapters, linear: ColumnParallelLinear | RowParallelLinear, lora: LoraConfig,
-                 shared: dict[str, nn.Parameter]):
+    group: the ranks that share the linear; None for one that is whole on each, whose adapter needs no other rank's.
+    """
+
+    def __init__(self, adapters: Adapters, linear: ColumnParallelLinear | RowParallelLinear | WholeLinear,
+                 lora: LoraConfig, shared: dict[str, nn.Parameter]):
         super().__init__()
         self.adapters, rank = adapters, lora.rank
         self.column, self.scale = isinstance(linear, ColumnParallelLinear), lora.scale
-        self.is_expert, self.group = linear.is_expert, linear.tp_group
+        whole = isinstance(linear, WholeLinear)
+        self.is_expert, self.group = linear.is_expert, None if whole else linear.tp_group
         out, inputs = linear.weight.shape
-        for letter, shape, cut in (("A", (rank, inputs), not self.column), ("B", (out, rank), self.column)):
+        cut = "" if whole else "B" if self.column else "A"
+        for letter, shape in (("A", (rank, inputs)), ("B", (out, rank))):
             if letter in shared:
                 object.__setattr__(self, letter, shared[letter])  # not a parameter of this module
             else:
-                setattr(self, letter, _matrix(linear, shape, cut))
+                setattr(self, letter, _matrix(linear, shape, letter == cut))
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B for a product, whose gradients will be whole on every rank."""
@@ -91,7 +97,7 @@ class Adapter(nn.Module):
         """What is added to the linear's output; x as the linear gets it. Ranks exchange [N, r]."""
         a, b = self.matrices()
         low = F.linear(x, a)
-        if not self.is_expert and self.group.size() > 1:
+        if self.group is not None and not self.is_expert and self.group.size() > 1:
             low = gather_from_sequence_parallel_region(low, group=self.group) if self.column else \
                 reduce_scatter_to_sequence_parallel_region(low, group=self.group)
         return F.linear(self.scale * low, b)
@@ -128,7 +134,8 @@ def attach(gpt_models: Sequence[GPTModel], lora: LoraConfig) -> Adapters:
 
 
 def _gets_one(name: str, module: nn.Module, lora: LoraConfig) -> bool:
-    return isinstance(module, ColumnParallelLinear | RowParallelLinear) and name.rpartition(".")[2] in lora.targets
+    kinds = ColumnParallelLinear | RowParallelLinear | WholeLinear
+    return isinstance(module, kinds) and name.rpartition(".")[2] in lora.targets
 
 
 def _attach_experts(adapters: Adapters, experts: SequentialMLP, lora: LoraConfig) -> None:
@@ -156,5 +163,11 @@ def _shared(linear, lora: LoraConfig) -> nn.Parameter:
 
 def _attach(adapters: Adapters, linear, lora: LoraConfig, shared: dict[str, nn.Parameter]) -> None:
     linear.lora = adapters.by_weight[linear.weight] = Adapter(adapters, linear, lora, shared)
-    linear.register_forward_hook(
-        lambda module, inputs, output: (output[0] + module.lora(inputs[0]), *output[1:]) if adapters.on else output)
+
+    def add(module, inputs, output):
+        if not adapters.on:
+            return output
+        added = module.lora(inputs[0])
+        return output + added if torch.is_tensor(output) else (output[0] + added, *output[1:])
+
+    linear.register_forward_hook(add)

@@ -110,13 +110,14 @@ def again_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, de
 
 
 def _adapter_bytes(model: Network, parallel: ParallelConfig, how: Arithmetic, *, dense: bool) -> float:
-    """A x of each adapter: of all tokens beside a column-parallel linear, of 1/t of them beside a row-parallel one."""
+    """A x of each adapter: of all tokens beside a column-parallel linear, of 1/t of them beside any other."""
     lora = how.lora
     if not lora.on:
         return 0
-    share = {"linear_qkv": 1, "linear_proj": 1 / parallel.tp, "linear_fc1": 1, "linear_fc2": 1 / parallel.tp}
+    apart = ("linear_proj", "linear_fc2", "linear_q_down_proj", "linear_kv_down_proj")
     mlp = dense or model.num_shared_experts > 0
-    rows = sum(share[target] for target in lora.targets if mlp or target in ("linear_qkv", "linear_proj"))
+    rows = sum(1 / parallel.tp if target in apart else 1 for target in lora.targets
+               if mlp or target not in ("linear_fc1", "linear_fc2"))
     if not dense and lora.experts != "none":
         rows += expert_rows(model, parallel) * sum(target in lora.targets for target in ("linear_fc1", "linear_fc2"))
     return how.element * lora.rank * rows

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import tests.distributed.cases as cases
-from tests.distributed.lora_cases import LORA_CASES, LoraReference
+from tests.distributed.lora_cases import LORA_CASES, LoraReference, cases_in
 from tests.distributed.networks import MTP_NETWORKS, NETWORKS, WrittenNetwork
 from tests.distributed.reference_step import Reference, fill_logprobs, reference_step
 from tests.distributed.table import RED, table
@@ -46,8 +46,8 @@ class Layouts:
         return self._made("networks", layout, "{}.networks.pt", self.network, NETWORKS)
 
     def lora(self, layout: str) -> dict[str, dict]:
-        """What the layout made of each of LORA_CASES."""
-        return self._made("lora", layout, "{}.lora.pt", self.lora_reference, LORA_CASES)
+        """What the layout made of each of its LORA_CASES."""
+        return self._made("lora", layout, "{}.lora.pt", self.lora_reference, cases_in(layout))
 
     def mtp(self, layout: str) -> dict[str, dict]:
         """What the layout made of each of MTP_NETWORKS, by whether the layer behind the last trains."""

@@ -31,16 +31,28 @@ class LoraCase:
 LORA_CASES = {
     "own": LoraCase("bailing_v2", LoraConfig(rank=4, alpha=8.0)),
     "shared_outer": LoraCase("qwen3_moe", LoraConfig(rank=4, alpha=6.0, experts="shared_outer")),
+    "latent": LoraCase("deepseek_v2", LoraConfig(
+        rank=4, alpha=8.0, targets=("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj",
+                                    "linear_kv_up_proj", "linear_proj"), experts="none")),
+    "latent_query": LoraCase("deepseek_v3", LoraConfig(
+        rank=3, alpha=6.0, targets=("linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj"), experts="none")),
     "attention": LoraCase("bailing_bias", LoraConfig(rank=3, alpha=6.0, targets=("linear_qkv",), experts="none")),
 }
 """bailing_v2 has a dense layer and shared experts; qwen3_moe has query, key and value as tensors of their own;
-bailing_bias has them in one with biases, and its embedding is also its head. Rank 3 divides by nothing."""
+bailing_bias has them in one with biases, and its embedding is also its head; deepseek_v2 has a latent query and
+deepseek_v3 has not. Rank 3 divides by nothing."""
 
 
 LORA_LAYOUTS = ("one", "dp2", "ep2", "tp2", "tp2_ep2", "tp2_etp2", "pp2", "pp2_vpp2", "cp2", "tp2_pp2_ep2",
                 "tp2_cp2_ep2")
+LATENT_LAYOUTS = ("tp2_ep2",)
 WITH_VARIANTS = {("tp2_ep2", "own"), ("pp2", "shared_outer")}
 """Where each of cases.VARIANTS takes a step too."""
+
+
+def cases_in(layout: str) -> dict[str, LoraCase]:
+    return {name: case for name, case in LORA_CASES.items()
+            if layout in (LATENT_LAYOUTS if name.startswith("latent") else LORA_LAYOUTS)}
 
 
 def drawn_matrix(name: str, shape: tuple[int, ...]) -> torch.Tensor:

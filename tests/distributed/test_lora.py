@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import tests.distributed.cases as cases
-from tests.distributed.lora_cases import LORA_CASES, LORA_LAYOUTS, WITH_VARIANTS
+from tests.distributed.lora_cases import LORA_CASES, LORA_LAYOUTS, WITH_VARIANTS, cases_in
 from tests.distributed.reference_step import token_outputs
 from tests.distributed.test_gradients import TOLERANCE, too_different
 
 pytestmark = pytest.mark.slow
-PAIRS = [(layout, name) for layout in LORA_LAYOUTS for name in LORA_CASES]
+PAIRS = [(layout, name) for layout in LORA_LAYOUTS for name in cases_in(layout)]
 in_layouts = pytest.mark.parametrize(("layout", "name"), PAIRS)
 
 

@@ -43,7 +43,7 @@ from megatron_rl.train_step.watch import Watch
 from megatron_rl.trainer.learner import teach
 from megatron_rl.trainer.objective import TokenObjective
 from megatron_rl.types import TrainSample
-from tests.distributed.lora_cases import LORA_CASES, LORA_LAYOUTS, LORA_STEP, WITH_VARIANTS, drawn_matrix
+from tests.distributed.lora_cases import LORA_STEP, WITH_VARIANTS, cases_in, drawn_matrix
 from tests.distributed.mutations import BREAK
 from tests.distributed.networks import (
     BIAS_RATE,
@@ -360,7 +360,7 @@ def run_card(folder: Path, layout: str, here: topology.Topology) -> None:
 def run_lora(folder: Path, layout: str, here: topology.Topology) -> None:
     """The adapters of lora_cases.py in one layout; rank 0 saves what came out as LAYOUT.lora.pt."""
     results = {}
-    for name, case in LORA_CASES.items() if layout in LORA_LAYOUTS else ():
+    for name, case in cases_in(layout).items():
         options = {"checkpoint": f"{case.network}/{CHECKPOINT}", "step": f"{case.network}/{LORA_STEP}",
                    "lora": case.lora}
         runner = Runner(folder, layout, here, distributed_optimizer=False, **options)

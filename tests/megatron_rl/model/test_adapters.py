@@ -83,9 +83,11 @@ def test_every_family_has_adapters_on_all_projections_and_none_on_its_router(fam
 def test_a_projection_that_latent_attention_has_not_is_refused_by_its_name():
     options = ModelConfig(lora=LoraConfig(rank=4))
     network = parse_config({**FAMILIES["deepseek_v2"].tiny, "model_type": "deepseek_v2"}, "deepseek_v2")
-    with pytest.raises(ValueError, match="model.lora.targets=linear_qkv,.*: this deepseek_v2 has no linear_qkv"):
+    with pytest.raises(ValueError, match="model.lora.targets=linear_qkv,.*: this deepseek_v2 has no linear_qkv; leave "
+                       "it out, it has linear_proj, .*linear_q_proj, linear_kv_down_proj, linear_kv_up_proj"):
         check_lora(options, network, gpu=False)
-    check_lora(replace(options, lora=LoraConfig(rank=4, targets=("linear_proj", "linear_fc1"))), network, gpu=False)
+    check_lora(replace(options, lora=LoraConfig(rank=4, targets=("linear_q_proj", "linear_kv_down_proj"))), network,
+               gpu=False)
 
 
 def test_a_summary_says_for_which_families_peft_gives_other_logits():
