@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parts["rehearse"].add_argument("--imbalance", default="1", metavar="X|RUN_DIR",
                                    help="rows of this rank's experts over the mean (default 1: even), or a run whose "
                                    "recorded loads the busiest expert of each layer gets")
-    parts["rehearse"].add_argument("--lengths", default=None, metavar="uniform|lognormal:MEAN:SIGMA|RUN_DIR",
+    parts["rehearse"].add_argument("--lengths", default=None, metavar="uniform|lognormal:MEAN:SIGMA|RUN_DIR[:FACTOR]",
                                    help="lengths of responses, which the run's own schedule packs (default: full "
                                    "micro-batches)")
     parts["rehearse"].add_argument("--layouts", type=positive_int, default=None, metavar="N",

@@ -51,12 +51,12 @@ def collectors_page(config: Config, rows: Sequence[dict[str, Any]], assumed: Seq
         f"<h1>{text(title)}</h1>", *(f"<p>assumed: {text(each)}</p>" for each in assumed),
         f'<div class="legend">{legend}<span>where the ranks spend a step</span></div>{bars}',
         table(["collector", "engines", "GPUs", "step s", "rollout s", "train s", "publish s", "engines busy", "dropped",
-               "staleness", "oldest", "steps a day", "Gtok a day", "tok/s/GPU"], [
+               "staleness", "oldest", "steps a day", "Gtok a day", "tok/s/GPU", "its CV"], [
             [_named(row), row["engines"], row["gpus"], f"{row['seconds']:.1f}", f"{row['rollout']:.1f}",
              f"{row['train']:.1f}", f"{row['publish']:.1f}", f"{row['engine_busy']:.0%}",
              f"{row['dropped'] / max(1.0, row['generated']):.1%}", f"{row['staleness']:.2f}", row["oldest"],
              f"{row['steps_per_day']:,.0f}", f"{row['tokens_per_day'] / GB:.2f}",
-             f"{row['tokens_per_s_per_gpu']:,.0f}"] for row in rows], numbers_from=1)])
+             f"{row['tokens_per_s_per_gpu']:,.0f}", f"{row['tokens_per_s_cv']:.1%}"] for row in rows], numbers_from=1)])
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -260,11 +260,16 @@ class _Cluster:
 
 def simulate_steps(config: Config, decoder: Decoder, engines: int, lengths: Lengths, *, train_s_per_token: float,
                    publish_s: float, steps: int = STEPS) -> list[Step]:
-    """The first `steps` steps of the run with rollout.collector. The same lengths for every collector."""
+    """The first `steps` steps of the run with rollout.collector. The same lengths for every collector.
+
+    With lengths.steps, the responses to the prompts of one step after the other have the lengths of these.
+    """
     rollout = config.rollout
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=steps))
-    drawn = lengths.draw(max(8192, rollout.prompts_per_step * rollout.responses_per_prompt),
-                         rollout.max_response_tokens, seed=config.run.seed)
+    responses = rollout.prompts_per_step * rollout.responses_per_prompt
+    drawn = np.concatenate([
+        each.draw(responses if lengths.steps else max(8192, responses), rollout.max_response_tokens,
+                  seed=config.run.seed + place) for place, each in enumerate(lengths.steps or [lengths])])
     clock = VirtualLoop()
     try:
         fleet = Engines(clock, decoder, engines, rollout.concurrency)
@@ -297,9 +302,9 @@ def publish_seconds(config: Config, network: Network, rates: Rates) -> float:
 
 def whole_steps(config: Config, network: Network, lengths: Lengths, *, train_s_per_token: float, engines: int,
                 rates: Rates, engine_rates: EngineRates) -> list[dict[str, Any]]:
-    """The mean of each collector's measured steps, and what that makes of a day.
+    """The mean of each collector's measured steps, what that makes of a day, and how much steps differ in tokens/s.
 
-    engines: how many stand apart, on rollout.engine.tp GPUs each; on the ranks' GPUs there are as many as fit.
+    As many steps as `lengths` has, else STEPS. engines: how many stand apart, on rollout.engine.tp GPUs each; on the ranks' GPUs there are as many as fit.
     """
     decoder = engine_of(network, config, lengths, engine_rates)
     rows = []
@@ -307,12 +312,15 @@ def whole_steps(config: Config, network: Network, lengths: Lengths, *, train_s_p
         colocated, tp = variant.rollout.engine.colocate, variant.rollout.engine.tp
         count = variant.parallel.world_size // tp if colocated else engines
         seen = simulate_steps(variant, decoder, count, lengths, train_s_per_token=train_s_per_token,
-                              publish_s=publish_seconds(variant, network, rates))[WARM_UP:]
+                              publish_s=publish_seconds(variant, network, rates),
+                              steps=max(STEPS, len(lengths.steps)))[WARM_UP:]
+        speeds = np.array([step.trained / step.seconds for step in seen])
         row = {field.name: float(np.mean([getattr(step, field.name) for step in seen]))
                for field in dataclasses.fields(Step)}
         gpus = variant.parallel.world_size + (0 if colocated else engines * tp)
         rows.append({"collector": variant.rollout.collector, "colocated": colocated, "gpus": gpus,
                      "engines": count, "slots": decoder.slots, **row, "oldest": max(step.oldest for step in seen),
                      "steps_per_day": 86400 / row["seconds"], "tokens_per_day": 86400 * row["trained"] / row["seconds"],
-                     "tokens_per_s_per_gpu": row["trained"] / row["seconds"] / gpus})
+                     "tokens_per_s_per_gpu": row["trained"] / row["seconds"] / gpus,
+                     "tokens_per_s_cv": float(speeds.std() / speeds.mean())})
     return rows

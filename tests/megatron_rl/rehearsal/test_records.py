@@ -43,6 +43,17 @@ def test_a_runs_lengths_have_its_percentiles(tmp_path):
     assert [np.percentile(drawn, share) for share in (10, 50, 90, 100)] == pytest.approx([4, 16, 32, 40], abs=0.5)
 
 
+def test_a_runs_lengths_may_be_stretched_and_are_known_step_by_step(tmp_path):
+    rows = [{f"rollout/response_tokens_{name}": length * value for name, value in
+             {"p10": 1, "p50": 4, "p90": 8, "max": 10}.items()} for length in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = lengths_of(f"{tmp_path}:3", ROLLOUT)
+    assert [np.percentile(step.draw(1001, 100), 50) for step in lengths.steps] == pytest.approx([12, 24], abs=0.5)
+    assert [step.draw(1001, 100).max() for step in lengths.steps] == [30, 60]
+    assert np.percentile(lengths.draw(1001, 100), 50) == pytest.approx(18, abs=0.5), "both steps together"
+    assert "3 times as long" in lengths.name
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("lognormal:20", "write lognormal:MEAN:SIGMA"), ("lognormal:20:-1", "two positive numbers"),
     ("no/run", "there is no no/run/metrics.jsonl")])

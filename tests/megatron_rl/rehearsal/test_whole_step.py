@@ -50,6 +50,19 @@ def test_a_sync_step_is_rollout_and_training_and_publish():
         assert step.engine_busy == pytest.approx(10 / 33)
 
 
+def test_recorded_steps_come_one_after_the_other_and_a_budget_trains_as_many_tokens_of_each():
+    """Responses of 10 and of 20 tokens by turns: 4 of them are 40 and 80 tokens, at half a second each; Phi is 30."""
+    lengths = dataclasses.replace(constant(15), steps=(constant(10), constant(20)) * 2)
+    budget = steps_config("sync", phi=30)
+    made = simulate_steps(budget, SECOND, 1, lengths, train_s_per_token=TRAIN, publish_s=PUBLISH, steps=4)
+    assert [(step.rollout, step.trained, step.train) for step in made] == [
+        (pytest.approx(rollout), 30, pytest.approx(15)) for rollout in (10, 20, 10, 20)]
+    without = dataclasses.replace(budget, algo=dataclasses.replace(budget.algo, objective="grpo"))
+    made = simulate_steps(without, SECOND, 1, lengths, train_s_per_token=TRAIN, publish_s=PUBLISH, steps=4)
+    assert [(step.trained, step.train) for step in made] == [
+        (trained, pytest.approx(trained * TRAIN)) for trained in (40, 80, 40, 80)]
+
+
 def test_sequences_beyond_the_slots_wait_their_turn():
     two = dataclasses.replace(SECOND, slots=2)
     assert steps_of("sync", decoder=two)[0].rollout == pytest.approx(20)
