@@ -101,7 +101,7 @@ def loads_of(folder: str, network: Network) -> dict[int, float]:
     if found != wanted:
         raise ValueError(f"--imbalance {folder}: the run recorded loads of {len(found)} layers ({_span(found)}), but "
                          f"the model has {len(wanted)} layers with experts ({_span(wanted)}); name a run of this model")
-    return {layer: max(1.0, factor * _mean("--imbalance", folder, rows, f"{LOAD}{layer}")) for layer in wanted}
+    return {layer: max(1.0, _mean("--imbalance", folder, rows, f"{LOAD}{layer}")) for layer in wanted}
 
 
 def _span(numbers: list[int]) -> str:

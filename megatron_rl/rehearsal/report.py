@@ -155,8 +155,8 @@ def layouts_text(found: list[dict[str, Any]], rates: RatesFile) -> str:
 def collectors_text(rows: Sequence[dict[str, Any]], assumed: Sequence[str]) -> str:
     """rows: whole_step.whole_steps."""
     title = (f"{'collector':<10}{'engines':>14}{'GPUs':>6}{'step s':>8}{'rollout':>9}{'train':>7}"
-             f"{'publish':>9}"
-             f"{'engines busy':>14}{'dropped':>9}{'stale':>7}{'steps/day':>11}{'Gtok/day':>10}{'tok/s/GPU':>11}{'its CV':>8}")
+             f"{'publish':>9}{'engines busy':>14}{'dropped':>9}{'stale':>7}{'steps/day':>11}{'Gtok/day':>10}"
+             f"{'tok/s/GPU':>11}{'its CV':>8}")
     found = [f"{row['collector']:<10}{row['engines']:>5} {'on ranks' if row['colocated'] else 'apart':<8}"
              f"{row['gpus']:>6}{row['seconds']:>8.1f}{row['rollout']:>9.1f}{row['train']:>7.1f}{row['publish']:>9.1f}"
              f"{row['engine_busy']:>14.0%}{row['dropped'] / max(1.0, row['generated']):>9.1%}{row['staleness']:>7.2f}"

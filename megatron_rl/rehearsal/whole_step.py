@@ -304,7 +304,8 @@ def whole_steps(config: Config, network: Network, lengths: Lengths, *, train_s_p
                 rates: Rates, engine_rates: EngineRates) -> list[dict[str, Any]]:
     """The mean of each collector's measured steps, what that makes of a day, and how much steps differ in tokens/s.
 
-    As many steps as `lengths` has, else STEPS. engines: how many stand apart, on rollout.engine.tp GPUs each; on the ranks' GPUs there are as many as fit.
+    As many steps as `lengths` has, at least STEPS. engines: how many stand apart, on rollout.engine.tp GPUs each; on
+    the ranks' GPUs there are as many as fit.
     """
     decoder = engine_of(network, config, lengths, engine_rates)
     rows = []
