@@ -42,9 +42,8 @@ class Case:
 
 
 def drawn(device: torch.device, *shape: int) -> torch.Tensor:
-    generator = torch.Generator(device=device).manual_seed(0)
-    values = torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
-    return values.bfloat16().requires_grad_()
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[-1] ** 0.5
+    return values.to(device, torch.bfloat16).requires_grad_()
 
 
 def logprob_case(tokens: int, hidden: int, vocab: int) -> Case:
