@@ -56,6 +56,16 @@ def test_ratios_of_three_units_are_compared_at_one_budget_with_the_clip_ranges_o
     assert re.split(token.algo.sentence_end, worked) == [" so3+7=1", " then10-1=", " so\\boxed{9}"]
 
 
+def test_specialists_and_their_distillation_train_on_as_many_tokens_as_mixed_rl():
+    tiny = spec.load_ablation("specialists_vs_mixed").scales["tiny"]
+    todo = plan("x", "tiny", tiny, out=Path("runs"), seeds=[0], arms=["one_model", "mixed"])
+    trained = {run.config.run.name: run.steps * run.config.algo.phi_global(run.config.parallel.dp)
+               for run in (*todo.starts, *todo.runs) if run.recipe == "rl"}
+    mixed = trained.pop("mixed_seed_0")
+    assert len(trained) == 4 and sum(trained.values()) == mixed
+    assert set(todo.runs[0].config.algo.distillation.routes) == {"math", "code", "science"}
+
+
 def test_the_search_for_a_collapse_compares_objectives_in_every_setting():
     ablation = spec.load_ablation("grpo_collapse")
     tiny = ablation.scales["tiny"]
