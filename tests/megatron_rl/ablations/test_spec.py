@@ -107,7 +107,7 @@ def test_a_mistake_in_an_ablation_names_file_and_key(tmp_path, monkeypatch, text
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (["scale=huge"], "scale=huge: fig7_8_c3po_vs_grpo has tiny, paper"),
+    (["scale=huge"], "scale=huge: fig7_8_c3po_vs_grpo has tiny, tail, paper"),
     (["seeds=a"], "seeds=a must be numbers"),
     (["arms=ppo"], "arms=ppo: fig7_8_c3po_vs_grpo, scale tiny has c3po"),
 ])
@@ -154,6 +154,8 @@ def test_only_what_the_chosen_arms_need_is_prepared(arms, start, expected):
     todo = plan_of(arms, start=start)
     assert [run.config.run.name for run in todo.starts] == expected
     assert start is None or {run.config.model.path for run in (*todo.runs, *todo.starts[:1])} == {start}
+    assert all(run.config.model.path == "runs/x/tiny/starts/teacher/hf" for run in todo.starts
+               if run.recipe == "evaluate"), "start stands for supervised starts, not for the teacher"
 
 
 def test_arms_share_engines_where_one_can_serve_them_and_seeds_stay_together():
