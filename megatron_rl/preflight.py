@@ -18,7 +18,7 @@ from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.foreign import load_function
 from megatron_rl.model.adapter_folder import ADAPTER_FOLDER, check_adapter_place, identity, read_adapters, why_not_peft
-from megatron_rl.model.adapters import check_lora, count_trained
+from megatron_rl.model.adapters import check_lora, check_served, count_trained
 from megatron_rl.model.architectures import HF_FILES, parse_config, read_config
 from megatron_rl.model.backend import check_backend, resolve
 from megatron_rl.model.checkpoint_files import check_resume, choose
@@ -83,6 +83,8 @@ def validate(config: Config, *, start: bool, exports: bool = True) -> Sizes:
         check_folders(config, exports=exports and config.run.export_hf)
     check_layout(network, config.parallel)
     check_backends(config, network)
+    if config.rollout.publish == "adapter":
+        check_served(config.model.lora, network)
     sizes = sizes_of(network)
     for each in stages.stage_configs(config):
         check_rl(each, sizes)

@@ -25,6 +25,8 @@ Written for SGLang 0.5.23, which runs unmodified; what is adapted:
    that there is a scaling (layers/rotary_embedding/factory.py).
  - the gate of a qwen2_moe's shared experts is torch's, since SGLang has a Triton kernel alone. Delete when
    models/qwen2_moe.py has another way on a CPU.
+ - no memory is pinned for adapters (--enable-lora), which needs a GPU's driver. Delete when lora/layers.py and
+   lora/backend/torch_backend.py ask is_pin_memory_available, as lora/mem_pool.py does.
  - decoding goes a batch at a time instead of sequence by sequence and expert by expert (sglang_cpu_batched.py).
 
 Importing this module does nothing; prepare() comes before SGLang is imported.
@@ -193,8 +195,31 @@ def apply() -> None:
     _admit_torch_native_for_deterministic_inference()
 
 
+class _Unpinned:
+    """torch for modules that pin memory, without doing so."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    def tensor(self, *args, pin_memory: bool = False, **options) -> torch.Tensor:
+        return torch.tensor(*args, **options)
+
+    def zeros(self, *args, pin_memory: bool = False, **options) -> torch.Tensor:
+        return torch.zeros(*args, **options)
+
+
+def _pin_nothing() -> None:
+    from sglang.srt.lora import layers
+    from sglang.srt.lora.backend import torch_backend
+
+    layers.torch = torch_backend.torch = _Unpinned()
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+
+
 def prepare() -> None:
     """apply(), and import all that the server imports."""
     with quick_imports():
         apply()
         import sglang.srt.entrypoints.http_server  # noqa: F401
+
+        _pin_nothing()

@@ -165,7 +165,8 @@ class RolloutConfig:
     - max_failed_fraction: the share of a step's responses that may fail before the run ends. A response fails if an
       engine cannot give it, the environment cannot continue it, or the judge cannot judge it. Below the share, failed
       responses are counted and train nothing.
-    - publish: how weights travel. bucket_bytes: bytes that are sent at a time.
+    - publish: how weights travel. `adapter` sends the matrices of model.lora alone, beside the engines' model.path
+      (docs/lora.md). bucket_bytes: bytes that are sent at a time.
     - verify_checksums: each engine proves by checksums what each of its tensor-parallel ranks holds. null: as far as
       these can be predicted (sync/engines_verified counts the engines). What cannot is said once.
     - probe_tolerance: by how much, in nats, an engine's log-probabilities of a fixed prompt may differ from the
@@ -196,7 +197,7 @@ class RolloutConfig:
     request_timeout_s: float = 600.0
     retries: int = 3
     max_failed_fraction: float = 0.5
-    publish: Literal["tensor", "broadcast", "disk"] = "tensor"
+    publish: Literal["tensor", "broadcast", "disk", "adapter"] = "tensor"
     verify_checksums: bool | None = None
     probe_tolerance: float | None = None
     bucket_bytes: int = 512 * 1024 * 1024
@@ -240,6 +241,17 @@ class RolloutConfig:
         require(not (self.engine.colocate and self.collector == "async" and self.max_staleness > 0),
                 f"rollout.engine.colocate=true with rollout.max_staleness={self.max_staleness}: engines that gave "
                 "up their memory cannot sample while the trainer trains; use another collector than async")
+        if self.publish == "adapter":
+            engine, instead = self.engine, "; use rollout.publish=tensor, broadcast or disk"
+            require(engine.tp == 1, f"rollout.publish=adapter with rollout.engine.tp={engine.tp}: nobody has tried "
+                    f"adapters on a model that several GPUs share{instead}")
+            require(not engine.colocate, "rollout.publish=adapter with rollout.engine.colocate=true: an engine that "
+                    f"gave up its memory has lost the weights that adapters stand beside{instead}")
+            require(engine.router is None, f"rollout.publish=adapter with rollout.engine.router={engine.router}: each "
+                    f"engine knows the newest adapter by a name of its own, which a router does not pass on{instead}")
+            require(self.collector in ("sync", "budgeted"), f"rollout.publish=adapter with rollout.collector="
+                    f"{self.collector}: SGLang keeps an adapter until the responses that it samples have ended, and "
+                    f"says of none which one sampled it{instead}, or rollout.collector=sync or budgeted")
         require(not (self.environment and self.agent.kind),
                 f"rollout.environment={self.environment} with rollout.agent.kind={self.agent.kind}: one of them "
                 "speaks with the model; leave the other out")

@@ -25,6 +25,7 @@ from megatron_rl.config.resources import SOURCE_TREE
 from megatron_rl.config.rollout import is_loopback
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.keys import check_keys
+from megatron_rl.model.adapters import adapted_modules
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint_files import choose, saved_steps, step_of
 from megatron_rl.model.hf_folder import refuse_code
@@ -72,13 +73,17 @@ def engines_for(config: Config, model_path: str, log_path: Path) -> Iterator[Con
     if on_gpus_here(config):
         check_engines(config, read_config(model_path))
     draw_key(engine)
+    lora, adapters = config.model.lora, None
+    if config.rollout.publish == "adapter" and lora.on:
+        adapters = lora.rank, sorted(adapted_modules(read_config(model_path), lora))
     processes: list[EngineProcess] = []
     for number in range(engine.count):
         log = log_path if engine.count == 1 else log_path.with_stem(f"{log_path.stem}-{number}")
         processes.append(EngineProcess.from_config(
             config.rollout, model_path, log_path=log, model_dtype=config.model.dtype, seed=config.run.seed,
             weight_version=NOTHING_PUBLISHED, return_routed_experts=config.algo.router_replay == "rollout",
-            fp32_lm_head=config.model.fp32_lm_head, taken_ports=[process.port for process in processes], number=number))
+            fp32_lm_head=config.model.fp32_lm_head, taken_ports=[process.port for process in processes], number=number,
+            adapters=adapters))
     served = dataclasses.replace(engine, urls=tuple(process.base_url for process in processes))
     if engine.router == "local":
         processes.append(router_process(engine, log_path.with_stem(f"{log_path.stem}-router"),

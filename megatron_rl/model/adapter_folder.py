@@ -24,7 +24,7 @@ from megatron_rl.config.load import read_json
 from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import ModelConfig
-from megatron_rl.model.adapters import AdapterSlots, adapter_slots, initial, matrix_slots
+from megatron_rl.model.adapters import adapter_slots, initial, matrix_slots
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.hf_folder import DTYPES, HFReader, atomic_folder, check_place, open_tensors, save_tensors
 from megatron_rl.model.network import FREE_KEYS, Network
@@ -134,18 +134,24 @@ def write_adapter_folder(path: str | Path, options: ModelConfig, network: Networ
                          tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Write the folder from the stream of matrices (Exporter with adapters=True). An existing one is replaced when the
     new one is whole; ValueError if something else is there."""
-    found = {name: tensor.cpu().clone() for name, tensor in tensors}
-    slots = list(adapter_slots(network, options.lora))
-    whole = {}
-    for each in slots:
-        for module, b in zip(each.base.names, each.b.names, strict=True):
-            whole[_peft_name(module, "A")] = found[each.a.key].clone()  # a safetensors file holds none twice
-            whole[_peft_name(module, "B")] = found[b].clone()
+    whole = peft_tensors(options.lora, network, tensors)
     size = sum(prod(tensor.shape) * tensor.element_size() for tensor in whole.values())
     with atomic_folder(path, size, mark=ABOUT) as folder:
         save_tensors(whole, folder / TENSORS)
-        _write(folder / PEFT_CONFIG, _peft_config(options, network, slots))
+        _write(folder / PEFT_CONFIG, peft_config(options, network))
         _write(folder / ABOUT, identity(options.lora, options.path))
+
+
+def peft_tensors(lora: LoraConfig, network: Network,
+                 tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The stream of matrices under peft's names, on the CPU. Those that modules share are there once for each."""
+    found = {name: tensor.cpu().clone() for name, tensor in tensors}
+    whole = {}
+    for each in adapter_slots(network, lora):
+        for module, b in zip(each.base.names, each.b.names, strict=True):
+            whole[_peft_name(module, "A")] = found[each.a.key].clone()  # a safetensors file holds none twice
+            whole[_peft_name(module, "B")] = found[b].clone()
+    return whole
 
 
 def why_not_peft(network: Network, lora: LoraConfig) -> str | None:
@@ -180,12 +186,12 @@ def _peft_name(weight: str, letter: str) -> str:
     return f"{_PREFIX}{weight.removesuffix('.weight')}.lora_{letter}.weight"
 
 
-def _peft_config(options: ModelConfig, network: Network, slots: list[AdapterSlots]) -> dict[str, Any]:
+def peft_config(options: ModelConfig, network: Network) -> dict[str, Any]:
     """peft looks for modules whose names end with one of target_modules: where routed experts stay without adapters,
     the names say whose projection is meant."""
     lora, deep = options.lora, network.num_experts > 0 and options.lora.experts == "none"
     modules = {".".join(name.removesuffix(".weight").split(".")[-2 if deep else -1:])
-               for each in slots for name in each.base.names}
+               for each in adapter_slots(network, lora) for name in each.base.names}
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": options.path,
             "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
             "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False,

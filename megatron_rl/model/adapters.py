@@ -30,6 +30,11 @@ from megatron_rl.model.slots import Slot, network_slots
 
 SHARED = {"linear_fc1": "A", "linear_fc2": "B"}
 """The matrix at the hidden size, which the experts of a layer share with model.lora.experts=shared_outer."""
+ENGINE_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+"""Beside which SGLang 0.5.23 puts adapters, of those that our families have (sglang/srt/utils/common.py:
+SUPPORTED_LORA_TARGET_MODULES)."""
+ENGINE_WIDTH = 32  # sync/verify.py: WIDTH_MULTIPLE
+ENGINE_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -76,6 +81,30 @@ def matrix_slots(network: Network, lora: LoraConfig) -> dict[str, Slot]:
             shared = each.base.over == "etp" and slot.over == "tp"
             found[f"{experts}.lora.{target}_{letter}" if shared else f"{each.linear}.lora.{letter}"] = slot
     return found
+
+
+def adapted_modules(network: Network, lora: LoraConfig) -> set[str]:
+    """The last words of the checkpoint's names of the modules that get adapters, e.g. q_proj."""
+    return {name.split(".")[-2] for each in adapter_slots(network, lora) for name in each.base.names}
+
+
+def check_served(lora: LoraConfig, network: Network) -> None:
+    """ValueError, naming the key, if engines cannot serve these adapters (rollout.publish=adapter)."""
+    instead = "use rollout.publish=tensor, broadcast or disk, which send the merged weights"
+    require(lora.on, f"rollout.publish=adapter sends adapters, and model.lora.rank=0 trains all weights; {instead}")
+    strange = sorted(adapted_modules(network, lora) - ENGINE_MODULES)
+    require(not strange, f"rollout.publish=adapter: SGLang 0.5.23 has no adapters for {' and '.join(strange)} of "
+            f"{network.model_type}; {instead}")
+    require(network.model_type in ENGINE_FAMILIES, f"rollout.publish=adapter: SGLang 0.5.23 was tried with adapters of "
+            f"{', '.join(ENGINE_FAMILIES)}, and not of {network.model_type}; {instead}")
+    mlp = [target for target in lora.targets if target in SHARED]
+    require(not (network.num_experts and mlp), f"rollout.publish=adapter with {' and '.join(mlp)} in "
+            "model.lora.targets: of a network with experts SGLang 0.5.23 was tried with adapters of attention alone. "
+            f"Set model.lora.targets=[linear_qkv,linear_proj], or {instead}")
+    require(not mlp or network.intermediate_size % ENGINE_WIDTH == 0,
+            f"rollout.publish=adapter with {' and '.join(mlp)} in model.lora.targets: on a CPU SGLang 0.5.23 pads the "
+            f"intermediate_size={network.intermediate_size} of this {network.model_type} to a multiple of "
+            f"{ENGINE_WIDTH}, and ends over adapters of another size. Leave these targets out, or {instead}")
 
 
 def check_lora(options: ModelConfig, network: Network, *, gpu: bool) -> None:

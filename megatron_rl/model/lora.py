@@ -53,12 +53,13 @@ class Adapters:
 
     @torch.no_grad()
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + scale * B A of this rank's piece, summed in float32, in W's dtype; `weight` itself if it has no adapter.
+        """W + scale * B A of this rank's piece, summed in float32, in W's dtype.
 
+        W itself if it has no adapter or they are off.
         A cut of W is the same cut of B A, so no rank needs another's.
         """
         adapter = self.by_weight.get(weight)
-        if adapter is None:
+        if adapter is None or not self.on:
             return weight.detach()
         low_rank = adapter.B.float() @ adapter.A.float()
         return (weight.float() + adapter.scale * low_rank).to(weight.dtype)

@@ -114,6 +114,7 @@ class PublishedWeights:
     async def _prove(self, url: str, sent: dict[str, Any]) -> float | str:
         """The largest difference of its log-probabilities to the trainer's, or the reason why it may not serve."""
         client, reference = self._fleet.client(url), np.asarray(sent["reference"], dtype=np.float32)
+        client.adapter = sent.get("adapter")
         try:
             if (layout := self._layouts.get(url)) is not None:
                 await self._verify(url, layout, sent["digests"].get(str(layout)))

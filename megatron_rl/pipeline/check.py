@@ -73,6 +73,8 @@ def at(config: Config, folder: Path, teachers: Sequence[str] = ()) -> Config:
 
 def _check_stage(stage: Stage, network: Network) -> None:
     config, sizes = stage.config, sizes_of(network)
+    require(config.rollout.publish != "adapter", "rollout.publish=adapter: one engine serves every stage, each with "
+            "weights of its own, and adapters stand beside one model's; use tensor, broadcast or disk")
     if stage.recipe in ("base", "select"):
         check_served_alone(config)
     if stage.recipe == "base":

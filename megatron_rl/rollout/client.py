@@ -6,7 +6,7 @@ Weight versions are integers on our side and str(n) on the wire.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ class EngineClient:
         self.base_url = self._connection.base_url
         self.timeout_s = timeout_s
         self.control_timeout_s = control_timeout_s
+        self.adapter: str | None = None
+        """The loaded adapter that every request is to be answered with (rollout.publish=adapter)."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -59,6 +61,7 @@ class EngineClient:
             "sampling_params": sampling.to_wire(),
             "return_logprob": True,
             "return_routed_experts": routed_layers is not None,
+            **self._beside_weights(),
         }
         parse = partial(read_result, prompt_tokens=len(input_ids), routed_layers=routed_layers)
         return await self._connection.read("POST", "/generate", asked, parse,
@@ -101,6 +104,7 @@ class EngineClient:
                 "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
                 "return_logprob": True,
                 "logprob_start_len": 0,
+                **self._beside_weights(),
                 **more,
             },
             timeout_s=self.timeout_s,
@@ -211,6 +215,25 @@ class EngineClient:
             timeout_s=self.timeout_s,
         )
 
+    async def adapters(self) -> list[str]:
+        """The names of the loaded adapters."""
+        answer = await self._request("GET", "/v1/models", None)
+        with well_formed():
+            return [card["id"] for card in answer["data"] if card["parent"] is not None]
+
+    async def load_adapter(self, name: str, config: Mapping[str, Any], pickled: str, checksums: Mapping[str, str], *,
+                           version: int) -> None:
+        """config: peft's. pickled: a base64 pickle of {peft name: matrix}. checksums: the SHA-256 of each matrix, which
+        the engine compares; it ends if one differs."""
+        await self._post("/load_lora_adapter_from_tensors",
+                         {"lora_name": name, "config_dict": config, "serialized_named_tensors": [pickled],
+                          "expected_checksums": checksums}, timeout_s=self.timeout_s)
+        await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    async def unload_adapter(self, name: str) -> None:
+        """Returns when the requests that use it have ended."""
+        await self._post("/unload_lora_adapter", {"lora_name": name})
+
     async def init_weights_update_group(
         self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str,
         backend: Literal["gloo", "nccl"],
@@ -229,6 +252,9 @@ class EngineClient:
 
     async def destroy_weights_update_group(self, group_name: str) -> None:
         await self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    def _beside_weights(self) -> dict[str, str]:
+        return {} if self.adapter is None else {"lora_path": self.adapter}
 
     async def _post(self, path: str, body: Any, *, timeout_s: float | None = None) -> Any:
         return await self._request("POST", path, body, timeout_s=timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +44,7 @@ def engine_command(
     engine: EngineConfig, rollout: RolloutConfig, model_path: str | Path, port: int, *,
     model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
     return_routed_experts: bool = False, number: int = 0, fp32_lm_head: bool = True,
+    adapters: tuple[int, Sequence[str]] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and the whole environment of a server. number: its place on its machine, from 0.
 
@@ -50,6 +52,7 @@ def engine_command(
     - `seed` seeds SGLang's own sampler, which is reproducible only if requests arrive in the same order. With
       `engine.deterministic` it depends on each request's seed alone.
     - return_routed_experts: keep the experts that tokens take, for requests that ask for them.
+    - adapters: the rank of the adapters that are loaded later, and the modules beside which they stand.
     - fp32_lm_head: logits are float32 (on CUDA out of the matrix units, on a CPU by widening the head at each step).
     """
     device = resolve_device(engine.device)
@@ -77,6 +80,12 @@ def engine_command(
         switches.append("--enable-deterministic-inference")
     if fp32_lm_head:
         switches.append("--enable-fp32-lm-head")
+    if adapters is not None:
+        # of a batch: the newest, and none for the server's own health request
+        flags |= {"--max-lora-rank": adapters[0], "--max-loras-per-batch": 2}
+        switches += ["--enable-lora", "--lora-target-modules", *adapters[1]]
+        if device == "cpu":
+            flags["--lora-backend"] = "torch_native"
     if return_routed_experts:
         switches.append("--enable-return-routed-experts")
     if alone:

@@ -58,7 +58,7 @@ class EngineProcess:
         cls, rollout: RolloutConfig, model_path: str | Path, *, log_path: str | Path,
         model_dtype: Literal["float32", "bfloat16"] = "float32", seed: int = 0, weight_version: int = 0,
         return_routed_experts: bool = False, taken_ports: Sequence[int] = (), number: int = 0,
-        fp32_lm_head: bool = True,
+        fp32_lm_head: bool = True, adapters: tuple[int, Sequence[str]] | None = None,
     ) -> EngineProcess:
         """A server that is not started yet. taken_ports: ports of other servers that are not started yet.
 
@@ -71,7 +71,7 @@ class EngineProcess:
         port = choose_port(engine.port, taken_ports, engine.host)
         argv, env = engine_command(engine, rollout, model_path, port, model_dtype=model_dtype, seed=seed,
                                    weight_version=weight_version, return_routed_experts=return_routed_experts,
-                                   number=number, fp32_lm_head=fp32_lm_head)
+                                   number=number, fp32_lm_head=fp32_lm_head, adapters=adapters)
         return cls(argv, env, port=port, log_path=log_path, start_timeout_s=engine.start_timeout_s,
                    stop_timeout_s=engine.stop_timeout_s, host=engine.host, hang_timeout_s=engine.hang_timeout_s)
 

@@ -19,6 +19,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.model.adapter_folder import ADAPTER_FOLDER
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
+from megatron_rl.model.convert import Exporter
 from megatron_rl.observe import lease
 from megatron_rl.observe.timing import PhaseFile, Timers
 from megatron_rl.plan import check_fits
@@ -26,7 +27,7 @@ from megatron_rl.trainer.client import Heartbeat, Link
 from megatron_rl.trainer.export import export, export_adapters
 from megatron_rl.trainer.learner import PolicyLearner
 from megatron_rl.trainer.probe import Probe
-from megatron_rl.trainer.sender import Sender
+from megatron_rl.trainer.sender import AdapterSender, Sender
 from megatron_rl.types import StepResult
 
 APPEARS_S = 10.0
@@ -52,6 +53,7 @@ class Trainer:
         self._here, self._link, self._heartbeat = here, link, heartbeat
         self._learner: PolicyLearner | None = None
         self._sender: Sender | None = None
+        self._expected: list[tuple[str, int]] = []  # whose checksums rank 0 knows, with rollout.publish=adapter
         self._done: dict[str, tuple[int, dict[str, Any]]] = {}  # kind -> (step, outcome) of the last one
         self.steps_done = 0
 
@@ -81,8 +83,11 @@ class Trainer:
                                             self._here)
             self._restore(None if checkpoint is None else Path(checkpoint), reset_optimizer)
             self._probe = Probe(self._learner, self._config, self._here)
+            alone = self._config.rollout.publish == "adapter"
+            self._sent = Exporter(self._learner.policy, self._here, adapters=True) if alone else self._learner.exporter
             if self._here.is_main:
-                self._sender = Sender(self._config, self._learner.policy.config, self._here.device)
+                self._sender = (AdapterSender if alone else Sender)(self._config, self._learner.policy.config,
+                                                                    self._here.device)
         return {"steps_done": self.steps_done, "probe_tokens": self._probe.token_ids.tolist()}
 
     def _check_shared(self, written: str | None) -> None:
@@ -131,7 +136,9 @@ class Trainer:
     def _publish(self, version: int, urls: list[str], layouts: list[tuple[str, int]]) -> dict[str, Any]:
         """Sends the weights to the engines at `urls`, which stay paused until the orchestrator has checked them."""
         reference = self._probe()
-        tensors, outcome = self._learner.exporter(), {}
+        if self._sent is not self._learner.exporter and layouts != self._expected:
+            self._expect_base(layouts)
+        tensors, outcome = self._sent(), {}
         if self._sender is not None:
             outcome = {**self._sender.send(tensors, version, urls, layouts=layouts),
                        "reference": reference.tolist()}
@@ -139,6 +146,16 @@ class Trainer:
             pass
         self._here.barrier()
         return outcome
+
+    def _expect_base(self, layouts: list[tuple[str, int]]) -> None:
+        """Rank 0 learns the checksums of the weights that engines hold beside the adapters that they are sent."""
+        with self._learner.policy.adapters.off():
+            weights = self._learner.exporter()
+            if isinstance(self._sender, AdapterSender):
+                self._sender.expect(weights, layouts)
+            for _ in weights:
+                pass
+        self._expected = layouts
 
     def _make_room(self, urls: list[str]) -> dict[str, Any]:
         """Engines that share the trainer's GPUs give up their memory until the next publish."""

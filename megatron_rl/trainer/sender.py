@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from megatron_rl.config.schema import Config
+from megatron_rl.model.adapter_folder import peft_config, peft_tensors
+from megatron_rl.model.architectures import read_config
 from megatron_rl.model.config import DTYPES
 from megatron_rl.model.network import Network
 from megatron_rl.rollout.client import EngineClient, engine_clients
+from megatron_rl.sync.adapter import AdapterPublisher
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.buckets import NamedTensor
 from megatron_rl.sync.disk import DiskPublisher
@@ -45,16 +48,24 @@ class Sender:
         failures: by URL, why an engine did not get the weights. digests: by EngineLayout, what the checksums of such
         an engine's ranks must be; none if they cannot be predicted for this network.
         """
-        expected = {str(layout): ExpectedChecksums(self._network, engine_dtype=self._engine_dtype, layout=layout)
-                    for layout in (EngineLayout(device, tp) for device, tp in layouts)
-                    if predictable(self._network, layout)}
-        outcome: dict[str, Any] = {"failures": {}, "bytes": 0, "digests": {}}
+        expected = self._expected(layouts)
         for each in expected.values():
             tensors = each.watch(tensors)
+        return self._publish(tensors, version, urls,
+                             lambda: {layout: each.digests() for layout, each in expected.items()})
+
+    def _expected(self, layouts: Sequence[tuple[str, int]]) -> dict[str, ExpectedChecksums]:
+        return {str(layout): ExpectedChecksums(self._network, engine_dtype=self._engine_dtype, layout=layout)
+                for layout in (EngineLayout(device, tp) for device, tp in layouts)
+                if predictable(self._network, layout)}
+
+    def _publish(self, tensors: Iterable[NamedTensor], version: int, urls: Sequence[str],
+                 digests: Callable[[], dict[str, list[dict[str, str]]]]) -> dict[str, Any]:
+        """The outcome of send()."""
+        outcome: dict[str, Any] = {"failures": {}, "bytes": 0, "digests": {}}
         try:
             report = self._publisher.publish(tensors, version, only=urls, resume=False)
-            outcome |= {"failures": dict(report.failures), "bytes": report.bytes}
-            outcome["digests"] = {layout: each.digests() for layout, each in expected.items()}
+            outcome |= {"failures": dict(report.failures), "bytes": report.bytes, "digests": digests()}
         except PublishError as error:
             outcome["failures"] = dict.fromkeys(urls, str(error))
         return outcome | {"free_bytes": {} if self._memory is None else dict(self._memory.free_bytes)}
@@ -73,6 +84,33 @@ class Sender:
 
     def close(self) -> None:
         self._publisher.close()
+
+
+class AdapterSender(Sender):
+    """Sends adapters alone (rollout.publish=adapter). The digests are those of the weights that engines keep."""
+
+    _publisher: AdapterPublisher
+
+    def __init__(self, config: Config, network: Network, device: torch.device):
+        super().__init__(config, network, device)
+        self._lora, self._parsed = config.model.lora, network
+        self._digests: dict[str, list[dict[str, str]]] = {}
+
+    def expect(self, weights: Iterable[NamedTensor], layouts: Sequence[tuple[str, int]]) -> None:
+        """Engines of these layouts should hold `weights`, which is not sent."""
+        expected = self._expected(layouts)
+        for each in expected.values():
+            weights = each.watch(weights)
+        for _ in weights:
+            pass
+        self._digests = {layout: each.digests() for layout, each in expected.items()}
+
+    def send(self, tensors: Iterable[NamedTensor], version: int, urls: Sequence[str], *,
+             layouts: Sequence[tuple[str, int]]) -> dict[str, Any]:
+        """As Sender.send, with the adapters' matrices. adapter: the name that requests must give."""
+        matrices = peft_tensors(self._lora, self._parsed, tensors)
+        outcome = self._publish(matrices.items(), version, urls, lambda: self._digests)
+        return outcome | {"adapter": self._publisher.name}
 
 
 def engine_memory(config: Config, device: torch.device) -> EngineMemory | None:
@@ -94,4 +132,6 @@ def build_publisher(config: Config, clients: Sequence[EngineClient], device: tor
     if config.rollout.publish == "broadcast":
         backend = "nccl" if device.type == "cuda" else "gloo"
         return BroadcastPublisher(clients, **shared, backend=backend, device=device)
+    if config.rollout.publish == "adapter":
+        return AdapterPublisher(clients, config=peft_config(config.model, read_config(config.model.path)))
     return DiskPublisher(clients, **shared, folder=Path(config.run.dir) / "published", config_folder=config.model.path)

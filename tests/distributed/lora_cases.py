@@ -45,7 +45,7 @@ deepseek_v3 has not. Rank 3 divides by nothing."""
 
 LORA_LAYOUTS = ("one", "dp2", "ep2", "tp2", "tp2_ep2", "tp2_etp2", "pp2", "pp2_vpp2", "cp2", "tp2_pp2_ep2",
                 "tp2_cp2_ep2")
-LATENT_LAYOUTS = ("tp2_ep2",)
+LATENT_LAYOUTS = ("tp2_ep2", "cp2")
 WITH_VARIANTS = {("tp2_ep2", "own"), ("pp2", "shared_outer")}
 """Where each of cases.VARIANTS takes a step too."""
 

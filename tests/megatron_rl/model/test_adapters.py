@@ -20,7 +20,7 @@ from megatron_rl.config.lora import LoraConfig
 from megatron_rl.config.schema import ModelConfig
 from megatron_rl.launch.local import engines_for
 from megatron_rl.model import adapter_folder
-from megatron_rl.model.adapters import check_lora, count_trained, initial, matrix_slots
+from megatron_rl.model.adapters import check_lora, check_served, count_trained, initial, matrix_slots
 from megatron_rl.model.architectures import parse_config, read_config
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
@@ -33,6 +33,8 @@ OPTIONS = ModelConfig(lora=LoraConfig(rank=4))
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
+    *((["rollout.publish=adapter", f"rollout.{key}"], f"rollout.publish=adapter with rollout.{key}: ") for key in (
+        "engine.tp=2", "engine.colocate=true", "engine.router=local", "collector=partial", "collector=async")),
     (["model.lora.rank=-1"], r"model.lora.rank=-1 must not be negative"),
     (["model.lora.alpha=0"], r"model.lora.alpha=0.0 must be positive"),
     (["model.lora.targets=[linear_kqv]"], r"model.lora.targets: there is no 'linear_kqv' \(did you mean linear_qkv\?"),
@@ -78,6 +80,25 @@ def test_every_family_has_adapters_on_all_projections_and_none_on_its_router(fam
     if network.num_experts:
         fewer = [count_trained(network, replace(lora, experts=experts)) for experts in ("own", "shared_outer", "none")]
         assert fewer == sorted(fewer, reverse=True) and len(set(fewer)) == 3
+
+
+@pytest.mark.parametrize(("model_type", "lora", "words"), [
+    ("qwen3", LoraConfig(), "rollout.publish=adapter sends adapters, and model.lora.rank=0 trains all weights"),
+    ("bailing_moe", LoraConfig(rank=4), "SGLang 0.5.23 has no adapters for dense and query_key_value of bailing_moe"),
+    ("qwen3_moe", LoraConfig(rank=4), "with linear_fc1 and linear_fc2 in model.lora.targets: .* attention alone"),
+    ("qwen3_moe", LoraConfig(rank=4, targets=("linear_proj", "linear_fc2"), experts="none"), "with linear_fc2 in"),
+    ("glm4_moe", LoraConfig(rank=4, targets=("linear_qkv",)), "of llama, qwen2, qwen3, qwen3_moe, and not of glm4_moe"),
+    ("llama", LoraConfig(rank=4, targets=("linear_fc2",)), "with linear_fc2 in .* pads the intermediate_size=100"),
+    ("qwen3", LoraConfig(rank=4), ""),
+    ("qwen3_moe", LoraConfig(rank=4, targets=("linear_qkv", "linear_proj")), ""),
+])
+def test_adapters_that_engines_cannot_serve_are_refused_by_the_key(model_type, lora, words):
+    config = bailing_config() if model_type == "bailing_moe" else {
+        "model_type": model_type, **FAMILIES[model_type].tiny}
+    if "=100" in words:
+        config["intermediate_size"] = 100
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        check_served(lora, parse_config(config, "tiny"))
 
 
 def test_a_projection_that_latent_attention_has_not_is_refused_by_its_name():

@@ -31,7 +31,9 @@ CASES = {
     "qwen3_moe.none": LoraConfig(rank=4, experts="none"),
     "qwen3_moe.down": LoraConfig(rank=4, targets=("linear_qkv", "linear_fc2")),
     "qwen2_moe.none": LoraConfig(rank=4, experts="none"),
-    "deepseek_v2.attention": LoraConfig(rank=4, targets=("linear_proj",)),
+    "deepseek_v2.attention": LoraConfig(rank=4, targets=("linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj",
+                                                         "linear_proj")),
+    "deepseek_v3.query": LoraConfig(rank=4, targets=("linear_q_down_proj", "linear_q_up_proj", "linear_proj")),
     "glm4_moe.attention": LoraConfig(rank=4, targets=("linear_qkv", "linear_proj")),
 }
 NOT_LOADED = {
@@ -52,7 +54,7 @@ def logits(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor, torc
     pairs, merged = [], []
     for name, lora in {**CASES, **NOT_LOADED}.items():
         base = folder / name / "base"
-        write_tiny_known(base, name.partition(".")[0], seed=1)
+        write_tiny_known(base, name.partition(".")[0], seed=1, **({"q_lora_rank": 24} if ".query" in name else {}))
         network = read_config(base)
         assert (why_not_peft(network, lora) is None) == (name in CASES), name
         generator = torch.Generator().manual_seed(4)

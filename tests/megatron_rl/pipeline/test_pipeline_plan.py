@@ -132,6 +132,8 @@ def test_a_mistake_is_named_before_anything_starts(overrides, message):
     (["math_rl.algo.phi=1000000"], r"stage math_rl: algo\.phi: 1000000 response tokens"),
     (["math_rl.model.lora.rank=8", "math_rl.model.lora.path=x"], "stage choice: model.lora.path=x: engines would"),
     (["model.lora.rank=8", "model.lora.path=x"], "stage base: model.lora.path=x: engines would serve"),
+    (["math_rl.model.lora.rank=8", "math_rl.rollout.publish=adapter"],
+     "stage math_rl: rollout.publish=adapter: one engine serves every stage"),
 ])
 def test_a_stage_that_cannot_work_is_named(overrides, message):
     with pytest.raises(ValueError, match=message):
