@@ -31,7 +31,7 @@ test-fast: setup  ## the tests that start neither an engine nor several ranks
 test-layouts: setup  ## one step in every parallel layout against a float64 reference, as a table
 	@$(VENV)/python -m pytest tests/distributed/test_gradients.py $(ARGS)
 
-test-gpu: setup  ## minutes on this machine's GPU, in the order of docs/gpu.md (`make test` hides GPUs)
+test-gpu: setup  ## minutes on this machine's GPU, from doctor to RL, in the order of docs/gpu.md (`make test` hides GPUs)
 	@MEGATRON_RL_TEST_GPU=1 $(VENV)/python -m pytest -v --durations=0 --session-timeout=480 -m gpu tests/card $(ARGS)
 
 test-te: setup  ## Transformer Engine's layers without a GPU; TE_WHEEL=... is its torch extension (docs/gpu.md)

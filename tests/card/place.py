@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from tests.distributed.conftest import REPOSITORY
 
 NO_CARD = "no CUDA device: `make test-gpu` runs this on a machine with one"
+NO_ENGINE = "SGLang's packages for a GPU (sglang-kernel) are not installed: make setup VARIANT=gpu"
 NO_TE = "Transformer Engine is not installed: make setup VARIANT=gpu TE=1"
 
 
@@ -46,3 +48,9 @@ def at(*places: str):
     """Runs a test at each of these places, and on a card."""
     return pytest.mark.parametrize("place", [*places, pytest.param("card", marks=pytest.mark.gpu)], indirect=True,
                                    scope="module")
+
+
+def check_engine_packages(place: Place) -> None:
+    """Skips on a card whose environment has the CPU's engine."""
+    if place.on_card and importlib.util.find_spec("sgl_kernel") is None:
+        pytest.skip(NO_ENGINE)

@@ -19,6 +19,11 @@ ORDER = (
     "test_the_kernels_are_those_of_float64",
     "test_a_backend_keeps_the_error_budget_of_bfloat16",
     "test_a_slice_of_ling_lite_trains_in_the_memory_of_the_plan",
+    "test_an_engine_answers_with_the_log_probabilities_of_its_weights",
+    "test_published_weights_arrive_bit_for_bit",
+    "test_a_colocated_engine_gives_its_memory_up_and_gets_it_back",
+    "test_a_step_trains_publishes_and_is_saved",
+    "test_the_run_goes_on_from_its_checkpoint",
 )
 """What comes later needs what comes before."""
 
