@@ -24,7 +24,7 @@ def train(place, tmp_path_factory) -> Callable[[int], Path]:
     make_random_model(folder / "init", seed=0, num_hidden_layers=2, head_dim=FLASH_HEAD_DIM)
 
     def run(steps: int) -> Path:
-        place.run("megatron_rl", "rl", *SMALL, f"model.path={folder / 'init'}", f"run.dir={folder / 'rl'}",
+        place.run("megatron_rl.cli", "rl", *SMALL, f"model.path={folder / 'init'}", f"run.dir={folder / 'rl'}",
                   f"run.steps={steps}", "run.resume=auto", "run.save_every_steps=1", "eval.problems=0",
                   "parallel=single", "model.dtype=bfloat16", f"rollout.engine.device={place.device}",
                   "rollout.engine.colocate=true", "rollout.engine.mem_fraction_static=0.3",
@@ -54,4 +54,4 @@ def test_the_run_goes_on_from_its_checkpoint(place, one_step, train):
     folder, before = one_step
     train(2)
     assert (folder / "metrics.jsonl").read_text().startswith(before)
-    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [0, 1]
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
