@@ -46,7 +46,7 @@ def test_other_ranks_are_refused(words, message, capsys):
     (["--collectors", "--layouts", "2"], "--layouts does not read --collectors"),
     (["--calibrate", "x.json", "--page", "x.html"], "--calibrate does not read --page"),
     (["--collectors", "rollout.engine.mem_fraction_static=0.1"], "raise rollout.engine.tp"),
-    (["--lengths", "gamma:3"], "--lengths gamma:3: expected uniform, lognormal:MEAN:SIGMA or a run's folder"),
+    (["--lengths", "gamma:3"], "--lengths gamma: expected uniform, lognormal:MEAN:SIGMA or a run's folder"),
     (["--imbalance", "no/run"], "there is no no/run/metrics.jsonl"),
     (["parallel.token_dispatcher=allgather"], "parallel.token_dispatcher=allgather cannot be rehearsed"),
 ])
