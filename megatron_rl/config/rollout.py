@@ -247,8 +247,8 @@ class RolloutConfig:
                     f"adapters on a model that several GPUs share{instead}")
             require(not engine.colocate, "rollout.publish=adapter with rollout.engine.colocate=true: an engine that "
                     f"gave up its memory has lost the weights that adapters stand beside{instead}")
-            require(engine.router is None, f"rollout.publish=adapter with rollout.engine.router={engine.router}: each "
-                    f"engine knows the newest adapter by a name of its own, which a router does not pass on{instead}")
+            require(engine.router is None, f"rollout.publish=adapter with rollout.engine.router={engine.router}: the "
+                    f"requests that we send to a router do not name the newest adapter{instead}")
             require(self.collector in ("sync", "budgeted"), f"rollout.publish=adapter with rollout.collector="
                     f"{self.collector}: SGLang keeps an adapter until the responses that it samples have ended, and "
                     f"says of none which one sampled it{instead}, or rollout.collector=sync or budgeted")

@@ -33,7 +33,9 @@ SHARED = {"linear_fc1": "A", "linear_fc2": "B"}
 ENGINE_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Beside which SGLang 0.5.23 puts adapters, of those that our families have (sglang/srt/utils/common.py:
 SUPPORTED_LORA_TARGET_MODULES)."""
-ENGINE_WIDTH = 32  # sync/verify.py: WIDTH_MULTIPLE
+ENGINE_WIDTH = 32
+"""An engine on a CPU pads widths to a multiple of it (sglang/srt/configs/update_config.py:
+adjust_config_with_unaligned_cpu_tp)."""
 ENGINE_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 

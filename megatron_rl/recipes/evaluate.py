@@ -21,10 +21,9 @@ from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.client import engine_clients
 from megatron_rl.rollout.connection import EngineHTTPError
+from megatron_rl.rollout.supervisor import LOADED
 
 RESULTS, SAMPLES = "evaluation.json", "evaluation_samples.jsonl"
-LOADED = -2
-"""The label of weights that an engine read from a folder; after a restart it says -1 (rollout/supervisor.py)."""
 
 
 def run(config: Config, step: int = 0) -> dict[str, float]:

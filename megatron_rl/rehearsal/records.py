@@ -67,6 +67,8 @@ def lengths_of(text: str, rollout: RolloutConfig) -> Lengths:
         return Lengths(text, lambda shares: np.exp([normal.inv_cdf(share) for share in shares]))
     folder, _, factor = text.rpartition(":")
     if folder and factor.replace(".", "", 1).isdigit():
+        if not float(factor):
+            raise ValueError(f"--lengths {text}: FACTOR must be above 0, such as {folder}:64")
         return _recorded_lengths(folder, float(factor))
     return _recorded_lengths(text, 1.0)
 

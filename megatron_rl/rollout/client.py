@@ -228,6 +228,10 @@ class EngineClient:
         await self._post("/load_lora_adapter_from_tensors",
                          {"lora_name": name, "config_dict": config, "serialized_named_tensors": [pickled],
                           "expected_checksums": checksums}, timeout_s=self.timeout_s)
+        await self.label_weights(version)
+
+    async def label_weights(self, version: int) -> None:
+        """The engine calls its weights so from now on (weight_version). Running requests go on."""
         await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def unload_adapter(self, name: str) -> None:

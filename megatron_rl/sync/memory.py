@@ -2,7 +2,8 @@
 
 generating -> release everything -> training -> resume the weights -> publishing -> resume the cache -> serving
 
-Releasing discards the contents, so an engine serves nothing until the next publish has reached it. Free bytes are noted
+Releasing discards the contents, so an engine serves nothing until the next publish has reached it. Its weights are
+labelled EMPTIED meanwhile, which tells it from one that was started again. Free bytes are noted
 after every phase, on rank 0's device. Written for SGLang 0.5.23
 (sglang/srt/managers/scheduler_components/weight_updater.py: release_memory_occupation), started with
 --enable-memory-saver. Its server dies if it is asked to release while a request runs, or to resume what it has not
@@ -21,6 +22,7 @@ import torch
 
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.connection import EngineHTTPError, EngineUnreachableError
+from megatron_rl.rollout.supervisor import EMPTIED, NOTHING_PUBLISHED
 
 WEIGHTS = ("weights",)
 CACHE = ("kv_cache", "cuda_graph")
@@ -58,16 +60,19 @@ class EngineMemory:
         return released
 
     async def _release(self, client: EngineClient) -> None:
+        if client.base_url not in self._released and await client.weight_version() == EMPTIED:
+            self._released[client.base_url] = {*CACHE, *WEIGHTS}  # to an earlier trainer, which died
+            return
         await _until_idle(client)
         held = [tag for tag in (*CACHE, *WEIGHTS) if tag not in self._released.get(client.base_url, ())]
         if held:
             await client.release_memory_occupation(held)  # refused, it still has all: it must not be told to resume it
         self._released[client.base_url] = {*CACHE, *WEIGHTS}
+        await client.label_weights(EMPTIED)
 
     async def resume_weights(self, client: EngineClient) -> None:
         """Call it before new weights are sent. An engine that was started again meanwhile has nothing to get back."""
-        label = await client.weight_version()
-        if label is None or label < 0:
+        if await client.weight_version() in (None, NOTHING_PUBLISHED):
             self._released.pop(client.base_url, None)
         await self._resume(client, WEIGHTS)
         self._note("publishing")

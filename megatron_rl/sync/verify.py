@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from megatron_rl.model.adapters import ENGINE_WIDTH
 from megatron_rl.model.families import FAMILIES
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.sync.engine_hashes import CPUHash, GPUHash
 
 VOCABULARY_MULTIPLE = 64  # sglang/srt/layers/vocab_parallel_embedding.py: DEFAULT_VOCAB_PADDING_SIZE
-WIDTH_MULTIPLE = 32  # sglang/srt/configs/update_config.py: adjust_config_with_unaligned_cpu_tp
 NORM_HEAD_EPS = 1e-7  # sglang/srt/models/bailing_moe.py: load_weights
 NAMES_SHOWN = 8
 PLAIN: Mapping[str, Any] = {"ep_size": 1, "dp_size": 1, "pp_size": 1, "quantization": None,
@@ -188,7 +188,7 @@ class ExpectedChecksums:
 
     def _engine_width(self, name: str) -> int:
         """The width of an expert, of all shared experts together, or of a dense layer, on a CPU."""
-        multiple = WIDTH_MULTIPLE * self._layout.tp
+        multiple = ENGINE_WIDTH * self._layout.tp
         expert_width = _round_up(self._config["moe_intermediate_size"], multiple)
         if ".mlp.experts." in name:
             return expert_width

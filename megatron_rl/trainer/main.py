@@ -78,16 +78,20 @@ class Trainer:
             self._config = build(config)
             self._check_shared(written)
             self._check_memory()
+            engine, alone = self._config.rollout.engine, self._config.rollout.publish == "adapter"
+            if self._here.is_main:
+                self._sender = (AdapterSender if alone else Sender)(
+                    self._config, read_config(self._config.model.path), self._here.device)
+            if engine.colocate:
+                self._make_room(list(engine.urls))
             self._learner = PolicyLearner(self._config, self._here, schedule_updates, stage)
             self._checkpoints = Checkpoints(self._config.run, self._learner.policy, self._learner.optimizer,
                                             self._here)
             self._restore(None if checkpoint is None else Path(checkpoint), reset_optimizer)
             self._probe = Probe(self._learner, self._config, self._here)
-            alone = self._config.rollout.publish == "adapter"
             self._sent = Exporter(self._learner.policy, self._here, adapters=True) if alone else self._learner.exporter
-            if self._here.is_main:
-                self._sender = (AdapterSender if alone else Sender)(self._config, self._learner.policy.config,
-                                                                    self._here.device)
+            if engine.colocate:
+                self._leave_room()
         return {"steps_done": self.steps_done, "probe_tokens": self._probe.token_ids.tolist()}
 
     def _check_shared(self, written: str | None) -> None:

@@ -14,6 +14,7 @@ from tests.distributed.conftest import REPOSITORY
 
 NO_CARD = "no CUDA device: `make test-gpu` runs this on a machine with one"
 NO_ENGINE = "SGLang's packages for a GPU (sglang-kernel) are not installed: make setup VARIANT=gpu"
+TE_NEEDS_CARD = "Transformer Engine's kernels run on a card alone"
 NO_TE = "Transformer Engine is not installed: make setup VARIANT=gpu TE=1"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tests.distributed.cases as cases
-from tests.card.place import NO_TE, at
+from tests.card.place import NO_TE, TE_NEEDS_CARD, at
 from tests.distributed.table import worst
 from tests.distributed.test_bfloat16 import GRADIENT_BUDGET, LOGPROB_MAX, LOGPROB_MEAN, logprob_errors, write_step
 
@@ -18,7 +18,7 @@ def step(place, tmp_path_factory):
     """(float64's step, what each backend made of it)."""
     folder = tmp_path_factory.mktemp("backends")
     reference = write_step(folder, cases.write_models(folder)[True])
-    place.run("tests.distributed.worker", "card", str(folder), "1", "one")
+    place.run("tests.distributed.worker", "card" if place.on_card else "torch_on_card", str(folder), "1", "one")
     return reference, torch.load(folder / "one.card.pt")
 
 
@@ -27,7 +27,7 @@ def step(place, tmp_path_factory):
 def test_a_backend_keeps_the_error_budget_of_bfloat16(place, step, backend):
     reference, results = step
     if backend not in results:
-        pytest.skip(NO_TE)
+        pytest.skip(NO_TE if place.on_card else TE_NEEDS_CARD)
     mean, largest = logprob_errors(results[backend]["logprobs"], reference)
     assert mean <= LOGPROB_MEAN and largest <= LOGPROB_MAX
     gradients = results[backend]["gradients"]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.card.place import NO_TE, at
+from tests.card.place import NO_TE, TE_NEEDS_CARD, at
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def memory_fault(row: str) -> str | None:
 def test_a_slice_of_ling_lite_trains_in_the_memory_of_the_plan(place, backend, tmp_path):
     """Tiny on the pretended GPU, which does not count memory."""
     if backend == "transformer_engine" and not (place.on_card and importlib.util.find_spec(backend)):
-        pytest.skip(NO_TE)
+        pytest.skip(NO_TE if place.on_card else TE_NEEDS_CARD)
     module = "benchmarks.ling_lite_slice" + ("_te" if backend == "transformer_engine" else "")
     size = ["--sequences", "3", "--steps", "1", "--no-save"] if place.on_card else ["--quick"]
     printed = place.run(module, *size, "--trace", str(tmp_path))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -344,10 +344,10 @@ def run_bfloat16(folder: Path, layout: str, here: topology.Topology) -> None:
         torch.save(result, folder / f"{layout}.bfloat16.pt")
 
 
-def run_card(folder: Path, layout: str, here: topology.Topology) -> None:
-    """As run_bfloat16, with the backends of a GPU that are installed; rank 0 saves LAYOUT.card.pt, on the CPU."""
+def run_card(backends: Sequence[str], folder: Path, layout: str, here: topology.Topology) -> None:
+    """As run_bfloat16, with backends of a GPU; rank 0 saves LAYOUT.card.pt, on the CPU."""
     results = {}
-    for kernels in ("torch", *(["transformer_engine"] if HAVE_TE else [])):
+    for kernels in backends:
         runner = Runner(folder, layout, here, distributed_optimizer=False, checkpoint="bfloat16", step="bfloat16.pt",
                         dtype="bfloat16", kernels=kernels)
         gradients, logprobs = runner.gradients(cases.UPDATE_MICROBATCHES), runner.logprobs(norm_head=True)
@@ -401,7 +401,9 @@ def run_mtp(folder: Path, layout: str, here: topology.Topology) -> None:
 
 
 RUNS = {"mtp": run_mtp, "bfloat16": run_bfloat16, "kernels": run_kernels, "step": run_layout, "networks": run_networks,
-        "card": run_card, "exports": run_exports, "lora": run_lora, "shared_experts": run_shared_experts}
+        "card": partial(run_card, ["torch", *(["transformer_engine"] if HAVE_TE else [])]),
+        "torch_on_card": partial(run_card, ["torch"]),
+        "exports": run_exports, "lora": run_lora, "shared_experts": run_shared_experts}
 
 
 def main(run: Run, folder: str, world_size: str, *layouts: str) -> None:

@@ -77,10 +77,10 @@ class Adapted:
         return self.call(self.client.input_logprobs(TOKENS, rid="test."))
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3_moe"])
 def engine(request, tmp_path_factory):
     """Beside all of a dense network, and beside the attention of one with experts."""
-    dense = request.param == "qwen2"
+    dense = request.param != "qwen3_moe"
     lora = LoraConfig(rank=4, alpha=8.0) if dense else LoraConfig(rank=4, alpha=8.0, targets=ATTENTION)
     adapted = Adapted(request.param, tmp_path_factory.mktemp("adapted"), lora)
     with adapted.process:

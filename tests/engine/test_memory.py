@@ -15,6 +15,7 @@ import pytest
 from megatron_rl.config.rollout import ENGINE_KEY
 from megatron_rl.rollout.client import EngineClient
 from megatron_rl.rollout.sampling import SamplingParams
+from megatron_rl.rollout.supervisor import LOADED, NOTHING_PUBLISHED
 from megatron_rl.sync.memory import CACHE, WEIGHTS, EngineMemory
 from megatron_rl.sync.tensor import TensorPublisher
 from tests.engine.conftest import PROMPTS, LiveEngine, in_time, running
@@ -59,7 +60,7 @@ def test_memory_is_released_for_training_and_given_back_around_the_publish(live_
         assert asyncio.run(release(memory, client)) == [client.base_url]
         live_engine.publish(live_engine.new_weights(), publisher)
         assert [call for call, _ in itertools.groupby(client.asked)] == [  # it flushes until the engine is at rest
-            "flush_cache", " ".join(["release_memory_occupation", *CACHE, *WEIGHTS]),
+            "flush_cache", " ".join(["release_memory_occupation", *CACHE, *WEIGHTS]), "update_weight_version",
             "pause_generation", " ".join(["resume_memory_occupation", *WEIGHTS]),
             "begin_weight_update", "update_weights_from_tensor", "end_weight_update",
             " ".join(["resume_memory_occupation", *CACHE]), "flush_cache", "continue_generation"]
@@ -92,12 +93,37 @@ def test_an_engine_that_was_started_again_has_nothing_to_get_back(live_engine, c
     async def release_and_relabel() -> None:
         async with client:
             await memory.release([client])
-            await client._post("/update_weight_version", {"new_version": "-1"})
+            await client.label_weights(NOTHING_PUBLISHED)
 
     asyncio.run(release_and_relabel())
     live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
     assert not any(call.startswith("resume_memory") for call in client.asked)
     asyncio.run(client_resumes(client))  # in truth it was not
+
+
+@pytest.mark.parametrize("label", [NOTHING_PUBLISHED, LOADED])
+def test_an_engine_that_released_before_any_publish_gets_its_memory_back(live_engine, client, memory, label):
+    """Ranks are built while engines that have just been started have released."""
+    async def label_and_release() -> None:
+        async with client:
+            await client.label_weights(label)
+            await memory.release([client])
+
+    asyncio.run(label_and_release())
+    live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
+    assert [call for call in client.asked if call.startswith("resume_memory")] == [
+        " ".join(["resume_memory_occupation", *WEIGHTS]), " ".join(["resume_memory_occupation", *CACHE])]
+
+
+def test_an_engine_that_released_to_a_trainer_that_died_is_not_asked_twice(live_engine, client, memory):
+    """SGLang dies if it is asked to release what it has released."""
+    asyncio.run(release(memory, client))
+    client.asked.clear()
+    later = EngineMemory(lambda: 0)
+    assert asyncio.run(release(later, client)) == [client.base_url]
+    assert not client.asked
+    live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=later))
+    assert " ".join(["resume_memory_occupation", *WEIGHTS]) in client.asked
 
 
 async def client_resumes(client: EngineClient) -> None:
