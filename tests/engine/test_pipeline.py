@@ -37,18 +37,17 @@ SMALL = [
         f"eval.benchmarks.{name}.problems=2" for name in ("math", "code", "science")))),
 ]
 
-SPECIALISTS = ["math_rl", "code_rl"]
-CODE = ROOT / "examples" / "table3_domain_conflict" / "code.jsonl"
-BRANCHES = [
-    "experiment=quickstart", 'model.path=""', "parallel=single", "rollout.engine.deterministic=true",
-    "rollout.max_response_tokens=12", "eval.problems=2", "eval.bootstrap_resamples=50", "observe.wandb=off",
-    "pipeline.random_base=true",
-    "pipeline.stages.math_rl.overrides=['experiment=ring_mini_specialist', 'data.source=chains']",
-    "pipeline.stages.code_rl={after: base, overrides: "
-    f"['experiment=ring_mini_specialist', 'data.path={CODE}', 'data.domain_key=domain']}}",
-    "pipeline.stages.one_model={after: base, teachers: {math: math_rl, code: code_rl, science: code_rl}, "
-    "overrides: ['experiment=ring_mini_distillation', 'algo.distillation.top_k=8']}",
-    *(f"{name}.{text}" for name in (*SPECIALISTS, "one_model") for text in (
+RING_MINI = {  # stage -> steps before it is killed
+    "base": 0, "cold_start": 6, "choice": 0, "math_rl": 1, "code_rl": 1, "science_rl": 1, "one_model": 1, "adaptive": 1}
+SPECIALISTS = ["math_rl", "code_rl", "science_rl"]
+SETS = ("math", "code", "science", "low", "high")
+SMALL_RING_MINI = [
+    "experiment=ring_mini", "parallel=single", "rollout.engine.deterministic=true", "rollout.max_response_tokens=12",
+    "eval.bootstrap_resamples=50", *(f"eval.benchmarks.{name}.{key}" for name in SETS
+                                     for key in ("problems=2", "samples=1")),
+    *(f"cold_start.{text}" for text in (*SMALL_SFT, "sft.epochs=2")),
+    "choice.select.problems=2", "choice.select.samples=2",
+    *(f"{name}.{text}" for name in (*SPECIALISTS, "one_model", "adaptive") for text in (
         "parallel=single", "run.save_every_steps=1", "run.steps=2", "rollout.prompts_per_step=4",
         "rollout.responses_per_prompt=2", "rollout.max_response_tokens=12", "algo.phi=32",
         "algo.underfull=train_short"))]
@@ -88,8 +87,8 @@ def kill_at(stage: str, step: int, folder: Path, url: str, small: list[str] = SM
 
 
 def records(folder: Path) -> dict[str, dict]:
-    return {name: json.loads((folder / name / "stage.json").read_text()) for name in [*STAGES, "code_rl", "one_model"]
-            if (folder / name / "stage.json").exists()}
+    files = {name: folder / name / "stage.json" for name in (*STAGES, *RING_MINI)}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -170,26 +169,29 @@ def test_killed_in_every_later_stage_it_ends_as_if_it_had_not_been(whole, engine
         name: weights_digest(whole / name) for name in again})
 
 
-def test_specialists_and_their_distillation_killed_in_two_of_three_stages_go_on(engine_url, tmp_path):
-    """Branches: two specialists start from the base, and a third stage from it too, with the two as its teachers."""
-    folder, trained = tmp_path / "branches", [*SPECIALISTS, "one_model"]
-    for name in ("code_rl", "one_model"):
-        kill_at(name, 1, folder, engine_url, BRANCHES)
-    done = to_the_end(folder, engine_url, small=BRANCHES)
+def test_ring_mini_killed_in_every_stage_goes_on(engine_url, tmp_path):
+    """SFT, choice, specialists, their distillation into one model, and adaptive thinking."""
+    folder = tmp_path / "ring_mini"
+    for name, step in RING_MINI.items():
+        kill_at(name, step, folder, engine_url, SMALL_RING_MINI)
+        assert records(folder)[name]["status"] == "begun"
+    done = to_the_end(folder, engine_url, small=SMALL_RING_MINI)
     assert done.returncode == 0, done.stderr
     found = records(folder)
-    assert {name: record["starts"] for name, record in found.items()} == {
-        "base": 1, "math_rl": 1, "code_rl": 2, "one_model": 2}
-    for name in trained:
+    assert {name: record["starts"] for name, record in found.items()} == dict.fromkeys(RING_MINI, 2)
+    assert [row["step"] for row in rows(folder / "cold_start")] == list(range(1, 9))
+    for name in (*SPECIALISTS, "one_model", "adaptive"):
         assert [row["step"] for row in rows(folder / name)] == [1, 2], name
         assert rows(folder / name)[0]["mismatch/max_abs"] < 1e-4, name
         config = json.loads((folder / name / "config.json").read_text())
-        assert config["model"]["path"] == str(folder / "base" / "hf"), name
-    assert found["one_model"]["after"] == "+".join(found[name]["id"] for name in ("base", *SPECIALISTS))
+        start = "one_model" if name == "adaptive" else "choice"
+        assert config["model"]["path"] == str(folder / start / "hf"), name
+    assert found["one_model"]["after"] == "+".join(found[name]["id"] for name in ("choice", *SPECIALISTS))
     for row in rows(folder / "one_model"):
         assert row["train/distill_kl"] > -1e-6 and 0 < row["train/distill_teacher_mass"] < 1
     assert 0 < rows(folder / "code_rl")[-1]["prompts/judged_fraction"] < 0.1
     stages = {stage["name"]: stage for stage in json.loads((folder / "pipeline.json").read_text())["stages"]}
-    for name in trained:
-        assert stages[name]["gain"].keys() == stages[name]["evaluation"].keys() and stages[name]["gain"], name
+    for name in list(RING_MINI)[1:]:
+        assert stages[name]["gain"].keys() == stages[name]["evaluation"].keys() == set(SETS), name
+        assert all(low <= mean <= high for mean, low, high in stages[name]["gain"].values()), name
     assert "Gain of every stage" in (folder / "report.html").read_text()
