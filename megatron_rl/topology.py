@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_rl.compat import loopback_store, megatron_cpu
+from megatron_rl.compat import gloo_device, loopback_store, megatron_cpu
 from megatron_rl.compat.own_name import check_own_name
 from megatron_rl.config.check import check_gloo
 from megatron_rl.config.schema import ParallelConfig
 
 megatron_cpu.patch_megatron()
 loopback_store.use_loopback_stores()
+gloo_device.share_gloo_device()
 
 
 TIMEOUT_S = 1800.0

@@ -80,8 +80,10 @@ def serve() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     hide(os.environ[ENGINE_KEY])
 
+    from megatron_rl.compat.gloo_device import share_gloo_device
     from megatron_rl.compat.loopback_store import use_loopback_stores
 
     use_loopback_stores()
+    share_gloo_device()
 if __name__ == "__main__":
     serve()
