@@ -108,6 +108,8 @@ def print_evaluations(run_dir: Path) -> None:
     from megatron_rl.observe.report import LABELS
 
     rows = [json.loads(line) for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+    if not rows:  # eval.every_steps=0, or there is no set
+        return
     name = "accuracy" if any("accuracy" in row for row in rows) else "mean_reward"
     low, high = ("low", "high") if name == "accuracy" else ("mean_reward_low", "mean_reward_high")
     table = Table("stage", "step", f"held-out {name.replace('_', ' ')}", "95% interval", "tokens")
