@@ -27,6 +27,7 @@ from megatron_rl.launch.local import engines_for, terminable
 from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.sinks import CONFIG, EVALUATIONS, METRICS
+from megatron_rl.prompts import heldout_data
 from megatron_rl.recipes import evaluate
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.runs import engine_errors, prepare_model, train_rl, train_sft
@@ -107,11 +108,15 @@ def plan(name: str, scale_name: str, scale: Scale, *, out: Path, seeds: Sequence
     runs = []
     for seed, key in itertools.product(seeds, arms):
         arm = scale.arms[key]
-        runs.append(Run(key, seed, load([
+        config = load([
             *scale.common, *arm.overrides, *given(arm), f"run.seed={seed}", f"run.name={key}_seed_{seed}",
             f"run.dir={root / key / f'seed_{seed}'}", f"run.export_hf={str(arm.recipe == 'sft').lower()}",
-            "observe.wandb=off", *overrides]), arm.recipe))
-        check_evaluates(runs[-1].config, "an ablation")
+            "observe.wandb=off", *overrides])
+        if arm.responses_of:  # which are to be learned; the problems of its evaluation are not theirs
+            problems = heldout_data(load([*scale.common, *arm.overrides, *overrides]))
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, data=problems))
+        check_evaluates(config, "an ablation")
+        runs.append(Run(key, seed, config, arm.recipe))
     starts = []
     for key in needed([scale.arms[arm] for arm in arms], before):
         if start and key in scale.starts:

@@ -73,7 +73,8 @@ scales:
     prepared:
       teacher: {{overrides: {short}}}
       responses:
-        {{recipe: evaluate, start: teacher, overrides: {json.dumps([*json.loads(short)[1:], "eval.problems=32"])}}}
+        {{recipe: evaluate, start: teacher, overrides: {json.dumps([*json.loads(short)[1:], "eval.problems=32",
+            "eval.data={source: chains, split: train, size: 32}"])}}}
     arms:
       taught: {{teachers: {{math: teacher}}, overrides: [algo.distillation.task_reward=false]}}
       told: {{recipe: sft, responses_of: responses, overrides: [sft.examples=32, sft.batch_size=16, sft.epochs=1]}}
