@@ -48,7 +48,7 @@ FLOORS = {
     "forked_ranks": {"compat", "train"},
     "runs": {*LEAVES, "rollout", "model", "preflight", "preflight_gpu", *LAUNCHED},
     "pipeline": {*LEAVES, *ENGINES, "model", "preflight", "runs", *LAUNCHED},
-    "ablations": {*LEAVES, "preflight", "runs", *LAUNCHED},
+    "ablations": {*LEAVES, "preflight", "prompts", "runs", *LAUNCHED},
     "completion": {"config"},
     "usage": set(),
     "commands": {*LEAVES, "model", "plan", "rehearsal", "preflight", "preflight_gpu", "runs", "pipeline", "ablations",
