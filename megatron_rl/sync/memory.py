@@ -2,12 +2,12 @@
 
 generating -> release everything -> training -> resume the weights -> publishing -> resume the cache -> serving
 
-Releasing discards the contents, so an engine serves nothing until the next publish has reached it. Its weights are
-labelled EMPTIED meanwhile, which tells it from one that was started again. Free bytes are noted
-after every phase, on rank 0's device. Written for SGLang 0.5.23
-(sglang/srt/managers/scheduler_components/weight_updater.py: release_memory_occupation), started with
---enable-memory-saver. Its server dies if it is asked to release while a request runs, or to resume what it has not
-released; the order of calls here avoids both. On CPU it obeys and keeps its memory.
+Releasing discards the contents, so an engine serves nothing until the next publish has reached it. Meanwhile it has the
+label EMPTIED. An engine that was started again has all its memory, and another label. Free bytes are noted after every
+phase, on rank 0's device. Written for SGLang 0.5.23 (sglang/srt/managers/scheduler_components/weight_updater.py:
+release_memory_occupation), started with --enable-memory-saver. Its server dies if it is asked to release while a
+request runs, or what it has released, or to resume what it has not; the order of calls here avoids all three. On CPU it
+obeys and keeps its memory.
 """
 
 from __future__ import annotations
@@ -60,20 +60,25 @@ class EngineMemory:
         return released
 
     async def _release(self, client: EngineClient) -> None:
-        if client.base_url not in self._released and await client.weight_version() == EMPTIED:
-            self._released[client.base_url] = {*CACHE, *WEIGHTS}  # to an earlier trainer, which died
+        released = await self._released_by(client)
+        held = [tag for tag in (*CACHE, *WEIGHTS) if tag not in released]
+        if not held:
             return
         await _until_idle(client)
-        held = [tag for tag in (*CACHE, *WEIGHTS) if tag not in self._released.get(client.base_url, ())]
-        if held:
-            await client.release_memory_occupation(held)  # refused, it still has all: it must not be told to resume it
-        self._released[client.base_url] = {*CACHE, *WEIGHTS}
+        await client.release_memory_occupation(held)  # refused, it still has all: it must not be told to resume it
+        released.update(held)
         await client.label_weights(EMPTIED)
+
+    async def _released_by(self, client: EngineClient) -> set[str]:
+        """What the engine has released, kept in self._released. Its label says what happened without us."""
+        label = await client.weight_version()
+        if label in (None, NOTHING_PUBLISHED):  # it was started again
+            self._released[client.base_url] = set()
+        return self._released.setdefault(client.base_url, {*CACHE, *WEIGHTS} if label == EMPTIED else set())
 
     async def resume_weights(self, client: EngineClient) -> None:
         """Call it before new weights are sent. An engine that was started again meanwhile has nothing to get back."""
-        if await client.weight_version() in (None, NOTHING_PUBLISHED):
-            self._released.pop(client.base_url, None)
+        await self._released_by(client)
         await self._resume(client, WEIGHTS)
         self._note("publishing")
 

@@ -115,13 +115,31 @@ def test_an_engine_that_released_before_any_publish_gets_its_memory_back(live_en
         " ".join(["resume_memory_occupation", *WEIGHTS]), " ".join(["resume_memory_occupation", *CACHE])]
 
 
-def test_an_engine_that_released_to_a_trainer_that_died_is_not_asked_twice(live_engine, client, memory):
-    """SGLang dies if it is asked to release what it has released."""
+def test_an_engine_that_was_started_again_after_a_failed_publish_releases_all(live_engine, client, memory):
+    """The publish had given the weights back, and not the cache. A new server has both."""
+    async def fail_and_start_again() -> None:
+        async with client:
+            await memory.release([client])
+            await memory.resume_weights(client)
+            await client.resume_memory_occupation([*CACHE])
+            await client.label_weights(NOTHING_PUBLISHED)
+            client.asked.clear()
+            await memory.release([client])
+
+    asyncio.run(fail_and_start_again())
+    assert " ".join(["release_memory_occupation", *CACHE, *WEIGHTS]) in client.asked
+    live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=memory))
+
+
+@pytest.mark.parametrize("action", ["release", "publish"])
+def test_a_later_trainer_knows_what_an_engine_released(live_engine, client, memory, action):
+    """SGLang dies if it is asked to release what it has released. Weights need their memory back before they arrive."""
     asyncio.run(release(memory, client))
     client.asked.clear()
     later = EngineMemory(lambda: 0)
-    assert asyncio.run(release(later, client)) == [client.base_url]
-    assert not client.asked
+    if action == "release":
+        assert asyncio.run(release(later, client)) == [client.base_url]
+        assert not client.asked
     live_engine.publish(live_engine.weights, TensorPublisher([client], bucket_bytes=1 << 30, memory=later))
     assert " ".join(["resume_memory_occupation", *WEIGHTS]) in client.asked
 
