@@ -56,7 +56,8 @@ def test_a_runs_lengths_may_be_stretched_and_are_known_step_by_step(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("lognormal:20", "write lognormal:MEAN:SIGMA"), ("lognormal:20:-1", "two positive numbers"),
-    ("no/run", "there is no no/run/metrics.jsonl")])
+    ("no/run", "there is no no/run/metrics.jsonl"), ("no/run:0", "FACTOR must be above 0, such as no/run:64"),
+    ("no/run:0.0", "FACTOR must be above 0")])
 def test_other_lengths_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         lengths_of(text, ROLLOUT)
