@@ -1,8 +1,8 @@
-"""All of a process's gloo groups share one device, which is one thread that polls.
+"""All gloo groups of a process share one device, and so one polling thread.
 
-Written for torch 2.14.1, which makes a device for each group. Its thread wakes up a hundred times a second even if
-nobody communicates (gloo/transport/tcp/loop.cc: Loop::run), and Megatron makes some thirty groups in every rank. Delete
-when torch shares the device (torch/csrc/distributed/c10d/init.cpp: the constructor of ProcessGroupGloo).
+Written for torch 2.14.1, which makes a device for each group. The device's thread wakes up a hundred times a second
+even if nobody communicates (gloo/transport/tcp/loop.cc: Loop::run), and Megatron makes about thirty groups in every
+rank. Delete when torch shares the device (torch/csrc/distributed/c10d/init.cpp: the constructor of ProcessGroupGloo).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if torch.distributed.is_gloo_available():
 
 @functools.cache
 def _device(process: int, interface: str) -> Any:
-    """process: its number, since a forked one has no thread of its parent's. interface: "" is the default."""
+    """process: this process's number; a forked process needs a device of its own. interface: "" is the default."""
     return (ProcessGroupGloo.create_device(interface=interface) if interface
             else ProcessGroupGloo.create_default_device())
 
 
 def share_gloo_device() -> None:
-    """From here on, in this process and in those that it forks. Without gloo nothing changes."""
+    """Groups made from here on, in this process and in those that it forks, share a device. Without gloo: nothing."""
     if torch.distributed.is_gloo_available():
         distributed_c10d.ProcessGroupGloo = OneDeviceGloo

@@ -231,7 +231,7 @@ class EngineClient:
         await self.label_weights(version)
 
     async def label_weights(self, version: int) -> None:
-        """The engine calls its weights so from now on (weight_version). Running requests go on."""
+        """Sets what weight_version() returns. The weights stay as they are, and running requests go on."""
         await self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def unload_adapter(self, name: str) -> None:

@@ -17,7 +17,7 @@ from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.rollout.engines import EngineError, EngineProcess
 
 NOTHING_PUBLISHED, LOADED, EMPTIED = -1, -2, -3
-"""Labels of weights that no trainer published: those of the start, of another folder, and none (sync/memory.py)."""
+"""Labels of what no trainer published: weights of the start, weights of another folder, none (sync/memory.py)."""
 PROBE_TIMEOUT_S = 10.0
 FORGIVEN_AFTER_S = 3600.0
 """A server that has answered for so long counts as new: a run may last for weeks."""
