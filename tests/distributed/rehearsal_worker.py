@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import sys
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -32,9 +33,11 @@ from megatron_rl.rehearsal.ranks import distinct_ranks
 from megatron_rl.rehearsal.recorder import Recorder
 from megatron_rl.rehearsal.standins import forgotten_loss_scale, host_memory, known_experts, replaced
 from megatron_rl.rehearsal.step import Workload, packed, rehearse, run_step
+from megatron_rl.rehearsal.storages import Storages
 from megatron_rl.rollout.ports import choose_port
 
 TOKENS = 96
+LETTING_GO_S = 0.002
 COMPARED = ("old log-probabilities", "update", "optimiser step")
 """Not the metrics, which real ranks exchange as Python objects: those are collectives of bytes that a rehearsal answers
 without any."""
@@ -96,10 +99,25 @@ def seen(recorder: Recorder) -> dict[str, dict]:
     return found
 
 
+class PatientStorages(Storages):
+    """A thread of gloo holds the tensors of a collective for a moment after the wait for it has returned. Before bytes
+    may become a peak, the thread gets the time to let go."""
+
+    def see(self, tensor, kind, operation, where) -> None:
+        if self.total + tensor.untyped_storage().nbytes() > self.peak:
+            time.sleep(LETTING_GO_S)
+        super().see(tensor, kind, operation, where)
+
+    def begin(self) -> None:
+        time.sleep(LETTING_GO_S)
+        super().begin()
+
+
 def real(name: str) -> dict[str, dict]:
     config, network, workload = case(name)
     here = topology.start(config.parallel, seed=0)
     recorder = Recorder()
+    recorder.storages = PatientStorages()
     batches = packed(workload, config, here.cp_rank)
     with (with_mask(config), forgotten_loss_scale(), known_experts(recorder.read_by_host),
           host_memory(recorder.on_host), recorder):
