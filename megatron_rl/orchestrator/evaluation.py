@@ -19,7 +19,7 @@ from megatron_rl.orchestrator.own_evaluations import asker, own_evaluations
 from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.prompts import heldout_data, prompt_source
 from megatron_rl.reward import RewardPool
-from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.boxed import answer_part, last_boxed
 from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Finish, Prompt, RolloutGroup
 
@@ -167,6 +167,6 @@ def summary(groups: Sequence[RolloutGroup], *, resamples: int, seed: int) -> dic
 
 def _votes(group: RolloutGroup) -> list[str | None]:
     """The vote of each judged response."""
-    boxes = [last_boxed(text) or None for text in group.texts]
+    boxes = [last_boxed(answer_part(text, group.prompt.text)) or None for text in group.texts]
     return [RIGHT if box is not None and score.correct else box
             for box, score in zip(boxes, group.scores, strict=True) if not score.failed]

@@ -36,7 +36,7 @@ from megatron_rl.observe.jsonl import read_jsonl
 from megatron_rl.observe.verdicts import judged
 from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.reward import RewardPool
-from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.boxed import answer_part, last_boxed
 from megatron_rl.rollout.responses import SamplingPlan
 from megatron_rl.types import Prompt
 
@@ -237,8 +237,8 @@ async def _sampled(source: ProblemSource, first: int, config: Config, num_sample
                         raise ValueError(f"{group.prompt.id}: the scorer does not say which responses are right: set "
                                          "reward.correct_from, or return a Score with status correct or wrong")
                     yield Sampled(tuple(bool(score.correct) for score in judged(group)), tuple(
-                        last_boxed(text) for text, score in zip(group.texts, group.scores, strict=True)
-                        if not score.failed))
+                        last_boxed(answer_part(text, group.prompt.text))
+                        for text, score in zip(group.texts, group.scores, strict=True) if not score.failed))
 
 
 def _disagreement(sampled: Sampled, agreement: float) -> Removal | None:

@@ -1,12 +1,27 @@
-"""Finds the answer that a response puts into \\boxed{...}."""
+"""Finds the part of a response that answers, and what it puts into \\boxed{...}."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["last_boxed"]
+from megatron_rl.config.reward import THINKING_BEGIN, THINKING_END
+
+__all__ = ["answer_part", "last_boxed", "with_thinking"]
 
 _TOKEN = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)  # each branch begins with a letter: `re` then skips quickly
+
+
+def with_thinking(text: str, prompt_text: str) -> str:
+    """The response, with the <think> that a chat template has put at the prompt's end."""
+    return f"{THINKING_BEGIN}\n{text}" if prompt_text.rstrip().endswith(THINKING_BEGIN) else text
+
+
+def answer_part(text: str, prompt_text: str = "") -> str:
+    """What follows the first </think>, or the whole text; nothing if the thinking has begun and does not end."""
+    _, end, after = text.partition(THINKING_END)
+    if end:
+        return after
+    return "" if with_thinking(text, prompt_text).lstrip().startswith(THINKING_BEGIN) else text
 
 
 def last_boxed(text: str) -> str | None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from megatron_rl.config.reward import RewardConfig
 from megatron_rl.reward.base import Job, run
+from megatron_rl.reward.boxed import with_thinking
 from megatron_rl.reward.calls import literal, split_entry_point
 from megatron_rl.reward.harness import wire
 from megatron_rl.reward.judges import judge_response
@@ -86,6 +87,7 @@ class CodeScorer:
     def prepare(self, prompt: Prompt, response_text: str) -> Job:
         """Leaves even the search for the code block to the worker, so that no text holds up the caller."""
         task, digest = self._task_and_digest(prompt)
+        response_text = with_thinking(response_text, prompt.text)
         key = hashlib.blake2b(response_text.encode(errors="surrogatepass"), key=digest).digest()
         return Job(judge_response, (self._box, task, response_text), ("code", key), timeout_s=task.longest_s)
 

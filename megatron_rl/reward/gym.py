@@ -10,7 +10,7 @@ import pickle
 from typing import Any
 
 from megatron_rl.reward.base import Job, run, verdict
-from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.boxed import answer_part, last_boxed
 from megatron_rl.reward.gym_answers import OWN, fits, is_reference
 from megatron_rl.types import Prompt, Score
 
@@ -20,7 +20,7 @@ class ReasoningGymScorer:
     """1 if the answer is the reference, or if the task's checker gives full marks to an answer of the task's shape.
 
     reward/gym_answers.py says which shapes those are. Part marks count as wrong. The answer is the last \\boxed{...},
-    or the whole stripped text without a box. The prompt's metadata carries {"task", "task_config", "entry"}
+    or the whole stripped text without a box; thinking does not count. The prompt's metadata carries {"task", "task_config", "entry"}
     (data.source=reasoning_gym).
     """
 
@@ -38,9 +38,10 @@ class ReasoningGymScorer:
 
     def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
         self.check(prompt)
-        answer = last_boxed(response_text)
+        text = answer_part(response_text, prompt.text)
+        answer = last_boxed(text)
         if answer is None:
-            answer = response_text.strip()
+            answer = text.strip()
         if not answer:
             return Score(0.0, "no_answer")
         config = json.dumps(prompt.metadata["task_config"], sort_keys=True)

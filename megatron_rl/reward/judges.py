@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.reward.base import verdict
+from megatron_rl.reward.boxed import answer_part
 from megatron_rl.reward.calls import JAVA_MAIN, call_sources, harness_source, read_values
 from megatron_rl.reward.compare import same_output, same_value
 from megatron_rl.reward.harness import load, tester
@@ -50,8 +51,7 @@ def solution_code(text: str, language: str, *, in_thinking: bool) -> str | None:
     in_thinking: whether blocks between <think> and </think> count.
     """
     if not in_thinking:
-        _, end, after = text.partition("</think>")
-        text = after if end else "" if text.lstrip().startswith("<think>") else text
+        text = answer_part(text)
     blocks = [(_language_of(info), code) for info, code in fenced_blocks(text)]
     for tags in (ALIASES[language], ("",)):
         for tag, code in reversed(blocks):

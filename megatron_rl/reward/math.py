@@ -14,7 +14,7 @@ from megatron_rl.reward.answer.latex import Unreadable, undress
 from megatron_rl.reward.answer.read import Rules, is_undone, read, read_reference
 from megatron_rl.reward.answer.words import final_letter, is_choice, same_words
 from megatron_rl.reward.base import Job, needs_answer, run, verdict
-from megatron_rl.reward.boxed import last_boxed
+from megatron_rl.reward.boxed import answer_part, last_boxed
 from megatron_rl.types import Prompt, Score
 
 __all__ = ["MathVerifyScorer", "judge", "judge_math", "prepared"]
@@ -26,7 +26,7 @@ _EXACT = Rules()
 class MathVerifyScorer:
     """1 if the last box holds prompt.answer, worked out; docs/rewards.md says what counts as equal and as worked out.
 
-    no_answer without a closed, non-empty box. If the reference is an option's letter, the last line will do.
+    no_answer without a closed, non-empty box behind the thinking. If the reference is an option's letter, the last line will do.
     """
 
     preload = ("math_verify", "mpmath", "pint")
@@ -40,10 +40,11 @@ class MathVerifyScorer:
             judge_math(box, answer)
 
     def prepare(self, prompt: Prompt, response_text: str) -> Score | Job:
-        box, answer = last_boxed(response_text), prompt.answer.strip()
+        text, answer = answer_part(response_text, prompt.text), prompt.answer.strip()
+        box = last_boxed(text)
         if box is not None and _INTEGER.fullmatch(box) and _INTEGER.fullmatch(answer):
             return verdict(int(box) == int(answer))
-        return _prepared(prompt, response_text, box, _EXACT)
+        return _prepared(prompt, text, box, _EXACT)
 
     def check(self, prompt: Prompt) -> None:
         needs_answer(prompt)
@@ -54,13 +55,14 @@ class MathVerifyScorer:
 
 def prepared(prompt: Prompt, response_text: str, rules: Rules) -> Score | Job:
     """The verdict if it needs no worker, else the job that finds it."""
-    return _prepared(prompt, response_text, last_boxed(response_text), rules)
+    text = answer_part(response_text, prompt.text)
+    return _prepared(prompt, text, last_boxed(text), rules)
 
 
-def _prepared(prompt: Prompt, response_text: str, box: str | None, rules: Rules) -> Score | Job:
+def _prepared(prompt: Prompt, text: str, box: str | None, rules: Rules) -> Score | Job:
     answer = prompt.answer.strip()
     if box is None and is_choice(answer):
-        letter = final_letter(response_text)
+        letter = final_letter(text)
         return Score(0.0, "no_answer") if letter is None else verdict(letter == answer.strip("()"))
     box = (box or "").rstrip(" .")
     if not box:

@@ -1,5 +1,7 @@
 """Code rewards: languages, modes, statuses, and programs that try to be told right without being right."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_rl.config.reward import CodeConfig
@@ -210,10 +212,12 @@ def test_blocks_of_the_thinking_count_only_if_the_key_says_so(text, without, wit
 
 
 def test_the_key_for_blocks_of_the_thinking_reaches_the_judge():
-    text = "```py\nprint(sum(map(int, input().split())))\n```\n</think>"
+    block, asked = "```py\nprint(sum(map(int, input().split())))\n```\n", prompt("python", **SUMS)
     for judge_thinking, status in ((False, "no_answer"), (True, "correct")):
         config = RewardConfig(sandbox="unsafe", code=CodeConfig(judge_thinking=judge_thinking))
-        assert CodeScorer(config).score(prompt("python", **SUMS), text).status == status
+        assert CodeScorer(config).score(asked, f"{block}</think>").status == status
+        opened = replace(asked, text=f"{asked.text}<think>\n")  # by the chat template; the response never closes it
+        assert CodeScorer(config).score(opened, block).status == status
 
 
 @pytest.mark.parametrize(
