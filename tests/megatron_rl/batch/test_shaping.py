@@ -62,6 +62,8 @@ def test_thinking_efforts_are_strengths_of_the_length_term():
         assert of("length", given, efforts=efforts, strength=0.25) == pytest.approx([strength / 2, -strength / 2])
     with pytest.raises(ValueError, match="its effort is 'mid', but the efforts of .* length are low, high"):
         check_effort(group((1, RIGHT), effort="mid").prompt, (ShapingConfig("length", efforts=efforts),))
+    with pytest.raises(ValueError, match=r"its effort is \['low'\], but"):
+        check_effort(group((1, RIGHT), effort=["low"]).prompt, (ShapingConfig("length", efforts=efforts),))
 
 
 @pytest.mark.parametrize(("text", "penalty"), [
