@@ -20,8 +20,8 @@ class ReasoningGymScorer:
     """1 if the answer is the reference, or if the task's checker gives full marks to an answer of the task's shape.
 
     reward/gym_answers.py says which shapes those are. Part marks count as wrong. The answer is the last \\boxed{...},
-    or the whole stripped text without a box; thinking does not count. The prompt's metadata carries {"task", "task_config", "entry"}
-    (data.source=reasoning_gym).
+    or the whole stripped text without a box; thinking does not count. The prompt's metadata carries {"task",
+    "task_config", "entry"} (data.source=reasoning_gym).
     """
 
     preload = ("reasoning_gym",)

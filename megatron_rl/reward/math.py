@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 
-from megatron_rl.reward.answer.compare import same
+from megatron_rl.reward.answer.compare import BREAKS, same
 from megatron_rl.reward.answer.copies import is_copy
 from megatron_rl.reward.answer.latex import Unreadable, undress
-from megatron_rl.reward.answer.read import Rules, is_undone, read, read_reference
+from megatron_rl.reward.answer.read import Rules, has_unit, is_undone, read, read_reference
 from megatron_rl.reward.answer.words import final_letter, is_choice, same_words
 from megatron_rl.reward.base import Job, needs_answer, run, verdict
 from megatron_rl.reward.boxed import answer_part, last_boxed
@@ -26,7 +27,8 @@ _EXACT = Rules()
 class MathVerifyScorer:
     """1 if the last box holds prompt.answer, worked out; docs/rewards.md says what counts as equal and as worked out.
 
-    no_answer without a closed, non-empty box behind the thinking. If the reference is an option's letter, the last line will do.
+    no_answer without a closed, non-empty box behind the thinking. If the reference is an option's letter, the last line
+    will do.
     """
 
     preload = ("math_verify", "mpmath", "pint")
@@ -80,7 +82,8 @@ def judge_math(box: str, answer: str) -> Score:
 def judge(box: str, answer: str, rules: Rules, question: str) -> Score:
     """Whether a box holds the answer and does not just repeat the question.
 
-    `wrong` with a detail if no answer could be right. No time limit.
+    `wrong` with a detail if no answer could be right. An answer that breaks the arithmetic is wrong too: it is the
+    response's fault, and not the scorer's. No time limit.
     """
     try:
         wanted = read_reference(answer, rules)
@@ -90,6 +93,10 @@ def judge(box: str, answer: str, rules: Rules, question: str) -> Score:
         if is_choice(undress(answer)):
             return verdict(same_words(undress(box), undress(answer)))
         found = read(box, rules)
-    except Unreadable:
+        if has_unit(wanted):
+            found += read(box, replace(rules, letters=True))
+        elif has_unit(found):
+            wanted += read(answer, replace(rules, letters=True))
+        return verdict(same(found, wanted, rules) and not is_copy(box, found, wanted, question))
+    except BREAKS:
         return verdict(False)
-    return verdict(same(found, wanted, rules) and not is_copy(box, found, wanted, question))

@@ -13,7 +13,10 @@ from megatron_rl.reward.answer.latex import Unreadable, plain
 from megatron_rl.reward.answer.read import TURNED, Answer, Rules, is_name, read_one
 from megatron_rl.reward.answer.value import agree, is_final, rational, same_formula, value
 
-__all__ = ["same"]
+__all__ = ["BREAKS", "same"]
+
+BREAKS = (ArithmeticError, ValueError, TypeError, RecursionError)
+"""What numbers beyond all floats, complex ones, unlike units (pint) and trees that are too deep raise."""
 
 DECIMAL_DIGITS = 6  # significant digits of a decimal that may stand for pi/4
 ROUNDED_DIGITS = 3  # significant digits of a reference that may be a rounded value
@@ -21,7 +24,15 @@ LETTERS = 3  # of a run that is a product in an equation: nRT, and not the order
 
 def same(found: list[Answer], wanted: list[Answer], rules: Rules) -> bool:
     """Whether any reading of the answer equals any reading of the reference."""
-    return any(_same(ours, theirs, rules) for theirs in wanted for ours in found)
+    return any(_is_met(ours, theirs, rules) for theirs in wanted for ours in found)
+
+
+def _is_met(found: Answer, wanted: Answer, rules: Rules) -> bool:
+    """A reading that breaks the arithmetic says nothing about the others."""
+    try:
+        return _same(found, wanted, rules)
+    except BREAKS:
+        return False
 
 
 def _same(found: Answer, wanted: Answer, rules: Rules) -> bool:

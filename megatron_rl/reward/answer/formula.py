@@ -71,6 +71,13 @@ def _tokens(text: str) -> list[tuple[str, str]]:
     return tokens
 
 
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except ValueError as error:  # more digits than Python reads (4,300)
+        raise Unreadable(str(error)) from error
+
+
 class _Parser:
     """A recursive descent over the tokens; sum(depth) reads the loosest level."""
 
@@ -229,9 +236,9 @@ class _Parser:
             if "." not in text or not repeated.isdigit():
                 raise Unreadable("a bar over what is no decimal")
             digits = len(text) - text.index(".") - 1
-            period = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** digits)
-            return Node("num", (Fraction(text + "0") + period, f"{text}({repeated})"))
-        return Node("num", (Fraction(text), text))
+            period = Fraction(_fraction(repeated), (10 ** len(repeated) - 1) * 10 ** digits)
+            return Node("num", (_fraction(text + "0") + period, f"{text}({repeated})"))
+        return Node("num", (_fraction(text), text))
 
     def _symbol(self, depth: int) -> Node:
         token = self.next()

@@ -32,12 +32,17 @@ _CHARACTERS = {
 _TRANSLATE = str.maketrans(_CHARACTERS)
 _SPACE = r"(?:\\[,;:! ]|~|\s)"
 _GROUPED = re.compile(rf"(?<![\d.,}}])\d{{1,3}}(?:(?:{_SPACE}|\{{,\}}|,\\!){_SPACE}*\d{{3}})+(?![\d])")
-_TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|bf|rm|mbox|hbox|" \
+_TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|textup|textnormal|emph|mathrm|mathbf|mathit|mathsf|mathtt|" \
+        r"boldsymbol|pmb|bm|bf|rm|mbox|hbox|" \
         r"operatorname|unit|ce|pu)\*?\s*\{"
 _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
     (r"\\(?:left|right)(?![A-Za-z])\s*\.", " "),
     (r"\\(?:left|right|middle|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![A-Za-z])", ""),
-    (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it)(?![A-Za-z])", " "),
+    (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tiny|scriptsize|footnotesize|small|normalsize|"
+     r"large|Large|LARGE|huge|Huge)(?![A-Za-z])|\\(?:text)?color\s*\{[^{}]*\}", " "),
+    (r"\\\\\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]", r"\\\\ "), (r"\\begin\{array\}\s*\{[lcr|\s]*\}", r"\\begin{matrix}"),
+    (r"\\end\{array\}", r"\\end{matrix}"), (r"[(\[]\s*\\begin\{matrix\}(.*?)\\end\{matrix\}\s*[)\]]",
+                                           r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(?<!\\)\\(?:[,;:! ]|quad(?![A-Za-z])|qquad(?![A-Za-z])|phantom\{[^{}]*\}|hspace\*?\{[^{}]*\})|~", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\(?:leq|leqslant)(?![A-Za-z])|<=", r"\\le "), (r"\\(?:geq|geqslant)(?![A-Za-z])|>=", r"\\ge "),
@@ -108,7 +113,7 @@ def undress(text: str) -> str:
     text = arguments(simplify(_outside(_unicode(text).strip())))
     while text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
-    text = re.sub(r"[\s.]+$", "", text) if not text.endswith("..") else text
+    text = re.sub(r"[\s.,;]+$", "", text) if not text.endswith("..") else text
     if not re.search(r"[^\s{}$]", re.sub(r"\\text\{\s*\}", "", text)):
         raise Unreadable("nothing is left of it without its dressing")
     return text.strip()

@@ -11,8 +11,11 @@ from megatron_rl.reward.answer.formula import Node, names, read_formula
 from megatron_rl.reward.answer.latex import OPEN, Unreadable, closing, plain, undress
 from megatron_rl.reward.answer.value import value
 
-__all__ = ["Answer", "Rules", "TURNED", "is_name", "is_undone", "read", "read_number", "read_one", "read_reference"]
+__all__ = [
+    "Answer", "Rules", "TURNED", "has_unit", "is_name", "is_undone", "read", "read_number", "read_one", "read_reference"]
 
+_SETS = {**dict.fromkeys(("all real numbers", "all reals", "all real"), "\\mathbb{R}"),
+         **dict.fromkeys(("no solution", "no solutions", "empty set", "the empty set"), "\\emptyset")}
 INFINITY = Node("const", ("inf",))
 TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _UNDONE = re.compile(r"\\(?:int|iint|iiint|oint|sum|prod|lim|bigcup|bigcap)(?![A-Za-z])")
@@ -26,9 +29,13 @@ _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 @dataclass(frozen=True)
 class Rules:
-    """tolerance: relative, for measured numbers (decimals, and numbers with a unit); None: every number is exact."""
+    """tolerance: relative, for measured numbers (decimals, and numbers with a unit); None: every number is exact.
+
+    letters: whether letters behind a number may be a unit: 5m.
+    """
 
     tolerance: float | None = None
+    letters: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,12 @@ def read_reference(text: str, rules: Rules) -> list[Answer]:
            for reading in readings):
         raise Unreadable("it is not worked out, and no answer that is would be known as right")
     return readings
+
+
+def has_unit(readings: list[Answer]) -> bool:
+    """Whether a reading is a number with a unit, also after a name."""
+    return any((each.kind == "number" and each.parts[1]) or (
+        each.kind == "relation" and units.split_unit(each.parts[2], letters=False)) for each in readings)
 
 
 def is_undone(text: str) -> bool:
@@ -92,7 +105,8 @@ def _read(text: str, rules: Rules) -> list[Answer]:
         if found is not None:
             return [Answer(kind, (found,))]
     if words.is_words(text):
-        return [Answer("words", (text,))]
+        meant = _SETS.get(plain(text).casefold())
+        return [Answer("words", (text,)), *(_read(meant, rules) if meant else [])]
     try:
         return _list(text, rules) or _pair(text, rules) or _relation(text, rules) or _matrix(text, rules) \
             or _ratio(text) or _quantity(text, rules)
@@ -243,10 +257,11 @@ def _ratio(text: str) -> list[Answer]:
 def _quantity(text: str, rules: Rules) -> list[Answer]:
     """A number with a unit if possible, else a number or a formula. A letter may be a unit or a variable (5m)."""
     readings = []
-    parted = units.split_unit(text, letters=rules.tolerance is not None)
+    letters = rules.letters or rules.tolerance is not None
+    parted = units.split_unit(text, letters=letters)
     if parted is not None:
         number = read_number(parted[0])
-        if number is not None and (rules.tolerance is None or "\\text" in parted[1] or units.is_unit(parted[1])):
+        if number is not None and (not letters or "\\text" in parted[1] or units.is_unit(parted[1])):
             readings.append(Answer("number", (number, parted[1])))
             if re.search(r"[A-Za-z]{2}|%", parted[1]) or text[text.index(parted[1]) - 1] == " ":
                 return readings

@@ -251,17 +251,25 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
 
 
 def _final_sum(node: Node) -> bool:
-    """Whether no terms are alike, those of inner sums too: one rational at most, no rational multiple of another."""
+    """Whether no terms are alike, those of inner sums too: one rational at most, no rational multiple of another.
+
+    Powers and the like that are big may stand beside others, unless they cancel out.
+    """
     terms = _terms(node)
     if not all(is_final(term) for term in terms):
         return False
     values = [value(term) for term in terms]
-    if any(abs(number) > BIG and _strip(term).op != "num" for number, term in zip(values, terms, strict=True)):
-        return True
+    if _is_long(value(node)):
+        values = [number for number, term in zip(values, terms, strict=True)
+                  if abs(number) <= BIG or _strip(term).op == "num"]
     plain = [number for number in values if rational(number) is not None]
     rest = [number for number in values if rational(number) is None]
     return len(plain) <= 1 and not any(
         rational(_div(one, other)) is not None for i, one in enumerate(rest) for other in rest[:i])
+
+
+def _is_long(number: Number) -> bool:
+    return max(abs(number.numerator), number.denominator) > BIG if isinstance(number, Fraction) else abs(number) > BIG
 
 
 def _terms(node: Node) -> list[Node]:
@@ -271,12 +279,15 @@ def _terms(node: Node) -> list[Node]:
 
 
 def _final_product(node: Node) -> bool:
-    """At most one plain number, and at most one sum; irrational factors do not make a rational number."""
+    """At most one plain number, and at most one sum; no roots that are rational, and irrational factors do not make a
+    rational number."""
     factors = [_strip(factor) for factor in node.args]
     if not all(is_final(factor) for factor in factors):
         return False
-    plain = [factor for factor in factors if _is_plain(factor)]
+    plain = [factor for factor in factors if _is_plain(factor) or _is_first_power(factor)]
     sums = [factor for factor in factors if factor.op == "add"]
+    if any(factor.op == "root" and rational(value(factor)) is not None for factor in factors):
+        return False
     if len(plain) > 1 or len(sums) > 1 or (sums and rational(value(sums[0])) is not None):
         return False
     irrational = [value(factor) for factor in factors if rational(value(factor)) is None]
@@ -289,6 +300,11 @@ def _is_plain(node: Node) -> bool:
                                                                               for part in node.args))
 
 
+def _is_first_power(node: Node) -> bool:
+    """17^1, which is no power; 10^1 may belong to a number such as 5.1*10^1."""
+    return node.op == "pow" and _is_plain(node.args[0]) and value(node.args[0]) != 10 and value(node.args[1]) == 1
+
+
 def _strip(node: Node) -> Node:
     return node.args[0] if node.op == "neg" else node
 
@@ -299,7 +315,9 @@ def _final_fraction(node: Node) -> bool:
         return False
     if any(_is_plain(_strip(part)) and _strip(part).op != "num" for part in (above, below)):
         return False  # a fraction of fractions
-    sums = [part for part in (above, below) if part.op == "add"]
+    sums = [part for part in (above, below) if _strip(part).op == "add"]
+    if any(rational(value(part)) is not None for part in sums) and not _is_long(value(node)):
+        return False  # (10^13*12 + 10^13*39) / 10^13
     both = [value(part) for part in (above, below)]
     return len(sums) < 2 and not (all(rational(number) is None for number in both)
                                   and rational(_div(*both)) is not None)
@@ -321,7 +339,23 @@ def _final_power(node: Node) -> bool:
     if _strip(base).op == "const" and _strip(base).args == ("i",):
         return False
     return is_final(base) and is_final(exponent) and base.op not in ("pow", "root") and not (
-        base.op == "add" and rational(value(base)) is not None)
+        base.op == "add" and rational(value(base)) is not None) and _is_simplest(node, base, exponent)
+
+
+def _final_root(node: Node) -> bool:
+    return _parts(node) and _is_simplest(node, *node.args)
+
+
+def _is_simplest(node: Node, base: Node, exponent: Node) -> bool:
+    """Whether a power or root is irrational, or has nothing in it that could be worked out: neither a logarithm above,
+    nor more than a numeral under a root."""
+    if rational(value(node)) is None:
+        return True
+    if any(_has(exponent, name) for name in ("ln", "log", "lg")):
+        return False
+    power = rational(value(exponent))
+    whole = node.op != "root" and (power is None or power.denominator == 1)
+    return whole or _is_plain(_strip(base))
 
 
 def _of_numerals(node: Node) -> bool:
@@ -339,7 +373,8 @@ def _has(node: Node, op: str) -> bool:
 _FINAL: dict[str, Callable[[Node], bool]] = {
     "num": lambda _: True, "const": lambda _: True, "mixed": lambda _: True, "percent": _parts, "degrees": _parts,
     "neg": lambda node: node.args[0].op != "neg" and is_final(node.args[0]),
-    "add": _final_sum, "mul": _final_product, "div": _final_fraction, "pow": _final_power, "root": _parts,
-    "factorial": _of_numerals, "binom": _of_numerals, "exp": _parts,
+    "add": _final_sum, "mul": _final_product, "div": _final_fraction, "pow": _final_power, "root": _final_root,
+    "factorial": _of_numerals, "binom": _of_numerals,
+    "exp": lambda node: _parts(node) and _is_simplest(node, node, node.args[0]),
     **dict.fromkeys(("ln", "log", "lg", "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh",
                      "arcsin", "arccos", "arctan"), _final_function)}

@@ -22,7 +22,7 @@ _SHELLS = re.compile(r"(?:\[[A-Z][a-z]?\])?(?:\d[spdf]\^?\d{1,2})+")
 _ARROW = re.compile(r"\\(?:to|rightleftharpoons|leftrightarrow|longleftrightarrow)(?![A-Za-z])\s*")
 _DATE = re.compile(r"[A-Za-z]{3,}\.?(?: [A-Za-z0-9]+,?)+")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
-_BASED = re.compile(r"([0-9A-Za-z]+)\s*_\s*(\d{1,2}|two|three|eight|sixteen)")
+_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*(\d{1,2}|two|three|eight|sixteen)")
 _BASES = {"two": 2, "three": 3, "eight": 8, "sixteen": 16}
 _INTRODUCTION = re.compile(
     r"^(?:so |therefore,? |thus,? |hence,? )?(?:the |my )?(?:final |correct |right )?(?:answer|option|choice)"
@@ -100,7 +100,7 @@ def final_letter(response_text: str) -> str | None:
 def _chosen(said: str) -> str | None:
     """The letter that an answer chooses; None if it chooses none, or names a second one."""
     match = _CHOICE.fullmatch(said.strip(" .,;"))
-    if match is None or re.search(r"(?:^|[\s(,])[A-J](?:[).:]|$)", match[4]):
+    if match is None or re.search(r"(?:^|[\s(,])[A-J](?:[).:,;]|$)|\b(?:and|or)\s+\(?[A-HJ]\b", match[4]):
         return None
     letter = match[1] or match[2] or match[3]
     return letter if letter.isupper() else None

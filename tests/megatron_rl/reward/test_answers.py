@@ -94,7 +94,22 @@ def test_what_stands_in_the_question_is_no_answer(question, reference, copy, ans
     assert judged("math", reference, answer, question).status == "correct"
 
 
+@pytest.mark.parametrize(("question", "reference", "copies"), [
+    ("Expand $(x+1)^2$.", "x^2+2x+1", ["(x+1)^{2}", "(1+x)^2", "((x+1))^{2.0}", "(x+1)(x+1)", "1\\cdot(x+1)^2",
+                                       "(x+1)^2+0", "\\frac{(x+1)^2}{1}", "-(-(x+1)^2)", "(-x-1)^2", "f(x)=(1+x)^2",
+                                       "\\{(x+1)^2\\}", "(x+1)^{1+1}", "\\frac{(x+1)^3}{x+1}"]),
+    ("Factor x^2-5x+6.", "(x-2)(x-3)", ["x^{2}-5x+6", "6+x^2-5x", "x\\cdot x-5x+6", "x^2-(5x-6)", "1x^2-5x+6.0"]),
+    ("What is $2^{10}$?", "1024", ["(2)^{10}", "2^{10.0}", "1\\cdot2^{10}"]),
+    ("Simplify $\\sqrt{12}$.", "2\\sqrt3", ["12^{1/2}", "\\sqrt{12.0}", "\\sqrt[2]{12}", "1\\sqrt{12}"]),
+    ("Write $x^2=25-y^2$ with 25 on one side.", "x^2+y^2=25", ["25-y^2=x^2", "x\\cdot x=-y^2+25"])])
+def test_another_spelling_of_what_stands_in_the_question_is_no_answer(question, reference, copies):
+    assert [copy for copy in copies if judged("math", reference, copy, question).value] == []
+    assert all(judged("math", reference, copy, "Which?").value for copy in copies), "right, if the question lacks them"
+
+
 @pytest.mark.parametrize(("question", "reference", "answer"), [
+    ("Let $f(x)=x+1$. What is $xf(x)$?", "x^2+x", "x(x+1)"), ("Is it $2x+6$?", "2(x+3)", "2(3+x)"),
+    ("Find $(x+1)^2$ for $x=2^3$.", "81", "3^4"), ("Is it $x+1$ or $y-1$? $\\frac{", "1+x", "x+1"),
     ("Which is larger, $\\frac12$ or $\\frac13$?", "\\frac12", "\\dfrac{1}{2}"),
     ("Which is prime: 21, 23, 25?", "23", "23"),
     ("Does $f$ increase or decrease?", "increase", "Increase"), ("Is it $x+1$ or $x-1$?", "x+1", "1+x"),

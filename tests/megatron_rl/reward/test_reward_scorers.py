@@ -11,8 +11,10 @@ from megatron_rl.reward import boxed
 from megatron_rl.reward.base import Job
 from megatron_rl.reward.boxed import last_boxed
 from megatron_rl.reward.exact import ExactScorer
+from megatron_rl.reward.gym import ReasoningGymScorer
 from megatron_rl.reward.math import MathVerifyScorer, judge_math
 from megatron_rl.reward.route import Routes
+from megatron_rl.reward.science import ScienceScorer
 from megatron_rl.types import Prompt, Score
 
 
@@ -46,6 +48,33 @@ def test_a_text_of_open_boxes_costs_one_pass():
     start = time.process_time()
     assert last_boxed("\\boxed{" * 20000) is None
     assert time.process_time() - start < 3.0  # quadratic: 2 * 10^8 tokens
+
+
+THOUGHTS = (  # response, what the prompt ends with, status
+    ("<think>\\boxed{7}</think> I do not know.", "", "no_answer"), ("<think>so \\boxed{7}, or", "", "no_answer"),
+    ("\\boxed{7}</think> I do not know.", "", "no_answer"), ("so \\boxed{7}, or", "<think>\n", "no_answer"),
+    ("<think>\\boxed{8}</think>\\boxed{7}", "", "correct"), ("\\boxed{8}</think>\\boxed{7}", "<think>", "correct"),
+    ("\\boxed{7}", "<think>\n\n</think>\n\n", "correct"), ("\\boxed{7}", "", "correct"),
+    ("<think>\\boxed{7}</think>\\boxed{8}", "", "wrong"))
+
+
+@pytest.mark.parametrize(("response", "end", "status"), THOUGHTS)
+def test_what_is_thought_is_no_answer(response, end, status):
+    asked = Prompt("p", (1,), f"What is 3+4?{end}", "7", "any", {"task": "dice", "task_config": {},
+                                                                "entry": {"answer": "7"}})
+    for scorer in (MathVerifyScorer(), ScienceScorer(0.01)):
+        assert scorer.score(asked, response).status == status
+    assert ReasoningGymScorer().score(asked, response).value == (status == "correct")
+
+
+BREAKING = ("1" * 4400, "0." + "1" * 4400, "0.\\overline{" + "3" * 4400 + "}", "5" + "%" * 1000, "5" + "^\\circ" * 500,
+            "10^{400}", "1e400 m", "3i m", "e^{i\\pi} m", "\\sqrt[i]{2} m", "5 delta_degC")
+
+
+@pytest.mark.parametrize("scorer", [MathVerifyScorer(), ScienceScorer(0.01)], ids=["math", "science"])
+def test_an_answer_that_breaks_the_arithmetic_is_wrong_and_no_failure_of_the_scorer(scorer):
+    for answer in ("7", "9.8 m/s^2", "0.5", "25^\\circ C", "\\{1,2\\}", "(1,2)", "x=6"):
+        assert {status(scorer, answer, f"\\boxed{{{box}}}") for box in BREAKING} == {"wrong"}
 
 
 @pytest.mark.parametrize(("answer", "box"), [
