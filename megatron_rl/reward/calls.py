@@ -63,7 +63,7 @@ def read_values(stdout: bytes) -> list[dict[str, Any]]:
     for line in stdout.decode(errors="replace").splitlines():
         try:
             answer = wire.decode(line)
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, ArithmeticError, RecursionError):
             return values
         if not isinstance(answer, dict) or not answer.keys() & {"ok", "error"}:
             return values

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import load
 import wire
 
-PROTOCOL_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+PROTOCOL_ERRORS = (ValueError, TypeError, ArithmeticError, KeyError, IndexError, AttributeError, RecursionError)
 NO_EXCEPTIONS_OF_A_SOLUTION = (AssertionError, StopIteration, StopAsyncIteration)  # Python, or the tests, hear them
 
 

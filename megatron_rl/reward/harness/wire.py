@@ -21,7 +21,7 @@ def encode(value):
 
 
 def decode(line):
-    """The value again. ValueError, TypeError or RecursionError if encode did not write the line."""
+    """The value again. ValueError, TypeError, ArithmeticError or RecursionError if encode did not write the line."""
     return value_of(json.loads(line))
 
 
@@ -90,7 +90,7 @@ def value_of(data, other=None):
     if tag == "range":
         return range(*content)
     if tag == "fraction":
-        return Fraction(content)
+        return Fraction(*map(int, str(content).split("/")))  # 1e999999999 would take minutes
     if tag == "decimal":
         return Decimal(content)
     if other is not None:
