@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import math
 import os
 import re
 import time
@@ -130,7 +129,7 @@ def read_verdict(text: str) -> tuple[float, str]:
                 found, end = value, behind
         begin = text.find("{", end)
     score = None if found is None else found["score"]
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score) or not 0 <= score <= 1:
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
         raise ValueError(f"no score from 0 to 1 in the judge's answer: {text[:200]!r}")
     return float(score), as_utf8(str(found.get("why", ""))[:LONGEST_MESSAGE])
 

@@ -11,7 +11,7 @@ __all__ = ["FAILURES", "attempts", "failure_of"]
 
 FIRST_PAUSE_S = 0.2
 MAY_PASS = (408, 409, 425, 429)
-FAILURES = (OSError, ValueError, http.client.HTTPException)
+FAILURES = (OSError, ValueError, OverflowError, RecursionError, http.client.HTTPException)
 """What a request raises if the server, or the way to it, failed, or if the answer is none that was asked for."""
 
 
@@ -26,6 +26,9 @@ def attempts(retries: int) -> Iterator[int]:
 def failure_of(error: Exception) -> tuple[str, bool]:
     """(what one of FAILURES says, whether another attempt may help: the server is busy, unreachable or faulty)."""
     if isinstance(error, urllib.error.HTTPError):
-        return (f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}",
-                error.code >= 500 or error.code in MAY_PASS)
+        try:
+            said = error.read1(200)  # what has come by now
+        except FAILURES:  # the body stalls, or is cut
+            said = b""
+        return f"HTTP {error.code}: {said.decode(errors='replace')}", error.code >= 500 or error.code in MAY_PASS
     return f"{type(error).__name__}: {error}", True

@@ -12,7 +12,8 @@ from megatron_rl.reward.answer.latex import OPEN, Unreadable, closing, plain, un
 from megatron_rl.reward.answer.value import value
 
 __all__ = [
-    "Answer", "Rules", "TURNED", "has_unit", "is_name", "is_undone", "read", "read_number", "read_one", "read_reference"]
+    "Answer", "Rules", "TURNED", "has_unit", "is_name", "is_undone", "read", "read_number", "read_one",
+    "read_reference"]
 
 _SETS = {**dict.fromkeys(("all real numbers", "all reals", "all real"), "\\mathbb{R}"),
          **dict.fromkeys(("no solution", "no solutions", "empty set", "the empty set"), "\\emptyset")}

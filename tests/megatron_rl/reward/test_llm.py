@@ -115,6 +115,37 @@ def test_a_judge_that_drips_is_given_up_in_time():
     assert score.failed and "not whole within reward.judge.timeout_s" in score.detail and time.monotonic() - began < 2
 
 
+FAULTS = {"stalls": (503, 1000, b"x"), "is cut": (503, 1000, b""), "too deep": (200, None, b"[" * 100_000),
+          "too long": (200, None, b'{"choices": [{"message": {"content": "{\\"score\\": 1%s}"}}]}' % (b"0" * 400)),
+          "no count": (200, None, b'{"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": Infinity}}')}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_way_an_answer_fails_it_is_asked_for_again_and_counted(fault):
+    asked = []
+
+    class Faulty(http.server.BaseHTTPRequestHandler):
+        log_message = Dripping.log_message
+
+        def do_POST(self):
+            asked.append(1)
+            good = b'{"choices": [{"message": {"content": "{\\"score\\": 1}"}}]}'
+            code, length, body = FAULTS[fault] if len(asked) == 1 else (200, None, good)
+            self.send_response(code)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+            self.wfile.flush()
+            time.sleep(0.5 if (fault, len(asked)) == ("stalls", 1) else 0)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=0.3, retries=1), "{}", {})
+        server.shutdown()
+    assert (score.status, score.requests) == ("correct", 2)
+
+
 def test_a_judgement_over_its_limit_is_no_verdict(monkeypatch, tmp_path):
     """A response that the judge was too slow for would train as a wrong one otherwise."""
     monkeypatch.setenv(KEY, "key")
