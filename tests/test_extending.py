@@ -187,6 +187,7 @@ def test_a_function_that_fails_in_a_step_is_named(name, body, said, wrong):
 
 @pytest.mark.parametrize(("body", "said"), [
     ("lambda: 1 / 0", "ZeroDivisionError"), ("lambda: 3", "TypeError"), ("lambda: []", "holds no problem"),
+    ("lambda: [{'prompt': '1+1=', 1: 2}]", "row 1: a column's name is text, not 1"),
     ("lambda: [{'prompt': '1+1='}, 'text']", "row 2: a row is a dict of columns, not str"),
     ("lambda: [{'question': '1+1='}]", "set data.prompt_key")])
 def test_a_function_that_gives_no_problems_is_named(body, said, wrong):

@@ -85,6 +85,8 @@ def _gpqa(row: Row, fields: dict[str, Any], domain: str) -> Problem:
 def _livecodebench(row: Row, fields: dict[str, Any], domain: str) -> Problem:
     """Public and private tests together, as the columns of domain `code` (reward/code.py): stdin or function."""
     starter = fields.get("starter_code") or ""
+    if not isinstance(starter, str):
+        raise BadRow(f"column starter_code holds {type(starter).__name__} {starter!r}, not a string"[:200])
     cases = [*_cases(fields, "public_test_cases"), *_cases(fields, "private_test_cases")]
     if not cases:
         raise BadRow("no test case")
@@ -116,16 +118,19 @@ class _TextOnly(pickle.Unpickler):
 def _cases(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """A list of {input, output}: JSON, or JSON that is pickled, compressed and in base 64."""
     value = fields.get(name) or []
-    if isinstance(value, list):
+    try:
+        if isinstance(value, str):
+            value = json.loads(value if value.lstrip()[:1] in "[{" else _unpacked(value))
+        if not isinstance(value, list):
+            raise TypeError(f"{type(value).__name__}, not a list")
         return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        pass
-    try:
-        return json.loads(_TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load())
-    except (ValueError, TypeError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+    except (ValueError, TypeError, EOFError, OverflowError, RecursionError, zlib.error,
+            pickle.UnpicklingError) as error:
         raise BadRow(f"{name} can be read neither as JSON nor as packed JSON: {error}"[:200]) from error
+
+
+def _unpacked(value: str) -> Any:
+    return _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
 
 
 def _first(fields: dict[str, Any], names: tuple[str, ...]) -> Any:

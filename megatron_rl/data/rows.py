@@ -84,8 +84,10 @@ def _function_rows(path: str | None) -> Iterator[Row]:
     except Exception as error:  # of the user's code, which raises what it likes
         raise ValueError(f"data.path={path} gave no rows: {told(error)}") from error
     for number, row in enumerate(rows, 1):
-        bad = BadRow(f"a row is a dict of columns, not {type(row).__name__}")
-        fields = dict(row) if isinstance(row, Mapping) else bad
+        fields: dict[str, Any] | BadRow = BadRow(f"a row is a dict of columns, not {type(row).__name__}")
+        if isinstance(row, Mapping):
+            unnamed = [name for name in row if not isinstance(name, str)]
+            fields = BadRow(f"a column's name is text, not {unnamed[0]!r}") if unnamed else dict(row)
         yield Row(f"{path} row {number}", f"{path.rpartition('.')[2]}:{number}", fields)
 
 
@@ -98,7 +100,7 @@ def read_file(config: DataConfig) -> Iterator[Row]:
     elif suffixes[-1:] == [".csv"]:
         with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
             try:
-                yield from _numbered(path, csv.DictReader(text))
+                yield from _numbered(path, map(_table_row, csv.DictReader(text)))
             except (UnicodeDecodeError, csv.Error) as error:
                 raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
     else:
@@ -153,18 +155,30 @@ def _json_list(path: Path, file: BinaryIO) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     decoder = json.JSONDecoder()
-    place = text.index("[") + 1
-    while True:
-        while text[place:place + 1] in (" ", "\n", "\r", "\t", ",") and place < len(text):
-            place += 1
-        if text[place:place + 1] == "]":
-            return
+    place = _next_place(text, text.index("[") + 1)
+    while number or text[place:place + 1] != "]":
         number += 1
         try:
             value, place = decoder.raw_decode(text, place)
         except (ValueError, RecursionError) as error:  # where the item ends cannot be known
             raise ValueError(f"{path} row {number}: {_reason(error)}") from error
         yield Row(f"{path} row {number}", f"{path.name}:{number}", _object(value))
+        place = _next_place(text, place)
+        if text[place:place + 1] != ",":
+            break
+        place = _next_place(text, place + 1)
+    line = text.count("\n", 0, _next_place(text, place + 1)) + 1
+    if text[place:place + 1] != "]":
+        raise ValueError(f"{path} row {number + 1}: not JSON (no comma before it, line {line})")
+    if _next_place(text, place + 1) < len(text):
+        raise ValueError(f"{path}: something follows the list, line {line}: a file has one list, or one object a line")
+
+
+def _next_place(text: str, place: int) -> int:
+    """The place of the next character that is no white space."""
+    while place < len(text) and text[place] in " \n\r\t":
+        place += 1
+    return place
 
 
 def _is_whole(raw: bytes) -> bool:
@@ -204,6 +218,12 @@ def _object(value: Any) -> dict[str, Any] | BadRow:
         except RecursionError:
             return BadRow(f"column {name!r}: brackets in brackets, too deep to be written")
     return value
+
+
+def _table_row(fields: dict[Any, Any]) -> dict[str, Any] | str:
+    """A row of a CSV file. With more cells than names every cell may stand in the wrong column."""
+    more = fields.get(None)
+    return fields if more is None else f"{len(more)} cell(s) more than the header has: text with a comma needs quotes"
 
 
 def _numbered(path: Path, rows: Iterator[dict[str, Any] | str]) -> Iterator[Row]:

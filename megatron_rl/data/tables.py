@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def arrow_files(folder: Path, split: str) -> list[Path]:
     """The files of a saved Dataset, or of one split of a saved DatasetDict (datasets/arrow_dataset.py save_to_disk)."""
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        names = _said_by(splits, lambda said: [str(name) for name in said["splits"]])
         if split not in names:
             raise ValueError(f"data.hf_split={split}: {folder} has the splits {', '.join(names)}")
         folder = folder / split
@@ -108,4 +108,12 @@ def arrow_files(folder: Path, split: str) -> list[Path]:
     state = folder / "state.json"
     if not state.is_file():
         raise ValueError(f"{folder} has no state.json: not a folder that Dataset.save_to_disk wrote")
-    return [folder / entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    return _said_by(state, lambda said: [folder / entry["filename"] for entry in said["_data_files"]])
+
+
+def _said_by(path: Path, pick: Callable[[Any], list[Any]]) -> list[Any]:
+    """What a JSON file of Dataset.save_to_disk says."""
+    try:
+        return pick(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not as Dataset.save_to_disk writes it: {type(error).__name__}: {error}") from error

@@ -36,6 +36,7 @@ __all__ = ["CodeScorer", "CodeTask"]
 
 JOB_SLACK_S = 30.0
 KNOWN_PROMPTS = 4096
+MOST = 1e6  # seconds, MB
 MODES = ("stdin", "function", "unit")
 FIELDS = {"stdin": ("input", "output"), "function": ("args", "expected")}
 
@@ -142,7 +143,7 @@ class CodeScorer:
 
 
 def _one_of(prompt: Prompt, columns: Mapping[str, Any], name: str, known: Any) -> Any:
-    if columns.get(name) not in known:
+    if not isinstance(columns.get(name), str) or columns[name] not in known:
         raise ValueError(f"prompt {prompt.id}: {name}={columns.get(name)!r}; reward.routes.{prompt.domain}=code needs "
                          f"metadata {name}, one of {' | '.join(known)}")
     return columns[name]
@@ -159,10 +160,10 @@ def _number(prompt: Prompt, columns: Mapping[str, Any], name: str, default: floa
     value = columns.get(name, default)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if isinstance(value, bool) or not least <= number < math.inf:
-        raise ValueError(f"prompt {prompt.id}: {name}={value!r} must be a number of at least {least}"[:300])
+    if isinstance(value, bool) or not least <= number <= MOST:
+        raise ValueError(f"prompt {prompt.id}: {name}={value!r} must be a number from {least} to {MOST:g}"[:300])
     return number
 
 

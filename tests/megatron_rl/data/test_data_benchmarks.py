@@ -117,6 +117,22 @@ def test_livecodebench_tests_are_unpacked_into_the_columns_of_the_code_reward(tm
     assert "class Solution" in function.text and "standard input" in stdin.text
 
 
+@pytest.mark.parametrize("columns", [
+    {"starter_code": 5},
+    *({"public_test_cases": value} for value in (5, True, {"a": 1}, "5", "null", '{"a": 1}', "[" * 9999)),
+    *({"private_test_cases": base64.b64encode(zlib.compress(data)).decode()} for data in (
+        pickle.dumps("5"), pickle.dumps(5), b"\x8e" + b"\xff" * 7 + b"\x7f"))])
+def test_livecodebench_columns_of_another_kind_are_bad_rows(columns, tmp_path):
+    with pytest.raises(ValueError, match=f"lcb.jsonl:1: .*{next(iter(columns))}"):
+        read("livecodebench", write(tmp_path / "lcb.jsonl", [lcb(**columns)]))
+
+
+def test_a_row_with_more_cells_than_the_header_is_bad(tmp_path):
+    (tmp_path / "aime.csv").write_text("Problem,Answer\nWhat is 2+3?,5\nIf a=1, what is a?,1\nIf a=2, b=3, a+b?,5\n")
+    with pytest.raises(ValueError, match=r"2 bad line.*\s.*row 2: 1 cell\(s\) more than the header.*\s.*row 3: 2 cell"):
+        read("aime", tmp_path / "aime.csv")
+
+
 class Harmful:
     def __reduce__(self):
         return (print, ("run",))

@@ -68,6 +68,14 @@ def test_a_missing_split_names_those_that_are_there(tmp_path, tokenizer):
         load("hf_dataset", tmp_path.parent, tokenizer)
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"_data_files": [1], "splits": 1}'])
+def test_a_folder_whose_own_files_are_garbled_is_named(name, text, tmp_path, tokenizer):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} is not as Dataset.save_to_disk writes it"):
+        load("hf_dataset", tmp_path, tokenizer)
+
+
 def test_every_bad_row_of_a_table_is_listed(tmp_path, tokenizer):
     write_parquet(tmp_path / "a.parquet", [{"prompt": "3+4", "answer": "7"}, {"prompt": "", "answer": "7"},
                                            {"prompt": None, "answer": "2"}])

@@ -74,6 +74,9 @@ def test_a_packed_file_that_is_cut_short_is_named(packed, tmp_path):
     ('{"prompt": "a", "answer": "1", "\\ud800": 1}', "bad.jsonl:1: column .* has half of a surrogate pair"),
     ('{"prompt": "a", "answer": NaN, "id": Infinity}', "bad.jsonl:1: .*id_key"),
     ('{"prompt": "a", "answer": Infinity}', "bad.jsonl:1: .*which is no number"),
+    ("[\n{}\n{}]", r"bad.jsonl row 2: not JSON \(no comma before it, line 3\)"),
+    ("[,{}]", "bad.jsonl row 1: not JSON"), ("[{},]", "bad.jsonl row 2: not JSON"),
+    ("[\n{}\n]\n[\n{}\n]", "bad.jsonl: something follows the list, line 4"), ("[\n]\nx", "follows the list, line 3"),
     ('["a", "list"]\n{"prompt": "a", "answer": "1"}', "bad.jsonl:1: a JSON list, not an object"),
 ])
 def test_what_cannot_be_read_is_named_with_file_and_row(text, said, tmp_path):
