@@ -193,6 +193,8 @@ def _tests(prompt: Prompt, tests: Any, mode: str, language: str) -> Any:
     if fields is None:
         _compiles(prompt, tests)
         return tests
+    if all(test[fields[1]] is None or not str(test[fields[1]]).strip() for test in tests):
+        raise ValueError(f"prompt {prompt.id}: no test expects anything, so a program that does nothing would pass")
     for number, test in enumerate(tests, start=1):
         where = f"prompt {prompt.id}: test {number}"
         if mode == "stdin":

@@ -142,6 +142,9 @@ def test_a_sandbox_that_fails_is_refused_like_one_that_is_not_there():
     ({"language": "python", **SUMS, "time_s": float("inf")}, "inf"),
     ({"language": "python", **SUMS, "time_s": 10 ** 400}, "time_s=1000"),
     ({"language": ["python"], **SUMS}, "language="),
+    ({"language": "python", "mode": "stdin", "tests": [{"input": "1", "output": " \n"}] * 2}, "expects anything"),
+    ({"language": "python", "mode": "function", "entry_point": "f", "tests": [{"args": [1], "expected": None}]},
+     "no test expects anything"),
     ({"language": "cpp", "mode": "stdin", "tests": [{"input": "1", "output": ["2"]}]}, "test 1: output must be text"),
     ({"language": "cpp", "mode": "function", "entry_point": "f", "tests": [
         {"args": [1], "expected": 1}, {"args": [None], "expected": 1}]}, "test 2: an argument of type NoneType"),
