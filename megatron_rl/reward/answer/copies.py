@@ -16,8 +16,8 @@ from megatron_rl.reward.answer.read import Answer, is_name, read_number
 __all__ = ["is_copy"]
 
 MAX_COPY = 1000  # characters of a box, or of a formula of the question
-MAX_FORMULAS = 200  # of a question
-_MATH = re.compile(r"\$\$?(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+MAX_FORMULAS = 200  # the last ones of a question: examples come first
+_MATH = re.compile(r"\$\$?(.{1,1000}?)\$|\\\((.{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _RUN = re.compile(r"(?:\\(?!text)[A-Za-z]+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|\d+(?:\.\d+)?|[-+/^_!(){}\[\]|'=]|\s)+")
 _BETWEEN = re.compile(r"[,;:?<>]|\.(?!\d)|\\(?:le|ge|ne|in|approx|to|text|quad)(?![A-Za-z])")
 _BEFORE, _AFTER = r"(?<![\w.^_+*/\\-])", r"(?!\s*[\^_+*/\\-])(?!\w|\.\d)"
@@ -156,11 +156,11 @@ def _restatable(tree: Node) -> list[Node]:
 @functools.lru_cache(maxsize=1024)
 def _asked(question: str, merged: bool) -> frozenset[Any]:
     """The forms of the question's formulas: of what stands between signs for mathematics, and of runs of symbols."""
-    runs = [simplify(next(filter(None, match.groups()))) for match in _MATH.finditer(question)]
-    runs += [match[0] for match in _RUN.finditer(_normal(question))]
+    runs = [simplify(next(filter(None, match.groups()))) for match in [*_MATH.finditer(question)][-MAX_FORMULAS:]]
+    runs += [run for match in _RUN.finditer(_normal(question)) if len(run := match[0].strip()) > 2][-MAX_FORMULAS:]
     pieces = [piece for run in runs for piece in _BETWEEN.split(arguments(run)) if 2 < len(piece.strip()) <= MAX_COPY]
     forms: set[Any] = set()
-    for piece in pieces[:MAX_FORMULAS]:
+    for piece in pieces:
         sides = piece.split("=")
         try:
             trees = [read_formula(undress(side)) for side in sides if side.strip()]

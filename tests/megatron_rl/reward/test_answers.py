@@ -98,7 +98,8 @@ def test_what_stands_in_the_question_is_no_answer(question, reference, copy, ans
     ("Expand $(x+1)^2$.", "x^2+2x+1", ["(x+1)^{2}", "(1+x)^2", "((x+1))^{2.0}", "(x+1)(x+1)", "1\\cdot(x+1)^2",
                                        "(x+1)^2+0", "\\frac{(x+1)^2}{1}", "-(-(x+1)^2)", "(-x-1)^2", "f(x)=(1+x)^2",
                                        "\\{(x+1)^2\\}", "(x+1)^{1+1}", "\\frac{(x+1)^3}{x+1}"]),
-    ("Factor x^2-5x+6.", "(x-2)(x-3)", ["x^{2}-5x+6", "6+x^2-5x", "x\\cdot x-5x+6", "x^2-(5x-6)", "1x^2-5x+6.0"]),
+    ("Factor x^2-5x+6." + " Show each step of your work." * 50, "(x-2)(x-3)",
+     ["x^{2}-5x+6", "6+x^2-5x", "x\\cdot x-5x+6", "x^2-(5x-6)", "1x^2-5x+6.0"]),
     ("What is $2^{10}$?", "1024", ["(2)^{10}", "2^{10.0}", "1\\cdot2^{10}"]),
     ("Simplify $\\sqrt{12}$.", "2\\sqrt3", ["12^{1/2}", "\\sqrt{12.0}", "\\sqrt[2]{12}", "1\\sqrt{12}"]),
     ("Write $x^2=25-y^2$ with 25 on one side.", "x^2+y^2=25", ["25-y^2=x^2", "x\\cdot x=-y^2+25"])])
