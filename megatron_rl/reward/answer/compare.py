@@ -127,6 +127,8 @@ def _same_list(found: Answer, wanted: Answer, rules: Rules) -> bool:
         return False
     if found.name != wanted.name and any(part.kind == "pair" and part.name for part in found.parts):
         return False  # x<1 and x>2 is not x<1 or x>2
+    if _unknowns(wanted) > 1 and not any(part.kind == "relation" for part in found.parts):
+        return all(_same(ours, theirs, rules) for ours, theirs in zip(found.parts, wanted.parts, strict=True))
     left = list(found.parts)
     for theirs in wanted.parts:
         match = next((i for i, ours in enumerate(left) if _same(ours, theirs, rules)), None)
@@ -134,6 +136,11 @@ def _same_list(found: Answer, wanted: Answer, rules: Rules) -> bool:
             return False
         left.pop(match)
     return True
+
+
+def _unknowns(answer: Answer) -> int:
+    """How many unknowns a list gives a value: 2 in x=3, y=4; 1 in x_1=3, x_2=4."""
+    return len({re.sub(r"_.*", "", plain(part.parts[1])) for part in answer.parts if part.kind == "relation"})
 
 
 def _same_pair(found: Answer, wanted: Answer, rules: Rules) -> bool:

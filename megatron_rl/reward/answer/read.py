@@ -22,6 +22,7 @@ TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": 
 _UNDONE = re.compile(r"\\(?:int|iint|iiint|oint|sum|prod|lim|bigcup|bigcap)(?![A-Za-z])")
 _AND_OR = re.compile(r"\\text\{\s*(?:and|or)\s*\}|(?<=\s)(?:and|or)(?=\s)|\\(?:lor|vee|cup|land|wedge)(?![A-Za-z])")
 _JOIN = re.compile(f"[,;]|{_AND_OR.pattern}")
+_INTRODUCED = re.compile(r"^(?:=|\\(?:approx|simeq|sim|therefore)(?![A-Za-z]))\s*(?=\S)")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|[=<>]")
 _NAME = re.compile(r"(?:[A-Za-z]|\\(?!pi(?![A-Za-z])|infty|frac|sqrt|cdot|int|sum|text\{\s*\})[A-Za-z]+)"
                    r"[A-Za-z0-9_{}\\' ]*(?:\^\{?-1\}?)?(?:\([A-Za-z0-9,\\ ]*\))?|\([A-Za-z]\s*(?:,\s*[A-Za-z]\s*)+\)")
@@ -90,7 +91,7 @@ def read(text: str, rules: Rules) -> list[Answer]:
 
     Unreadable if it is nothing.
     """
-    text = undress(text)
+    text = _exact_side(_INTRODUCED.sub("", undress(text)), rules)
     if rules.tolerance is not None:
         text = re.sub(r"(?<=\d)e(?=-?\d)", "E", text)  # 5e-6 m is no 5 e - 6 m
     whole = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
@@ -98,6 +99,20 @@ def read(text: str, rules: Rules) -> list[Answer]:
         whole = text  # (1,234) is a pair
     readings = _read(whole, rules)
     return readings if whole == text else [*readings, *_read(text, rules)]
+
+
+def _exact_side(text: str, rules: Rules) -> str:
+    """What stands before \\approx and a number, if that is its value within 5%: sqrt(13) of sqrt(13) \\approx 3.6."""
+    exact, sign, near = text.rpartition("\\approx")
+    if not sign or is_name(exact.strip()):
+        return text
+    sides = [read_one(side, rules) for side in (exact, near)]
+    numbers = [read_number(side.parts[2]) if side.kind == "relation" else side.parts[0] for side in sides
+               if side.kind in ("number", "relation")]
+    if len(numbers) < 2 or None in numbers:
+        return text
+    found, wanted = (float(value(number)) for number in numbers)
+    return exact.strip() if abs(found - wanted) <= 0.05 * abs(wanted) else text
 
 
 def _read(text: str, rules: Rules) -> list[Answer]:
