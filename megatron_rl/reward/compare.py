@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 __all__ = ["same_output", "same_value"]
@@ -36,7 +38,7 @@ def same_value(found: Any, expected: Any, tolerance: float) -> bool:
     if isinstance(expected, bool) or isinstance(found, bool):
         return found is expected
     if isinstance(expected, float):
-        return isinstance(found, (int, float)) and _near(found, expected, tolerance)
+        return isinstance(found, (int, float, Fraction, Decimal)) and _near(found, expected, tolerance)
     if isinstance(expected, (list, tuple)):
         return isinstance(found, (list, tuple)) and len(found) == len(expected) and all(
             same_value(ours, theirs, tolerance) for ours, theirs in zip(found, expected, strict=True))
@@ -57,9 +59,9 @@ def _close(word: str, wanted: str, tolerance: float) -> bool:
     return _NUMBER.fullmatch(word) is not None and _near(float(word), float(wanted), tolerance)
 
 
-def _near(found: float, expected: float, tolerance: float) -> bool:
+def _near(found: Any, expected: float, tolerance: float) -> bool:
     try:
         return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance) or (
             math.isnan(found) and math.isnan(expected))
-    except OverflowError:  # an integer beyond all floats
+    except (OverflowError, ValueError):  # an integer beyond all floats; a signalling NaN
         return False

@@ -33,7 +33,9 @@ def test_outputs(found, expected, same):
     (2 ** 53, 2 ** 53 + 1, False), (float(2 ** 53), 2 ** 53 + 1, False), ([True], [1], False), ({1: 2}, {"1": 2}, True),
     ({1: 2, "1": 2}, {"1": 2}, False), ({1: 3}, {"1": 2}, False), ("3", 3, False), (3, "3", False), (3, 3.0, True),
     ("1", 1, False), (None, 0, False), (None, 0.0, False), (10 ** 400, 1.0, False), ({1}, {1}, True),
-    (Decimal("sNaN"), 1, False), ([Decimal("sNaN")], [1], False), ({10 ** 5000: 1}, {"1": 1}, False)])
+    (Decimal("sNaN"), 1, False), ([Decimal("sNaN")], [1], False), ({10 ** 5000: 1}, {"1": 1}, False),
+    (Fraction(1, 2), 0.5, True), (Decimal("0.5"), 0.5, True), (Fraction(10 ** 400), 0.5, False),
+    (Decimal("sNaN"), 0.5, False), (Decimal("NaN"), NAN, True), (Decimal("1e999"), 0.5, False)])
 def test_values(found, expected, same):
     assert same_value(found, expected, 1e-6) is same
 
