@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Callable
 
 __all__ = ["Unreadable", "arguments", "closing", "closing_brace", "plain", "simplify", "undress"]
 
@@ -19,7 +21,9 @@ _CHARACTERS = {
     "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": r"\div ",
     "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u2248": r"\approx ",
     "\u2208": r"\in ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2205": r"\emptyset ", "\u00b1": r"\pm ",
-    "\u00b0": r"^\circ ", "\u2192": r"\to ", "\u27f6": r"\to ", "\u21cc": r"\rightleftharpoons ", "\u221a": r"\sqrt ",
+    "\u00b0": r"^\circ ", "\u00ba": r"^\circ ", "\u2a7e": r"\ge ", "\u2267": r"\ge ", "\u2a7d": r"\le ",
+    "\u2266": r"\le ", "\u27e8": "(", "\u27e9": ")", "\u3001": ",",
+    "\u2192": r"\to ", "\u27f6": r"\to ", "\u21cc": r"\rightleftharpoons ", "\u221a": r"\sqrt ",
     "\u00bd": r"\frac{1}{2}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}", "\u211d": r"\mathbb{R}",
     "\u00b5": r"\mu ", "\u2126": r"\Omega ", "\u212b": r"\AA ", "\u00c5": r"\AA ", "\u210f": r"\hbar ",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2002": " ", "\u2003": " ", "\u200b": "", "\ufeff": "",
@@ -29,12 +33,23 @@ _CHARACTERS = {
                (rf"\{name} " for name in "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho "
                 "sigma tau phi chi psi omega Delta Omega Gamma Phi Psi".split()), strict=True)),
 }
-_TRANSLATE = str.maketrans(_CHARACTERS)
+_PLAIN = {chr(code): unicodedata.normalize("NFKC", chr(code))
+          for code in (*range(0xff01, 0xff5f), *range(0x1d400, 0x1d800), 0x212f)}  # full width, mathematical letters
+_FRACTIONS = {chr(code): "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("\u2044"))
+              for code in range(0x2150, 0x215f)}
+_TRANSLATE = str.maketrans({**_PLAIN, **_FRACTIONS, **_CHARACTERS, **dict.fromkeys("\u2010\u2011\u2014\ufe63", "-")})
 _SPACE = r"(?:\\[,;:! ]|~|\s)"
 _GROUPED = re.compile(rf"(?<![\d.,}}])\d{{1,3}}(?:(?:{_SPACE}|\{{,\}}|,\\!){_SPACE}*\d{{3}})+(?![\d])")
 _TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|textup|textnormal|emph|mathrm|mathbf|mathit|mathsf|mathtt|" \
         r"boldsymbol|pmb|bm|bf|rm|mbox|hbox|" \
         r"operatorname|unit|ce|pu)\*?\s*\{"
+
+
+def _over(name: str) -> Callable[[re.Match[str]], str]:
+    """TeX's {a \\over b}, or the same without braces, as a command."""
+    return lambda match: f"\\{name}{{{(match[1] or match[3] or '').strip()}}}{{{(match[2] or match[4] or '').strip()}}}"
+
+
 _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
     (r"\\(?:left|right)(?![A-Za-z])\s*\.", " "),
     (r"\\(?:left|right|middle|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![A-Za-z])", ""),
@@ -44,7 +59,10 @@ _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
     (r"\\end\{array\}", r"\\end{matrix}"), (r"[(\[]\s*\\begin\{matrix\}(.*?)\\end\{matrix\}\s*[)\]]",
                                            r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(?<!\\)\\(?:[,;:! ]|quad(?![A-Za-z])|qquad(?![A-Za-z])|phantom\{[^{}]*\}|hspace\*?\{[^{}]*\})|~", " "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])", r"\\frac"), (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\over(?![A-Za-z])([^{}]*)$", _over("frac")),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}|^([^{}]*)\\choose(?![A-Za-z])([^{}]*)$", _over("binom")),
+    (r"\\(vec|hat|bar|overline|dot|ddot|tilde)\s+([A-Za-z])(?![A-Za-z])", r"\\\1{\2}"),
     (r"\\(?:leq|leqslant)(?![A-Za-z])|<=", r"\\le "), (r"\\(?:geq|geqslant)(?![A-Za-z])|>=", r"\\ge "),
     (r"\\(?:neq)(?![A-Za-z])|!=", r"\\ne "), (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
     (r"\\(?:rightarrow|longrightarrow|Rightarrow|xrightarrow\{\})(?![A-Za-z])|->", r"\\to "),
