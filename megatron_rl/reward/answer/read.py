@@ -20,7 +20,8 @@ _SETS = {**dict.fromkeys(("all real numbers", "all reals", "all real"), "\\mathb
 INFINITY = Node("const", ("inf",))
 TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 _UNDONE = re.compile(r"\\(?:int|iint|iiint|oint|sum|prod|lim|bigcup|bigcap)(?![A-Za-z])")
-_AND_OR = re.compile(r"\\text\{\s*(?:and|or)\s*\}|(?<=\s)(?:and|or)(?=\s)|\\(?:lor|vee|cup|land|wedge)(?![A-Za-z])")
+_AND_OR = re.compile(
+    r"\\text\{\s*(?:and|or|to)\s*\}|(?<=\s)to(?=\s+\d)|(?<=\s)(?:and|or)(?=\s)|\\(?:lor|vee|cup|land|wedge)(?![A-Za-z])")
 _JOIN = re.compile(f"[,;]|{_AND_OR.pattern}")
 _INTRODUCED = re.compile(r"^(?:=|\\(?:approx|simeq|sim|therefore)(?![A-Za-z]))\s*(?=\S)")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|[=<>]")
