@@ -22,8 +22,10 @@ class StageConfig:
     - optimizer: `keep` keeps AdamW's moments and the place in the learning-rate schedule from the stage before; `reset`
       begins both anew. The schedule spans all stages up to the next reset.
 
-    Weights, step numbers, log and checkpoints go on from stage to stage. So does the order of prompts, unless data
-    other than weights and curriculum changes.
+    Weights, step numbers, log and checkpoints go on from stage to stage. So does the order of prompts, with the pass
+    rates of rollout.pass_rate, unless one of these changes: data other than weights and curriculum; rollout.collector;
+    rollout.pass_rate.enabled; with data.on_error=skip the room for a prompt, reward.routes and reward.shaping, which
+    decide what is skipped; with rollout.collector=partial also algo.distillation.
     """
 
     name: str = ""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config.load import build, to_dict
+from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.config.stage import StageConfig
 from megatron_rl.model import checkpoint_files as files
@@ -48,8 +49,7 @@ class Stage:
         """Whether the collector's state in the last checkpoint is still valid."""
         if not self.fresh or self.index == 0:
             return True
-        before = stage_config(self.whole, self.index - 1, 0)
-        return (_source(before), before.rollout.collector) == (_source(self.config), self.config.rollout.collector)
+        return _collecting(stage_config(self.whole, self.index - 1, 0)) == _collecting(self.config)
 
     @property
     def schedule_updates(self) -> int:
@@ -124,7 +124,12 @@ def stage_config(config: Config, index: int, first_step: int) -> Config:
                 if not isinstance(place, dict):
                     raise ValueError(f"{dotted}: {section} is no section")
             place[key] = value
-        return build(raw)
+        built = build(raw)
+        for key, before, now in (("algo.router_replay=rollout", config.algo.router_replay, built.algo.router_replay),
+                                 ("rollout.publish=adapter", config.rollout.publish, built.rollout.publish)):
+            require(now == before or now != key.partition("=")[2], f"{key} needs engines that were started for it, and "
+                    "they are started once for all stages: set it outside of the stages")
+        return built
     except ValueError as error:
         raise ValueError(f"stages: {stage.name}: {error}") from error
 
@@ -157,6 +162,12 @@ def plateaued(rewards: Sequence[float], steps: int, gain: float) -> bool:
     return last - before < gain
 
 
-def _source(config: Config):
-    """What the order of prompts depends on."""
-    return replace(config.data, weights={}, curriculum=())
+def _collecting(config: Config) -> tuple[object, ...]:
+    """What a collector's state belongs to: the order of prompts, and of `partial` what teachers said of responses that
+    wait for their groups. If bad rows are left out, the room for a prompt and the scorers decide which are there."""
+    data, rollout, reward = config.data, config.rollout, config.reward
+    skips = any(part.on_error == "skip" for part in (data, *data.mix.values()))
+    room = rollout.max_context_tokens - rollout.max_response_tokens
+    return (replace(data, weights={}, curriculum=()), rollout.collector, rollout.pass_rate.enabled,
+            (room, reward.routes, reward.shaping) if skips else None,
+            config.algo.distillation if rollout.collector == "partial" else None)

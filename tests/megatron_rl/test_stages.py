@@ -62,6 +62,28 @@ def test_a_checkpoint_says_which_stage_comes_next(config, tmp_path):
     assert not second.done and not start.done
 
 
+@pytest.mark.parametrize(("common", "change", "kept"), [
+    ([], "algo.phi:100", True),
+    (["rollout.pass_rate.enabled=true"], "rollout.pass_rate.floor:0.1", True),
+    ([], "rollout.pass_rate.enabled:true", False),
+    (["rollout.pass_rate.enabled=true"], "rollout.pass_rate.enabled:false", False),
+    ([], "rollout.max_response_tokens:40", True),  # no row may be too long
+    (["data={source:jsonl,path:x,on_error:skip}"], "algo.phi:100", True),
+    (["data={source:jsonl,path:x,on_error:skip}"], "rollout.max_response_tokens:40", False),
+    (["data={source:mix,mix:{a:{path:x,on_error:skip},b:{path:y}}}"], "rollout.max_context_tokens:120", False),
+    (["data={source:jsonl,path:x,on_error:skip}"], "reward.routes:{math:exact}", False),
+    ([], "algo.distillation.teachers:{a:{urls:['http://x']}}", True),
+    (["rollout.collector=partial", "algo.mismatch=tis"], "algo.distillation.teachers:{a:{urls:['http://x']}}", False),
+])
+def test_a_stage_that_changes_what_the_collectors_state_belongs_to_begins_a_new_order(tmp_path, common, change, kept):
+    """A sampler refuses the state of another kind or size, and a stage in the middle of a run would end it."""
+    config = load(["experiment=quickstart", "run.steps=7", f"run.dir={tmp_path}", *common,
+                   f"stages=[{{name:a,steps:4}},{{name:b,steps:3,set:{{{change}}}}}]"])
+    config = saved(config, tmp_path, 4, current(config).state(over=True))
+    second = current(config)
+    assert (second.index, second.fresh, second.keeps_order) == (1, True, kept)
+
+
 def test_a_checkpoint_of_other_stages_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="saved in stage 0 .of a run without.*stages are math, mixed"):
         current(saved(config, tmp_path, 2, {}))
@@ -98,6 +120,8 @@ def test_without_stages_a_run_is_one(tmp_path):
     ("[{name:a,steps:7,set:{rollout.engine.count:2}}]", r"set.rollout.engine.count cannot change"),
     ("[{name:a,steps:7,set:{algo.phy:2}}]", r"stages: a: unknown key algo.phy \(did you mean algo.phi"),
     ("[{name:a,steps:7,set:{algo.phi:0}}]", r"stages: a: algo.phi=0 must be at least 1"),
+    ("[{name:a,steps:7,set:{algo.router_replay:rollout}}]", "a: algo.router_replay=rollout needs engines that were"),
+    ("[{name:a,steps:7,set:{rollout.publish:adapter}}]", "a: rollout.publish=adapter needs engines that were started"),
     ("[{name:a,steps:7,set:{algo.phi.x:1}}]", r"stages: a: algo.phi.x: phi is no section"),
 ])
 def test_a_wrong_stage_names_itself_and_its_key(stages, message):
