@@ -35,9 +35,9 @@ from megatron_rl.reward.route import Routes
 from megatron_rl.rollout.environment import load_environment
 from megatron_rl.rollout.scratch import check_tmpdir
 
-__all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_memory",
-           "check_sft_data", "network_of", "refuse_earlier_run", "sizes_of", "validate", "warn_of_seen_problems",
-           "warn_of_shared_gpus"]
+__all__ = ["check_backends", "check_data", "check_devices", "check_folders", "check_functions", "check_memory",
+           "check_reference", "check_sft_data", "network_of", "refuse_earlier_run", "sizes_of", "validate",
+           "warn_of_seen_problems", "warn_of_shared_gpus"]
 
 GENERATED_LOOKED_AT = 16
 """Problems of a generator that are made before the start: they are made on access, and checked then."""
@@ -99,9 +99,7 @@ def check_folders(config: Config, *, exports: bool) -> None:
     """
     refuse_code(config.model.path, trusted=config.model.trust_remote_code)
     check_checkpoint(read_config(config.model.path), HFReader(config.model.path), mtp=config.model.mtp)
-    reference = config.model.reference_path
-    if reference is not None and config.algo.loss.kl_coef > 0:
-        check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
+    check_reference(config)
     if config.model.lora.path is not None:
         read_adapters(config.model, read_config(config.model.path))
     run_dir = Path(config.run.dir)
@@ -115,6 +113,13 @@ def check_folders(config: Config, *, exports: bool) -> None:
         except ValueError as error:
             raise ValueError(f"model.path={config.model.path} could not be exported at the end (run.export_hf): "
                              f"{error}") from error
+
+
+def check_reference(config: Config) -> None:
+    """ValueError when the KL term's frozen policy is no whole checkpoint of the same network."""
+    reference = config.model.reference_path
+    if reference is not None and config.algo.loss.kl_coef > 0:
+        check_checkpoint(read_config(config.model.path), HFReader(reference, key="model.reference_path"))
 
 
 def sizes_of(network: Network) -> Sizes:

@@ -18,7 +18,15 @@ from megatron_rl.model.network import Network, check_layout
 from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.orchestrator import stages as rl_stages
 from megatron_rl.pipeline.plan import Plan, Stage
-from megatron_rl.preflight import check_backends, check_data, check_folders, network_of, sizes_of
+from megatron_rl.preflight import (
+    check_backends,
+    check_data,
+    check_folders,
+    check_functions,
+    check_reference,
+    network_of,
+    sizes_of,
+)
 from megatron_rl.prompts import sft_source
 
 __all__ = ["branches", "check", "check_start", "table"]
@@ -38,7 +46,7 @@ def check(plan: Plan) -> None:
 def check_start(plan: Plan, places: Sequence[int]) -> None:
     """`check`, the base checkpoint, and the data of the stages at `places`, read with the base's tokenizer."""
     check(plan)
-    base = plan.stages[0].model
+    base, made_here = plan.stages[0].model, {stage.model.resolve() for stage in plan.stages}
     check_folders(at(plan.whole, base), exports=True)
     check_data(at(plan.whole, base))
     for stage in (plan.stages[place] for place in places if place):
@@ -48,6 +56,8 @@ def check_start(plan: Plan, places: Sequence[int]) -> None:
                 sft_source(config, load_tokenizer(config.model))
             else:
                 check_data(config)
+                if Path(config.model.reference_path or base).resolve() not in made_here:
+                    check_reference(config)
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
 
@@ -77,6 +87,8 @@ def _check_stage(stage: Stage, network: Network) -> None:
             "weights of its own, and adapters stand beside one model's; use tensor, broadcast or disk")
     if stage.recipe in ("base", "select"):
         check_served_alone(config)
+    if stage.recipe in ("base", "rl"):
+        check_functions(config)
     if stage.recipe == "base":
         return
     check_layout(network, config.parallel)

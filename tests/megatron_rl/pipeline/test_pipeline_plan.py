@@ -10,8 +10,9 @@ import pytest
 from megatron_rl.config.load import load
 from megatron_rl.config.show import differences
 from megatron_rl.data.problems import in_split
-from megatron_rl.pipeline.check import branches, check
+from megatron_rl.pipeline.check import branches, check, check_start
 from megatron_rl.pipeline.plan import GIVEN, plan
+from megatron_rl.recipes.quickstart import make_random_model
 
 FILES = Path(__file__).resolve().parents[3] / "examples" / "ring_lite_tiny" / "problems.py"
 
@@ -134,10 +135,23 @@ def test_a_mistake_is_named_before_anything_starts(overrides, message):
     (["model.lora.rank=8", "model.lora.path=x"], "stage base: model.lora.path=x: engines would serve"),
     (["math_rl.model.lora.rank=8", "math_rl.rollout.publish=adapter"],
      "stage math_rl: rollout.publish=adapter: one engine serves every stage"),
+    (["code_science_rl.algo.hooks.advantage=no.such"], "stage code_science_rl: algo.hooks.advantage"),
+    (["math_rl.reward.shaping=[{term: no.such}]"], "stage math_rl: reward.shaping"),
+    (["observe.loggers=[no.Such]"], "stage base: observe.loggers"),
+    (["eval.functions=[no.such]"], "stage base: eval.functions"),
 ])
 def test_a_stage_that_cannot_work_is_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         check(plan(["experiment=ring_lite_tiny", *overrides]))
+
+
+def test_the_frozen_policy_of_a_later_stage_is_looked_at_before_the_first_one_starts(tmp_path):
+    """Unless an earlier stage leaves it."""
+    make_random_model(tmp_path / "base" / "hf", seed=0)
+    given = ["experiment=ring_lite_tiny", f"run.dir={tmp_path}", "code_science_rl.algo.loss.kl_coef=0.1"]
+    check_start(plan([*given, f"code_science_rl.model.reference_path={tmp_path}/math_rl/hf"]), [4])
+    with pytest.raises(ValueError, match=r"stage code_science_rl: model.reference_path=.*nowhere"):
+        check_start(plan([*given, f"code_science_rl.model.reference_path={tmp_path}/nowhere"]), [4])
 
 
 def test_a_base_checkpoint_of_ones_own_is_where_the_first_stage_begins(tmp_path):
