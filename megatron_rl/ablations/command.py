@@ -17,7 +17,7 @@ from megatron_rl.config.resources import SOURCE_TREE
 from megatron_rl.config.rules import require
 from megatron_rl.launch.local import RunInterrupted
 from megatron_rl.launch.slurm import submit
-from megatron_rl.preflight import validate
+from megatron_rl.preflight import check_functions, validate
 
 OUT = "runs/ablations"
 OWN_SETTINGS = ("scale", "seeds", "arms", "out", "start")
@@ -52,6 +52,8 @@ def run(options) -> int:
     asked = planned(options.name, options.settings)
     require(not options.readme or SOURCE_TREE is not None,
             "--readme writes into the source tree's examples, and this program is an installed package: leave it out")
+    if not options.collect:
+        check_runs(asked.plan)
     if options.check:
         check(asked.ablation, asked.plan)
         return 0
@@ -99,22 +101,31 @@ def seeds_of(text: str) -> list[int]:
 
 
 def check(ablation: Ablation, todo: Plan) -> None:
-    """Compose and validate every run, print them, start nothing. A model that a start will make has no sizes yet."""
-    for each in todo.starts:
-        (check_sft if each.recipe == "sft" else check_rl)(each.config, None)
+    """Print every run, start nothing."""
     table = Table("arm", "seed", "Phi", "steps", title=str(todo.root))
     for each in todo.runs:
-        if each.recipe == "sft":
-            check_sft(each.config, None)
-        elif each.config.model.architecture or (Path(each.config.model.path) / "config.json").is_file():
-            validate(each.config, start=False)
-        else:
-            check_rl(each.config, None)
         algo = each.config.algo
         budgeted = each.recipe == "rl" and algo.has_budget
         phi = f"{algo.phi_global(each.config.parallel.dp):,}" if budgeted else "no budget"
         table.add_row(ablation.arms[each.arm], str(each.seed), phi, str(each.steps))
     Console().print(table)
+
+
+def check_runs(todo: Plan) -> None:
+    """ValueError naming the run and the key of the first rule that does not hold. Seeds are alike. A model that a start
+    will make has no sizes yet."""
+    for each in (*todo.starts, *{run.arm: run for run in todo.runs}.values()):
+        model = each.config.model
+        try:
+            if each.recipe == "sft":
+                check_sft(each.config, None)
+            elif model.architecture or (Path(model.path) / "config.json").is_file():
+                validate(each.config, start=False)
+            else:
+                check_rl(each.config, None)
+                check_functions(each.config)
+        except ValueError as error:
+            raise ValueError(f"{each.arm or each.config.run.name}: {error}") from error
 
 
 def submit_all(todo: Plan) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.ablations import spec
+from megatron_rl.ablations import command, spec
 from megatron_rl.ablations.driver import plan, sharing_engines
 from megatron_rl.cli import main
 from megatron_rl.config.show import differences
@@ -110,8 +110,11 @@ def test_a_mistake_in_an_ablation_names_file_and_key(tmp_path, monkeypatch, text
     (["scale=huge"], "scale=huge: fig7_8_c3po_vs_grpo has tiny, tail, paper"),
     (["seeds=a"], "seeds=a must be numbers"),
     (["arms=ppo"], "arms=ppo: fig7_8_c3po_vs_grpo, scale tiny has c3po"),
+    (["rollout.top_p=0.9", "algo.mismatch=tis"], "c3po: rollout.top_p < 1 changes the sampled distribution"),
+    (["algo.hooks.advantage=no.such"], "c3po: algo.hooks.advantage"),
 ])
-def test_a_wrong_setting_is_refused_before_anything_starts(settings, message, capsys):
+def test_a_wrong_setting_is_refused_before_anything_starts(settings, message, capsys, monkeypatch):
+    monkeypatch.setattr(command, "run_all", lambda *_: pytest.fail("something was started"))
     assert main(["ablate", "fig7_8_c3po_vs_grpo", *settings]) == 2
     assert message in capsys.readouterr().err
 
