@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.config.check import Sizes, check_served_alone, check_sft, sft_summary, summary
+from megatron_rl.config.check import Sizes, check_rl, check_served_alone, check_sft, sft_summary, summary
 from megatron_rl.config.load import load
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config, SFTConfig
@@ -31,6 +31,7 @@ from megatron_rl.preflight import (
     check_data,
     check_folders,
     check_from_afar,
+    check_functions,
     check_sft_start,
     check_start,
     model_is_here,
@@ -264,6 +265,9 @@ def convert(options) -> int:
 def quickstart(options) -> int:
     from megatron_rl.recipes import quickstart as recipe
 
+    config = load(["experiment=quickstart", *options.overrides])  # before its model is made and fine-tuned
+    check_rl(config, None)
+    check_functions(config)
     with terminable(), engine_errors():
         recipe.run(options.overrides, Console(), options.model)
     return 0

@@ -22,6 +22,7 @@ from megatron_rl.preflight import (
     warn_of_seen_problems,
     warn_of_shared_gpus,
 )
+from megatron_rl.recipes import quickstart
 from megatron_rl.recipes.quickstart import make_random_model
 from tests.tiny_models import write_tiny_bailing
 
@@ -62,6 +63,17 @@ def test_every_stage_of_the_quick_start_takes_the_random_model_of_each_family(mo
     for command, experiment in (("sft", "quickstart_sft"), ("rl", "quickstart")):
         assert main([command, "--check", f"experiment={experiment}", f"model.path={tmp_path / 'init'}",
                      f"run.dir={tmp_path / command}"]) == 0
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("rollout.responses_per_prompt=1", "rollout.responses_per_prompt=1"),
+    ("algo.hooks.advantage=no.such", "algo.hooks.advantage")])
+def test_the_quick_start_refuses_a_wrong_setting_before_it_makes_anything(override, message, tmp_path, monkeypatch,
+                                                                          capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "make_random_model", lambda *_, **__: pytest.fail("a model was made"))
+    assert main(["quickstart", override]) == 2
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def _without_weights(model):
