@@ -214,6 +214,8 @@ def check_functions(config: Config) -> None:
 
 def check_sft_start(config: Config) -> None:
     """check_start of supervised fine-tuning."""
+    for path in config.observe.loggers:
+        check_logger(path)
     check_folders(config, exports=config.run.export_hf or config.sft.export_epochs)
     refuse_earlier_run(config)
     check_resume(config.run, asdict(read_config(config.model.path)), identity(config.model.lora, config.model.path),

@@ -32,7 +32,7 @@ def check_effort(prompt: Prompt, shaping: Sequence[ShapingConfig]) -> None:
     """ValueError if the prompt names a thinking effort that a term of reward.shaping with efforts does not have."""
     effort = prompt.metadata.get("effort")
     for each in shaping:
-        if each.efforts and effort is not None and (not isinstance(effort, str) or effort not in each.efforts):
+        if each.efforts and effort is not None and effort not in list(each.efforts):  # a list has no hash
             raise ValueError(f"its effort is {effort!r}, but the efforts of reward.shaping: {each.term} are "
                              f"{', '.join(each.efforts)}")
 

@@ -30,6 +30,8 @@ class TeacherConfig:
 
     def __post_init__(self):
         require((self.checkpoint is None) != (not self.urls), "a teacher has a checkpoint or urls: set one of the two")
+        require(self.api_key_env is None or bool(self.urls),
+                f"api_key_env={self.api_key_env} says nothing of a teacher by checkpoint: leave it out")
         for url in self.urls:
             require(urlsplit(url).scheme in ("http", "https") and bool(urlsplit(url).hostname),
                     f"urls: {url!r} must look like http://127.0.0.1:30000")

@@ -89,6 +89,8 @@ class ShapingConfig:
         for strength in (self.strength, *self.efforts.values()):
             require(math.isfinite(strength), f"reward.shaping: {self.term}: strength={strength} must be finite")
         require(0 < self.ratio <= 1, f"reward.shaping: {self.term}: ratio={self.ratio} must lie in (0, 1]")
+        require(self.term == "repetition" or self.ratio == ShapingConfig.ratio,
+                f"reward.shaping: {self.term}: ratio={self.ratio} is read with term=repetition alone: leave it out")
 
     @property
     def name(self) -> str:

@@ -79,8 +79,9 @@ class Serving:
 
 def secret_variables(config: Config) -> frozenset[str]:
     """Environment variables with keys, under names that the configuration gives; an agent has no use for them."""
-    return frozenset({config.rollout.engine.api_key_env, config.rollout.agent.key_env, config.reward.remote.key_env,
-                      *(each.api_key_env for each in config.algo.distillation.teachers.values())} - {None})
+    reward, teachers = config.reward, config.algo.distillation.teachers.values()
+    return frozenset({config.rollout.engine.api_key_env, config.rollout.agent.key_env, reward.remote.key_env,
+                      reward.judge.key_env, *(each.api_key_env for each in teachers)} - {None})
 
 
 def engine_routing(config: Config) -> RoutedLayers | None:

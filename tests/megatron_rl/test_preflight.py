@@ -162,6 +162,7 @@ def test_a_valid_configuration_is_called_so_in_the_last_line_with_what_was_looke
 @pytest.mark.parametrize(("overrides", "said"), [
     (["data.path=nowhere.jsonl"], "data.path=nowhere.jsonl is not a file"),
     (["data.source=chains", "data.size=20"], "sft.examples=4000, but data has 20 examples: set sft.examples=20"),
+    (["observe.loggers=[no_such_module.Logger]"], "observe.loggers=no_such_module.Logger: cannot import"),
 ])
 def test_supervised_examples_are_looked_at_before_ranks_start(overrides, said, tmp_path, capsys):
     model = write_tiny_bailing(tmp_path / "model")

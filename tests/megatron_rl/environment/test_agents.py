@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from megatron_rl.config.agent import GATEWAY_KEY, AgentConfig
+from megatron_rl.config.load import known_keys, load
 from megatron_rl.config.orchestrator import RUN_KEY
 from megatron_rl.config.rollout import ENGINE_KEY, EngineConfig, RolloutConfig
 from megatron_rl.config.schema import Config, ModelConfig
@@ -289,6 +290,14 @@ def test_a_program_gets_no_key_of_the_run(monkeypatch):
     monkeypatch.setenv("TEST_INHERITED", "no secret")
     _, it, _ = respond(command("secrets"), config=config)
     assert "user\nMEGATRON_RL_SESSION_URL,TEST_INHERITED<" in it.text(it.engine.asked[0]["input_ids"])
+
+
+def test_every_variable_that_the_configuration_names_for_a_key_is_a_secret():
+    keys = [key for key, _ in known_keys() if key.endswith("key_env")]
+    config = load([*(f"{key}=SECRET_{place}" for place, key in enumerate(keys)),
+                   "algo.distillation.teachers={a: {urls: [http://x], api_key_env: SECRET_OF_A}}"])
+    assert len(keys) >= 4
+    assert secret_variables(config) == {*(f"SECRET_{place}" for place in range(len(keys))), "SECRET_OF_A"}
 
 
 def test_a_program_with_the_sdk_needs_nothing_but_its_environment():

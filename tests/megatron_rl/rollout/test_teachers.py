@@ -249,6 +249,7 @@ def test_a_malformed_answer_about_the_most_probable_tokens_is_a_failure(answer):
     (["algo.distillation.teachers={a: {}}"], "has a checkpoint or urls: set one"),
     (["algo.distillation.teachers={a: {checkpoint: x, urls: [http://x]}}"], "has a checkpoint or urls: set one"),
     (["algo.distillation.teachers={a: {urls: [x]}}"], "must look like http"),
+    (["algo.distillation.teachers={a: {checkpoint: x, api_key_env: K}}"], "api_key_env=K says nothing of a teacher by"),
     (["algo.distillation.teachers={a: {checkpoint: x}, b: {checkpoint: y}}"], "say in algo.distillation.routes"),
     (["algo.distillation.teachers={a: {checkpoint: x}}", "algo.distillation.routes={math: c}"], "math=c is no teacher"),
     (["algo.distillation.teachers={a: {checkpoint: x}, b: {checkpoint: y}}", "algo.distillation.routes={math: a}"],
