@@ -20,6 +20,7 @@ from megatron_rl.launch.programs import run_rl
 from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
 from megatron_rl.observe import lease
+from megatron_rl.observe.failures import TooManyFailures
 from megatron_rl.observe.say import say
 from megatron_rl.orchestrator import stages
 from megatron_rl.preflight import check_devices, check_memory, check_sft_start, check_start, warn_of_shared_gpus
@@ -126,8 +127,9 @@ def _number(row: dict[str, Any], key: str, digits: int) -> str:
 
 @contextlib.contextmanager
 def engine_errors() -> Iterator[None]:
-    """An engine that cannot start, or does not answer, fails the run with its own last words."""
+    """An engine that cannot start, or does not answer, fails the run with its own last words; so do too many failed
+    responses."""
     try:
         yield
-    except (EngineError, EngineHTTPError, FleetError) as error:
+    except (EngineError, EngineHTTPError, FleetError, TooManyFailures) as error:
         raise RunFailed(str(error)) from error

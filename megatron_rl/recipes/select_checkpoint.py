@@ -21,6 +21,7 @@ from megatron_rl.config.check import check_served_alone
 from megatron_rl.config.schema import Config, SelectConfig
 from megatron_rl.model.tokenizer import load_tokenizer
 from megatron_rl.observe.estimators import pass_at_k
+from megatron_rl.observe.failures import bear_failures
 from megatron_rl.observe.files import write_json
 from megatron_rl.observe.selection_plot import plot_selection
 from megatron_rl.observe.stats import bootstrap_interval
@@ -29,7 +30,7 @@ from megatron_rl.orchestrator.serving import Serving
 from megatron_rl.prompts import prompt_source
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout.responses import SamplingPlan
-from megatron_rl.types import Finish, RolloutGroup
+from megatron_rl.types import Finish, Prompt, RolloutGroup
 
 __all__ = ["Candidate", "Decision", "choose", "folder", "measure", "run", "table"]
 
@@ -90,12 +91,13 @@ def run(config: Config, engines_for: Callable[[Config, str, Path], AbstractConte
     if not paths:
         raise ValueError(f"select.folder={config.select.folder} has no epochs/epoch_01 and so on: run SFT with "
                          "sft.export_epochs=true")
-    folder(config).mkdir(parents=True, exist_ok=True)
     candidates = []
+    models = [dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(path))) for path in paths]
     with RewardPool(config.reward) as rewards:
+        asked(models[0], load_tokenizer(models[0].model), rewards)  # before an engine starts
+        folder(config).mkdir(parents=True, exist_ok=True)
         rewards.warm_up()
-        for path in paths:
-            model = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(path)))
+        for path, model in zip(paths, models, strict=True):
             with engines_for(model, str(path), folder(config) / f"engine-{path.name}.log") as served:
                 candidates.append(measure(served, sample(served, rewards), path))
     decision = choose(candidates, config.select)
@@ -105,13 +107,17 @@ def run(config: Config, engines_for: Callable[[Config, str, Path], AbstractConte
     return decision
 
 
-def sample(config: Config, rewards: RewardPool) -> list[RolloutGroup]:
-    """select.samples judged responses to each of the first select.problems RL prompts."""
-    tokenizer = load_tokenizer(config.model)
+def asked(config: Config, tokenizer, rewards: RewardPool) -> list[Prompt]:
+    """The first select.problems RL prompts. ValueError if they cannot be had or judged."""
     source = prompt_source(config, config.data, tokenizer, rewards)
     rewards.check_domains(source.domains)
-    prompts = [source.prompt(i) for i in range(min(config.select.problems, len(source)))]
-    rollout = config.rollout
+    return [source.prompt(i) for i in range(min(config.select.problems, len(source)))]
+
+
+def sample(config: Config, rewards: RewardPool) -> list[RolloutGroup]:
+    """select.samples judged responses to each of the prompts."""
+    tokenizer, rollout = load_tokenizer(config.model), config.rollout
+    prompts = asked(config, tokenizer, rewards)
     plan = SamplingPlan(samples_per_prompt=config.select.samples, temperature=1.0, top_p=1.0,
                         max_response_tokens=rollout.max_response_tokens, stop=rollout.stop)
 
@@ -123,12 +129,20 @@ def sample(config: Config, rewards: RewardPool) -> list[RolloutGroup]:
 
 
 def measure(config: Config, groups: Sequence[RolloutGroup], path: Path) -> Candidate:
-    """What `groups`, sampled by the checkpoint in `path`, say of it."""
+    """What `groups`, sampled by the checkpoint in `path`, say of it. Failed responses count nowhere.
+
+    TooManyFailures if their share exceeds rollout.max_failed_fraction.
+    """
+    bear_failures(groups, what=f"selection of {path}", max_fraction=config.rollout.max_failed_fraction)
+    by_problem = [[rollout for rollout, score in zip(group.rollouts, group.scores, strict=True) if not score.failed]
+                  for group in groups]
     surprises = [np.concatenate([-sequence.rollout_logprobs[sequence.trainable]
-                                 for rollout in group.rollouts for sequence in rollout.sequences])
-                 for group in groups]
+                                 for rollout in rollouts for sequence in rollout.sequences])
+                 for rollouts in by_problem if rollouts]
+    if not surprises:
+        raise ValueError(f"{path}: every response failed, so nothing can be said of it; the warning above says why")
     entropy, low, high = bootstrap_interval(surprises, config.eval.bootstrap_resamples, config.eval.seed)
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for each in by_problem for rollout in each]
     lengths = np.array([rollout.response_tokens for rollout in rollouts], dtype=np.float64)
     k, whole = len(groups[0].scores), known(groups)
     if any(score.correct is None for group in groups for score in group.scores):

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import json
 
-from megatron_rl.runs import print_evaluations
+import pytest
+
+from megatron_rl.launch.local import RunFailed
+from megatron_rl.observe.failures import TooManyFailures
+from megatron_rl.rollout.connection import EngineHTTPError
+from megatron_rl.rollout.engines import EngineError
+from megatron_rl.rollout.fleet import FleetError
+from megatron_rl.runs import engine_errors, print_evaluations
+
+
+@pytest.mark.parametrize("kind", [TooManyFailures, FleetError, EngineError, EngineHTTPError])
+def test_what_engines_and_judges_leave_undone_is_a_failed_run_and_no_traceback(kind):
+    with pytest.raises(RunFailed, match="why"), engine_errors():
+        raise kind("why")
 
 
 def test_a_run_without_evaluations_prints_no_table(tmp_path, capsys):

@@ -1,13 +1,15 @@
 """Which checkpoint is chosen, and what is said of each."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from megatron_rl.config.data import SelectConfig
 from megatron_rl.config.load import load
+from megatron_rl.observe.failures import TooManyFailures
 from megatron_rl.observe.selection_plot import plot_selection
+from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.recipes.select_checkpoint import Candidate, choose, measure, run, table
 from megatron_rl.types import Finish, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 
@@ -36,7 +38,8 @@ def group(logprobs_of_each, values):
         Rollout(np.zeros(2 + len(logprobs), np.int32), np.arange(2 + len(logprobs)) >= 2,
                 np.array([9.0, 9.0, *logprobs], np.float32), Finish.STOP, (VersionSpan(0, 0, len(logprobs)),))
         for logprobs in logprobs_of_each)
-    scores = tuple(Score(value, "correct" if value else "wrong") for value in values)
+    scores = tuple(Score(0.0, "engine_error", "gone") if value is None else
+                   Score(value, "correct" if value else "wrong") for value in values)
     return RolloutGroup(Prompt("p", (1, 2), "q", "7", "math"), rollouts, ("t",) * len(values), scores)
 
 
@@ -52,6 +55,20 @@ def test_measures_by_hand(tmp_path):
     assert (found.epoch, found.sft_tokens, found.token_efficiency) == (2, 49152, 0.5)  # 6 x 4096 / 49152
 
 
+def test_failed_responses_count_nowhere_and_too_many_of_them_choose_nothing(tmp_path):
+    (path := tmp_path / "epoch_02").mkdir()
+    config = load(["experiment=quickstart", "rollout.max_failed_fraction=0.8"])
+    whole = [group([[-1.0, -2.0], [-3.0] * 4], [1, 0])]
+    failing = [group([[-1.0, -2.0], [-3.0] * 4, []], [1, 0, None]), group([[], [-9.0] * 9, []], [None] * 3)]
+    clean, found = (measure(config, groups, path) for groups in (whole, failing))
+    assert replace(found, samples=clean.samples) == clean
+    with pytest.raises(TooManyFailures, match=r"selection of .*epoch_02: 4 of 6 responses failed .*gone"):
+        measure(load(["experiment=quickstart"]), failing, path)
+    config = load(["experiment=quickstart", "rollout.max_failed_fraction=1"])
+    with pytest.raises(ValueError, match="epoch_02: every response failed"):
+        measure(config, failing[1:], path)
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
     (["rollout.engine.urls=[http://127.0.0.1:9]"], "starts its own engines"),
     (["rollout.temperature=0.8"], "temperature=0.8"),
@@ -59,6 +76,15 @@ def test_measures_by_hand(tmp_path):
 def test_what_cannot_be_measured_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         run(load(["experiment=quickstart", *overrides]), None)
+
+
+def test_wrong_data_shows_before_an_engine_starts(tmp_path):
+    make_random_model(tmp_path / "epochs" / "epoch_01", seed=0)
+    given = ["experiment=quickstart", f"select.folder={tmp_path}", f"run.dir={tmp_path / 'run'}"]
+    for override, message in (("reward.routes={code: exact}", "reward.routes.math"),
+                              ("rollout.max_response_tokens=127", "tokens, longer than 1")):
+        with pytest.raises(ValueError, match=message):
+            run(load([*given, override]), lambda *_: pytest.fail("an engine was started"))
 
 
 def test_the_plot_is_written(tmp_path):
