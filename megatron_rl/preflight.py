@@ -267,6 +267,7 @@ def check_data(config: Config, *, training: bool = True) -> None:
         check_agent(each.rollout.agent, tokenizer)
         if training:
             check_teachers(each, tokenizer)
+    met: frozenset[str] = frozenset()
     for each in stages.stage_configs(config):
         with RewardPool(each.reward) as rewards:
             trained: frozenset[str] = frozenset()
@@ -278,12 +279,14 @@ def check_data(config: Config, *, training: bool = True) -> None:
                 _try_rewards(rewards, source)
                 if not name:
                     each.algo.distillation.check_domains(source.domains)
-                    trained = source.questions()
+                    trained, met = source.questions(), met | source.domains
                 elif told := number_evaluated(each, name, len(source))[1]:
                     warn(told)
                 own = name and (name != HELD_OUT or each.eval.data is not None)  # else warn_of_seen_problems
                 if own and (seen := len(trained & source.questions())):
                     warn(f"{seen} of the {len(source)} problems of the {name} set are among those that are trained on")
+    for each in stages.stage_configs(config) if training else ():
+        each.algo.distillation.check_routes(met)
 
 
 def _try_rewards(rewards, source) -> None:

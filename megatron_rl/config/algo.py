@@ -109,6 +109,10 @@ class AlgoConfig:
         require(self.distillation.task_reward or not self.dynamic_sampling,
                 "algo.distillation.task_reward=false trains on every group, whatever is right in it: use "
                 "algo.dynamic_sampling=false")
+        for key, rewards in (("truncated=overlong_penalty", self.truncated == "overlong_penalty"),
+                             (f"hooks.advantage={self.hooks.advantage}", self.hooks.advantage is not None)):
+            require(self.distillation.task_reward or not rewards,
+                    f"algo.{key} with algo.distillation.task_reward=false, which trains on no reward: leave one out")
         require(self.truncated != "overlong_penalty" or self.overlong_buffer_tokens > 0,
                 "algo.truncated=overlong_penalty needs algo.overlong_buffer_tokens > 0")
         require(0 < self.icepop_low < self.icepop_high,

@@ -43,6 +43,8 @@ def check_rl(config: Config, sizes: Sizes | None) -> None:
             f"(rollout.max_response_tokens={rollout.max_response_tokens})")
     require(not rollout.pass_rate.enabled or config.data.shuffle,
             "data.shuffle=false is not read with rollout.pass_rate.enabled=true, which draws by chance: leave one out")
+    require(algo.distillation.task_reward or not config.reward.shaping,
+            "reward.shaping with algo.distillation.task_reward=false, which trains on no reward: leave one out")
     asked = [name for name, teacher in algo.distillation.teachers.items() if teacher.urls]
     require(not asked or rollout.temperature == 1.0,
             f"rollout.temperature={rollout.temperature}: servers score at temperature 1, so algo.distillation.teachers."

@@ -101,6 +101,12 @@ class DistillationConfig:
         """The name of the teacher of this domain's prompts."""
         return self.routes.get(domain) if self.routes else next(iter(self.teachers), None)
 
+    def check_routes(self, domains: Collection[str]) -> None:
+        """ValueError for a route of a domain that no prompt has."""
+        idle = sorted(self.routes.keys() - set(domains))
+        require(not idle, f"algo.distillation.routes.{idle[0] if idle else ''}: no prompt of `data` has that domain, "
+                f"they have {', '.join(sorted(domains))}: correct it or leave it out")
+
     def check_domains(self, domains: Collection[str]) -> None:
         """ValueError for a domain of the prompts in which nothing would be learned."""
         untaught = sorted(domain for domain in domains if self.teacher_of(domain) is None)

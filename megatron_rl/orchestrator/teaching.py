@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.hf_folder import HFReader, check_checkpoint
@@ -30,3 +31,7 @@ def check_teachers(config: Config, tokenizer) -> None:
         theirs = load_tokenizer(dataclasses.replace(config.model, path=folder))
         check_same_vocabulary(f"{key}={folder}", vocabulary_hash(token_texts(tokenizer)),
                               vocabulary_hash(token_texts(theirs)))
+        # rows without a token: the student may sample one that the teacher lacks, and a teacher may name one
+        require(network.vocab_size == size or (network.vocab_size > size and not top_k),
+                f"{key}={folder} has {network.vocab_size} rows in its head (vocab_size), and model.path has {size}: "
+                "another model, or with more rows algo.distillation.top_k=0")

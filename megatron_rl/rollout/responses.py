@@ -263,7 +263,12 @@ class Responder:
         if self._teachers is None or judged.score.failed:
             return judged
         try:
-            return replace(judged, rollout=await self._teachers.scored(judged.rollout, prompt.domain))
+            taught = await self._teachers.scored(judged.rollout, prompt.domain)
+            for ids in (each.teacher_ids for each in taught.sequences if each.teacher_ids is not None):
+                if self._vocabulary is not None and ids.max() >= self._vocabulary:
+                    raise FleetError(f"the teacher of domain {prompt.domain} names token {ids.max()}, but the model's "
+                                     f"vocabulary has {self._vocabulary}")
+            return replace(judged, rollout=taught)
         except FleetError as failure:
             return self.failed(prompt, transcript, failure)
 

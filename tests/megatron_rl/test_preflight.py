@@ -310,15 +310,22 @@ def test_held_out_problems_that_are_trained_on_are_pointed_out(overrides, seen, 
     ("cut", [], "algo.distillation.teachers.a.checkpoint"), ("other", [], "has another vocabulary (hash "),
     ("same", ["algo.distillation.task_reward=false", "algo.distillation.routes={code: a}"],
      "task_reward=false, but domain math has no teacher"),
+    ("same", ["algo.distillation.routes={maht: a}"],
+     "algo.distillation.routes.maht: no prompt of `data` has that domain, they have math"),
+    ("narrow", [], "checkpoint=NARROW has 96 rows in its head (vocab_size), and model.path has 100"),
+    ("wide", ["algo.distillation.top_k=2"], "checkpoint=WIDE has 128 rows in its head"),
+    ("wide", [], None),
     ("same", [], None)])
 def test_a_teacher_that_cannot_teach_is_named_before_anything_starts(teacher, overrides, said, tmp_path, capsys):
     folders = {"nowhere": "nowhere"}
-    for seed, name in enumerate(("student", "same", "cut")):
-        make_random_model(tmp_path / name / "model", seed)
+    for seed, name in enumerate(("student", "same", "cut", "narrow", "wide")):
+        make_random_model(tmp_path / name / "model", seed,
+                          **({"vocab_size": {"wide": 128, "narrow": 96}.get(name, 100)}))
         folders[name] = str(tmp_path / name / "model")
     (tmp_path / "cut" / "model" / "model.safetensors").unlink()
     folders["other"] = str(write_tiny_bailing(tmp_path / "other", vocab_size=96))
     code = main(["rl", "--check", "experiment=quickstart", f"model.path={folders['student']}",
                  f"run.dir={tmp_path / 'run'}", *overrides,
                  f"algo.distillation.teachers={{a: {{checkpoint: {folders[teacher]}}}}}"])
+    said = said and said.replace(teacher.upper(), folders[teacher])
     assert (code, said in capsys.readouterr().err if said else True) == (2 if said else 0, True)

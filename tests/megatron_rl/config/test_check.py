@@ -23,6 +23,8 @@ SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters
      r"tokens_per_microbatch=62 x parallel\.cp=2 .*rollout\.max_context_tokens=128"),
     (["rollout.max_context_tokens=4096"], r"rollout\.max_context_tokens=4096 exceeds .*max_position_embeddings=512"),
     (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt=1"),
+    (["algo.distillation.task_reward=false", "reward.shaping=[{term: length}]"],
+     r"reward\.shaping with algo\.distillation\.task_reward=false"),
     (["algo.phi=1000000"], r"1000000 response tokens per rollout can never be met by 256 responses of at most 80"),
     (["algo.truncated=overlong_penalty", "algo.overlong_buffer_tokens=81"],
      r"algo\.overlong_buffer_tokens=81 is more than .*rollout\.max_response_tokens=80"),

@@ -129,6 +129,28 @@ def test_a_teacher_that_is_gone_costs_the_response_and_not_the_run():
     assert bad.rollout.teacher_logprobs is None
 
 
+@pytest.mark.parametrize(("vocabulary", "status"), [(8, "correct"), (7, "engine_error")])
+def test_a_token_that_the_student_does_not_have_costs_the_response(vocabulary, status):
+    """Its logit would be 0, whatever the student thinks."""
+    async def respond(url):
+        async with teachers_at(url, top_k=2) as teachers:
+            responder = Responder(None, ROLLOUT, Text(), Right(), seed=0, eos_token_id=0, teachers=teachers,
+                                  vocabulary=vocabulary)
+            result = GenerateResult(np.array([5, 6], np.int32), np.zeros(2, np.float32), Finish.STOP, {},
+                                    (VersionSpan(0, 0, 2),), 0, 0)
+            transcript = Transcript().extended(result, finish=Finish.STOP)
+            return await responder.judge(Prompt("id", (3, 4), "", "", "math"), transcript)
+
+    async def spoil(request, body, answer):
+        by_rank(request, body, answer)
+
+    with StubEngine(VOCABULARY) as engine:
+        engine.spoil = spoil
+        judged = asyncio.run(respond(engine.url))
+    assert judged.score.status == status
+    assert status == "correct" or "names token 7, but the model's vocabulary has 7" in judged.score.detail
+
+
 def test_runs_that_share_a_server_name_their_requests_apart():
     """An engine refuses an id that is under way, and in containers orchestrators have the same process id."""
     asked = []
@@ -257,6 +279,9 @@ def test_a_malformed_answer_about_the_most_probable_tokens_is_a_failure(answer):
     (["algo.distillation.coef=0"], "coef=0.0 must be positive"),
     (["algo.distillation.teachers={a: {checkpoint: x}}", "algo.distillation.task_reward=false",
       "algo.dynamic_sampling=true"], "use algo.dynamic_sampling=false"),
+    (["algo.distillation.task_reward=false", "algo.hooks.advantage=my.own"], "algo.hooks.advantage=my.own with"),
+    (["algo.distillation.task_reward=false", "algo.truncated=overlong_penalty", "algo.overlong_buffer_tokens=4"],
+     "algo.truncated=overlong_penalty with algo.distillation.task_reward=false"),
 ])
 def test_a_wrong_section_is_named(overrides, said):
     with pytest.raises(ValueError, match=said):
