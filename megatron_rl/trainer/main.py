@@ -16,7 +16,7 @@ import torch
 from megatron_rl import loop, topology
 from megatron_rl.config.load import build
 from megatron_rl.config.schema import Config
-from megatron_rl.model.adapter_folder import ADAPTER_FOLDER
+from megatron_rl.model.adapter_folder import ADAPTER_FOLDER, PEFT_CONFIG
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.checkpoint import ORCHESTRATOR_STATE, Checkpoints
 from megatron_rl.model.convert import Exporter
@@ -95,16 +95,22 @@ class Trainer:
         return {"steps_done": self.steps_done, "probe_tokens": self._probe.token_ids.tolist()}
 
     def _check_shared(self, written: str | None) -> None:
-        """ValueError on every rank, naming machines and folders, if some machine does not share run.dir or the model.
+        """ValueError on every rank, naming machines and folders, if some machine does not share run.dir or the model,
+        or another folder of weights that its ranks read.
 
         written: a file that the orchestrator has just made in run.dir.
         """
-        run_dir, model = self._config.run.dir, self._config.model.path
+        run_dir, model, algo = self._config.run.dir, self._config.model, self._config.algo
+        folders = {"model.path": model.path, **algo.distillation.checkpoints}
+        if model.reference_path is not None and algo.loss.kl_coef > 0:
+            folders["model.reference_path"] = model.reference_path
+        if model.lora.path is not None:
+            folders["model.lora.path"] = model.lora.path
         missing = []
         if written is not None and not _appears(Path(written)):
             missing.append(f"run.dir={run_dir} (it lacks {written}, which the orchestrator has written)")
-        if not (Path(model) / "config.json").is_file():
-            missing.append(f"model.path={model}")
+        missing += [f"{key}={folder}" for key, folder in folders.items()
+                    if not any((Path(folder) / name).is_file() for name in ("config.json", PEFT_CONFIG))]
         here = f"rank {self._here.rank} on {os.uname().nodename} does not see "
         blind = [each for each in self._here.gather_objects(here + " and ".join(missing) if missing else None) if each]
         if blind:

@@ -17,8 +17,8 @@ from megatron_rl.trainer.main import Trainer
 from tests.tiny_models import write_tiny_bailing
 
 
-def trainer(tmp_path: Path, gather) -> SimpleNamespace:
-    config = load([f"model.path={write_tiny_bailing(tmp_path / 'model')}", f"run.dir={tmp_path}"])
+def trainer(tmp_path: Path, gather, *more: str) -> SimpleNamespace:
+    config = load([f"model.path={write_tiny_bailing(tmp_path / 'model')}", f"run.dir={tmp_path}", *more])
     return SimpleNamespace(_config=config, _here=SimpleNamespace(rank=3, gather_objects=gather))
 
 
@@ -37,6 +37,21 @@ def test_a_rank_that_does_not_see_a_folder_ends_all_and_is_named(tmp_path, monke
     theirs = trainer(tmp_path / "other", lambda value: ["rank 0 on n9 does not see model.path=x", value])
     with pytest.raises(ValueError, match="rank 0 on n9 does not see model.path=x: every machine"):
         Trainer._check_shared(theirs, None)
+
+
+@pytest.mark.parametrize(("key", "more"), [
+    ("model.reference_path", ["model.reference_path=FOLDER"]),
+    ("model.lora.path", ["model.lora={rank: 4, path: FOLDER}"]),
+    ("algo.distillation.teachers.a.checkpoint", ["algo.distillation.teachers={a: {checkpoint: FOLDER}}"])])
+def test_every_folder_of_weights_is_looked_for_on_every_machine(key, more, tmp_path):
+    """A rank that failed over it alone would leave the others waiting."""
+    folder = tmp_path / "weights"
+    mine = trainer(tmp_path, lambda value: [None, value], *(each.replace("FOLDER", str(folder)) for each in more))
+    with pytest.raises(ValueError, match=f"does not see {key}={folder}: every machine"):
+        Trainer._check_shared(mine, None)
+    folder.mkdir()
+    (folder / ("adapter_config.json" if "lora" in key else "config.json")).touch()
+    Trainer._check_shared(mine, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the memory of a machine without GPUs")
