@@ -72,10 +72,7 @@ def rl(options) -> int:
         _print_valid(config, looked_at)
         return 0
     print_summary(config, sizes)
-    ended = train_rl(config)
-    if ended.why:
-        warn(f"the run ended early: {ended.why}")
-    return EXIT_CODES[ended.how]
+    return EXIT_CODES[train_rl(config).how]
 
 
 def config(options) -> int:

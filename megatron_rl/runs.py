@@ -21,7 +21,7 @@ from megatron_rl.loop import Ended
 from megatron_rl.model.architectures import read_config
 from megatron_rl.observe import lease
 from megatron_rl.observe.failures import TooManyFailures
-from megatron_rl.observe.say import say
+from megatron_rl.observe.say import say, warn
 from megatron_rl.orchestrator import stages
 from megatron_rl.preflight import check_devices, check_memory, check_sft_start, check_start, warn_of_shared_gpus
 from megatron_rl.preflight_gpu import check_driver, check_gpus_of_run, check_transformer_engine
@@ -36,9 +36,15 @@ SMOLLM2_EXPERT_WIDTH = 192  # 8 shared experts make up the dense FFN of 1536
 
 
 def train_rl(config: Config) -> Ended:
-    """One RL run on this machine: engine, orchestrator, ranks, report. Everything started is stopped."""
+    """One RL run on this machine: engine, orchestrator, ranks, report. Everything started is stopped.
+
+    A line says so if it ended early because a step could not be filled.
+    """
     with claimed(config.run.dir):
-        return _train_rl(config)
+        ended = _train_rl(config)
+    if ended.why:
+        warn(f"{config.run.name} in {config.run.dir} ended early: {ended.why}")
+    return ended
 
 
 def _train_rl(config: Config) -> Ended:

@@ -14,9 +14,9 @@ def draw_accuracies(evaluations: Sequence[Mapping[str, Mapping[str, float]]]) ->
     """evaluations: set -> values (accuracy, low, high) after each stage, the base model's first. A colour is a set."""
     lines = []
     for index, name in enumerate(sets(evaluations)):
-        places = np.array([place for place, values in enumerate(evaluations) if name in values], dtype=float)
-        accuracy, low, high = (np.array([values[name][key] for values in evaluations if name in values])
-                               for key in ("accuracy", "low", "high"))
+        known = [(place, values[name]) for place, values in enumerate(evaluations) if name in sets([values])]
+        places = np.array([place for place, _ in known], dtype=float)
+        accuracy, low, high = (np.array([values[key] for _, values in known]) for key in ("accuracy", "low", "high"))
         lines.append(Line(name, css(index), places, accuracy, low=low, high=high))
     return Drawing("accuracy", lines, [Key(line.label, line.color) for line in lines], from_zero=True,
                    x="stages finished (0: the base model)")

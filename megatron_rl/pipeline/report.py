@@ -63,7 +63,7 @@ def _summary(made: Made) -> str:
     """Each set's accuracy before and after everything."""
     first, last = made[0][1].evaluation, made[-1][1].evaluation
     tiles = [(f"{first[name]['accuracy']:.3f} \u2192 {last[name]['accuracy']:.3f}", f"{name}, first and last model")
-             for name in sets([first, last]) if name in first and name in last]
+             for name in sets([first, last]) if name in sets([first]) and name in sets([last])]
     seconds = sum(sum(record.seconds.values()) for _, record in made)
     return page.tiles([*tiles, (duration(seconds), "of training and evaluation")])
 
@@ -124,7 +124,8 @@ def _gains(made: Made, config: EvalConfig) -> str:
         if before is None:
             continue
         found = gain(stage, before, config)
-        tokens = [f"{record.evaluation[name]['mean_response_tokens']:.0f}" for name in names]
+        lengths = [record.evaluation.get(name, {}).get("mean_response_tokens") for name in names]
+        tokens = ["-" if length is None else f"{length:.0f}" for length in lengths]
         rows.append([stage.title, before.title, *(
             f"{found[name][0]:+.3f} [{found[name][1]:+.3f}, {found[name][2]:+.3f}]" if name in found else "-"
             for name in names), " ".join(tokens)])

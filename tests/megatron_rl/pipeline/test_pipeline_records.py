@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from megatron_rl.pipeline import driver
+from megatron_rl.pipeline.draw import draw_accuracies
 from megatron_rl.pipeline.plan import Plan, plan
 from megatron_rl.pipeline.record import FILE, Record, begin, finish, made_from, read, records, unfinished
 from megatron_rl.pipeline.report import _stages, _summary, gain, result
@@ -206,3 +207,14 @@ def test_the_report_sets_the_first_model_beside_the_last(todo):
     last = dataclasses.replace(made[1], evaluation={"math": {"accuracy": 0.75}})
     shown = _summary(list(zip(todo.stages[:2], [made[0], last], strict=True)))
     assert "0.500 \u2192 0.750" in shown and "2 s" in shown
+
+
+def test_a_set_whose_accuracy_some_models_lack_is_shown_where_it_is_known(todo):
+    """Nobody may be able to say of one model's responses whether they are right."""
+    known, graded = SETS, {"math": {"mean_reward": 0.5}}
+    for evaluations in ([known, graded], [graded, known], [graded, graded], [known, {}]):
+        made = [dataclasses.replace(record, evaluation=each)
+                for record, each in zip(finished(todo, 2), evaluations, strict=True)]
+        _summary(list(zip(todo.stages[:2], made, strict=True)))
+        places = [line.steps.tolist() for line in draw_accuracies(evaluations).lines]
+        assert places == [[float(place) for place in (0, 1) if evaluations[place] == known]] * (known in evaluations)
