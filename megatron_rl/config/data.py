@@ -230,5 +230,7 @@ class SelectConfig:
     def __post_init__(self):
         for name in ("problems", "samples"):
             require(getattr(self, name) >= 1, f"select.{name}={getattr(self, name)} must be at least 1")
+        require(self.rule != "pass_at_k" or self.samples > 1,
+                "select.rule=pass_at_k with select.samples=1 chooses by pass_at_1: raise select.samples")
         require(0 <= self.entropy_low < self.entropy_high,
                 f"select.entropy_low={self.entropy_low} must lie below select.entropy_high={self.entropy_high}")

@@ -80,9 +80,11 @@ def plan(overrides: Sequence[str]) -> Plan:
     require(bool(declared), "pipeline.stages is empty: choose an experiment that has some, e.g. "
             "experiment=ring_lite_tiny")
     for name, texts in of_stages.items():
-        _check_overrides(name, texts, declared)
-    for name in declared:
+        require(name in declared, f"{name}.{texts[0]}: neither a section of the configuration nor a stage; the stages "
+                f"are {', '.join(declared)}")
+    for name, stage in declared.items():
         require(not _is_own(name), f"pipeline.stages.{name}: there is a section of that name; choose another")
+        _check_overrides(name, (*stage.overrides, *of_stages.get(name, ())))
     require(bool(whole.model.path) or whole.pipeline.random_base,
             "model.path is not set: give the base checkpoint's folder")
     root = Path(whole.run.dir)
@@ -153,11 +155,9 @@ def _is_own(name: str) -> bool:
             or (CONF_DIR / name).is_dir())
 
 
-def _check_overrides(name: str, texts: Sequence[str], declared: Mapping[str, PipelineStage]) -> None:
-    require(name in declared, f"{name}.{texts[0]}: neither a section of the configuration nor a stage; the stages are "
-            f"{', '.join(declared)}")
+def _check_overrides(name: str, texts: Sequence[str]) -> None:
     for text in texts:
-        key = text.partition("=")[0]
+        key = text.partition("=")[0].lstrip("+")
         key = SHORTHANDS.get(key, key)
         require(key not in GIVEN and not key.startswith(("observe.", "rollout.engine.")),
                 f"{name}.{key} follows from the pipeline: set {key} without the stage's name, for all of them"

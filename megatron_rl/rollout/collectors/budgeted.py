@@ -61,10 +61,11 @@ class BudgetedCollector:
         return returned, ledger
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self._prompts.state_dict()}
+        return {"prompts": self._prompts.state_dict(), "mean_tokens": self._mean_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._prompts.load_state_dict(state["prompts"])
+        self._mean_tokens = state.get("mean_tokens", 0.0)
 
 
 class _Round:

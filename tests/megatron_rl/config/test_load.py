@@ -102,6 +102,7 @@ def test_a_config_survives_json():
     (["optimizer.min_lr_ratio=1.5"], r"optimizer\.min_lr_ratio=1\.5 must lie in \[0, 1\]"),
     (["optimizer.warmup_fraction=1.5"], r"optimizer\.warmup_fraction=1\.5 must lie in \[0, 1\]"),
     (["sft.balance_coef=-1.0"], r"sft\.balance_coef=-1\.0 must not be negative"),
+    (["select.rule=pass_at_k", "select.samples=1"], r"select\.rule=pass_at_k with select\.samples=1 chooses"),
     (["observe.loggers=[tensorboard,tensorboard]"], r"observe\.loggers names a logger twice"),
     (["algo.phi"], r"must look like section\.key=value"),
     (["reward.routes={7: math_verify}"], r"reward\.routes has a key that YAML reads as 7"),

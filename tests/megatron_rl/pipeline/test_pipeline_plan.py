@@ -111,6 +111,8 @@ def test_the_engine_serves_the_longest_context_of_any_stage():
 @pytest.mark.parametrize(("overrides", "message"), [
     (["foo.run.steps=3"], r"foo\.run\.steps=3: neither a section .* nor a stage; the stages are long_cot_sft, choice"),
     (["math_rl.run.dir=x"], r"math_rl\.run\.dir follows from the pipeline: set run\.dir"),
+    (["pipeline.stages.math_rl.overrides=['run.seed=7']"], r"math_rl\.run\.seed follows from the pipeline: set"),
+    (["pipeline.stages.math_rl.overrides=['rollout.engine.threads=3']"], r"math_rl\.rollout\.engine\.threads follows"),
     (["math_rl.algo.fi=3"], r"stage math_rl: unknown key algo\.fi"),
     (["long_cot_sft.sft.export_epochs=false"], "stage long_cot_sft: choice .* needs sft.export_epochs=true"),
     (["code_science_rl.model.dtype=bfloat16"], "stage code_science_rl: model.dtype=bfloat16.* one engine"),

@@ -153,6 +153,21 @@ def test_overprovisioning_bounds_what_is_sampled_in_vain():
     assert run(generated(1.0)) < 0.8 * run(generated(100.0))
 
 
+def test_budgeted_expects_after_a_resume_what_it_would_have_expected():
+    """Without the running mean it would begin every continuation with all its groups at once."""
+    async def asked(*, resumed: bool) -> list[int]:
+        collector, counts = budgeted(ScriptedFleet(limit=LIMIT), overprovision=1.0), []
+        for step in range(6):
+            counts.append((await collector.collect(step, 0))[1].generated_tokens)
+            if resumed:
+                state = copy.deepcopy(collector.state_dict())
+                collector = budgeted(ScriptedFleet(limit=LIMIT), overprovision=1.0)
+                collector.load_state_dict(state)
+        return counts
+
+    assert run(asked(resumed=True)) == run(asked(resumed=False))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_sampled_token_is_trained_carried_or_dropped(seed):
     """Random budgets, failing attempts, a retention limit that bites: the account closes to the token."""
