@@ -119,11 +119,16 @@ def check_logger(path: str) -> None:
 
 
 def _feeds(directory: Path, config: ObserveConfig, config_dict: Mapping[str, Any]) -> list[LoggerFeed]:
-    feeds = [LoggerFeed(directory, path, directory / "loggers" / path,
-                        {"logger": path, "sys_path": sys.path, "config": dict(config_dict)}) for path in config.loggers]
+    about = {path: (directory / "loggers" / path, {"logger": path, "sys_path": sys.path, "config": dict(config_dict)})
+             for path in config.loggers}
     if config.wandb != "off":
-        init = _wandb_init(directory, config, config_dict)
-        feeds.append(LoggerFeed(directory, "wandb", directory / "wandb", {"wandb": init}))
+        about["wandb"] = directory / "wandb", {"wandb": _wandb_init(directory, config, config_dict)}
+    feeds = []
+    for name, (folder, logger) in about.items():
+        try:
+            feeds.append(LoggerFeed(directory, name, folder, logger))
+        except OSError as error:
+            _LOG.warning("%s gets nothing: it could not be started (%s)", name, error)
     return feeds
 
 

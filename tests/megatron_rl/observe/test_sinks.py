@@ -242,6 +242,16 @@ def test_whatever_becomes_of_a_logger_the_run_goes_on_and_says_so(fault, loggers
     assert "1 [('reward/mean', 0.5)] 64\nTrue\n" in (tmp_path / "run" / "told.txt").read_text()
 
 
+def test_a_logger_that_cannot_be_started_does_not_end_the_run_either(loggers, tmp_path, messages):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "loggers").write_text("a file where its folder should be")
+    with MetricsLog(tmp_path / "run", ObserveConfig(wandb="off", loggers=(f"{loggers}.Good",)), {"phi": 64}) as log:
+        log.log(1, {"reward/mean": 0.5})
+    (warning,) = messages()
+    assert f"{loggers}.Good gets nothing: it could not be started" in warning
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
 @pytest.mark.parametrize("name", ["NoClose", "function"])
 def test_what_is_no_logger_is_refused_before_the_start(name, loggers):
     check_logger(f"{loggers}.Good")
