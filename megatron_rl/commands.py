@@ -37,7 +37,6 @@ from megatron_rl.preflight import (
     model_is_here,
     model_rows,
     network_of,
-    refuse_earlier_run,
     sizes_of,
     validate,
     warn_of_shared_gpus,
@@ -107,8 +106,7 @@ def slurm(options) -> int:
         print(submit(config, dry_run=True))
         return 0
     print_summary(config, sizes)
-    refuse_earlier_run(config)
-    check_data(config)
+    check_start(config)
     job = submit(config, dry_run=False)
     Console().print(f"job {job}; its logs: {job_folder(config)}; stop it with scancel {job}")
     return 0

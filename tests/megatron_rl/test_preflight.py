@@ -12,6 +12,7 @@ import torch
 
 from megatron_rl.cli import main, parse
 from megatron_rl.config.load import load, to_dict
+from megatron_rl.launch import slurm
 from megatron_rl.model.architectures import read_config
 from megatron_rl.model.slots import count_parameters
 from megatron_rl.plan import plan_memory
@@ -256,6 +257,17 @@ def test_a_resume_that_changes_what_is_learned_is_refused_before_anything_is_wri
     assert main(["rl", *same, "resume=true", *overrides, "run.accept_changes=true"]) == 2
     err = capsys.readouterr().err  # said all the same, and then goes on to what else is wrong
     assert "the run goes on with another" in err and "data.path=none" in err and "accept_changes" not in err
+
+
+def test_a_job_is_looked_at_like_a_run_before_it_is_submitted(tmp_path, monkeypatch, capsys):
+    """Its checkpoint too: in the queue a mistake would cost hours."""
+    monkeypatch.setattr(slurm, "submit", lambda *_, **__: pytest.fail("the job was submitted"))
+    model, run_dir = write_tiny_bailing(tmp_path / "model"), tmp_path / "run"
+    begun(run_dir, same := f"model.path={model}")
+    (run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
+    assert main(["slurm", "experiment=quickstart", same, f"run.dir={run_dir}", "resume=true",
+                 "run.accept_changes=true"]) == 2
+    assert "step_00000002" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_a_file_is_named_by_its_key(tmp_path, capsys):
