@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -51,16 +52,18 @@ class Run:
         return self.config.sft.total_steps if self.recipe == "sft" else self.config.run.steps
 
     def finished(self) -> bool:
-        """All steps logged, and what comes after the last one done. ValueError: the folder holds another run."""
+        """What comes after the last step is done: an export, or the last evaluation. A plateau, or no more prompts that
+        teach, may end a run before run.steps. ValueError: the folder holds another run."""
         self._check_same_run()
         if self.recipe == "evaluate":
             return (self.folder / evaluate.RESULTS).is_file()
         if self.arm is None:
-            return _last_step(self.folder / METRICS) == self.steps and (self.folder / "hf" / "config.json").is_file()
-        return _last_step(self.folder / EVALUATIONS) == self.steps
+            return (self.folder / "hf" / "config.json").is_file()
+        last = _last_row(self.folder / EVALUATIONS)
+        return last is not None and (last["step"] == self.steps or last.get("label") == "after_rl")
 
     def begun(self) -> bool:
-        return _last_step(self.folder / METRICS) is not None
+        return _last_row(self.folder / METRICS) is not None
 
     def _check_same_run(self) -> None:
         path = self.folder / CONFIG
@@ -224,6 +227,6 @@ def engine_log(todo: Plan) -> Path:
     return folder / "engine.log"
 
 
-def _last_step(path: Path) -> int | None:
+def _last_row(path: Path) -> dict[str, Any] | None:
     rows = read_jsonl(path) if path.is_file() else []
-    return rows[-1]["step"] if rows else None
+    return rows[-1] if rows else None

@@ -108,6 +108,20 @@ def test_a_run_is_finished_when_its_last_evaluation_is_there(tmp_path):
     assert whole_seeds(Plan(tmp_path, (), (done, killed))) == [0]
 
 
+def test_a_run_that_ended_before_its_last_step_is_finished(tmp_path):
+    """At a plateau, or without prompts that teach. It would be run again and again, and no seed be whole."""
+    early = write_run(tmp_path, "a", 0, scores=[1.0, 2.0], steps=5, evaluated=False)
+    assert not early.finished()
+    with (early.folder / "eval.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "label": "after_rl", "accuracy": 0.5}) + "\n")
+    assert early.finished() and whole_seeds(Plan(tmp_path, (), (early,))) == [0]
+    prepared = Run(None, 0, early.config)
+    assert not prepared.finished()
+    (early.folder / "hf").mkdir()
+    (early.folder / "hf" / "config.json").touch()
+    assert prepared.finished()
+
+
 def test_a_supervised_arm_is_finished_when_it_is_evaluated_and_samples_when_all_are_written(tmp_path):
     sft = {"epochs": 1, "examples": 32, "batch_size": 16}
     run = write_run(tmp_path, "a", 0, scores=[1.0, 2.0], recipe="sft", sft=sft)
