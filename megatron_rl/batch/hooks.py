@@ -33,10 +33,13 @@ def own_advantages(path: str, rewards_PK: torch.Tensor, judged_PK: torch.Tensor)
 
 
 def shaped_by(path: str, group: RolloutGroup) -> torch.Tensor:
-    """What one function of the user's in reward.shaping adds to the rewards of a group, float32 [K]."""
+    """What one function of the user's in reward.shaping adds to the rewards of a group, float32 [K]. What it says of a
+    failed response does not matter."""
     added = _numbers("reward.shaping", path, (len(group.scores),), group)
-    if not bool(torch.isfinite(added).all()):
-        raise ValueError(f"reward.shaping={path} returned {added.tolist()}: the numbers must be finite")
+    judged = torch.tensor([not score.failed for score in group.scores])
+    if not bool(torch.isfinite(added[judged]).all()):
+        raise ValueError(f"reward.shaping={path} returned {added.tolist()}: the numbers of judged responses must be "
+                         "finite")
     return added
 
 

@@ -118,6 +118,15 @@ def test_metrics_ask_your_function_once_so_that_the_mean_reward_is_the_sum_they_
     assert metrics["reward/mean"] == pytest.approx(1 + metrics["reward/shaping/draw"])
 
 
+def test_your_number_of_a_failed_response_does_not_matter_and_must_be_finite_for_others(monkeypatch, tmp_path):
+    (tmp_path / "my_numbers.py").write_text("def of(group):\n    return [float('nan'), 0.5]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    term = (ShapingConfig("my_numbers.of"),)
+    assert shaped(group((1, FAILED), (2, RIGHT)), term)["of"].tolist() == [0.0, 0.5]
+    with pytest.raises(ValueError, match="reward.shaping=my_numbers.of returned .*must be finite"):
+        shaped(group((1, RIGHT), (2, RIGHT)), term)
+
+
 @pytest.mark.parametrize(("shaping", "said"), [
     ("[{term: lenght}]", "reward.shaping=lenght must be package.module.function, or one of length, format, repetition"),
     ("[{}]", "reward.shaping= must be"), ("[{term: length, strength: .inf}]", "strength="),
