@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_rl.config.load import build
+from megatron_rl.config.resume import changed
 from megatron_rl.config.rules import require
 from megatron_rl.config.schema import Config
-from megatron_rl.config.show import differences
 from megatron_rl.observe.files import write_json
 from megatron_rl.pipeline.plan import Plan, Stage
 
 __all__ = ["Record", "begin", "finish", "made_from", "read", "records", "unfinished"]
 
 FILE = "stage.json"
-MAY_DIFFER = ("run.resume", "observe.", "rollout.engine.", "slurm.", "pipeline.")
-"""Keys, or beginnings of keys, that do not change what a stage makes."""
+MAY_DIFFER = ("observe.", "rollout.engine.", "slurm.", "pipeline.")
+"""Keys, or beginnings of keys, that do not change what a stage makes, besides those of one start (config.resume)."""
 SELECT_ASKS = ("data.", "eval.", "model.", "reward.", "rollout.", "run.seed", "select.")
 """What a selection depends on, of the configuration that it shares with the rl stage after it."""
 
@@ -111,13 +111,13 @@ def _write(stage: Stage, record: Record) -> Record:
 
 def _check_config(plan: Plan, place: int, record: Record) -> None:
     stage = plan.stages[place]
-    changed = [row for row in differences(record.config, stage.config) if not row[0].startswith(MAY_DIFFER)
-               and (stage.recipe != "select" or row[0].startswith(SELECT_ASKS))]
-    if not changed:
+    differing = [row for row in changed(record.config, stage.config) if not row[0].startswith(MAY_DIFFER)
+                 and (stage.recipe != "select" or row[0].startswith(SELECT_ASKS))]
+    if not differing:
         return
     prefix = "" if stage.recipe == "base" else f"{stage.name}."
-    shown = ", ".join(f"{prefix}{key}={now!r} (was {then!r})" for key, then, now in changed[:5])
-    more = f" and {len(changed) - 5} more keys" if len(changed) > 5 else ""
+    shown = ", ".join(f"{prefix}{key}={now!r} (was {then!r})" for key, then, now in differing[:5])
+    more = f" and {len(differing) - 5} more keys" if len(differing) > 5 else ""
     done = "is finished" if record.finished else "has begun"
     raise ValueError(f"stage {stage.name} {done} with another configuration: {shown}{more}. Give the earlier values, "
                      f"remove {_folders(plan, place)} to run again from there, or choose another run.dir")

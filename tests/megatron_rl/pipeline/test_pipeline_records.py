@@ -77,6 +77,19 @@ def test_a_changed_configuration_is_refused_with_the_key_and_the_way_out(todo):
         records(changed(todo, 0, "eval", "seed", 1))
 
 
+def test_servers_and_paths_may_be_written_in_another_way_at_a_later_start(tmp_path, monkeypatch):
+    """As for a run that goes on: a judge or a teacher on another port changes nothing that a stage learns."""
+    monkeypatch.chdir(tmp_path)
+
+    def at(port: int, root: str) -> Plan:
+        return plan(["experiment=ring_lite_tiny", f"run.dir={root}", f"reward.judge.url=http://x:{port}/v1",
+                     f"math_rl.reward.judge.url=http://x:{port}/v1", "math_rl.algo.distillation.routes={math: t}",
+                     f"math_rl.algo.distillation.teachers={{t: {{urls: ['http://x:{port}']}}}}"])
+
+    finished(at(1, "here"), 4)
+    assert unfinished(records(at(2, str(tmp_path / "here")))) == [4, 5]
+
+
 def test_a_begun_stage_holds_its_configuration_too(todo):
     begin(todo.stages[1], finished(todo, 1)[0].id, None)
     with pytest.raises(ValueError, match=r"stage long_cot_sft has begun .* long_cot_sft\.sft\.epochs=2 \(was 6\)"):
