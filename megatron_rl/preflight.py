@@ -302,14 +302,15 @@ def _try_rewards(rewards, source) -> None:
 def check_memory(config: Config) -> None:
     """Before anything is started: ValueError where what the ranks hold all along exceeds this machine's memory.
 
-    That part of the plan is exact. Where only the peak exceeds it, which is an estimate, a line says so.
+    That part of the plan is exact. Where only the peak exceeds it, which is an estimate, a line says so. In every
+    stage, since one may have teachers or a reference of its own.
     """
     from megatron_rl.plan import check_fits
 
-    ranks = config.parallel.world_size
-    text = check_fits(read_config(config.model.path), config, ranks=ranks, machine="this machine",
-                      which=f"parallel.world_size={ranks} ranks")
-    if text is not None:
+    ranks, network = config.parallel.world_size, read_config(config.model.path)
+    texts = [check_fits(network, each, ranks=ranks, machine="this machine", which=f"parallel.world_size={ranks} ranks")
+             for each in stages.stage_configs(config)]
+    for text in dict.fromkeys(text for text in texts if text is not None):
         warn(text)
 
 

@@ -43,6 +43,11 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_might_not_is_warned_about
         on_a_machine_of(2 * plan.stays - 1)
     assert "at their peak" in on_a_machine_of(2 * plan.stays)
     assert on_a_machine_of(2 * plan.total) == ""
+    teacher = f"algo.distillation.teachers:{{a:{{checkpoint:'{model}'}}}}"
+    config = load([f"model.path={model}", "parallel=dp2", "run.steps=2", f"stages=[{{name:a,steps:1}},{{name:b,steps:1,"
+                   f"set:{{{teacher}}}}}]"])
+    with pytest.raises(ValueError, match="parallel.world_size=2 ranks take"):
+        on_a_machine_of(2 * plan.stays)  # which a later stage with a teacher exceeds
 
 
 @pytest.mark.parametrize(("experiment", "how"), [("quickstart", "make quickstart"), ("smollm2", "convert smollm2")])
