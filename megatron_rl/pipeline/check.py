@@ -23,13 +23,14 @@ from megatron_rl.preflight import (
     check_data,
     check_folders,
     check_functions,
+    check_memory,
     check_reference,
     network_of,
     sizes_of,
 )
 from megatron_rl.prompts import sft_source
 
-__all__ = ["branches", "check", "check_start", "table"]
+__all__ = ["branches", "check", "check_memories", "check_start", "table"]
 
 
 def check(plan: Plan) -> None:
@@ -59,6 +60,16 @@ def check_start(plan: Plan, places: Sequence[int]) -> None:
                 if Path(config.model.reference_path or base).resolve() not in made_here:
                     check_reference(config)
         except (ValueError, OSError) as error:
+            raise ValueError(f"stage {stage.name}: {error}") from error
+
+
+def check_memories(plan: Plan, places: Sequence[int]) -> None:
+    """ValueError for the first rl stage at `places` whose ranks, teachers included, do not fit into this machine."""
+    for stage in (plan.stages[place] for place in places):
+        try:
+            if stage.recipe == "rl":
+                check_memory(at(stage.config, plan.stages[0].model, stage.teachers))
+        except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_rl.config.schema import Config
 from megatron_rl.launch.claim import claimed
 from megatron_rl.launch.local import RunFailed, RunInterrupted, engines_for, terminable
-from megatron_rl.pipeline.check import check_start
+from megatron_rl.pipeline.check import check_memories, check_start
 from megatron_rl.pipeline.plan import Plan, Stage
 from megatron_rl.pipeline.record import Record, begin, finish, made_from, records, unfinished
 from megatron_rl.pipeline.report import write_result
@@ -40,6 +40,7 @@ def run(plan: Plan, console: Console) -> Path:
     if not plan.whole.model.path and (found[0] is None or not has_model(base)):
         make_random_model(base.model, plan.whole.run.seed)
     check_start(plan, waiting)
+    check_memories(plan, waiting)
     current = plan.stages[waiting[0]]
     try:
         with claimed(plan.folder), terminable(), engine_errors(), \

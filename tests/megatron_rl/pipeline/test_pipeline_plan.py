@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from megatron_rl.config.load import load
 from megatron_rl.config.show import differences
 from megatron_rl.data.problems import in_split
-from megatron_rl.pipeline.check import branches, check, check_start
+from megatron_rl.model.architectures import read_config
+from megatron_rl.pipeline.check import branches, check, check_memories, check_start
 from megatron_rl.pipeline.plan import GIVEN, plan
+from megatron_rl.plan import plan_memory
 from megatron_rl.recipes.quickstart import make_random_model
 
 FILES = Path(__file__).resolve().parents[3] / "examples" / "ring_lite_tiny" / "problems.py"
@@ -154,6 +158,19 @@ def test_the_frozen_policy_of_a_later_stage_is_looked_at_before_the_first_one_st
     check_start(plan([*given, f"code_science_rl.model.reference_path={tmp_path}/math_rl/hf"]), [4])
     with pytest.raises(ValueError, match=r"stage code_science_rl: model.reference_path=.*nowhere"):
         check_start(plan([*given, f"code_science_rl.model.reference_path={tmp_path}/nowhere"]), [4])
+
+
+def test_a_stage_whose_teachers_do_not_fit_is_named_before_the_first_one_starts(tmp_path, monkeypatch):
+    make_random_model(tmp_path / "base" / "hf", seed=0)
+    ring = plan(["experiment=ring_mini", f"run.dir={tmp_path}"])
+    places = range(1, len(ring.stages))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=0))
+    with pytest.raises(ValueError, match="^stage math_rl: weights, gradients"):
+        check_memories(ring, places)
+    one = plan_memory(read_config(tmp_path / "base" / "hf"), ring.stages[3].config)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * one.stays))
+    with pytest.raises(ValueError, match="^stage one_model: weights, gradients"):
+        check_memories(ring, places)
 
 
 def test_a_base_checkpoint_of_ones_own_is_where_the_first_stage_begins(tmp_path):

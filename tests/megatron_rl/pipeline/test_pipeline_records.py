@@ -155,7 +155,8 @@ def test_a_finished_specialist_behind_one_that_is_missing_is_neither_run_again_n
     assert "<td>5</td>" in row and "1 min 01 s" in row, row
 
     ran: list[str] = []  # in place of what needs an engine and ranks
-    for name, stand_in in (("check_start", lambda *_: None), ("write_result", lambda *_: tmp_path),
+    for name, stand_in in (("check_start", lambda *_: None), ("check_memories", lambda *_: None),
+                           ("write_result", lambda *_: tmp_path),
                            ("engines_for", lambda *_: contextlib.nullcontext(ring.whole)),
                            ("make_model", lambda stage, *_: ran.append(stage.name)),
                            ("evaluate_model", lambda *_: SETS)):
