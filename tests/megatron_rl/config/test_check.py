@@ -6,11 +6,12 @@ import re
 import pytest
 import torch
 
-from megatron_rl import cli, commands
+from megatron_rl import cli
 from megatron_rl.config.check import Sizes, check_gloo, check_rl, summary
 from megatron_rl.config.load import CONF_DIR, load
 from megatron_rl.model.architectures import HF_FILES
 from megatron_rl.orchestrator.stages import stage_configs
+from megatron_rl.preflight import refuse_earlier_run
 
 SIZES = Sizes(max_position_embeddings=512, total_parameters=1, active_parameters=1)
 
@@ -193,4 +194,4 @@ def test_the_summary_says_what_auto_is_without_a_gpu(capsys, monkeypatch):
 def test_a_run_is_never_written_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="holds an earlier run: continue it with resume=true"):
-        commands.refuse_earlier_run(load([f"run.dir={tmp_path}"]))
+        refuse_earlier_run(load([f"run.dir={tmp_path}"]))
