@@ -25,7 +25,8 @@ class StageConfig:
     Weights, step numbers, log and checkpoints go on from stage to stage. So does the order of prompts, with the pass
     rates of rollout.pass_rate, unless one of these changes: data other than weights and curriculum; rollout.collector;
     rollout.pass_rate.enabled; with data.on_error=skip the room for a prompt, reward.routes and reward.shaping, which
-    decide what is skipped; with rollout.collector=partial also algo.distillation.
+    decide what is skipped. Responses that rollout.collector=partial carries are dropped if
+    rollout.responses_per_prompt or algo.distillation changes, or if rollout.max_response_tokens falls.
     """
 
     name: str = ""

@@ -86,7 +86,8 @@ async def _whole_story(stage: Stage, stack: contextlib.AsyncExitStack, folder: P
     if offered is not None:
         collector.load_state_dict(offered.collector)
     elif checkpoint is not None and stage.keeps_order:
-        collector.load_state_dict(load(files.read_whole(checkpoint, files.ORCHESTRATOR_STATE))["collector"])
+        kept = load(files.read_whole(checkpoint, files.ORCHESTRATOR_STATE))["collector"]
+        collector.load_state_dict(stage.carried(kept))
     weights = PublishedWeights(config, port, serving.fleet)
     rollouts = Rollouts(config, read_config(config.model.path), collector, weights, port, folder, offered,
                         counted=lambda step: {**serving.agent_metrics(step), **rewards.take_metrics()},

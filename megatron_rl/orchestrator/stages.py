@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_rl.config.load import build, to_dict
 from megatron_rl.config.rules import require
@@ -46,10 +47,28 @@ class Stage:
 
     @property
     def keeps_order(self) -> bool:
-        """Whether the collector's state in the last checkpoint is still valid."""
-        if not self.fresh or self.index == 0:
-            return True
-        return _collecting(stage_config(self.whole, self.index - 1, 0)) == _collecting(self.config)
+        """Whether the order of prompts in the last checkpoint goes on."""
+        before = self._before
+        return before is None or _order(before) == _order(self.config)
+
+    @property
+    def keeps_open(self) -> bool:
+        """Whether responses under way (rollout.collector=partial) go on: as many to a prompt, the same teachers, and no
+        lower limit."""
+        before, now = self._before, self.config
+        return before is None or (
+            (before.rollout.responses_per_prompt, before.algo.distillation)
+            == (now.rollout.responses_per_prompt, now.algo.distillation)
+            and before.rollout.max_response_tokens <= now.rollout.max_response_tokens)
+
+    @property
+    def _before(self) -> Config | None:
+        """What held in the stage before, if the last checkpoint is of that one."""
+        return stage_config(self.whole, self.index - 1, 0) if self.fresh and self.index > 0 else None
+
+    def carried(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What goes on of a collector's state."""
+        return state if self.keeps_open or "open" not in state else {**state, "open": []}
 
     @property
     def schedule_updates(self) -> int:
@@ -162,12 +181,11 @@ def plateaued(rewards: Sequence[float], steps: int, gain: float) -> bool:
     return last - before < gain
 
 
-def _collecting(config: Config) -> tuple[object, ...]:
-    """What a collector's state belongs to: the order of prompts, and of `partial` what teachers said of responses that
-    wait for their groups. If bad rows are left out, the room for a prompt and the scorers decide which are there."""
+def _order(config: Config) -> tuple[object, ...]:
+    """What an order of prompts belongs to. If bad rows are left out, the room for a prompt and the scorers decide which
+    are there."""
     data, rollout, reward = config.data, config.rollout, config.reward
     skips = any(part.on_error == "skip" for part in (data, *data.mix.values()))
     room = rollout.max_context_tokens - rollout.max_response_tokens
     return (replace(data, weights={}, curriculum=()), rollout.collector, rollout.pass_rate.enabled,
-            (room, reward.routes, reward.shaping) if skips else None,
-            config.algo.distillation if rollout.collector == "partial" else None)
+            (room, reward.routes, reward.shaping) if skips else None)

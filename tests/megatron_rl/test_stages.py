@@ -72,8 +72,7 @@ def test_a_checkpoint_says_which_stage_comes_next(config, tmp_path):
     (["data={source:jsonl,path:x,on_error:skip}"], "rollout.max_response_tokens:40", False),
     (["data={source:mix,mix:{a:{path:x,on_error:skip},b:{path:y}}}"], "rollout.max_context_tokens:120", False),
     (["data={source:jsonl,path:x,on_error:skip}"], "reward.routes:{math:exact}", False),
-    ([], "algo.distillation.teachers:{a:{urls:['http://x']}}", True),
-    (["rollout.collector=partial", "algo.mismatch=tis"], "algo.distillation.teachers:{a:{urls:['http://x']}}", False),
+    ([], "rollout.collector:budgeted", False),
 ])
 def test_a_stage_that_changes_what_the_collectors_state_belongs_to_begins_a_new_order(tmp_path, common, change, kept):
     """A sampler refuses the state of another kind or size, and a stage in the middle of a run would end it."""
@@ -82,6 +81,21 @@ def test_a_stage_that_changes_what_the_collectors_state_belongs_to_begins_a_new_
     config = saved(config, tmp_path, 4, current(config).state(over=True))
     second = current(config)
     assert (second.index, second.fresh, second.keeps_order) == (1, True, kept)
+
+
+@pytest.mark.parametrize(("change", "kept"), [
+    ("rollout.max_response_tokens:90", True), ("rollout.temperature:0.9", True),
+    ("rollout.max_response_tokens:40", False),  # an open response may have more already
+    ("rollout.responses_per_prompt:4", False),  # groups of a step must be of one size
+    ("algo.distillation.teachers:{a:{urls:['http://x']}}", False),  # which was not asked about responses that wait
+])
+def test_responses_under_way_are_dropped_if_the_next_stage_cannot_go_on_with_them(tmp_path, change, kept):
+    config = load(["experiment=quickstart", "run.steps=7", f"run.dir={tmp_path}", "rollout.collector=partial",
+                   f"stages=[{{name:a,steps:4}},{{name:b,steps:3,set:{{{change}}}}}]"])
+    config = saved(config, tmp_path, 4, current(config).state(over=True))
+    second, state = current(config), {"prompts": {"draws": 3}, "open": ["a group"]}
+    assert second.keeps_order and second.carried(state) == {**state, "open": ["a group"] if kept else []}
+    assert second.carried({"prompts": {}}) == {"prompts": {}}  # of another collector
 
 
 def test_a_checkpoint_of_other_stages_is_refused(config, tmp_path):
