@@ -2,15 +2,23 @@
 
 import io
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from megatron_rl.observe import progress as progress_module
 from megatron_rl.observe.progress import RunProgress, duration
 from megatron_rl.observe.timing import PhaseFile, Timers
 
 RL = {"reward/mean": 0.648, "eval/accuracy": 0.75, "budget/fill": 1.0, "tokens_per_s/rollout": 2345.6,
       "tokens_per_s/train": 1900.0, "time/generate": 4.0, "time/train": 2.0, "time/step": 4.7}
+
+
+@pytest.fixture(autouse=True)
+def stopped_clock(monkeypatch):
+    """The display sees no time pass: 54 steps of 5 s are 4 min 30 s, and 54 of 5.01 s are a second more."""
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: 1000.0))
 
 
 def plain_lines(steps: int, metrics: dict[str, float], **options) -> list[str]:
