@@ -186,13 +186,6 @@ def test_a_port_for_rank_0_that_is_taken_is_left_out():
         assert choose_port(None, ports=[port, free]) == free
 
 
-def test_servers_that_start_later_get_each_a_port_of_their_own(monkeypatch):
-    """Engines that serve other machines have two: one for requests, one for the store of their ranks."""
-    monkeypatch.setattr("megatron_rl.rollout.ports.PORTS", range(20000, 20030))
-    drawn = [choose_port(None) for _ in range(12)]
-    assert len(set(drawn)) == len(drawn)
-
-
 @pytest.mark.parametrize("port", [None, 20500])
 def test_a_host_that_is_another_machine_is_not_said_to_lack_ports(port):
     with pytest.raises(ValueError, match="192.0.2.1 leads to no address of this machine, and rollout.engine.port is"):
