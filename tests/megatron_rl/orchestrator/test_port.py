@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from megatron_rl.config.orchestrator import RUN_KEY, OrchestratorConfig
 from megatron_rl.orchestrator import port as port_module
-from megatron_rl.orchestrator.port import RankHangs, TrainerPort
+from megatron_rl.orchestrator.port import Heard, RankHangs, TrainerPort
 from megatron_rl.rollout.ports import choose_port
 from megatron_rl.trainer.client import CUT_OFF, Heartbeat, Link, OrchestratorClient, OrchestratorLost
 
@@ -30,7 +31,7 @@ ALONE = SimpleNamespace(is_main=True, rank=0, dp_rank=0, replica_firsts=(0,), br
 def options(monkeypatch) -> OrchestratorConfig:
     monkeypatch.setenv(RUN_KEY, "the key")
     monkeypatch.setattr(port_module, "POLL_S", 0.2)
-    return OrchestratorConfig(port=choose_port(None), wait_timeout_s=20.0)
+    return OrchestratorConfig(port=choose_port(None), wait_timeout_s=60.0)
 
 
 def with_port(options, use, world_size: int = 1):
@@ -46,11 +47,11 @@ def with_port(options, use, world_size: int = 1):
 def test_without_the_key_nothing_is_told(options):
     async def use(port):
         client = OrchestratorClient(options)
-        told = [await asyncio.to_thread(client.try_once, "GET", "/health", timeout_s=5.0)]
+        told = [await asyncio.to_thread(client.try_once, "GET", "/health", timeout_s=60.0)]
         for wrong in ("", "Bearer", "Bearer the keys", "the key"):
             client._headers["Authorization"] = wrong
             for path in ("/health", "/command/0", "/step/0/shard/0", "/state/0"):
-                told.append(await asyncio.to_thread(client.try_once, "GET", path, timeout_s=5.0))
+                told.append(await asyncio.to_thread(client.try_once, "GET", path, timeout_s=60.0))
         return [status for status, _ in told]
 
     assert with_port(options, use) == [200] + [401] * 16
@@ -61,7 +62,7 @@ def test_asking_again_gives_the_same_and_an_outcome_that_is_told_twice_counts_on
         client = OrchestratorClient(options)
 
         async def ask(method, path, value=None):
-            return await asyncio.to_thread(client.try_once, method, path, value, timeout_s=5.0)
+            return await asyncio.to_thread(client.try_once, method, path, value, timeout_s=60.0)
 
         assert (await ask("GET", "/command/0"))[0] == 204  # there is none yet
         first = asyncio.create_task(port.execute("train", step=3))
@@ -83,32 +84,29 @@ def test_asking_again_gives_the_same_and_an_outcome_that_is_told_twice_counts_on
 def test_the_trainer_waits_for_an_orchestrator_that_is_started_again_and_goes_on_counting(options):
     """The first dies while the trainer is busy: it hears nothing of the outcome, and gives its own commands."""
     link, obeyed = Link(options, ALONE), []
+    busy, dead = threading.Event(), threading.Event()
 
     def trainer() -> None:
         while not obeyed or obeyed[-1]["kind"] != "finish":
             command = link.next()
-            time.sleep(command.get("takes", 0.0))
+            if "until_death" in command:
+                busy.set()
+                assert dead.wait(60)
             obeyed.append(command)
             link.done({"of": command["kind"]})
 
-    async def first(port):
-        await port.execute("start")
-        outcome = asyncio.create_task(port.execute("train", step=0, takes=1.0))
-        await asyncio.sleep(0.3)
-        outcome.cancel()
-
-    async def again(port):
-        said = await port.execute("train", step=0), await port.execute("finish")
-        await asyncio.sleep(0.3)
-        return said
-
     async def run():
-        busy = asyncio.create_task(asyncio.to_thread(trainer))
-        for use in (first, again):
-            async with TrainerPort(options, 1) as port:
-                said = await use(port)
-            await asyncio.sleep(0.5)
-        await busy
+        working = asyncio.create_task(asyncio.to_thread(trainer))
+        async with TrainerPort(options, 1) as first:
+            await first.execute("start")
+            outcome = asyncio.create_task(first.execute("train", step=0, until_death=True))
+            assert await asyncio.to_thread(busy.wait, 60)
+            outcome.cancel()
+        dead.set()
+        await asyncio.sleep(0.5)  # nobody answers
+        async with TrainerPort(options, 1) as again:
+            said = await again.execute("train", step=0), await again.execute("finish")
+            await working
         return said
 
     assert asyncio.run(run()) == ({"of": "train"}, {"of": "finish"})
@@ -146,7 +144,7 @@ import time
 from megatron_rl.config.orchestrator import OrchestratorConfig
 from megatron_rl.trainer import client
 client.Heartbeat(OrchestratorConfig("nowhere.invalid", 9, wait_timeout_s=0.1, hang_timeout_s=1.0), 1).start()
-time.sleep(10)
+time.sleep(600)
 """
 
 
@@ -164,7 +162,7 @@ def test_an_orchestrator_that_hangs_is_not_out_of_reach_for_hundreds_of_ranks(op
 
         with ThreadPoolExecutor(1) as thread:
             connected = thread.submit(connect)
-            connected.exception(20.0)  # the event loop stands still
+            connected.exception(60.0)  # the event loop stands still
         for each in connected.result():
             each.close()
 
@@ -176,23 +174,30 @@ def test_a_silent_rank_is_named_with_what_it_did_last(spoke_once, options, monke
     """Rank 0 goes on speaking. Before the trainer has asked for anything, nobody is expected to."""
     options = dataclasses.replace(options, hang_timeout_s=1.5)
     monkeypatch.setattr(port_module, "LOOK_S", 0.1)
-    monkeypatch.setattr("megatron_rl.trainer.client.HEARTBEAT_S", 0.2)
+
+    async def speak(port):
+        """As rank 0, in the loop of the watch: held up for no longer than that is."""
+        while True:
+            port._ranks[0] = Heard(time.monotonic(), {"pid": 1, "host": "n1", "doing": "train 7"})
+            await asyncio.sleep(0.05)
 
     async def use(port):
         watch = asyncio.create_task(port.watch())
         await asyncio.sleep(2.0)
         assert not watch.done()
-        beats = [Heartbeat(options, rank) for rank in range(2)]
-        beats[1].doing = "train 7"
-        for beat in beats[:2 if spoke_once else 1]:
+        speaking = asyncio.create_task(speak(port))
+        await asyncio.to_thread(OrchestratorClient(options).try_once, "GET", "/command/0", timeout_s=60.0)
+        if spoke_once:
+            beat = Heartbeat(options, 1)
+            beat.doing = "train 7"
             beat.start()
-        await asyncio.to_thread(OrchestratorClient(options).try_once, "GET", "/command/0", timeout_s=5.0)
-        await asyncio.sleep(0.5)
-        beats[1].stop()
+            while not (1 in port._ranks and port._ranks[1].about):
+                await asyncio.sleep(0.01)
+            beat.stop()
         try:
-            await asyncio.wait_for(watch, 10.0)
+            await asyncio.wait_for(watch, 60.0)
         finally:
-            beats[0].stop()
+            speaking.cancel()
 
     said = r"rank 1 \(pid \d+ on \S+\) of the trainer hangs.*hang_timeout_s=1.5; the last it said: train 7"
     with pytest.raises(RankHangs, match=said if spoke_once else "rank 1 of the trainer hangs"):
