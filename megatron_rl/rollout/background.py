@@ -22,6 +22,8 @@ def in_thread(call: Callable[..., Any], *args: Any, daemon: bool) -> asyncio.Fut
     def work() -> None:
         try:
             future.set_result(call(*args))
+        except StopIteration as error:  # a future of asyncio takes none, and would never be done
+            future.set_exception(RuntimeError(f"StopIteration: {error}"))
         except BaseException as error:  # noqa: BLE001 -- handed on to whoever waits
             future.set_exception(error)
 

@@ -16,11 +16,13 @@ import pytest
 
 from examples.calculator_tool.calculator import evaluate, step
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.rollout.environment import EnvironmentFailed, EnvironmentThreads, load_environment
+from megatron_rl.rollout import environment as environment_module
+from megatron_rl.rollout.environment import EnvironmentThreads, load_environment
 from megatron_rl.rollout.fleet import FleetError, Tally
 from megatron_rl.rollout.responses import Responder
 from megatron_rl.rollout.sampling import GenerateResult, SamplingParams
 from megatron_rl.types import Finish, Prompt, Score, VersionSpan
+from tests.megatron_rl.rollout.scripted import run
 
 PROMPT = Prompt("p", tuple(map(ord, "Q")), "Q", "", "math")
 CONFIG = RolloutConfig(prompts_per_step=1, responses_per_prompt=2, max_response_tokens=40, max_context_tokens=64,
@@ -97,16 +99,17 @@ def exits(prompt: Prompt, turns: Sequence[str]) -> str:
     raise SystemExit(3)
 
 
-@pytest.mark.parametrize(("function", "said"), [
-    (raises, "prompt 'p': KeyError: 'no such tool'"),
-    (exits, "prompt 'p': SystemExit: 3"),
-    (lambda prompt, turns: time.sleep(0.3), "prompt 'p': no answer within rollout.environment_timeout_s=0.05"),
-    (lambda prompt, turns: 7, "prompt 'p': it returned a int, not a str or None"),
-    (lambda prompt, turns: b"bytes", "prompt 'p': it returned a bytes, not a str or None"),
-], ids=["raises", "exits", "hangs", "number", "bytes"])
-def test_an_environment_that_fails_fails_its_response_alone(monkeypatch, function, said):
+@pytest.mark.parametrize(("function", "limit_s", "said"), [
+    (raises, 60.0, "prompt 'p': KeyError: 'no such tool'"),
+    (exits, 60.0, "prompt 'p': SystemExit: 3"),
+    (lambda prompt, turns: next(iter(())), 60.0, "prompt 'p': RuntimeError: StopIteration: "),
+    (lambda prompt, turns: time.sleep(600), 0.05, "prompt 'p': no answer within rollout.environment_timeout_s=0.05"),
+    (lambda prompt, turns: 7, 60.0, "prompt 'p': it returned a int, not a str or None"),
+    (lambda prompt, turns: b"bytes", 60.0, "prompt 'p': it returned a bytes, not a str or None"),
+], ids=["raises", "exits", "stops", "hangs", "number", "bytes"])
+def test_an_environment_that_fails_fails_its_response_alone(monkeypatch, function, limit_s, said):
     monkeypatch.setattr("examples.calculator_tool.calculator.step", function)
-    judged = respond(Speaker("abc"), replace(CONFIG, environment_timeout_s=0.05))
+    judged = respond(Speaker("abc"), replace(CONFIG, environment_timeout_s=limit_s))
     assert (judged.score.status, judged.score.value, judged.score.failed) == ("environment_error", 0.0, True)
     assert judged.score.detail == f"rollout.environment, {said}"
     assert judged.rollout.finish is Finish.ERROR
@@ -148,17 +151,18 @@ def test_as_many_environments_run_at_once_as_configured():
     assert answers(meet, threads=threads, calls=threads, timeout_s=240.0) == [str(i) for i in range(threads)]
 
 
-def test_waiting_for_a_thread_is_not_the_environments_fault():
-    def slow(prompt: Prompt, turns: Sequence[str]) -> None:
-        time.sleep(0.2)
+def test_waiting_for_a_thread_is_not_the_environments_fault(monkeypatch):
+    """On a clock that jumps: six calls of 0.9 s, one after the other, each of which has 1 s."""
+    monkeypatch.setattr(environment_module, "in_thread", lambda call, *args, daemon: asyncio.ensure_future(
+        asyncio.sleep(0.9, "text")))
 
-    def all_answered() -> bool:
-        try:
-            return answers(slow, threads=1, calls=6, timeout_s=1.0) == [None] * 6
-        except EnvironmentFailed:
-            return False
+    async def all_at_once() -> list[str | None]:
+        pool = EnvironmentThreads(raises, threads=1, timeout_s=1.0)
+        said = await asyncio.gather(*(pool.answer(PROMPT, [str(number)]) for number in range(6)))
+        assert asyncio.get_running_loop().time() == pytest.approx(6 * 0.9)
+        return said
 
-    assert any(all_answered() for _ in range(5))  # a call that this machine held up for a second is another matter
+    assert run(all_at_once()) == ["text"] * 6
 
 
 HANGS = """
