@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,8 @@ from tests.megatron_rl.environment.world import CONFIG, OWN_KEY, PROMPT, World, 
 from tests.tiny_models import write_tiny_bailing
 
 HERE = "tests.megatron_rl.environment.agents_of_tests"
+SLEEP = "import time; time.sleep(600)"
+"""What the program that hangs has started (agents_of_tests.py)."""
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -136,10 +140,10 @@ def test_an_agents_own_reward_counts_as_a_reward_functions_does(agent, score):
 
 @pytest.mark.parametrize(("agent", "why", "turns"), [
     (command("crashes"), "it ended with exit code 1: .*RuntimeError: out of luck", 2),
-    (command("hangs", timeout_s=6.0), "it did not end within rollout.agent.timeout_s=6", 2),
+    (command("hangs", timeout_s=20.0), "it did not end within rollout.agent.timeout_s=20", 2),
     (command("silent"), "it ended without a request that was answered", 0),
     (python("python_raises"), "KeyError: 'no such tool'", 2),
-    (python("python_hangs", timeout_s=6.0), "no end within rollout.agent.timeout_s=6", 2),
+    (python("python_hangs", timeout_s=15.0), "no end within rollout.agent.timeout_s=15", 2),
     (python("python_returns_a_text"), "it returned 'good': reward must be a finite number, or None", 2),
 ], ids=["crashes", "hangs", "silent", "raises", "python_hangs", "returns_a_text"])
 def test_an_agent_that_fails_fails_its_response_alone(agent, why, turns):
@@ -213,13 +217,13 @@ def test_environment_servers_fetch_sessions_and_give_rewards(monkeypatch):
     assert all(rollout.response_tokens == 18 for group in groups for rollout in group.rollouts)
 
 
-@pytest.mark.parametrize(("servers", "serve", "why"), [
-    (1, gives_up, "prompt 'p': the sandbox is gone"),
-    (1, forgets_to_end, "prompt 'p': it did not end within rollout.agent.timeout_s=3"),
-    (0, gives_up, "prompt 'p': no environment server fetched it within rollout.agent.timeout_s=3"),
+@pytest.mark.parametrize(("servers", "serve", "timeout_s", "why"), [
+    (1, gives_up, 40.0, "prompt 'p': the sandbox is gone"),
+    (1, forgets_to_end, 10.0, "prompt 'p': it did not end within rollout.agent.timeout_s=10"),
+    (0, gives_up, 3.0, "prompt 'p': no environment server fetched it within rollout.agent.timeout_s=3"),
 ], ids=["gives_up", "forgets", "none"])
-def test_an_environment_server_that_fails_fails_its_responses(monkeypatch, servers, serve, why):
-    groups, _ = served(monkeypatch, servers, serve, timeout_s=3.0)
+def test_an_environment_server_that_fails_fails_its_responses(monkeypatch, servers, serve, timeout_s, why):
+    groups, _ = served(monkeypatch, servers, serve, timeout_s=timeout_s)
     assert {score.status for group in groups for score in group.scores} == {"environment_error"}
     assert groups[0].scores[0].detail == f"rollout.agent, {why}"
 
@@ -230,35 +234,39 @@ def test_the_gateways_key_must_be_set_before_the_start(monkeypatch):
         check_agent(AgentConfig(kind="http", port=8100), tokenizer_with(CHATML))
 
 
+def with_words(words: str, processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those of the processes that have the words in their command line, and have not ended meanwhile."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if words in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def test_nothing_of_a_program_that_hangs_is_left_behind():
-    before = {each.pid for each in psutil.Process().children(recursive=True)}
+    this = psutil.Process()
+    before, older = {each.pid for each in this.children(recursive=True)}, set(with_words(SLEEP, psutil.process_iter()))
     respond(command("hangs", timeout_s=6.0))
-    for _ in range(100):
-        left = [each for each in psutil.Process().children(recursive=True) if each.pid not in before]
-        orphans = [each for each in psutil.process_iter(["cmdline"])
-                   if "import time; time.sleep(600)" in (each.info["cmdline"] or [])]
-        if not left and not orphans:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"still there: {left} {orphans}")
+    wait_for(lambda: not [each for each in this.children(recursive=True) if each.pid not in before]
+             and not set(with_words(SLEEP, psutil.process_iter())) - older)
 
 
 def test_a_program_ends_with_the_orchestrator_that_is_killed():
     story = f"from {__name__} import command, respond\nrespond(command('hangs'))"
     orchestrator = subprocess.Popen([sys.executable, "-W", "ignore", "-c", story])
     try:
-        asleep = wait_for(lambda: [each for each in psutil.Process(orchestrator.pid).children(recursive=True)
-                                   if "import time; time.sleep(600)" in each.cmdline()])[0]
+        asleep = wait_for(lambda: with_words(SLEEP, psutil.Process(orchestrator.pid).children(recursive=True)))[0]
         program = asleep.parent()
     finally:
         orchestrator.kill()
         orchestrator.wait()
     asleep.kill()  # what a program itself has started is its own business
-    _, alive = psutil.wait_procs([program], timeout=10)
+    _, alive = psutil.wait_procs([program], timeout=60)
     assert not alive
 
 
-def wait_for(found, seconds: float = 60.0):
+def wait_for(found, seconds: float = 120.0):
     """What found() gives once there is any."""
     deadline = time.monotonic() + seconds
     while not (there := found()):
@@ -309,11 +317,14 @@ def test_as_many_agents_run_at_once_as_configured():
     async def story():
         async with world(says, latency_s=0.2) as it:
             agents = Agents(it, python("python_talks", concurrency=2))
-            most, real = [0, 0], it.fleet.generate
+            most, real, two = [0, 0], it.fleet.generate, asyncio.Event()
 
             async def counted(*args, **options):
                 most[0] += 1
                 most[1] = max(most)
+                if most[0] == 2:
+                    two.set()
+                await two.wait()
                 try:
                     return await real(*args, **options)
                 finally:
@@ -359,7 +370,7 @@ def test_a_response_that_is_given_up_ends_its_agent():
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert it.engine.aborted == [it.engine.asked[0]["rid"]]
-            assert not [each for each in psutil.Process().children() if "agents_of_tests.py" in str(each.cmdline())]
+            assert not with_words("agents_of_tests.py", psutil.Process().children())
             await agents.programs.close()
 
     run(story())

@@ -310,10 +310,12 @@ def test_sessions_that_share_a_prefix_share_no_turn():
 
 def test_a_request_that_is_given_up_is_aborted_and_leaves_no_turn():
     async def story():
-        async with world(counting, latency_s=5.0) as it:
+        async with world(counting, latency_s=600.0) as it:
             session = it.session()
-            with pytest.raises(openai.APITimeoutError):
-                await chat(async_client(it, session, timeout=0.3), HI)
+            request = asyncio.create_task(chat(async_client(it, session), HI))
+            while not it.engine.asked:
+                await asyncio.sleep(0.01)
+            request.cancel()
             while not it.engine.aborted:
                 await asyncio.sleep(0.01)
             assert session.tree.turns == [] and it.engine.aborted == [it.engine.asked[0]["rid"]]
@@ -328,13 +330,13 @@ def test_a_client_that_retries_gets_its_answer():
     async def story():
         async with world(counting) as it:
             session = it.session()
-            it.engine._latency_s = 1.5
 
-            async def soon():
-                await asyncio.sleep(0.7)
-                it.engine._latency_s = 0.0
+            async def hold_the_first(request, body, answer):
+                if len(it.engine.asked) == 1:
+                    await asyncio.sleep(600)
 
-            done, _ = await asyncio.gather(chat(async_client(it, session, timeout=1.0, max_retries=3), HI), soon())
+            it.engine.spoil = hold_the_first
+            done = await chat(async_client(it, session, timeout=3.0, max_retries=9), HI)
             assert done.message.content == " answer 1 "
             assert len(session.tree.turns) == 1 and len(it.engine.asked) > 1
 
@@ -380,19 +382,22 @@ def test_a_request_that_is_given_up_twice_is_aborted_once_and_to_the_end():
     async def story():
         async with world(counting) as it:
             session, aborted = it.session(), []
+            asked, aborting = asyncio.Event(), asyncio.Event()
 
             async def endless(*args, **options):
                 try:
-                    await asyncio.sleep(30)
+                    asked.set()
+                    await asyncio.sleep(600)
                 finally:
+                    aborting.set()
                     await asyncio.sleep(0.5)  # as the fleet, which tells the engine
                     aborted.append(True)
 
             it.fleet.generate = endless
             request = asyncio.create_task(session.answer(Asked(HI)))
-            await asyncio.sleep(0.05)
+            await asked.wait()
             request.cancel()
-            await asyncio.sleep(0.1)
+            await aborting.wait()
             await session.close()
             assert aborted == [True] and request.cancelled()
 
