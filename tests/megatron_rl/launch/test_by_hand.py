@@ -15,11 +15,13 @@ from megatron_rl import cli
 from megatron_rl.compat.own_name import check_own_name
 from megatron_rl.config.load import load
 from megatron_rl.config.orchestrator import RUN_KEY
-from megatron_rl.launch.by_hand import MASTER_PORTS, SCRIPT, Machines, _master, check, run, write_script
+from megatron_rl.launch import by_hand
+from megatron_rl.launch.by_hand import SCRIPT, Machines, _master, check, run, write_script
 from megatron_rl.launch.hosts import check_tensor
 from megatron_rl.launch.local import RunFailed, rank_environment
 from megatron_rl.launch.programs import OrchestratorFailed, OrchestratorKeeper
 from megatron_rl.observe import lease
+from megatron_rl.rollout.ports import choose_port
 from tests.tiny_models import write_tiny_bailing
 
 GOOD = ["experiment=quickstart", "parallel.world_size=4", "rollout.publish=broadcast",
@@ -69,12 +71,15 @@ def test_ranks_on_one_other_machine_are_told_of_this_one_by_its_name(monkeypatch
             check(load([*GOOD, override]), elsewhere)
 
 
-def test_runs_on_one_machine_find_each_a_port():
-    with socket.create_server(("127.0.0.1", MASTER_PORTS.start)):
-        assert _master(Machines(1)) == ("127.0.0.1", MASTER_PORTS.start + 1)
-        with pytest.raises(ValueError, match=f"the port of --master={MASTER_PORTS.start} is taken on 127.0.0.1"):
-            _master(Machines(1, f"127.0.0.1:{MASTER_PORTS.start}"))
-    assert _master(Machines(2, "192.0.2.1")) == ("192.0.2.1", MASTER_PORTS.start)
+def test_runs_on_one_machine_find_each_a_port(monkeypatch):
+    first = choose_port(None)  # others on this machine may use the real ones
+    monkeypatch.setattr(by_hand, "MASTER_PORTS", range(first, first + 100))
+    with socket.create_server(("127.0.0.1", first)):
+        host, port = _master(Machines(1))
+        assert host == "127.0.0.1" and first < port < first + 100
+        with pytest.raises(ValueError, match=f"the port of --master={first} is taken on 127.0.0.1"):
+            _master(Machines(1, f"127.0.0.1:{first}"))
+    assert _master(Machines(2, "192.0.2.1")) == ("192.0.2.1", first)
 
 
 def test_a_name_that_leads_home_is_refused(monkeypatch):

@@ -6,7 +6,6 @@ import shlex
 import signal
 import socket
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,14 +157,14 @@ def test_an_engine_of_an_older_start_gives_no_url_to_the_newer_one(overtaken, tm
     monkeypatch.setenv(lease.START_NUMBER, "")  # so that it is undone
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     lease.take(tmp_path)
-    ours = os.environ[lease.START_NUMBER]
+    ours, ending = os.environ[lease.START_NUMBER], threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM])
 
     @contextlib.contextmanager
     def engines_for(config, *_):
         if overtaken:
             lease.take(tmp_path)
             monkeypatch.setenv(lease.START_NUMBER, ours)
-        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        ending.start()
         yield with_engines(config, ("http://n1:20001",), resume=False)
 
     monkeypatch.setattr(slurm_step, "engines_for", engines_for)
@@ -173,8 +172,8 @@ def test_an_engine_of_an_older_start_gives_no_url_to_the_newer_one(overtaken, tm
     try:
         with pytest.raises(lease.Superseded) if overtaken else contextlib.nullcontext():
             slurm_step.engine(str(tmp_path / "launch.json"), "0", "0", "127.0.0.1")
-        time.sleep(0.4)
     finally:
+        ending.join()  # the signal would end the tests without the handler
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert (tmp_path / "engine-0.url").exists() != overtaken

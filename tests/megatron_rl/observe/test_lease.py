@@ -53,13 +53,12 @@ def older(tmp_path):
 
 
 def test_a_newer_start_of_the_job_takes_the_folder_and_the_older_one_ends(older, tmp_path, capsys):
-    before = time.monotonic()
     with claimed(tmp_path / "run", job="7"):
-        assert older.wait(5) == lease.EXIT_CODE
-        assert time.monotonic() - before < 10
+        assert older.wait(60) == lease.EXIT_CODE
         assert "start 2 of the run" in older.stderr.read()
         lease.check(tmp_path / "run")
-    assert f"process {older.pid} on " in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"process {older.pid} on " in said and "has not ended" not in said
 
 
 @pytest.mark.parametrize("job", [None, "8"])
@@ -104,14 +103,15 @@ def test_a_folder_that_was_removed_and_begun_anew_is_the_newer_starts(tmp_path):
 
 @pytest.mark.parametrize("away", ["gone", "half"])
 def test_a_lease_that_cannot_be_read_ends_nothing_but_lets_nothing_be_written(away, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "UNREAD_S", 1.0)
     lease.take(tmp_path)
     file = tmp_path / lease.LEASE
     whole = file.read_text()
     file.unlink() if away == "gone" else file.write_text(whole[:20])
     assert lease.superseded(tmp_path) is None
+    monkeypatch.setattr(lease, "UNREAD_S", 1.0)
     with pytest.raises(OSError, match="lease.json cannot be read.*writes nothing there"):
         lease.check(tmp_path)
+    monkeypatch.setattr(lease, "UNREAD_S", 60.0)
     back = threading.Timer(0.3, file.write_text, [whole])
     back.start()
     lease.check(tmp_path)
@@ -156,7 +156,7 @@ def test_a_lock_that_nobody_gives_back_is_replaced(older, tmp_path, monkeypatch)
         with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on"), claimed(tmp_path / "run"):
             pass
         os.kill(older.pid, 18)
-        assert older.wait(5) == lease.EXIT_CODE
+        assert older.wait(60) == lease.EXIT_CODE
         assert str(os.getpid()) in (tmp_path / "run" / "run.lock").read_text(), "it took the newer start's lock away"
 
 

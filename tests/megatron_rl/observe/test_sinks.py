@@ -150,16 +150,17 @@ WANDB_STRUCK = """
     while not list(Path(sys.argv[1]).glob("wandb/*run-*/*.wandb")):
         time.sleep(0.1)
     log.log(1, {{'a': 1.0}})
-    family = psutil.Process().children(recursive=True)
-    struck = [one for one in family if {which}]
-    assert struck, [one.name() for one in family]
-    for one in struck:
+    struck = []
+    for one in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # wandb starts programs that end by themselves
-            one.send_signal(signal.{blow})
+            if {which}:
+                struck.append(one.name())
+                one.send_signal(signal.{blow})
+    assert 'wandb-core' in struck, struck
     for step in range(2, 200):
         began = time.perf_counter()
         log.log(step, {{'a': 1.0, 'long': 'x' * 2000}})
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 30
 print('the end')
 """
 
@@ -185,7 +186,7 @@ def test_whatever_becomes_of_wandb_the_run_goes_on_and_ends(which, blow, tmp_pat
                           cwd=REPOSITORY)
     assert done.returncode == 0 and done.stdout == "the end\n", done.stderr
     assert "wandb did not get everything" in done.stderr
-    deadline = time.monotonic() + 10.0  # one that has been killed takes a moment to be gone on a busy machine
+    deadline = time.monotonic() + 60.0  # one that has been killed takes a moment to be gone on a busy machine
     while any(is_running_service(one, tmp_path) for one in psutil.process_iter()):
         assert time.monotonic() < deadline, "a service of wandb's was left"
         time.sleep(0.1)
@@ -232,7 +233,8 @@ def test_a_logger_of_ones_own_is_told_each_number_once_across_a_resume(loggers, 
 
 @pytest.mark.parametrize("fault", ["NotMade", "Raises", "NotClosed", "Hangs"])
 def test_whatever_becomes_of_a_logger_the_run_goes_on_and_says_so(fault, loggers, tmp_path, monkeypatch, messages):
-    monkeypatch.setattr(sinks, "LOGGER_CLOSE_S", 2.0)
+    if fault == "Hangs":
+        monkeypatch.setattr(sinks, "LOGGER_CLOSE_S", 5.0)  # after which Good has had ten seconds
     names = (f"{loggers}.{fault}", f"{loggers}.Good")
     with MetricsLog(tmp_path / "run", ObserveConfig(wandb="off", loggers=names), {"phi": 64}) as log:
         log.log(1, {"reward/mean": 0.5})
