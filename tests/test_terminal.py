@@ -18,32 +18,31 @@ from tests.terminal_scenes import SCENES
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "terminal"
 COLUMNS = (80, 100, 140)
+END = "the scene has been played"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")]
 
 
 def screen(scene: str, columns: int, folder: Path) -> str:
     """What stands on tmux's screen, and above it, when the scene has been played."""
-    done = folder / f"{scene}_{columns}.done"
     tmux = ["tmux", "-L", f"{scene}-{columns}-{os.getpid()}", "-f", "/dev/null"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "LANG": "C.UTF-8", "PYTHONPATH": paths}
     environment.pop("COLUMNS", None)
     command = shlex.join([sys.executable, "-W", "ignore", "-m", "tests.terminal_scenes", scene])
     subprocess.run([*tmux, "-u", "new-session", "-d", "-x", str(columns), "-y", "80", "-s", scene,
-                    f"{command}; touch {shlex.quote(str(done))}; exec sleep 600"],
+                    f"{command}; echo {END}; exec sleep 600"],
                    cwd=folder, env=environment, check=True)
     try:
-        deadline = time.monotonic() + 300
-        while not done.exists():
+        deadline, shown = time.monotonic() + 300, ""
+        while END not in shown:  # on the screen, which tmux paints a moment after a program has written
             assert time.monotonic() < deadline, f"{scene} does not end"
             time.sleep(0.1)
-        time.sleep(0.2)  # tmux reads what was written last
-        shown = subprocess.run([*tmux, "capture-pane", "-p", "-S", "-", "-t", scene], capture_output=True, text=True,
-                               check=True).stdout
+            shown = subprocess.run([*tmux, "capture-pane", "-p", "-S", "-", "-t", scene], capture_output=True,
+                                   text=True, check=True).stdout
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
-    return "\n".join(line.rstrip() for line in shown.rstrip().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in shown[:shown.index(END)].rstrip().splitlines()) + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -256,7 +256,7 @@ class Lab:
                  f"'PATH=$PATH:/usr/sbin {daemon}' >/run/munge/said 2>&1")
 
 
-def wait_until(true: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
+def wait_until(true: Callable[[], object], what: str, timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"

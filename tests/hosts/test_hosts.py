@@ -143,7 +143,7 @@ def test_every_node_gets_equally_many_ranks_and_its_engines(cluster, name):
                                                        f"{folder}/launch.json", ""]))
     cluster.wait_for_idle("n3")
     job = cluster.run("n1", "sbatch", "--parsable", f"{folder}/job.sh").strip()
-    wait_until(lambda: "codes" in job_log(cluster, run, job), "the layout", 60)
+    wait_until(lambda: re.search(r"codes .*\n", job_log(cluster, run, job)), "the layout", 300)
     assert set(json.loads(job_log(cluster, run, job).split("codes ")[1])) == {0}, job_log(cluster, run, job)
     said = [line.split() for path in folder.glob("*.log") for line in path.read_text().splitlines()
             if line.startswith(("rank ", "engine-"))]
@@ -188,11 +188,11 @@ def test_a_start_that_slurm_has_lost_ends_when_the_job_starts_again_elsewhere(cl
     assert cluster.processes_of("n1", str(folder))
     cluster.cut("n1")
     try:
-        wait_until(lambda: "PENDING" in cluster.run("n3", "squeue", "-h", "-j", job, "-o", "%T"), "the requeue", 120)
+        wait_until(lambda: "PENDING" in cluster.run("n3", "squeue", "-h", "-j", job, "-o", "%T"), "the requeue", 300)
         cluster.run("n3", "scontrol", "update", f"JobId={job}", "StartTime=now")
-        wait_until(lambda: "it is told to end" in job_log(cluster, "lost", job), "the second start", 120)
+        wait_until(lambda: "it is told to end" in job_log(cluster, "lost", job), "the second start", 300)
         told = time.monotonic()
-        wait_until(lambda: not cluster.processes_of("n1", str(folder)), "the first start to end", 60)
+        wait_until(lambda: not cluster.processes_of("n1", str(folder)), "the first start to end")
         print(f"nothing of the older start was left {time.monotonic() - told:.0f} s after the newer one began")
         (folder / "allowed").write_text("9")
         said = wait_for_end(cluster, "lost", job)
@@ -222,7 +222,7 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
         script = lab.shared / "hand" / "torchrun.sh"
         launcher = lab.start("n1", *rl, "torchrun", "--nodes", "2", *overrides, "rollout.engine.urls=[http://n3:20500]",
                              *more, log=lab.shared / "launcher.said", environment=key)
-        wait_until(lambda: script.exists() or launcher.poll() is not None, "the script", 100)
+        wait_until(lambda: script.exists() or launcher.poll() is not None, "the script")
         assert launcher.poll() is None, read(lab.shared / "launcher.said")
         assert script.stat().st_mode & 0o077 == 0, "it holds keys"
         return [launcher, *(lab.start(host, "bash", str(script), number, log=lab.shared / f"{host}.said")
@@ -233,7 +233,7 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
     lab.cut("n2")
     cut = time.monotonic()
     for process in processes:
-        assert process.wait(60) != 0
+        assert process.wait(180) != 0
     print(f"all programs had ended {time.monotonic() - cut:.0f} s after the cable was cut")
     assert re.search(r"rank 1 \(pid \d+ on n2\) of the trainer hangs", read(lab.shared / "launcher.said"))
     assert "was ended on n1" in read(lab.shared / "n1.said") and "was ended on n1" in read(lab.shared / "n2.said")
@@ -251,18 +251,18 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
 def test_a_cut_cable_breaks_requests_and_ends_a_rank_without_a_way_to_the_orchestrator(lab):
     """Whatever its main thread waits for. A refusal is no cut: the orchestrator may be started again."""
     lab.start("n1", sys.executable, "-c", SILENT, log=lab.shared / "silent.said")
-    wait_until(lambda: "listens" in read(lab.shared / "silent.said"), "the server", 60)
+    wait_until(lambda: "listens" in read(lab.shared / "silent.said"), "the server")
     request = lab.start("n2", sys.executable, "-c", REQUEST, log=lab.shared / "request.said")
     rank = lab.start("n2", sys.executable, "-c", HEART, log=lab.shared / "heart.said",
                      environment={"MEGATRON_RL_RUN_KEY": "k"})
-    wait_until(lambda: "beats" in read(lab.shared / "heart.said"), "the heart", 60)
-    wait_until(lambda: "asks" in read(lab.shared / "request.said"), "the request", 60)
+    wait_until(lambda: "beats" in read(lab.shared / "heart.said"), "the heart")
+    wait_until(lambda: "asks" in read(lab.shared / "request.said"), "the request")
     time.sleep(6)  # longer than either bears a cut
     assert rank.poll() is None and request.poll() is None
     lab.cut("n1")
     try:
-        assert rank.wait(30) == CUT_OFF
-        assert request.wait(30) == 0 and "broken POST http://n1:7777" in read(lab.shared / "request.said")
+        assert rank.wait(180) == CUT_OFF
+        assert request.wait(180) == 0 and "broken POST http://n1:7777" in read(lab.shared / "request.said")
     finally:
         lab.heal("n1")
     assert "n2 has had no way to n1, the machine of the orchestrator" in read(lab.shared / "heart.said")

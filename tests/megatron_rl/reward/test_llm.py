@@ -107,12 +107,12 @@ class Dripping(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_judge_that_drips_is_given_up_in_time():
+    """Without a limit for the whole answer it would be waited for for ever: it always drips in time."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        began = time.monotonic()
         score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=0.3, retries=0), "{}", {})
         server.shutdown()
-    assert score.failed and "not whole within reward.judge.timeout_s" in score.detail and time.monotonic() - began < 2
+    assert score.failed and "not whole within reward.judge.timeout_s" in score.detail
 
 
 FAULTS = {"stalls": (503, 1000, b"x"), "is cut": (503, 1000, b""), "too deep": (200, None, b"[" * 100_000),

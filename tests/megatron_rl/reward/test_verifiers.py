@@ -71,4 +71,4 @@ def test_a_bomb_costs_its_own_slot_and_no_honest_answer():
     assert all(score.value == 0 and score.status in ("wrong", "timeout", "error") for score in bombs)
     assert {score.status for score in honest} == {"correct"}
     assert sum(score.status == "timeout" for score in bombs) >= 3
-    assert seconds < len(BOMBS) * 6.0  # a bomb's limit, and a new worker
+    assert seconds < len(BOMBS) * 20.0  # of a bomb without a limit: for ever
