@@ -20,7 +20,7 @@ from megatron_rl.sync import broadcast
 from megatron_rl.sync.broadcast import BroadcastPublisher
 from megatron_rl.sync.publish import PublishError
 
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 """Stands for ever."""
 WEIGHTS = [("a", torch.ones(40)), ("b", torch.ones(40)), ("c", torch.ones(40))]
 
