@@ -55,13 +55,20 @@ async def running(client: EngineClient, prompt: Sequence[int], *, rid: str,
     for attempt in range(ATTEMPTS):
         name = f"{rid}-{attempt}."
         request = asyncio.create_task(client.generate(prompt, rid=name, sampling=sampling), name=name)
-        while not request.done():
-            loads = (await client._request("GET", "/v1/loads?include=core", None))["loads"]
-            if any(load["num_running_reqs"] for load in loads):
-                return request
-            await asyncio.sleep(0.005)
+        if await seen_to_run(client, request):
+            return request
         await request
     raise AssertionError(f"request {rid} was never seen to run")
+
+
+async def seen_to_run(client: EngineClient, work: asyncio.Task) -> bool:
+    """Returns once the engine decodes; False if `work` is done before that."""
+    while not work.done():
+        loads = (await client._request("GET", "/v1/loads?include=core", None))["loads"]
+        if any(load["num_running_reqs"] for load in loads):
+            return True
+        await asyncio.sleep(0.005)
+    return False
 
 
 def in_time[Outcome](attempt: Callable[[], Outcome], was_in_time: Callable[[Outcome], bool]) -> Outcome:

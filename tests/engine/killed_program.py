@@ -34,13 +34,16 @@ class Killer:
     def __init__(self, kill: Kill | None, number: int, rank: int, run_dir: Path):
         self._kill, self._rank = kill, rank
         self._report = run_dir / f"killed-{number}.json"
-        self.step, self._inside = 0, []
+        self.step, self._inside, self._entries = 0, [], 0
         self.seconds: dict[str, list[float]] = {}
 
     def entered(self, phase: str) -> float:
         self._inside.append(phase)
         kill = self._kill
         if kill is not None and (phase, self.step, self._rank) == (kill.phase, kill.step, kill.rank):
+            self._entries += 1
+            if self._entries < kill.entry:
+                return time.perf_counter()
             self._kill = None
             if kill.delay_s == 0.0:
                 self._die(kill)

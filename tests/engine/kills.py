@@ -53,6 +53,7 @@ WORKING_FILES = ("random.pt",)  # Python's own generator is drawn from by librar
 class Kill:
     """SIGKILL delay_s after `rank` of the trainer, or the orchestrator, enters `phase` of `step`.
 
+    entry: the first time it enters it, the second, and so on; a step has many requests.
     everything: for the process that started the ranks too, and hence for all of them.
     """
 
@@ -62,6 +63,7 @@ class Kill:
     delay_s: float = 0.0
     everything: bool = False
     program: str = "rank"
+    entry: int = 1
 
 
 def run_programs(config: Config, *kills: Kill) -> str:

@@ -23,6 +23,7 @@ from tests.engine.faulty_proxy import FaultyProxy
 from tests.engine.kills import Kill, differences, run_programs, was_killed
 from tests.engine.test_runs import kill_launcher, rows, wait_for_rows
 from tests.examples.test_agent_verifiers import INTERPRETER, SERVER, environment_of, needs_verifiers
+from tests.megatron_rl.environment.test_agents import with_words
 
 pytestmark = pytest.mark.slow
 
@@ -147,11 +148,11 @@ def test_killed_while_sessions_are_open_a_run_ends_as_if_nothing_had_happened(se
         process = subprocess.Popen(command(*same, f"rollout.engine.urls=[{proxy.url}]"), cwd=ROOT,
                                    env=rank_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
         wait_for_rows(run_dir, 1, process)
-        while not any(str(AGENT) in one.cmdline() for one in psutil.Process(process.pid).children(recursive=True)):
+        while not with_words(str(AGENT), psutil.Process(process.pid).children(recursive=True)):
             time.sleep(0.05)
         kill_launcher(process)  # which looks for agents that outlive it, too
     assert saved_steps(run_dir / "checkpoints") == [1]
     config = load([*same, url, "run.resume=true", "orchestrator.wait_timeout_s=300"])
-    said = run_programs(config, Kill("sampling", 2, delay_s=0.2, program="orchestrator"))
+    said = run_programs(config, Kill("sampling", 2, entry=5, program="orchestrator"))
     assert said == "" and "sampling" in was_killed(config)["inside"]
     assert differences(whole_run, run_dir) == []

@@ -160,13 +160,15 @@ def test_an_engine_that_is_killed_in_the_middle_of_a_turn_gives_the_same_convers
         deterministic_engine: LiveEngine, tmp_path):
     """kill -9; the turn is sampled by another engine, and the agent sees one answer."""
     engine = deterministic_engine
-    with EngineProcess.from_config(DETERMINISTIC, engine.folder, log_path=tmp_path / "victim.log") as victim:
-        engine.publish(engine.weights, TensorPublisher(
-            [engine.client, client_of(victim.base_url, timeout_s=300.0)], bucket_bytes=1 << 20))
 
-        async def kill(_: Session) -> None:
-            os.kill(victim.pid, signal.SIGKILL)
+    def with_victim(first: str) -> Session:
+        with EngineProcess.from_config(DETERMINISTIC, engine.folder, log_path=tmp_path / f"{first}.log") as victim:
+            engine.publish(engine.weights, TensorPublisher(
+                [engine.client, client_of(victim.base_url, timeout_s=300.0)], bucket_bytes=1 << 20))
 
-        killed = converse(engine, PLAN, "A", kill, [victim.base_url])
-    assert killed.tally.retries == 1, "it was killed in time"
-    same_conversation(engine, PLAN, lambda first: killed, lambda session: True)
+            async def kill(_: Session) -> None:
+                os.kill(victim.pid, signal.SIGKILL)
+
+            return converse(engine, PLAN, first, kill, [victim.base_url])
+
+    same_conversation(engine, PLAN, with_victim, lambda session: session.tally.retries == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -72,35 +73,47 @@ def test_an_orchestrator_that_is_killed_leaves_no_trace(seed, alone, configured,
     assert differences(alone, tmp_path) == []
 
 
-def with_process(name: str, run_dir: Path, act: Callable[[psutil.Process], None]) -> None:
-    """From a thread: act(the process of this run that is called `name`), once two steps are logged."""
+def with_process(engine: StubEngine, name: str, run_dir: Path, act: Callable[[psutil.Process], None]) -> None:
+    """From a thread: act(the process of this run that is called `name`), once two steps are logged.
+
+    The engine keeps the third waiting until then.
+    """
+    metrics, acted = run_dir / "metrics.jsonl", threading.Event()
+
+    def reached() -> bool:
+        return metrics.exists() and len(read_jsonl(metrics)) >= 2
+
+    async def hold(*_) -> None:
+        while reached() and not acted.is_set():
+            await asyncio.sleep(0.05)
 
     def work() -> None:
-        metrics = run_dir / "metrics.jsonl"
-        while not (metrics.exists() and len(read_jsonl(metrics)) >= 2):
+        while not reached():
             time.sleep(0.05)
         act(next(process for process in psutil.process_iter(["name", "cmdline"])
                  if process.info["name"] == name and str(run_dir / "launch.json") in process.info["cmdline"]))
+        acted.set()
 
+    engine.spoil = hold
     threading.Thread(target=work, daemon=True).start()
 
 
 @pytest.mark.parametrize("layout, rank", [("single", 0), *([("ep2", 1)] if "FAULT_SEEDS" in os.environ else [])])
-def test_a_rank_that_hangs_is_named_within_a_minute(layout, rank, configured, tmp_path):
+def test_a_rank_that_hangs_is_named_within_a_minute(layout, rank, engine, configured, tmp_path):
     struck: list[float] = []
 
     def stop(process: psutil.Process) -> None:
         process.send_signal(signal.SIGSTOP)
         struck.append(time.monotonic())
 
-    with_process(f"rank{rank}", tmp_path, stop)
+    with_process(engine, f"rank{rank}", tmp_path, stop)
     with pytest.raises(RunFailed, match=rf"rank {rank} \(pid \d+ on \S+\) of the trainer hangs"):
         run_rl(configured(tmp_path, "run.steps=400", "orchestrator.hang_timeout_s=15", f"parallel={layout}"))
     assert time.monotonic() - struck[0] < 60
 
 
-def test_an_orchestrator_that_hangs_is_killed_and_started_again(configured, tmp_path, caplog):
-    with_process("orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGSTOP))
+def test_an_orchestrator_that_hangs_is_killed_and_started_again(engine, configured, tmp_path, caplog):
+    with_process(engine, "orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGSTOP))
     ended = run_rl(configured(tmp_path, "orchestrator.hang_timeout_s=10"))
     assert ended.how is End.FINISHED
     assert "the orchestrator did not answer for orchestrator.hang_timeout_s=10: starting it again" in caplog.text
@@ -112,8 +125,8 @@ def test_an_orchestrator_that_is_killed_too_often_ends_the_run(configured, tmp_p
     assert "the orchestrator was killed, and had been started again orchestrator.max_restarts=1 times" in said
 
 
-def test_a_request_to_stop_saves_and_the_same_run_goes_on(alone, configured, tmp_path):
-    with_process("orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGUSR1))
+def test_a_request_to_stop_saves_and_the_same_run_goes_on(alone, engine, configured, tmp_path):
+    with_process(engine, "orchestrator", tmp_path, lambda process: process.send_signal(signal.SIGUSR1))
     config = configured(tmp_path, "rollout.engine.wait_timeout_s=60")
     assert run_rl(config).how is End.STOPPED
     assert 0 < saved_steps(tmp_path / "checkpoints")[-1] < config.run.steps

@@ -20,7 +20,7 @@ from megatron_rl.rollout.ports import choose_port
 from megatron_rl.rollout.responses import Responder, SamplingPlan, sampling_seed
 from megatron_rl.rollout.sampling import GenerateResult
 from megatron_rl.types import Finish, Prompt, RolloutGroup, Score
-from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine, in_time
+from tests.engine.conftest import PROMPTS, ROLLOUT, LiveEngine, in_time, seen_to_run
 from tests.reference_bailing import response_logprobs
 
 
@@ -174,9 +174,10 @@ def test_who_is_cancelled_aborts_what_still_runs(live_engine: LiveEngine, tokeni
             await fleet.start()
             try:
                 responder = Responder(fleet, config, tokenizer, LengthScorer(), seed=3, eos_token_id=0)
-                await asyncio.wait_for(responder.groups(prompts, step=1), timeout=0.3)
-            except TimeoutError:
-                pass
+                work = asyncio.create_task(responder.groups(prompts, step=1))
+                await seen_to_run(client, work)
+                work.cancel()
+                await asyncio.wait([work])
             finally:
                 await fleet.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -283,8 +285,17 @@ def start(model: Path, run_dir: Path, *overrides: str) -> tuple[subprocess.Popen
     return process, family
 
 
+def one_of(family: list[psutil.Process], wanted: Callable[[psutil.Process], bool]) -> psutil.Process:
+    """Others of the family may have ended meanwhile."""
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if wanted(one):
+                return one
+    raise AssertionError(f"none of {family}")
+
+
 def engine_of(family: list[psutil.Process]) -> psutil.Process:
-    return next(one for one in family if "--model-path" in one.cmdline())
+    return one_of(family, lambda one: "--model-path" in one.cmdline())
 
 
 @pytest.mark.parametrize(("struck", "exit_code", "said"), [
@@ -300,8 +311,7 @@ def test_what_ends_a_run_keeps_the_checkpoint_and_leaves_no_process(struck, exit
     if struck == "launcher":
         os.kill(process.pid, signal.SIGINT)
     elif struck == "rank":
-        ranks = [one for one in family if one.name() == "rank1"]
-        ranks[-1].kill()
+        one_of(family, lambda one: one.name() == "rank1").kill()
     else:
         engine_of(family).kill()
     _, errors = process.communicate(timeout=300)
