@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._C._distributed_c10d import Work
 
 from megatron_rl import topology
 from megatron_rl.config.load import build
@@ -30,14 +32,12 @@ from megatron_rl.model.families import FAMILIES
 from megatron_rl.model.fresh import bailing_config
 from megatron_rl.model.network import Network
 from megatron_rl.rehearsal.ranks import distinct_ranks
-from megatron_rl.rehearsal.recorder import Recorder
+from megatron_rl.rehearsal.recorder import POINT_TO_POINT, Recorder
 from megatron_rl.rehearsal.standins import forgotten_loss_scale, host_memory, known_experts, replaced
 from megatron_rl.rehearsal.step import Workload, packed, rehearse, run_step
-from megatron_rl.rehearsal.storages import Storages
 from megatron_rl.rollout.ports import choose_port
 
 TOKENS = 96
-LETTING_GO_S = 0.002
 COMPARED = ("old log-probabilities", "update", "optimiser step")
 """Not the metrics, which real ranks exchange as Python objects: those are collectives of bytes that a rehearsal answers
 without any."""
@@ -99,25 +99,38 @@ def seen(recorder: Recorder) -> dict[str, dict]:
     return found
 
 
-class PatientStorages(Storages):
-    """A thread of gloo holds the tensors of a collective for a moment after the wait for it has returned. Before bytes
-    may become a peak, the thread gets the time to let go."""
+class PatientRecorder(Recorder):
+    """Waits for a collective at once, and for gloo's threads, which hold its tensors until they come to rest."""
 
-    def see(self, tensor, kind, operation, where) -> None:
-        if self.total + tensor.untyped_storage().nbytes() > self.peak:
-            time.sleep(LETTING_GO_S)
-        super().see(tensor, kind, operation, where)
+    def _collective(self, func, args, kwargs):
+        out = super()._collective(func, args, kwargs)
+        if func._overloadpacket.__name__.rstrip("_") not in POINT_TO_POINT:  # which need no thread
+            Work.unbox(out[-1] if isinstance(out, tuple) else out).wait()
+            wait_for_threads()
+        return out
 
-    def begin(self) -> None:
-        time.sleep(LETTING_GO_S)
-        super().begin()
+
+def wait_for_threads() -> None:
+    """Returns once no other thread of this process has anything to do. One that waits for the interpreter gets it
+    meanwhile, and is seen at the second look."""
+    quiet = 0
+    while quiet < 2:
+        quiet = 0 if any(map(has_work, os.listdir("/proc/self/task"))) else quiet + 1
+        time.sleep(0)
+
+
+def has_work(thread: str) -> bool:
+    if int(thread) == threading.get_native_id():
+        return False
+    with contextlib.suppress(OSError):  # it has ended
+        return Path("/proc/self/task", thread, "stat").read_text().rpartition(")")[2].split()[0] in "RD"
+    return False
 
 
 def real(name: str) -> dict[str, dict]:
     config, network, workload = case(name)
     here = topology.start(config.parallel, seed=0)
-    recorder = Recorder()
-    recorder.storages = PatientStorages()
+    recorder = PatientRecorder()
     batches = packed(workload, config, here.cp_rank)
     with (with_mask(config), forgotten_loss_scale(), known_experts(recorder.read_by_host),
           host_memory(recorder.on_host), recorder):
