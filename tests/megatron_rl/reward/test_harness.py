@@ -61,7 +61,7 @@ ROUGH = [  # right programs that a harness may misunderstand: (metadata beside m
         "for _ in range(20)]\n    for each in threads: each.start()\n    for each in threads: each.join()\n"
         "    return found[0]",
     ),
-    ({"time_s": 1.5}, "import time\ndef f(x):\n    while time.process_time() < 1.1: pass\n    return x * x"),
+    ({"time_s": 1.9}, "import time\ndef f(x):\n    while time.process_time() < 1.1: pass\n    return x * x"),
 ]
 
 

@@ -46,7 +46,6 @@ class Host:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
         self.process = subprocess.Popen(["sleep", "600"])
-        self.programs = {path: path.stat().st_mtime_ns for path in map(Path, ("/usr/bin", "/usr/bin/true", "/tmp"))}
 
     def fill_in(self, source: str) -> str:
         for name, value in (("FILE", self.file), ("PORT", self.listener.getsockname()[1]), ("PID", self.process.pid),
