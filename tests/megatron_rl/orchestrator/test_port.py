@@ -186,7 +186,6 @@ def test_a_silent_rank_is_named_with_what_it_did_last(spoke_once, options, monke
         await asyncio.sleep(2.0)
         assert not watch.done()
         speaking = asyncio.create_task(speak(port))
-        await asyncio.to_thread(OrchestratorClient(options).try_once, "GET", "/command/0", timeout_s=60.0)
         if spoke_once:
             beat = Heartbeat(options, 1)
             beat.doing = "train 7"
@@ -194,6 +193,7 @@ def test_a_silent_rank_is_named_with_what_it_did_last(spoke_once, options, monke
             while not (1 in port._ranks and port._ranks[1].about):
                 await asyncio.sleep(0.01)
             beat.stop()
+        await asyncio.to_thread(OrchestratorClient(options).try_once, "GET", "/command/0", timeout_s=60.0)
         try:
             await asyncio.wait_for(watch, 60.0)
         finally:
