@@ -16,8 +16,8 @@ SHARES = 800
 Shares are strided, because some servers also take the port after their own.
 """
 MARK = "\0megatron_rl.ports."
-"""How names of marks begin. Marks are abstract sockets: they belong to a network namespace, as ports do, and end with
-their process."""
+"""How names of marks begin. Marks are abstract sockets on which nobody listens: they belong to a network namespace, as
+ports do, and end with their process."""
 _drawn: set[int] = set()
 """What this process has drawn from PORTS: its servers may not have bound them yet."""
 _marks: dict[int, socket.socket] = {}
@@ -65,7 +65,7 @@ def _may_draw(port: int) -> bool:
 
 def _mark(share: int) -> bool:
     """Marks the share as this process's own. False if it is another's."""
-    mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    mark = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         mark.bind(f"{MARK}{share}")
     except OSError as error:

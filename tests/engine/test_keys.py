@@ -70,9 +70,11 @@ for path in given["sockets"]:
     for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
         try:
             with socket.socket(socket.AF_UNIX, kind) as one:
-                one.connect(path)
+                one.connect(chr(0) + path[1:] if path.startswith("@") else path)
             found["sockets"][path] = "open"
         except PermissionError:
+            found["sockets"].setdefault(path, "refused")
+        except ConnectionRefusedError if path.startswith("@") else ():  # an abstract one, on which nobody listens
             found["sockets"].setdefault(path, "refused")
         except OSError as error:
             found["sockets"].setdefault(path, str(error))
