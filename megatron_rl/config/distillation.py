@@ -103,9 +103,9 @@ class DistillationConfig:
 
     def check_routes(self, domains: Collection[str]) -> None:
         """ValueError for a route of a domain that no prompt has."""
-        idle = sorted(self.routes.keys() - set(domains))
-        require(not idle, f"algo.distillation.routes.{idle[0] if idle else ''}: no prompt of `data` has that domain, "
-                f"they have {', '.join(sorted(domains))}: correct it or leave it out")
+        for idle in sorted(self.routes.keys() - set(domains)):
+            raise ValueError(f"algo.distillation.routes.{idle}: no prompt of `data` has that domain, they have "
+                             f"{', '.join(sorted(domains))}: correct it or leave it out")
 
     def check_domains(self, domains: Collection[str]) -> None:
         """ValueError for a domain of the prompts in which nothing would be learned."""

@@ -289,7 +289,7 @@ class ObserveConfig:
     print_samples: int = 0
 
     def __post_init__(self):
-        require(len(set(self.loggers)) == len(self.loggers), "observe.loggers names a logger twice")
+        require(len(set(self.loggers)) == len(self.loggers), "observe.loggers names a logger twice: name it once")
         require(self.samples_per_step >= 0,
                 f"observe.samples_per_step={self.samples_per_step} must not be negative")
         require(self.print_samples >= 0, f"observe.print_samples={self.print_samples} must not be negative")

@@ -167,11 +167,16 @@ def _json_list(path: Path, file: BinaryIO) -> Iterator[Row]:
         if text[place:place + 1] != ",":
             break
         place = _next_place(text, place + 1)
-    line = text.count("\n", 0, _next_place(text, place + 1)) + 1
     if text[place:place + 1] != "]":
-        raise ValueError(f"{path} row {number + 1}: not JSON (no comma before it, line {line})")
-    if _next_place(text, place + 1) < len(text):
-        raise ValueError(f"{path}: something follows the list, line {line}: a file has one list, or one object a line")
+        what = "the list does not end" if place == len(text) else "no comma before it"
+        raise ValueError(f"{path} row {number + 1}: not JSON ({what}, {_line(text, place)})")
+    if (behind := _next_place(text, place + 1)) < len(text):
+        raise ValueError(f"{path}: something follows the list, {_line(text, behind)}: a file has one list, or one "
+                         "object a line")
+
+
+def _line(text: str, place: int) -> str:
+    return f"line {text.count(chr(10), 0, place) + 1}"
 
 
 def _next_place(text: str, place: int) -> int:

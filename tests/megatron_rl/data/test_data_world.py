@@ -75,6 +75,7 @@ def test_a_packed_file_that_is_cut_short_is_named(packed, tmp_path):
     ('{"prompt": "a", "answer": NaN, "id": Infinity}', "bad.jsonl:1: .*id_key"),
     ('{"prompt": "a", "answer": Infinity}', "bad.jsonl:1: .*which is no number"),
     ("[\n{}\n{}]", r"bad.jsonl row 2: not JSON \(no comma before it, line 3\)"),
+    ("[\n{}\n", r"bad.jsonl row 2: not JSON \(the list does not end, line 3\)"),
     ("[,{}]", "bad.jsonl row 1: not JSON"), ("[{},]", "bad.jsonl row 2: not JSON"),
     ("[\n{}\n]\n[\n{}\n]", "bad.jsonl: something follows the list, line 4"), ("[\n]\nx", "follows the list, line 3"),
     ('["a", "list"]\n{"prompt": "a", "answer": "1"}', "bad.jsonl:1: a JSON list, not an object"),

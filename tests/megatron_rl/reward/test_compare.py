@@ -50,5 +50,5 @@ def test_a_forged_value_ends_the_answers_and_breaks_no_judge(value):
 
 def test_a_long_word_is_compared_in_a_moment():
     began = time.process_time()
-    assert not same_output("1" * 10_000 + "x", "0.5", 1e-6)
-    assert time.process_time() - began < 0.3  # quadratic: seconds
+    assert not same_output("1" * 40_000 + "x", "0.5", 1e-6)
+    assert time.process_time() - began < 5.0  # a cost that grows with the square of the length takes half a minute

@@ -152,7 +152,7 @@ def test_as_many_environments_run_at_once_as_configured():
 
 
 def test_waiting_for_a_thread_is_not_the_environments_fault(monkeypatch):
-    """On a clock that jumps: six calls of 0.9 s, one after the other, each of which has 1 s."""
+    """Six calls take turns in one thread. Each takes 0.9 s of a simulated clock and may take 1 s."""
     monkeypatch.setattr(environment_module, "in_thread", lambda call, *args, daemon: asyncio.ensure_future(
         asyncio.sleep(0.9, "text")))
 
