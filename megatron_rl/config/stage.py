@@ -22,11 +22,12 @@ class StageConfig:
     - optimizer: `keep` keeps AdamW's moments and the place in the learning-rate schedule from the stage before; `reset`
       begins both anew. The schedule spans all stages up to the next reset.
 
-    Weights, step numbers, log and checkpoints go on from stage to stage. So does the order of prompts, with the pass
-    rates of rollout.pass_rate, unless one of these changes: data other than weights and curriculum; rollout.collector;
-    rollout.pass_rate.enabled; with data.on_error=skip the room for a prompt, reward.routes and reward.shaping, which
-    decide what is skipped. Responses that rollout.collector=partial carries are dropped if
-    rollout.responses_per_prompt or algo.distillation changes, or if rollout.max_response_tokens falls.
+    Weights, step numbers, log and checkpoints go on from stage to stage. The order of prompts and the pass rates of
+    rollout.pass_rate go on too, unless the stage changes rollout.collector, rollout.pass_rate.enabled, or anything in
+    data but weights and curriculum. With data.on_error=skip, three more settings decide which prompts are left out, and
+    a change begins a new order: the room for a prompt, reward.routes and reward.shaping. The responses that
+    rollout.collector=partial carries are dropped if the stage changes rollout.responses_per_prompt or
+    algo.distillation, or lowers rollout.max_response_tokens.
     """
 
     name: str = ""
