@@ -9,23 +9,25 @@ import sys
 import pytest
 
 GROUPS = """
-import os
+import os, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron_rl.compat.gloo_device import share_gloo_device
 
-def polling():
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    return names.count("gloo_tcp_loop")
+def names():
+    return {task.name: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
 
 def in_five_groups():
+    earlier = names()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for group in [dist.new_group(backend="gloo") for _ in range(5)]:
         dist.all_reduce(torch.ones(1), group=group)
-    found = polling()
+    while any(name == earlier[str(os.getpid())] for task, name in names().items() if task not in earlier):
+        time.sleep(0.01)  # a thread has its maker's name until it first runs and names itself
+    found = list(names().values())
     dist.destroy_process_group()
-    return found
+    return found.count("gloo_tcp_loop")
 
 share_gloo_device()
 print(in_five_groups(), flush=True)
