@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,12 +57,13 @@ class PhaseFile:
 
     def __init__(self, directory: Path | str):
         self._path = Path(directory) / PHASE
+        # Orchestrator and trainer both write, at the same time if the orchestrator was started again during a step.
+        self._partial = self._path.with_name(f"{PHASE}.{secrets.token_hex(4)}.partial")
 
     def write(self, phase: str) -> None:
         """For another process to read; replaced at once, and not worth an fsync."""
-        partial = self._path.with_name(PHASE + ".partial")
-        partial.write_text(json.dumps({"phase": phase, "since": time.time()}), encoding="utf-8")
-        os.replace(partial, self._path)
+        self._partial.write_text(json.dumps({"phase": phase, "since": time.time()}), encoding="utf-8")
+        os.replace(self._partial, self._path)
 
     def read(self) -> tuple[str, float] | None:
         """(phase, seconds since it began), None before the first."""

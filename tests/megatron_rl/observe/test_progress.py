@@ -1,7 +1,9 @@
 """Progress display: what matters most stays at every width; sparse away from a terminal."""
 
 import io
-import time
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -94,12 +96,13 @@ def test_a_terminal_shows_one_line_whose_count_and_time_left_are_whole(columns, 
 
 
 def test_the_spinner_turns_while_nothing_is_said():
+    """One of its 10 pictures every 80 ms."""
     progress, seen = after(6, 30.0), set()
-    for _ in range(8):
+    for tick in range(8):
         file = io.StringIO()
-        Console(file=file, force_terminal=True, width=80, color_system=None).print(progress, end="")
+        Console(file=file, force_terminal=True, width=80, color_system=None,
+                get_time=lambda now=0.09 * tick: now).print(progress, end="")
         seen.add(file.getvalue()[0])
-        time.sleep(0.09)
     assert len(seen) > 2
 
 
@@ -158,6 +161,16 @@ def test_the_phase_is_told_to_another_process(tmp_path):
     assert [name for name, _ in seen] == ["generate", "train"] and all(0 <= seconds < 60 for _, seconds in seen)
     phases.remove()
     assert phases.read() is None and list(tmp_path.iterdir()) == []
+
+
+def test_two_programs_of_a_run_may_begin_a_phase_at_the_same_time(tmp_path, monkeypatch):
+    """Each stands before the replacement when the other does too."""
+    together, replace = threading.Barrier(2), os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (together.wait(60), replace(*paths)))
+    with ThreadPoolExecutor(2) as programs:
+        list(programs.map(lambda phase: PhaseFile(tmp_path).write(phase), ("generate", "train")))
+    assert PhaseFile(tmp_path).read()[0] in ("generate", "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["phase.json"]
 
 
 @pytest.mark.parametrize("seconds, shown", [(47.6, "48 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"),
