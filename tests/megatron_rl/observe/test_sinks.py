@@ -150,13 +150,15 @@ WANDB_STRUCK = """
     while not list(Path(sys.argv[1]).glob("wandb/*run-*/*.wandb")):
         time.sleep(0.1)
     log.log(1, {{'a': 1.0}})
-    struck = []
+    struck = {{}}
     for one in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # wandb starts programs that end by themselves
             if {which}:
-                struck.append(one.name())
-                one.send_signal(signal.{blow})
-    assert 'wandb-core' in struck, struck
+                struck[one] = one.name()
+    assert 'wandb-core' in struck.values(), struck
+    for one in struck:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the service ends when the process that started it is gone
+            one.send_signal(signal.{blow})
     for step in range(2, 200):
         began = time.perf_counter()
         log.log(step, {{'a': 1.0, 'long': 'x' * 2000}})
