@@ -17,18 +17,17 @@ from megatron_rl.rollout.ports import choose_port
 
 @pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others_and_its_traceback_is_what_a_user_sees(tmp_path):
-    log = tmp_path / "trainer.log"
+    log, spoken = tmp_path / "trainer.log", str(tmp_path / "rank_0_has_spoken")
     with log.open("wb") as file:
         code = subprocess.run(
             [sys.executable, "-m", "megatron_rl.forked_ranks", "2", str(choose_port(None)),
-             "tests.megatron_rl.rank_of_tests", "told"],
+             "tests.megatron_rl.rank_of_tests", spoken],
             env=rank_environment(), stdout=file, stderr=file, timeout=300).returncode
     text = log.read_text()
-    assert code == 1 and {"told 0 0 2 127.0.0.1", "told 1 1 2 127.0.0.1"} <= set(text.splitlines())
+    assert code == 1 and {f"{spoken} 0 0 2 127.0.0.1", f"{spoken} 1 1 2 127.0.0.1"} <= set(text.splitlines())
     assert "ValueError: made up" in last_words(log, 0)
     assert re.search(r"rank 1 \(pid \d+\) failed; the other ranks were ended with it", text)
-    assert not [one for one in psutil.process_iter(["cmdline"])
-                if "tests.megatron_rl.rank_of_tests" in (one.info["cmdline"] or ())]
+    assert not [one for one in psutil.process_iter(["cmdline"]) if spoken in (one.info["cmdline"] or ())]
 
 
 @pytest.mark.parametrize(("gpus", "module"), [(True, "megatron_rl.compat.loopback_store"),
