@@ -52,12 +52,13 @@ class Browser:
                 tab = Tab(socket)
                 for domain in ("Page", "Runtime", "Log"):
                     await tab.call(f"{domain}.enable")
+                await tab.call("Page.setLifecycleEventsEnabled", enabled=True)
                 await tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                                mobile=False)
                 scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
                 await tab.call("Emulation.setEmulatedMedia", features=[scheme])
-                await tab.call("Page.navigate", url=page.resolve().as_uri())
-                await tab.event("Page.loadEventFired")
+                document = await tab.call("Page.navigate", url=page.resolve().as_uri())
+                await tab.loaded(document["loaderId"])
                 done = await tab.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
                 visit = Visit(done["result"].get("value"))
                 if "exceptionDetails" in done:
@@ -74,7 +75,7 @@ class Tab:
     """Commands and their answers on one page's socket; on the way, what went wrong on the page."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse):
-        self._socket, self._last, self._seen = socket, 0, set()
+        self._socket, self._last, self._loaded = socket, 0, set()
         self.errors: list[str] = []
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -86,15 +87,18 @@ class Tab:
             raise RuntimeError(f"{method}: {message['error']}")
         return message["result"]
 
-    async def event(self, method: str) -> None:
-        while method not in self._seen:
+    async def loaded(self, loader: str) -> None:
+        """Until that document is loaded. The tab's first one, about:blank, may be loaded as late as after it is asked
+        for the next."""
+        while loader not in self._loaded:
             await self._next()
 
     async def _next(self) -> dict[str, Any]:
         message = await self._socket.receive_json()
         method, about = message.get("method"), message.get("params", {})
-        self._seen.add(method)
-        if method == "Runtime.exceptionThrown":
+        if method == "Page.lifecycleEvent" and about["name"] == "load":
+            self._loaded.add(about["loaderId"])
+        elif method == "Runtime.exceptionThrown":
             self.errors.append(str(about["exceptionDetails"].get("exception", {}).get("description")))
         elif method == "Runtime.consoleAPICalled" and about["type"] in ("error", "assert"):
             self.errors.append(str([argument.get("value") for argument in about["args"]]))
@@ -107,8 +111,9 @@ class Tab:
 def browser(profile: Path) -> Iterator[Browser]:
     """Chromium with a profile of its own, gone afterwards. Without its sandbox, which root may not use."""
     process = subprocess.Popen(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0",
-         f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+         "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
     try:
         told, deadline = profile / "DevToolsActivePort", time.monotonic() + START_S
         while not (told.exists() and told.read_text().count("\n")):
