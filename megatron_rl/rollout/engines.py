@@ -106,10 +106,12 @@ class EngineProcess:
         assert self._process is None, "the engine has been started already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = make_scratch()
+        # transformers copies the code of the model's folder there; one that found half of another's copy would die
+        own = {"TMPDIR": str(self._scratch), "HF_MODULES_CACHE": str(self._scratch / "modules")}
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                with_parent(self.argv), env={**self.env, "TMPDIR": str(self._scratch)}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True)
+                with_parent(self.argv), env={**self.env, **own}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)
 
     def wait_until_healthy(self, give_up: threading.Event | None = None) -> None:
         """Blocks until the server answers /health with 200.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from megatron_rl.config.schema import ModelConfig
 from megatron_rl.launch.local import engines_for
 from megatron_rl.model.hf_folder import HF_FILES, write_hf_folder
 from megatron_rl.model.tokenizer import load_tokenizer
+from megatron_rl.rollout.engines import EngineProcess
+from megatron_rl.rollout.ports import choose_port
 from tests.tiny_models import write_tiny_bailing
 
 KEPT = ["generation_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
@@ -120,6 +124,21 @@ def test_code_runs_when_it_is_trusted_and_ours_needs_no_trust(source):
     (source / "tokenization_mine.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n\n\nclass Mine(PreTrainedTokenizerFast):\n    mine = True\n")
     assert load_tokenizer(ModelConfig(path=str(source), trust_remote_code=True)).mine
+
+
+def test_engines_that_start_together_copy_the_code_of_a_folder_into_folders_of_their_own(tmp_path):
+    """transformers copies it in place, so that of two that share the copy one may find it empty."""
+    code = "import os; print(os.environ['HF_MODULES_CACHE'])"  # which transformers reads
+    engines = [EngineProcess([sys.executable, "-c", code], dict(os.environ), port=choose_port(None),
+                             log_path=tmp_path / f"{number}.log", start_timeout_s=240.0, stop_timeout_s=5.0)
+               for number in range(2)]
+    for engine in engines:
+        engine.start()
+    for engine in engines:
+        engine._process.wait(240)
+        engine.kill()
+    first, second = (engine.log_path.read_text().split()[-1] for engine in engines)
+    assert first != second and not Path(first).parent.exists(), "what is copied goes with the engine"
 
 
 def no_dtype(source: Path, run: Path) -> None:
