@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,20 +32,20 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any] | None:
         return json.load(answer) if answer.status == 200 else None
 
 
-def work(gateway: str) -> None:
-    """Sessions, one after another, until the gateway is gone."""
-    begun, seen = time.monotonic(), False
+def work(gateway: str, seen: threading.Event) -> None:
+    """Sessions, one after another, until the gateway is gone. seen: set once any worker has met it."""
+    begun = time.monotonic()
     while True:
         try:
             session = post(f"{gateway}/sessions", {})
         except urllib.error.HTTPError:
             raise
         except OSError:  # not there yet, or no longer
-            if seen or time.monotonic() - begun > WAIT_FOR_RUN_S:
+            if seen.is_set() or time.monotonic() - begun > WAIT_FOR_RUN_S:
                 return
             time.sleep(1)
             continue
-        seen = True
+        seen.set()
         if session is None:
             continue
         ending: dict[str, Any] = {}
@@ -58,7 +59,7 @@ def work(gateway: str) -> None:
 
 
 if __name__ == "__main__":
-    workers = int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    workers, met = int(sys.argv[2]) if len(sys.argv) > 2 else 8, threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        for each in [pool.submit(work, sys.argv[1].rstrip("/")) for _ in range(workers)]:
+        for each in [pool.submit(work, sys.argv[1].rstrip("/"), met) for _ in range(workers)]:
             each.result()

@@ -33,6 +33,7 @@ class Player:
         self.env = SingleAgentEnv(SingleAgentEnvConfig(taskset={"id": taskset}, agent={
             "harness": {"id": "null"}, "runtime": {"type": "subprocess"}, "max_turns": MOST_TURNS}))
         self.tasks = list(self.env.taskset)
+        self.seen = False  # the run's gateway, by any worker
 
     def problems(self) -> list[dict[str, str]]:
         """A problem of the run names a task by its place; nobody but verifiers judges it."""
@@ -55,17 +56,17 @@ class Player:
 
     async def work(self, gateway: str, http: httpx.AsyncClient) -> None:
         """Sessions, one after another, until the gateway is gone."""
-        begun, seen = time.monotonic(), False
+        begun = time.monotonic()
         while True:
             try:
                 opened = await http.post(f"{gateway}/sessions")
             except httpx.TransportError:  # not there yet, or no longer
-                if seen or time.monotonic() - begun > WAIT_FOR_RUN_S:
+                if self.seen or time.monotonic() - begun > WAIT_FOR_RUN_S:
                     return
                 await asyncio.sleep(1)
                 continue
             opened.raise_for_status()
-            seen = True
+            self.seen = True
             if opened.status_code == 204:
                 continue
             session = opened.json()

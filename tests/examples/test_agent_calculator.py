@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import runpy
+import socket
 import sys
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from examples.agent_calculator import agent
 from examples.agent_calculator.agent import calculate
 from megatron_rl.config.agent import GATEWAY_KEY, AgentConfig
 from megatron_rl.environment.agents import AgentPrograms
@@ -84,6 +89,18 @@ def test_the_environment_server_solves_it_from_outside_and_ends_with_the_run(mon
             assert it.text(group.rollouts[1].token_ids).count("<tool_response>") == 2
 
     run(story())
+
+
+def test_a_worker_that_did_not_meet_the_run_ends_with_it_too(monkeypatch):
+    """The others may have done all there was while it waited for a second try."""
+    monkeypatch.setenv(GATEWAY_KEY, "a key of both")
+    monkeypatch.setitem(sys.modules, "agent", agent)
+    server, met = runpy.run_path(str(AGENT.with_name("server.py"))), threading.Event()
+    met.set()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for a run that is over"))
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # nothing listens there
+        server["work"](f"http://127.0.0.1:{port.getsockname()[1]}", met)
 
 
 @pytest.mark.parametrize(("arguments", "result"), [
