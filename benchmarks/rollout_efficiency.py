@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def seconds_per_1000_training_tokens(url: str, config: RolloutConfig, tokenizer,
         return SyncCollector(responder, RandomPrompts(), **shared)
 
     async def use(responder: Responder) -> float:
-        """The first step is not counted: budgeted has no mean yet, and partial starts with nothing carried."""
+        """The first step is not counted: budgeted has no mean yet, and partial starts with nothing carried. Infinite if
+        no group ended in the others, as may be in two steps of partial."""
         collector, trained, began = build(responder), 0, 0.0
         for step in range(steps + 1):
             if step == 1:
@@ -139,7 +141,7 @@ def seconds_per_1000_training_tokens(url: str, config: RolloutConfig, tokenizer,
                 batches = assemble(groups, replace(algo, underfull="train_short"), dp=1, seed=0, step=step,
                                    max_response_tokens=config.max_response_tokens)
                 trained += sum(batch.selection.selected_tokens for batch in batches)
-        return 1000 * (time.perf_counter() - began) / trained
+        return 1000 * (time.perf_counter() - began) / trained if trained else math.inf
 
     return asyncio.run(with_responder(url, config, tokenizer, heavy_tailed, use))
 
