@@ -211,9 +211,11 @@ class JsonlTail:
         self._inode, self._offset = (None, 0) if old is None else (old.st_ino, old.st_size)
 
     def new_rows(self) -> list[dict]:
-        if not self._path.exists():
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:  # there is none yet, or run.dir was removed
             return []
-        with self._path.open("rb") as file:
+        with file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self._inode:
                 self._inode, self._offset = inode, 0

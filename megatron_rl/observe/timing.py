@@ -67,9 +67,10 @@ class PhaseFile:
 
     def read(self) -> tuple[str, float] | None:
         """(phase, seconds since it began), None before the first."""
-        if not self._path.exists():
+        try:
+            told = json.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return None
-        told = json.loads(self._path.read_text(encoding="utf-8"))
         return told["phase"], max(0.0, time.time() - told["since"])
 
     def remove(self) -> None:

@@ -4,11 +4,13 @@ import io
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from megatron_rl.launch.local import JsonlTail
 from megatron_rl.observe import progress as progress_module
 from megatron_rl.observe.progress import RunProgress, duration
 from megatron_rl.observe.timing import PhaseFile, Timers
@@ -171,6 +173,13 @@ def test_two_programs_of_a_run_may_begin_a_phase_at_the_same_time(tmp_path, monk
         list(programs.map(lambda phase: PhaseFile(tmp_path).write(phase), ("generate", "train")))
     assert PhaseFile(tmp_path).read()[0] in ("generate", "train")
     assert [path.name for path in tmp_path.iterdir()] == ["phase.json"]
+
+
+def test_files_that_go_after_a_look_for_them_are_as_if_they_had_not_been_there(tmp_path, monkeypatch):
+    """Somebody removes the folder of a run while its progress is shown."""
+    phases, rows = PhaseFile(tmp_path), JsonlTail(tmp_path / "metrics.jsonl", None)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert phases.read() is None and rows.new_rows() == []
 
 
 @pytest.mark.parametrize("seconds, shown", [(47.6, "48 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"),
