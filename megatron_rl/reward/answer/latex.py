@@ -43,6 +43,13 @@ _GROUPED = re.compile(rf"(?<![\d.,}}])\d{{1,3}}(?:(?:{_SPACE}|\{{,\}}|,\\!){_SPA
 _TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|textup|textnormal|emph|mathrm|mathbf|mathit|mathsf|mathtt|" \
         r"boldsymbol|pmb|bm|bf|rm|mbox|hbox|" \
         r"operatorname|unit|ce|pu)\*?\s*\{"
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"({'|'.join(_ZEROS)})s?(?![A-Za-z])")
+_VARIABLES = frozenset("abcefijnopqrvwxyz")  # no unit has these letters alone
+
+
+def _power_of_ten(scale: re.Match[str]) -> str:
+    return f"\\cdot 10^{{{_ZEROS[scale[1]]}}}"
 
 
 def _over(name: str) -> Callable[[re.Match[str]], str]:
@@ -78,7 +85,10 @@ _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
     (r"\\(?:colon|ratio)(?![A-Za-z])", ":"), (r"\\(?:arc|operatorname\{arc)(sin|cos|tan)\}?", r"\\arc\1"),
     (r"(?<![A-Za-z\\])(sqrt|pi)(?![A-Za-z])", r"\\\1 "),
     (rf"(?<![A-Za-z\\])({'|'.join(FUNCTIONS)})(?=\s*\()", r"\\\1"),
-    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "), (r"\^\s*\{\s*(\\prime\s*)+\}|\^\s*\\prime", "'"),
+    (rf"(?<=\d) {_SCALE.pattern}", _power_of_ten),
+    (r"\^\s*\{\s*(\\text\{\s*(?:st|nd|rd|th)\s*\})\s*\}|\^\s*(\\text\{\s*(?:st|nd|rd|th)\s*\})", r"\1\2"),
+    (r"\^\s*\{\s*\\circ\s*\}|(?<=\d)\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),
+    (r"\^\s*\{\s*(\\prime\s*)+\}|\^\s*\\prime", "'"),
 ))
 _ARITY = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1}
 
@@ -237,7 +247,7 @@ def _texts(text: str) -> str:
         inner = _texts(text[match.end():end])
         before = text[place:match.start()]
         pieces.append(before + " " if re.search(r"\\[A-Za-z]+$", before) else before)
-        after_number = not re.match(r"\\(?:math(?!rm)|b)", match[0]) and re.search(
+        after_number = not re.match(r"\\(?:math(?!rm)|b|operatorname)", match[0]) and re.search(
             r"[\d})](?:\\[,;:! ]|~|\s)*$", text[:match.start()]) is not None
         pieces.append(_one_text(inner, after_number=after_number))
         place = end + 1
@@ -247,16 +257,30 @@ def _texts(text: str) -> str:
 def _one_text(inner: str, *, after_number: bool) -> str:
     """A word stays in its \\text, as does a letter behind a number, which is a unit."""
     word = inner.strip()
-    if word in FUNCTIONS:
+    if word in FUNCTIONS and not (after_number and word in ("min", "sec")):
         return f"\\{word} "
     if word == "infinity":
         return "\\infty "
     number = re.match(r"[\d.,]*\d\s*(?=[A-Za-z])", word)
     if number:
-        return f"{number[0]}\\text{{{word[number.end():]}}}"
+        return number[0] + _after_number(word[number.end():])
     if after_number and re.search(r"[A-Za-z]", word):
-        return f"\\text{{{inner}}}"
+        return _after_number(inner)
+    if re.fullmatch(r"[A-Z](?:\s*,\s*[A-Z])+", word):
+        return inner
     if re.search(r"[A-Za-z]", word) is None or re.search(r"[\\+=_^]", word) or (
             re.fullmatch(r"\(?[A-Za-z]\)?", word)):
         return inner if re.fullmatch(r"[^\\]?", word) else f"{{{inner}}}" if "(" not in word else inner
     return f"\\text{{{inner}}}"
+
+
+def _after_number(said: str) -> str:
+    """The words behind a number: x is a variable, a million is a power of ten, and a second number is no word."""
+    word = said.strip()
+    scale = _SCALE.match(word)
+    if scale:
+        return _power_of_ten(scale) + _after_number(word[scale.end():])
+    if word in _VARIABLES or word == "pi":
+        return f"{word} "
+    pieces = re.split(r"(\b(?:and|or)\b(?=\s+-?\d|\s*$)|(?<![\w^./{(*:-])-?\d[\d.,]*(?<![.,]))", said)
+    return "".join(piece if not piece.strip() or piece[-1].isdigit() else f"\\text{{{piece}}}" for piece in pieces)

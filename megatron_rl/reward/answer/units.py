@@ -12,11 +12,12 @@ from megatron_rl.reward.answer.latex import closing_brace
 __all__ = ["ratio", "same_unit", "split_unit"]
 
 _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
-    (r"\\text(?=\{)", " "), (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
+    (r"\^\s*\{([^{}]*)\}", r"^(\1)"), (r"\\text\{([^{}]*)\}", r" \1"),
     (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"), (r"\\cdot ?", "*"),
     (r"\^\\circ\s*\{?\s*([CF])\b\}?", r" deg\1"), (r"\^\\circ", " degree"), (r"\\mu\s*", "micro_"),
     (r"\\Omega\s*", "ohm"), (r"\\AA\s*", "angstrom"), (r"%", " percent"), (r"\\\$", " dollar"),
     (r"\bdegrees?\s+(?:C|Celsius)\b", "degC"), (r"\bdegrees?\s+(?:F|Fahrenheit)\b", "degF"), (r"[{}]", ""),
+    (r"\blight[- ]years?\b", "light_year"),
     (r"\b(?:square|sq\.?)\s+([A-Za-z]+)", r"\1^2"), (r"\bcubic\s+([A-Za-z]+)", r"\1^3"),
     (r"\bper\b", "/"), (r"micro_\s*", "micro"),
 ))
@@ -24,6 +25,11 @@ _COMMON = frozenset("km cm mm nm kg mg ml mL kJ MJ eV Pa kPa Hz kHz min hr hrs f
                     "lb lbs oz cc dm".split())
 _START = re.compile(r"\\text\{|\^\\circ|\\[A-Za-z]+|\\.|[A-Za-z]+|[()\[\]{}%]")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # the degrees are its argument's
+_NOUNS = re.compile(r"""(?:[^\W\d_]|[\s'".,/*()$&_-]|\^\(?[+-]?[1-9]\)?|(?<=[a-z])[23](?!\w))*""")
+_CHANGES = re.compile(
+    r"^\W*(?:and|to|is|as|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b|"
+    r"\b(?:or|not|if|unless|except|otherwise|maybe|perhaps|possibly|wrong|incorrect|unknown|plus|minus|negative|squared|"
+    r"cubed|factorial|choose|mod|modulo|remainder|below|divided|multiplied|than|least|most|out of)\b", re.IGNORECASE)
 _WORDS = re.compile(r"(?:[A-Za-z]{3,})(?:\s+[A-Za-z]{2,})*$")
 
 
@@ -31,8 +37,14 @@ def split_unit(text: str, *, letters: bool) -> tuple[str, str] | None:
     """(number, unit) of an undressed text; None if no unit is written.
 
     A unit stands in \\text{...}, or is a degree, a percent sign, a currency, or a known abbreviation or word after a
-    space. letters: any letters may be one, as in 9.8m/s^2.
+    space. letters: any letters may be one, as in 9.8m/s^2. Arithmetic behind the unit, a second number, and words that
+    change the number are no unit: 5 cm + 3 cm, 5 or 6, 5 squared.
     """
+    parted = _parted(text, letters)
+    return parted if parted and _may_be_unit(parted[1]) else None
+
+
+def _parted(text: str, letters: bool) -> tuple[str, str] | None:
     if text.startswith("\\$"):
         return text[2:].strip(), "dollar"
     if text.startswith(("\\text{euro}", "\\text{pound}")):
@@ -47,11 +59,25 @@ def split_unit(text: str, *, letters: bool) -> tuple[str, str] | None:
             continue
         if token in ("%", "^\\circ") and not _FUNCTION.search(text):
             rest = text[match.end():].strip()
-            if not rest or (token != "%" and re.fullmatch(r"\{?(?:\\text\{)?\s*[CF]\s*\}*", rest)):
+            if not rest or re.fullmatch(r"\\text\{[^{}]*\}", rest) or (
+                    token != "%" and re.fullmatch(r"\{?(?:\\text\{)?\s*[CF]\s*\}*", rest)):
                 return text[:match.start()].strip(), text[match.start():]
-        elif (letters and _may_begin(text, match)) or _is_word(text, match):
+        elif (letters and _may_begin(text, match)) or _is_word(text, match) or (
+                token in ("\\frac", "\\mu") and is_unit(text[match.start():])
+                and (token == "\\mu" or "\\text{" in text[match.end():])):
             return re.sub(r"\\cdot\s*$", "", text[:match.start()]).strip(), text[match.start():]
     return None
+
+
+def _may_be_unit(text: str) -> bool:
+    said = _rewritten(text)
+    if _NOUNS.fullmatch(said) is None or said == "k" or re.match(r"\\text\{\s*[A-Za-z]+\s*\}\s*\(", text):
+        return False  # arithmetic, 5 k, or a function of something
+    if _unit(text) is not None:
+        return True
+    if text.startswith("\\text{") and re.search("[A-Za-z]", re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", "", text)):
+        return False  # a variable
+    return _CHANGES.search(said) is None
 
 
 def _is_word(text: str, match: re.Match[str]) -> bool:
@@ -72,9 +98,7 @@ def _may_begin(text: str, match: re.Match[str]) -> bool:
 def _unit(text: str) -> Any | None:
     """The pint unit that a text means; None if it means none."""
     pint = importlib.import_module("pint")
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = " ".join(text.split()).strip("* ")
+    text = _rewritten(text)
     if not re.fullmatch(r"[A-Za-z0-9\s*/^()+._-]{1,80}", text) or re.match(r"[\d+^.-]", text):
         return None
     try:
@@ -82,6 +106,12 @@ def _unit(text: str) -> Any | None:
     except (pint.PintError, ValueError, TypeError, AttributeError, SyntaxError, AssertionError, KeyError,
             ZeroDivisionError, OverflowError, RecursionError, IndexError):
         return None  # letters that are no unit: a formula, or words
+
+
+def _rewritten(text: str) -> str:
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return " ".join(text.split()).strip("* ")
 
 
 def is_unit(text: str) -> bool:

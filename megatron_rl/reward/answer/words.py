@@ -22,8 +22,9 @@ _SHELLS = re.compile(r"(?:\[[A-Z][a-z]?\])?(?:\d[spdf]\^?\d{1,2})+")
 _ARROW = re.compile(r"\\(?:to|rightleftharpoons|leftrightarrow|longleftrightarrow)(?![A-Za-z])\s*")
 _DATE = re.compile(r"[A-Za-z]{3,}\.?(?: [A-Za-z0-9]+,?)+")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
-_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*(\d{1,2}|two|three|eight|sixteen)")
-_BASES = {"two": 2, "three": 3, "eight": 8, "sixteen": 16}
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+          "eleven": 11, "twelve": 12, "sixteen": 16}
+_BASED = re.compile(rf"\(?([0-9A-Za-z]+)\)?\s*(?:_\s*(?:base )?|\(?(?:in )?base[ -])(\d{{1,2}}|{'|'.join(_BASES)})\)?")
 _INTRODUCTION = re.compile(
     r"^(?:so |therefore,? |thus,? |hence,? )?(?:the |my )?(?:final |correct |right )?(?:answer|option|choice)"
     r"(?: is|:)?:?\s*(?:option |choice )?", re.IGNORECASE)
@@ -160,7 +161,7 @@ def _of_24(time: tuple[int, int, int, str]) -> tuple[int, int, int]:
 
 
 def based(text: str) -> tuple[str, int] | None:
-    """(digits, base) of a number with its base as a subscript, such as 1011_2; None for anything else."""
+    """(digits, base) of a number with its base, such as 1011_2 or "1011 (base 2)"; None for anything else."""
     match = _BASED.fullmatch(plain(text))
     if match is None:
         return None
