@@ -44,12 +44,12 @@ _TEXT = r"\\(?:text|textrm|textbf|textit|textsf|texttt|textup|textnormal|emph|ma
         r"boldsymbol|pmb|bm|bf|rm|mbox|hbox|" \
         r"operatorname|unit|ce|pu)\*?\s*\{"
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf"({'|'.join(_ZEROS)})s?(?![A-Za-z])")
+_SCALE = re.compile(rf"((?i:{'|'.join(_ZEROS)}))s?(?![A-Za-z])")
 _VARIABLES = frozenset("abcefijnopqrvwxyz")  # no unit has these letters alone
 
 
 def _power_of_ten(scale: re.Match[str]) -> str:
-    return f"\\cdot 10^{{{_ZEROS[scale[1]]}}}"
+    return f"\\cdot 10^{{{_ZEROS[scale[1].lower()]}}}"
 
 
 def _over(name: str) -> Callable[[re.Match[str]], str]:

@@ -27,7 +27,8 @@ _START = re.compile(r"\\text\{|\^\\circ|\\[A-Za-z]+|\\.|[A-Za-z]+|[()\[\]{}%]")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # the degrees are its argument's
 _NOUNS = re.compile(r"""(?:[^\W\d_]|[\s'".,/*()$&_-]|\^\(?[+-]?[1-9]\)?|(?<=[a-z])[23](?!\w))*""")
 _CHANGES = re.compile(
-    r"^\W*(?:and|to|is|as|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b|"
+    r"^\W*(?:and|to|is|as|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
+    r"half|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth|billionth)s?)\b|"
     r"\b(?:or|not|if|unless|except|otherwise|maybe|perhaps|possibly|wrong|incorrect|unknown|plus|minus|negative|squared|"
     r"cubed|factorial|choose|mod|modulo|remainder|below|divided|multiplied|than|least|most|out of)\b", re.IGNORECASE)
 _WORDS = re.compile(r"(?:[A-Za-z]{3,})(?:\s+[A-Za-z]{2,})*$")
