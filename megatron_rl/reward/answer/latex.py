@@ -88,7 +88,8 @@ _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
     (rf"(?<=\d) {_SCALE.pattern}", _power_of_ten),
     (r"\^\s*\{\s*(\\text\{\s*(?:st|nd|rd|th)\s*\})\s*\}|\^\s*(\\text\{\s*(?:st|nd|rd|th)\s*\})", r"\1\2"),
     (r"\^\s*\{\s*\\circ\s*\}|(?<=\d)\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),
-    (r"\^\s*\{\s*(\\prime\s*)+\}|\^\s*\\prime", "'"),
+    (r"\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime", lambda match: "'" * match[0].count("prime")),
+    (r"\\overline\s*\{\s*([A-Za-z])\s*\}", r"\\bar{\1}"),
 ))
 _ARITY = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1}
 

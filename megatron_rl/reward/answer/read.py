@@ -24,6 +24,9 @@ _AND_OR = re.compile(
     r"\\text\{\s*(?:and|or|to)\s*\}|(?<=\s)to(?=\s+\d)|(?<=\s)(?:and|or)(?=\s)|\\(?:lor|vee|cup|land|wedge)(?![A-Za-z])")
 _JOIN = re.compile(f"[,;]|{_AND_OR.pattern}")
 _INTRODUCED = re.compile(r"^(?:=|\\(?:approx|simeq|sim|therefore)(?![A-Za-z]))\s*(?=\S)")
+_ANY_WHOLE = re.compile(
+    r"[\s,;(]*(?:\\text\{\s*(?:for|where|with)(?: (?:any|all|some|every))?(?: integers?)?\s*\}\s*)?"
+    r"(?<![A-Za-z\\])([a-z])\s*(?:\\in\s*\\mathbb\s*\{?Z\}?|\\text\{\s*is an integer\s*\})\s*\)?$")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|[=<>]")
 _NAME = re.compile(r"(?:[A-Za-z]|\\(?!pi(?![A-Za-z])|infty|frac|sqrt|cdot|int|sum|text\{\s*\})[A-Za-z]+)"
                    r"[A-Za-z0-9_{}\\' ]*(?:\^\{?-1\}?)?(?:\([A-Za-z0-9,\\ ]*\))?|\([A-Za-z]\s*(?:,\s*[A-Za-z]\s*)+\)")
@@ -92,7 +95,7 @@ def read(text: str, rules: Rules) -> list[Answer]:
 
     Unreadable if it is nothing.
     """
-    text = _exact_side(_INTRODUCED.sub("", undress(text)), rules)
+    text = _exact_side(_without_domain(_INTRODUCED.sub("", undress(text))), rules)
     if rules.tolerance is not None:
         text = re.sub(r"(?<=\d)e(?=-?\d)", "E", text)  # 5e-6 m is no 5 e - 6 m
     whole = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
@@ -100,6 +103,12 @@ def read(text: str, rules: Rules) -> list[Answer]:
         whole = text  # (1,234) is a pair
     readings = _read(whole, rules)
     return readings if whole == text else [*readings, *_read(text, rules)]
+
+
+def _without_domain(text: str) -> str:
+    """2k\\pi of 2k\\pi, k\\in\\mathbb{Z}: solutions are often written with it and often without."""
+    match = _ANY_WHOLE.search(text)
+    return text[:match.start()] if match and match[1] in text[:match.start()] else text
 
 
 def _exact_side(text: str, rules: Rules) -> str:

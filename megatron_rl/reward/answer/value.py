@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -112,7 +113,8 @@ def _value(node: Node, at: Mapping[str, Number], mpmath: Any) -> Number:
             raise Unreadable(f"{node.args[0]} has no value")
         return at[node.args[0]]
     if node.op == "call":  # a function of no known name: any fixed one, a different one for each name
-        return mpmath.sin(_real(_value(node.args[1], at, mpmath), mpmath) * (3 + ord(node.args[0][0]) % 29)) + 2
+        own = 3 + zlib.crc32(node.args[0].encode()) % 9973
+        return mpmath.sin(_real(_value(node.args[1], at, mpmath), mpmath) * own + 1) + 2
     parts = [_value(part, at, mpmath) for part in node.args]
     if node.op in _ARITHMETIC:
         return _ARITHMETIC[node.op](*parts)
