@@ -141,7 +141,10 @@ def serve_engines(config: Config, tell: Callable[[str], None]) -> None:
 
 
 def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
-    """Writes <run.dir>/torchrun.sh, which nobody else may read: it holds the keys of the run and of its engines."""
+    """Writes <run.dir>/torchrun.sh, which nobody else may read: it holds the keys of the run and of its engines.
+
+    It appears whole: who waits for the file may run it at once.
+    """
     environment = rank_environment()
     names = [*CARRIED, RUN_KEY, config.rollout.engine.api_key_env, lease.START_NUMBER]
     exports = [f"export {name}={shlex.quote(environment[name])}" for name in names if name in environment]
@@ -150,13 +153,15 @@ def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
         f"--nproc-per-node={config.parallel.world_size // nodes}", f"--master-addr={host}",
         f"--master-port={port}", "-m", "megatron_rl.train", "rl", str(Path(config.run.dir).absolute() / "launch.json")])
     path = Path(config.run.dir).absolute() / SCRIPT
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    partial = path.with_name(SCRIPT + ".partial")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write("\n".join([
             "#!/bin/bash", f"# This machine's ranks: bash {path} NUMBER, from 0 to {nodes - 1}; 0 on {host}.",
             "# It holds the keys of one start of the run: the next start writes it anew.", "set -e",
             f"cd {shlex.quote(str(Path.cwd()))}", *exports,
             "exec " + ranks.replace("--node-rank=NUMBER", '--node-rank="${1:?the number of this machine}"'), ""]))
+    os.replace(partial, path)
     return path
 
 
