@@ -118,7 +118,8 @@ class Checkpoints:
             raise FileNotFoundError(errno.ENOENT, "run.dir was removed", str(self.folder.parent))
         lease.check(self._run.dir)
         files.clean(self.folder)
-        partial.mkdir(parents=True)
+        self.folder.mkdir(exist_ok=True)
+        partial.mkdir()  # without parents: a run.dir that is removed meanwhile stays removed
 
     def _manifest(self, step: int) -> dict[str, Any]:
         gather = self._topology.gather_objects
