@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from multiprocessing import connection
 
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
@@ -27,14 +29,23 @@ def main(argv: Sequence[str]) -> None:
         import_recipes()
     started = torch.multiprocessing.start_processes(
         _run_rank, args=(module, arguments), nprocs=int(ranks), join=False, start_method="fork")
+    killed: list[int] = []  # before the others were ended
     try:
-        while not started.join():
-            pass
-    except ProcessRaisedException as failed:
-        sys.exit(f"rank {failed.error_index} (pid {failed.error_pid}) failed; the other ranks were ended with it")
-    except ProcessExitedException as ended:
-        sys.exit(f"rank {ended.error_index} (pid {ended.error_pid}) ended with exitcode: {ended.exit_code} ; "
-                 "the other ranks were ended with it")
+        while started.sentinels:
+            connection.wait(started.sentinels)
+            killed = [rank for rank, process in enumerate(started.processes) if process.exitcode == -signal.SIGKILL]
+            started.join()
+    except (ProcessRaisedException, ProcessExitedException) as failed:
+        if killed:  # a rank that lost it may have ended as well, and is what torch names then
+            failed = ProcessExitedException("", killed[0], started.processes[killed[0]].pid, -signal.SIGKILL)
+        sys.exit(told(failed))
+
+
+def told(failed: ProcessRaisedException | ProcessExitedException) -> str:
+    if isinstance(failed, ProcessRaisedException):
+        return f"rank {failed.error_index} (pid {failed.error_pid}) failed; the other ranks were ended with it"
+    return (f"rank {failed.error_index} (pid {failed.error_pid}) ended with exitcode: {failed.exit_code} ; "
+            "the other ranks were ended with it")
 
 
 def _run_rank(rank: int, module: str, arguments: Sequence[str]) -> None:

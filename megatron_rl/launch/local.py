@@ -301,16 +301,17 @@ def how_to_resume(run_dir: Path) -> str:
 def last_words(log_path: Path, begin: int) -> str:
     """Why the ranks ended, from what they wrote after byte `begin`.
 
-    The first traceback of a rank (later ones follow from it), or that a rank was killed, or the last lines.
+    That a rank was killed (others may have had time to say that they lost it), or the first traceback of a rank (later
+    ones follow from it), or the last lines.
     """
     lines = [RANK_PREFIX.sub("", line) for line in log_path.read_bytes()[begin:].decode(errors="replace").splitlines()]
+    if any(KILLED.search(line) for line in lines):
+        return ("a rank was killed (SIGKILL), most likely because memory ran out: lower batch.tokens_per_microbatch, "
+                "set model.recompute=full, or use a smaller model")
     for start, line in enumerate(lines):
         if line.startswith("Traceback (most recent call last)"):
             body = lines[start + 1:]
             end = next((i for i, text in enumerate(body) if text and not text.startswith((" ", "\t"))), len(body) - 1)
             if not body[end].startswith("torch.distributed.elastic"):  # torchrun's own, about its ranks
                 return "\n".join([*body[max(0, end - LOG_LINES_SHOWN):end], *body[end:end + LOG_LINES_SHOWN]])
-    if any(KILLED.search(line) for line in lines):
-        return ("a rank was killed (SIGKILL), most likely because memory ran out: lower batch.tokens_per_microbatch, "
-                "set model.recompute=full, or use a smaller model")
     return "\n".join(lines[-LOG_LINES_SHOWN:])

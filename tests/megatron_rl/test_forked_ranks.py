@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
+from megatron_rl import forked_ranks
 from megatron_rl.config.load import load
 from megatron_rl.launch.local import last_words, rank_environment, ranks_command
 from megatron_rl.rollout.ports import choose_port
@@ -28,6 +31,22 @@ def test_a_rank_that_fails_ends_the_others_and_its_traceback_is_what_a_user_sees
     assert "ValueError: made up" in last_words(log, 0)
     assert re.search(r"rank 1 \(pid \d+\) failed; the other ranks were ended with it", text)
     assert not [one for one in psutil.process_iter(["cmdline"]) if spoken in (one.info["cmdline"] or ())]
+
+
+def test_a_killed_rank_is_named_though_another_one_that_lost_it_has_ended_too(monkeypatch):
+    """torch names the first in its list of those that have ended when it looks."""
+    def join():
+        raise ProcessRaisedException("", 0, 10)
+
+    started = SimpleNamespace(sentinels=[1, 2], join=join, processes=[
+        SimpleNamespace(exitcode=1, pid=10), SimpleNamespace(exitcode=-9, pid=11)])
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *_, **__: started)
+    monkeypatch.setattr(forked_ranks, "connection", SimpleNamespace(wait=lambda sentinels: sentinels))
+    monkeypatch.setattr(forked_ranks, "import_recipes", lambda: None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is undone
+    with pytest.raises(SystemExit, match=r"rank 1 \(pid 11\) ended with exitcode: -9 ;"):
+        forked_ranks.main(["2", "1", "module"])
 
 
 @pytest.mark.parametrize(("gpus", "module"), [(True, "megatron_rl.compat.loopback_store"),

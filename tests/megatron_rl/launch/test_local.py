@@ -29,6 +29,14 @@ def test_a_rank_killed_for_memory_is_said_in_words(tmp_path):
     assert "batch.tokens_per_microbatch" in local.last_words(log, 0)
 
 
+def test_a_rank_killed_for_memory_is_said_though_another_rank_had_time_to_say_that_it_lost_it(tmp_path):
+    log = tmp_path / "trainer.log"
+    log.write_text("Traceback (most recent call last):\n  File \"loop.py\", line 3\n"
+                   "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29344\n"
+                   "rank 1 (pid 24884) ended with exitcode: -9 ; the other ranks were ended with it\n")
+    assert "batch.tokens_per_microbatch" in local.last_words(log, 0)
+
+
 def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
     log = tmp_path / "trainer.log"
     log.write_text("".join(f"line {i}\n" for i in range(100)))
