@@ -16,7 +16,7 @@ import pytest
 
 from megatron_rl.config.load import load, to_dict
 from megatron_rl.launch.slurm import job_folder, job_script
-from megatron_rl.observe.files import write_json
+from megatron_rl.observe.files import write_json, write_whole
 from megatron_rl.recipes.quickstart import make_random_model
 from megatron_rl.trainer.client import CUT_OFF
 from tests.engine.test_runs import SMALL, rows, weights_digest
@@ -121,6 +121,11 @@ def job_log(lab: Lab, run: str, job: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def allow(folder: Path, steps: int) -> None:
+    """How far a run with HELD_RUN=folder may go (tests/rewards.py: held_brevity). It reads the file all the time."""
+    write_whole(folder / "allowed", str(steps))
+
+
 def wait_for_end(lab: Lab, run: str, job: str, words: str = "done\n") -> str:
     def over() -> bool:
         state = lab.run("n3", "squeue", "-h", "-j", job, "-t", "all", "-o", "%T")
@@ -168,11 +173,12 @@ def test_a_slurm_job_over_two_hosts_with_an_engine_on_the_third_and_none_on_a_fo
 
 def test_nodes_that_do_not_share_the_folder_are_named(cluster):
     folder = "/tmp/run"  # each host's own
+    cluster.wait_for_idle("n3")  # the job gets n1, where its log is looked for
     said = cluster.run("n1", sys.executable, "-m", "megatron_rl.cli", "slurm", *short(cluster, "job"),
                        f"run.dir={folder}", "slurm.nodes=2")
     job = re.search(r"job (\d+);", said).group(1)
     wait_until(lambda: cluster.run("n1", "bash", "-c", f"cat {folder}/slurm/job-{job}.log || true").count("\n") > 1,
-               "the job's words", 60)
+               "the job's words")
     said = cluster.run("n1", "cat", f"{folder}/slurm/job-{job}.log")
     assert f"n2 does not see {folder}/slurm/launch.json: run.dir" in said and "n1 does not" not in said
 
@@ -181,7 +187,7 @@ def test_a_start_that_slurm_has_lost_ends_when_the_job_starts_again_elsewhere(cl
     """n1 loses the controller and keeps the file system: its ranks, engine and orchestrator would go on."""
     folder = cluster.shared / "lost"
     folder.mkdir()
-    (folder / "allowed").write_text("1")
+    allow(folder, 1)
     job = submit(cluster, "lost", *HELD, HELD_RUN=str(folder))
     wait_until(lambda: len(rows(folder)) == 1, "the first step", 300)
     assert "trainers on n1," in job_log(cluster, "lost", job)
@@ -194,7 +200,7 @@ def test_a_start_that_slurm_has_lost_ends_when_the_job_starts_again_elsewhere(cl
         told = time.monotonic()
         wait_until(lambda: not cluster.processes_of("n1", str(folder)), "the first start to end")
         print(f"nothing of the older start was left {time.monotonic() - told:.0f} s after the newer one began")
-        (folder / "allowed").write_text("9")
+        allow(folder, 9)
         said = wait_for_end(cluster, "lost", job)
     finally:
         cluster.heal("n1")
@@ -210,7 +216,7 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
     key = {"HELD_RUN": f"{lab.shared}/hand", "MEGATRON_RL_ENGINE_KEY": "of the lab"}
     rl = [sys.executable, "-m", "megatron_rl.cli"]
     (lab.shared / "hand").mkdir()
-    (lab.shared / "hand" / "allowed").write_text("2")
+    allow(lab.shared / "hand", 2)
     lab.start("n3", *rl, "engine", *overrides, "rollout.engine.host=n3", "rollout.engine.port=20500",
               log=lab.shared / "engine.said", environment=key)
     wait_until(lambda: "http://n3:20500" in read(lab.shared / "engine.said"), "the engine", 200)
@@ -238,7 +244,7 @@ def test_torchrun_by_hand_over_two_hosts_and_one_is_cut_off(lab):
     assert re.search(r"rank 1 \(pid \d+ on n2\) of the trainer hangs", read(lab.shared / "launcher.said"))
     assert "was ended on n1" in read(lab.shared / "n1.said") and "was ended on n1" in read(lab.shared / "n2.said")
     lab.heal("n2")
-    (lab.shared / "hand" / "allowed").write_text("9")
+    allow(lab.shared / "hand", 9)
     for process in start("resume=true"):
         assert process.wait(300) == 0, read(lab.shared / "launcher.said")
     assert [row["step"] for row in rows(lab.shared / "hand")] == [1, 2, 3, 4]
