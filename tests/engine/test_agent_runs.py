@@ -148,7 +148,9 @@ def test_killed_while_sessions_are_open_a_run_ends_as_if_nothing_had_happened(se
         process = subprocess.Popen(command(*same, f"rollout.engine.urls=[{proxy.url}]"), cwd=ROOT,
                                    env=rank_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
         wait_for_rows(run_dir, 1, process)
-        while not with_words(str(AGENT), psutil.Process(process.pid).children(recursive=True)):
+        while not (saved_steps(run_dir / "checkpoints")  # what is saved after the row; then the agents of step 2
+                   and with_words(str(AGENT), psutil.Process(process.pid).children(recursive=True))):
+            assert process.poll() is None, f"the run ended early:\n{process.stderr.read()}"
             time.sleep(0.05)
         kill_launcher(process)  # which looks for agents that outlive it, too
     assert saved_steps(run_dir / "checkpoints") == [1]

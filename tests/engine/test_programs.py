@@ -90,8 +90,8 @@ def with_process(engine: StubEngine, name: str, run_dir: Path, act: Callable[[ps
     def work() -> None:
         while not reached():
             time.sleep(0.05)
-        act(next(process for process in psutil.process_iter(["name", "cmdline"])
-                 if process.info["name"] == name and str(run_dir / "launch.json") in process.info["cmdline"]))
+        act(next(process for process in psutil.process_iter(["name", "cmdline"]) if process.info["name"] == name
+                 and str(run_dir / "launch.json") in (process.info["cmdline"] or ())))  # a zombie has no command
         acted.set()
 
     engine.spoil = hold
