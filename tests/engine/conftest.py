@@ -91,10 +91,14 @@ class LiveEngine:
         self.config = json.loads((folder / "config.json").read_text())
         self.client = client_of(process.base_url, timeout_s=300.0)
         self._draw = draw
-        self.weights = draw(self.config)
+        self.weights = self.first_weights()
         self.version = 0
         self.expected = ExpectedChecksums(self.config, engine_dtype=dtype, layout=EngineLayout(device))
         self._seeds = itertools.count(1)
+
+    def first_weights(self) -> dict[str, torch.Tensor]:
+        """Those that the server started with."""
+        return self._draw(self.config)
 
     def new_weights(self) -> dict[str, torch.Tensor]:
         return self._draw(self.config, seed=next(self._seeds))
