@@ -11,6 +11,7 @@ writes in the run's folder:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -19,9 +20,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_rl.config.load import from_json
 from megatron_rl.rollout.die_with_parent import die_with_parent
@@ -105,6 +108,30 @@ def rank(killer: Killer) -> Callable[..., None]:
     return main.run
 
 
+def keep_finish_back(run_dir: Path, numbers: Sequence[int]) -> None:
+    """Ranks tell that they have finished only when the orchestrator has been killed as these kills say. Ranks that have
+    told it end, and then nobody starts the orchestrator again: a quick export would be over before the kill."""
+    from megatron_rl.trainer import main
+
+    finish = main.Trainer._finish
+
+    def kept_back(trainer, **arguments):
+        commands = int((run_dir / "pids-orchestrator-0.txt").read_text().split()[-1])
+        due = not all((run_dir / f"killed-{number}.json").exists() for number in numbers)
+        outcome = finish(trainer, **arguments)
+        while due and lives(commands):
+            time.sleep(0.01)
+        return outcome
+
+    main.Trainer._finish = kept_back
+
+
+def lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def orchestrator(killer: Killer) -> Callable[..., None]:
     from megatron_rl.orchestrator import main
     from megatron_rl.orchestrator.evaluation import Evaluator
@@ -139,6 +166,8 @@ def main(program: str, config_path: str) -> None:
     note_pid(run_dir, program, mine)
     killer = Killer(kills[number] if left else None, number, mine, run_dir)
     run = {"rank": rank, "orchestrator": orchestrator}[program](killer)
+    if program == "rank":
+        keep_finish_back(run_dir, [number for number, kill in enumerate(kills) if kill.phase == "finishing"])
     run(config)
     if not kills and mine == 0:
         (run_dir / f"phases-{program}.json").write_text(json.dumps(killer.seconds))
