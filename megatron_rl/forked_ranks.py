@@ -36,16 +36,13 @@ def main(argv: Sequence[str]) -> None:
             killed = [rank for rank, process in enumerate(started.processes) if process.exitcode == -signal.SIGKILL]
             started.join()
     except (ProcessRaisedException, ProcessExitedException) as failed:
+        rank, how = failed.error_index, "failed"
         if killed:  # a rank that lost it may have ended as well, and is what torch names then
-            failed = ProcessExitedException("", killed[0], started.processes[killed[0]].pid, -signal.SIGKILL)
-        sys.exit(told(failed))
-
-
-def told(failed: ProcessRaisedException | ProcessExitedException) -> str:
-    if isinstance(failed, ProcessRaisedException):
-        return f"rank {failed.error_index} (pid {failed.error_pid}) failed; the other ranks were ended with it"
-    return (f"rank {failed.error_index} (pid {failed.error_pid}) ended with exitcode: {failed.exit_code} ; "
-            "the other ranks were ended with it")
+            rank = killed[0]
+        process = started.processes[rank]
+        if killed or isinstance(failed, ProcessExitedException):
+            how = f"ended with exitcode: {process.exitcode} "
+        sys.exit(f"rank {rank} (pid {process.pid}) {how}; the other ranks were ended with it")
 
 
 def _run_rank(rank: int, module: str, arguments: Sequence[str]) -> None:
