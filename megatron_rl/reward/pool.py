@@ -16,10 +16,13 @@ the run still finishes the step that it is in.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import os
 import resource
 import signal
 import sys
@@ -307,8 +310,24 @@ def _initialise_worker(warm_ups: tuple[Callable[[], None], ...]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    _end_with_owner()
     for warm_up in warm_ups:
         warm_up()
+
+
+def _end_with_owner() -> None:
+    """The kernel ends this worker, whatever it computes, when the process that made the pool has been killed.
+
+    The worker's parent is the fork server, which outlives its maker for as long as a worker lives. The sentinel is a
+    pipe, whose other end the maker alone holds; SIGIO tells that it was closed.
+    """
+    sentinel = multiprocessing.parent_process().sentinel
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGIO])
+    fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if multiprocessing.connection.wait([sentinel], 0):  # it was closed before
+        os.kill(os.getpid(), signal.SIGIO)
 
 
 def _ready() -> None:

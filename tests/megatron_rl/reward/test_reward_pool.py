@@ -272,20 +272,32 @@ def test_close_ends_workers_and_cancels_what_is_awaited():
         pool.score_many([(prompt("x"), "\\boxed{1x}")])
 
 
-def test_nothing_is_left_when_the_trainer_is_killed(tmp_path):
+def test_nothing_is_left_when_the_trainer_is_killed_while_a_judge_is_lost_in_an_expression(tmp_path):
+    (tmp_path / "lost_rewards_of_test.py").write_text(textwrap.dedent("""
+        import pathlib
+        def score(prompt, response_text):
+            pathlib.Path("judging").touch()
+            return 3 ** 10 ** 10
+    """))
     script = tmp_path / "trainer.py"
     script.write_text(textwrap.dedent("""
-        import os, signal
+        import os, pathlib, signal, threading, time
         from megatron_rl.config.schema import RewardConfig
         from megatron_rl.reward import RewardPool
+        from megatron_rl.types import Prompt
         if __name__ == "__main__":
-            pool = RewardPool(RewardConfig())
-            pool.warm_up()
+            pool = RewardPool(RewardConfig(routes={"user": "lost_rewards_of_test.score"}, timeout_s=250.0))
+            items = [(Prompt("p", (), "", "", "user"), "text")]
+            threading.Thread(target=pool.score_many, args=[items], daemon=True).start()
+            while not pathlib.Path("judging").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
     """))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    marker = {"REWARD_POOL_OF_TEST": str(os.getpid())}
-    subprocess.run([sys.executable, str(script)], env={**env, **marker}, stderr=subprocess.DEVNULL, check=False)
+    paths = [str(tmp_path), *(path or os.getcwd() for path in sys.path)]
+    env, marker = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, {"REWARD_POOL_OF_TEST": str(os.getpid())}
+    subprocess.run([sys.executable, str(script)], env={**env, **marker}, stderr=subprocess.DEVNULL, check=False,
+                   cwd=tmp_path)
+    assert (tmp_path / "judging").exists()
     wait_until(lambda: not processes_with(marker))
 
 
