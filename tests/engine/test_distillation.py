@@ -96,11 +96,14 @@ def test_a_self_teacher_on_a_server_gives_the_mismatch_of_engine_and_trainer(mod
     assert 0 < row["train/distill_kl"] < 1e-8
 
 
-@pytest.mark.parametrize(("measured", "options"), [
-    ("distill_gap", []), ("distill_kl", ["algo.distillation.top_k=8"]),
-    ("distill_kl", ["algo.distillation.top_k=8", "algo.distillation.divergence=forward"])])
-def test_the_kl_to_the_teacher_falls(models, tmp_path, measured, options):
+@pytest.mark.parametrize("options", [
+    [], ["algo.distillation.top_k=8"], ["algo.distillation.top_k=8", "algo.distillation.divergence=forward"]])
+def test_the_kl_to_the_teacher_falls(models, tmp_path, options):
+    """distill_gap estimates the same KL, and a step's 1024 tokens leave it too uncertain to compare one with another: a
+    standard error of 0.009, where it falls from 0.04 to 0.02. Over all steps it is far from 0."""
     rows = run(models, tmp_path / "run", "run.steps=12", "optimizer.lr=2e-3", "optimizer.warmup_steps=0",
                f"algo.distillation.teachers={{other: {{checkpoint: {models['teacher']}}}}}", *options)
-    gaps = [row[f"train/{measured}"] for row in rows]
-    assert np.mean(gaps[-3:]) < 0.8 * np.mean(gaps[:3]), gaps
+    kls = [row["train/distill_kl"] for row in rows]
+    assert np.mean(kls[-3:]) < 0.8 * np.mean(kls[:3]), kls
+    if not options:
+        assert np.mean([row["train/distill_gap"] for row in rows]) > 0
