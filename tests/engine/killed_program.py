@@ -40,10 +40,10 @@ class Killer:
         self.step, self._inside, self._entries = 0, [], 0
         self.seconds: dict[str, list[float]] = {}
 
-    def entered(self, phase: str) -> float:
+    def entered(self, phase: str, step: int) -> float:
         self._inside.append(phase)
         kill = self._kill
-        if kill is not None and (phase, self.step, self._rank) == (kill.phase, kill.step, kill.rank):
+        if kill is not None and (phase, step, self._rank) == (kill.phase, kill.step, kill.rank):
             self._entries += 1
             if self._entries < kill.entry:
                 return time.perf_counter()
@@ -64,14 +64,20 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self, owner: type, method: str, phase: str,
-              step_of: Callable[[dict[str, Any]], int] | None = None) -> None:
-        """Calls of owner.method are `phase`. step_of: which step of the loop it is, from the arguments by name."""
+              step_of: Callable[[dict[str, Any]], int] | None = None, *, background: bool = False) -> None:
+        """Calls of owner.method are `phase`. step_of: which step of the loop it is, from the arguments by name.
+
+        background: in a thread of its own, while the loop may be in a later step.
+        """
         original = getattr(owner, method)
 
         def begin(arguments: tuple, options: dict) -> float:
+            step = self.step
             if step_of is not None:
-                self.step = step_of(inspect.signature(original).bind(*arguments, **options).arguments)
-            return self.entered(phase)
+                step = step_of(inspect.signature(original).bind(*arguments, **options).arguments)
+            if not background:
+                self.step = step
+            return self.entered(phase, step)
 
         @functools.wraps(original)
         def plain(*arguments, **options):
@@ -94,6 +100,7 @@ class Killer:
 
 def rank(killer: Killer) -> Callable[..., None]:
     from megatron_rl.model.checkpoint import Checkpoints
+    from megatron_rl.model.checkpoint_files import step_of
     from megatron_rl.train_step.step import TrainStep
     from megatron_rl.trainer import main
     from megatron_rl.trainer.client import Link
@@ -104,7 +111,8 @@ def rank(killer: Killer) -> Callable[..., None]:
     killer.watch(TrainStep, "backward", "forward_backward")
     killer.watch(TrainStep, "apply", "optimiser")
     killer.watch(main.Trainer, "_publish", "publish", lambda given: given["version"] - 1)
-    killer.watch(Checkpoints, "_write", "save")
+    killer.watch(Checkpoints, "_write", "save", lambda given: step_of(given["partial"].with_suffix("")) - 1,
+                 background=True)
     return main.run
 
 
