@@ -113,11 +113,12 @@ def run_ranks(recipe: str, config: Config) -> None:
         ranks = subprocess.Popen(command, env=rank_environment() | loopback_only(config) | temporary,
                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
-            follow(ranks, recipe, config)
-        except KeyboardInterrupt:
+            try:
+                follow(ranks, recipe, config)
+            finally:
+                code = stop_group(ranks)
+        except KeyboardInterrupt:  # what is said of the last checkpoint is said when no rank can save any more
             raise RunInterrupted(f"stopped; {how_to_resume(run_dir)}") from None
-        finally:
-            code = stop_group(ranks)
         check_still_there(run_dir)
         if code:
             words = last_words(log_path, begin)

@@ -90,18 +90,19 @@ def _run_stage(config: Config, programs: Programs) -> tuple[Ended, bool]:
             environment | {"CUDA_VISIBLE_DEVICES": ""}))
         ranks = started([*ranks_command(config), *programs.trainer, str(launch)], log_path, environment)
         try:
-            keeper.start()
-            follow(ranks, "rl", config, look=keeper.look)
-            if ranks.poll() == 0:
-                keeper.wait_for_end()
-        except KeyboardInterrupt:
+            try:
+                keeper.start()
+                follow(ranks, "rl", config, look=keeper.look)
+                if ranks.poll() == 0:
+                    keeper.wait_for_end()
+            finally:
+                code = stop_group(ranks)
+                keeper.stop()
+        except KeyboardInterrupt:  # what is said of the last checkpoint is said when no rank can save any more
             raise RunInterrupted(f"stopped; {how_to_resume(run_dir)}") from None
         except OrchestratorFailed as failed:
             check_still_there(run_dir)
             raise RunFailed(f"{failed}\n{how_to_go_on(run_dir, str(failed))}") from failed
-        finally:
-            code = stop_group(ranks)
-            keeper.stop()
     check_still_there(run_dir)
     ended = state.read_end(run_dir / state.FOLDER)
     if code or ended is None:
