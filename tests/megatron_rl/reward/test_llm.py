@@ -109,8 +109,8 @@ class Dripping(http.server.BaseHTTPRequestHandler):
 def test_a_judge_that_drips_is_given_up_in_time():
     """Without a limit for the whole answer it would be waited for for ever: it always drips in time."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=0.3, retries=0), "{}", {})
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=2.0, retries=0), "{}", {})
         server.shutdown()
     assert score.failed and "not whole within reward.judge.timeout_s" in score.detail
 
@@ -122,26 +122,28 @@ FAULTS = {"stalls": (503, 1000, b"x"), "is cut": (503, 1000, b""), "too deep": (
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_way_an_answer_fails_it_is_asked_for_again_and_counted(fault):
-    asked = []
+    asked, over = [], threading.Event()
 
     class Faulty(http.server.BaseHTTPRequestHandler):
         log_message = Dripping.log_message
 
         def do_POST(self):
             asked.append(1)
-            good = b'{"choices": [{"message": {"content": "{\\"score\\": 1}"}}]}'
-            code, length, body = FAULTS[fault] if len(asked) == 1 else (200, None, good)
+            is_first, good = len(asked) == 1, b'{"choices": [{"message": {"content": "{\\"score\\": 1}"}}]}'
+            code, length, body = FAULTS[fault] if is_first else (200, None, good)
             self.send_response(code)
             if length is not None:
                 self.send_header("Content-Length", str(length))
             self.end_headers()
             self.wfile.write(body)
             self.wfile.flush()
-            time.sleep(0.5 if (fault, len(asked)) == ("stalls", 1) else 0)
+            if fault == "stalls" and is_first:
+                over.wait(60.0)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=0.3, retries=1), "{}", {})
+        score = ask_judge(JudgeConfig(f"http://127.0.0.1:{server.server_port}", timeout_s=30.0, retries=1), "{}", {})
+        over.set()
         server.shutdown()
     assert (score.status, score.requests) == ("correct", 2)
 
