@@ -155,7 +155,7 @@ def test_an_agent_that_fails_fails_its_response_alone(agent, why, turns):
 
 
 class Server:
-    """An environment server: fetches sessions over HTTP and treats each as `serve` says, until none comes."""
+    """An environment server: fetches sessions over HTTP and treats each as `serve` says, until it is cancelled."""
 
     def __init__(self, url: str, serve):
         self._url, self._serve, self.tasks = url, serve, []
@@ -163,9 +163,9 @@ class Server:
     async def work(self) -> None:
         async with aiohttp.ClientSession(self._url, headers={"Authorization": f"Bearer {OWN_KEY}"}) as http:
             while True:
-                async with http.post("/sessions", json={"wait_s": 2}) as answer:
+                async with http.post("/sessions", json={"wait_s": 20}) as answer:
                     if answer.status == 204:
-                        return
+                        continue
                     session = await answer.json()
                 self.tasks.append(session["task"])
                 async with openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key=session["api_key"]) as client:
@@ -194,18 +194,21 @@ def served(monkeypatch, servers: int, serve, timeout_s: float = 40.0):
         async with world(says) as it:
             agents = Agents(it, AgentConfig(kind="http", port=choose_port(None), timeout_s=timeout_s))
             prompts = [PROMPT, replace(PROMPT, id="q", answer="another")]
-            tasks = []
             try:
                 responses = asyncio.create_task(agents.responder.groups(prompts, step=0))
                 while not agents.programs.gateway.is_open:
                     await asyncio.sleep(0.01)
                 works = [Server(agents.programs.gateway.url, serve) for _ in range(servers)]
-                await asyncio.gather(*(server.work() for server in works))
-                tasks = [task for server in works for task in server.tasks]
+                working = asyncio.gather(*(server.work() for server in works))
+                await asyncio.wait([responses, working], return_when=asyncio.FIRST_COMPLETED)
+                if working.done():
+                    working.result()  # raises what a server failed with
                 groups = await responses
+                working.cancel()
+                await asyncio.wait([working])
             finally:
                 await agents.programs.close()
-            return groups, tasks
+            return groups, [task for server in works for task in server.tasks]
 
     return run(story())
 
