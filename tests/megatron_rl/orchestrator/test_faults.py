@@ -32,7 +32,7 @@ from megatron_rl.orchestrator.serving import Serving, build_collector
 from megatron_rl.reward import RewardPool
 from megatron_rl.rollout import environment as environment_module
 from megatron_rl.types import Finish, Prompt, RolloutGroup, Score
-from tests.faults import ANSWERS, ENVIRONMENTS, HANGING_JUDGES, JUDGES, RESPONSES, full
+from tests.faults import ANSWERS, ENVIRONMENTS, HANGING_JUDGES, JUDGES, OVER, RESPONSES, full
 from tests.stub_engine import StubEngine
 from tests.tiny_models import write_tiny_bailing
 
@@ -196,8 +196,13 @@ def stops(response: tuple) -> bool:
 
 @pytest.mark.parametrize("fault", ENVIRONMENTS)
 def test_an_environment(fault, folder, engine, well):
-    limit = {"environment_timeout_s": 2.0} if fault.startswith("hangs") else {}
-    faulty = collected(configured(folder, engine, **limit), {"environment": fault})
+    hangs = fault.startswith("hangs")
+    limit = {"environment_timeout_s": 4.0} if hangs else {}  # which those that do not hang keep, too
+    OVER.clear()
+    try:
+        faulty = collected(configured(folder, engine, **limit), {"environment": fault}, steps=1 if hangs else STEPS)
+    finally:
+        OVER.set()
     equal_but_for_failures(faulty, well["sync"], status="environment_error", meets=stops)
 
 
