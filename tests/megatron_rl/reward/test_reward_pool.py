@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -72,11 +73,12 @@ def wait_until(holds):
 
 
 def test_exact_and_boxless_answers_start_no_worker():
+    others = worker_pids()
     with RewardPool(RewardConfig(routes={"math": "math_verify", "arithmetic": "exact"})) as pool:
         scores = pool.score_many([(prompt("7", "arithmetic"), " 7"), (prompt("7"), "seven"),
                                   (prompt("7"), "\\boxed{7}")])
         assert [score.status for score in scores] == ["correct", "no_answer", "correct"]
-        assert pool.jobs_sent == 0 and not worker_pids()
+        assert pool.jobs_sent == 0 and worker_pids() <= others
 
 
 def test_a_bomb_costs_its_own_slot_only(pool):
@@ -213,7 +215,8 @@ def test_workers_come_from_the_fork_server_and_not_from_this_process(pool):
 def test_a_pool_whose_idle_workers_are_killed_goes_on(pool):
     pool.warm_up()
     for pid in worker_pids():
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # one of an earlier pool may just have ended
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not pool._pools[2].active)  # pebble looks every 0.1 s and then declares the pool broken
     judged(pool, [(prompt("1", "user"), "fine")], ["correct"])
 
@@ -234,7 +237,8 @@ def test_a_scheduler_that_signals_every_process_costs_no_score(tmp_path, monkeyp
             scores = thread.submit(pool.score_many, [(prompt(answer, "user"), str(tmp_path)) for answer in "ab"])
             wait_until(lambda: all((tmp_path / answer).exists() for answer in "ab"))
             for process in psutil.Process().children(recursive=True):
-                process.send_signal(number)
+                with suppress(psutil.NoSuchProcess):  # a worker of an earlier pool may just have ended
+                    process.send_signal(number)
             time.sleep(0.3)  # for those that would die
             (tmp_path / "go").touch()
         assert [score.status for score in scores.result()] == ["correct", "correct"]
