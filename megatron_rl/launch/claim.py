@@ -34,7 +34,6 @@ def claimed(folder: str | Path, key: str = "run.dir", *, job: str | None = None)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{key}={folder} is a file: name a folder")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     file = _locked(folder / LOCK, key, job)
     try:
         yield
@@ -49,7 +48,11 @@ def claimed(folder: str | Path, key: str = "run.dir", *, job: str | None = None)
 
 def _locked(path: Path, key: str, job: str | None) -> TextIO:
     while True:
-        file = path.open("a+", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # its last owner ended in between, and took along the folder that it had made
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -73,6 +73,22 @@ def test_a_folder_that_is_removed_meanwhile_is_no_error(tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
+def test_a_folder_that_its_last_owner_takes_along_is_made_again(tmp_path, monkeypatch):
+    """The owner had made it, and ends between another's look at the folder and its lock."""
+    (tmp_path / "run").mkdir()
+    make, leaves = Path.mkdir, [tmp_path / "run"]
+
+    def made(path, *args, **options) -> None:
+        make(path, *args, **options)
+        if leaves:
+            leaves.pop().rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    with claimed(tmp_path / "run"):
+        assert str(os.getpid()) in (tmp_path / "run" / LOCK).read_text()
+    assert not leaves
+
+
 def count(folder: str, times: int) -> int:
     """Adds `times` to a counter in the folder, one at a time, each under a claim; how often it was refused."""
     refused, done = 0, 0
