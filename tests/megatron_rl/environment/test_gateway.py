@@ -338,7 +338,8 @@ def test_a_client_that_retries_gets_its_answer():
             it.engine.spoil = hold_the_first
             done = await chat(async_client(it, session, timeout=3.0, max_retries=9), HI)
             assert done.message.content == " answer 1 "
-            assert len(session.tree.turns) == 1 and len(it.engine.asked) > 1
+            # the request that was held makes no turn; a later one does, even if the client no longer listens
+            assert 0 < len(session.tree.turns) < len(it.engine.asked)
 
     run(story())
 
