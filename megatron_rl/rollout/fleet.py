@@ -244,7 +244,7 @@ class Fleet:
             raise
         except EngineHTTPError as error:
             member.failed(str(error), began=began, about=about)
-            if isinstance(error, EngineDisconnectedError):
+            if isinstance(error, EngineDisconnectedError | EngineUnreachableError):
                 member.unanswered_since = member.unanswered_since or time.monotonic()
             if isinstance(error, EngineUnreachableError):
                 member.lost()
@@ -305,6 +305,8 @@ class Fleet:
             return
         if updates != member.updates:
             return
+        if member.unanswered_since is not None and member.unanswered_since > began:
+            return  # a request has found it gone since, perhaps after it sent this answer
         member.unanswered_since = None
         if not member.reachable:
             member.found()

@@ -303,6 +303,39 @@ def test_a_request_loses_one_attempt_to_an_engine_that_dies():
     with_fleet([engine], use, replace(CONFIG, retries=1, engine=slow_watch))
 
 
+def test_what_an_engine_said_before_its_connection_broke_says_nothing_of_it_afterwards():
+    """The watch reads an answer of the engine only after a request has found it dead."""
+    engine = Engine()
+
+    async def die() -> None:
+        engine._behave = None
+        await engine.die()
+
+    engine._behave = die
+
+    async def use(fleet: Fleet) -> None:
+        (member,) = fleet._members
+        look, answered = member.client.weight_version, asyncio.Event()
+
+        async def read_late(**options) -> int:
+            label = await look(**options)
+            answered.set()
+            await until(lambda: member.unanswered_since is not None)
+            return label
+
+        member.client.weight_version = read_late
+        await answered.wait()
+        request = asyncio.create_task(ask(fleet, "r"))
+        await until(lambda: fleet.answering() == [])
+        assert not request.done(), "it has no second attempt to spare"
+        await web.TCPSite(engine._runner, "127.0.0.1", int(engine.url.rsplit(":", 1)[1])).start()
+        await asyncio.wait_for(request, 60.0)
+        assert engine.seen == ["r-0.", "r-1."]
+
+    slow_watch = replace(CONFIG.engine, health_interval_s=0.6)  # slower than the engine's rest after its failure
+    with_fleet([engine], use, replace(CONFIG, retries=1, engine=slow_watch))
+
+
 def test_at_the_end_requests_are_aborted_before_connections_are_closed():
     engine = Engine(behave=asyncio.Event().wait)
 
