@@ -143,7 +143,7 @@ class EngineProcess:
         """Sends SIGTERM, and SIGKILL after stop_timeout_s. Returns once no process of the group is left."""
         if self.alive:
             self._shared |= shared_memory(group_members(self._process.pid))
-            os.kill(self._process.pid, signal.SIGTERM)
+            self._process.send_signal(signal.SIGTERM)  # which looks whether it still runs
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self.stop_timeout_s)
         self.kill()

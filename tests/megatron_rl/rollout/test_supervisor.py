@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.rollout import engines
 from megatron_rl.rollout import supervisor as supervisor_module
 from megatron_rl.rollout.engines import EngineError, EngineProcess, group_members
 from megatron_rl.rollout.ports import choose_port
@@ -127,3 +128,20 @@ def test_one_that_cannot_be_started_stops_the_others(tmp_path):
             [good, server(tmp_path, "import sys; sys.exit(3)")], CONFIG):
         pass
     assert good.pid is None
+
+
+def test_one_that_ends_just_before_its_signal_is_stopped_all_the_same(tmp_path, monkeypatch):
+    """Another thread that asks whether it is alive takes its exit code: then no process has its number any more."""
+    process, members = server(tmp_path), engines.group_members
+
+    def ends(group: int) -> list[int]:
+        os.killpg(group, signal.SIGKILL)
+        while process.alive:
+            time.sleep(0.01)
+        monkeypatch.setattr(engines, "group_members", members)
+        return []
+
+    process.start()
+    monkeypatch.setattr(engines, "group_members", ends)
+    process.stop()
+    assert process.pid is None
