@@ -212,7 +212,7 @@ def test_a_program_that_gets_no_processor_is_not_charged_for_it():
 @needs_sandbox
 @pytest.mark.parametrize(("each_s", "cpu_s", "status"), [(0.45, 0.5, "timeout"), (0.25, 4.0, "ok")])
 def test_processor_time_counts_in_fractions_and_over_all_processes(each_s, cpu_s, status):
-    """Of four processes no one passes the limit by itself."""
+    """None of the four processes passes the limit by itself."""
     source = ("import os, time\nchildren = [os.fork() for _ in range(2)]\n"
               f"while time.process_time() < {each_s}: pass\nif 0 not in children:\n    os.wait(); os.wait()\n")
     assert run_program("python", source, Limits(cpu_s=cpu_s)).status == status
