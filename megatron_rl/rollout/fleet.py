@@ -305,9 +305,8 @@ class Fleet:
             return
         if updates != member.updates:
             return
-        if member.unanswered_since is not None and member.unanswered_since > began:
-            return  # a request has found it gone since, perhaps after it sent this answer
-        member.unanswered_since = None
+        if not member.heard(began):
+            return
         if not member.reachable:
             member.found()
         if self._version is not None and label != member.version:

@@ -115,6 +115,16 @@ class Member:
         self.failed_at = time.monotonic()
         self.resting_until = self.failed_at + min(FIRST_REST_S * 2 ** (self.failures - 1), LONGEST_REST_S)
 
+    def heard(self, asked: float) -> bool:
+        """Notes an answer to what was asked then; False if a request has found the server gone since.
+
+        The server may have sent the answer before it went.
+        """
+        if self.unanswered_since is not None and self.unanswered_since > asked:
+            return False
+        self.unanswered_since = None
+        return True
+
     def lost(self) -> None:
         """Its requests go elsewhere at once."""
         self.reachable = False

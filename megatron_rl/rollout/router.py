@@ -12,6 +12,7 @@ import asyncio
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class RoutedFleet(Fleet):
         await super()._look_around()
         serving = {member.client.base_url for member in self._members
                    if member.reachable and member.version == self._version}
+        began = time.monotonic()
         try:
             known = await self._router.workers()
         except EngineHTTPError as error:
@@ -106,7 +108,8 @@ class RoutedFleet(Fleet):
         # what it refuses, for example to register an engine twice, is tried again at the next look
         await _tried([*(self._router.add_worker(url, self._key) for url in serving - known.keys()),
                       *(self._router.remove_worker(known[url]) for url in known.keys() - serving)])
-        self._front.unanswered_since = None
+        if not self._front.heard(began):
+            return
         if not serving & known.keys():
             self._front.lost()
         elif not self._front.reachable:

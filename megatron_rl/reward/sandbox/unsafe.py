@@ -38,7 +38,8 @@ class Unsafe:
     @contextmanager
     def start(self, argv: Sequence[str], files: Mapping[str, bytes], *, stdin: int, limits: Limits,
               stdout: int = subprocess.PIPE) -> Iterator[Running]:
-        with tempfile.TemporaryDirectory(prefix="megatron_rl-unsafe-") as folder:
+        # A process that the program left behind may still write there: no fault of the scorer.
+        with tempfile.TemporaryDirectory(prefix="megatron_rl-unsafe-", ignore_cleanup_errors=True) as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
                 Path(folder, name).chmod(0o755)

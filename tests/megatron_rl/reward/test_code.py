@@ -1,5 +1,6 @@
 """Code rewards: languages, modes, statuses, and programs that try to be told right without being right."""
 
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,27 @@ CASES = [pytest.param(*case, id=f"{case[1]}-{case[2]['mode']}-{case[0]}-{number}
 def test_a_program_gets_its_status_and_1_only_if_all_tests_pass(scorer, status, language, task, code):
     score = scorer.score(prompt(language, **task), response(code))
     assert (score.status, score.value) == (status, float(status == "correct")), score
+
+
+def test_a_process_that_a_program_left_behind_is_no_error_of_the_scorer(monkeypatch, tmp_path):
+    """It writes into the folder that is removed. A sandbox would have ended it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    daemon = """import os, time
+print(sum(map(int, input().split())), flush=True)
+if os.fork() == 0:
+    os.setsid()
+    os.close(1)
+    os.close(2)
+    os.mkdir("left")
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        for i in range(10):
+            open(f"left/{i}", "w").close()
+    os._exit(0)
+while not os.path.exists("left/9"): time.sleep(0.01)
+"""
+    unsafe = CodeScorer(RewardConfig(sandbox="unsafe"))
+    assert unsafe.score(prompt("python", **SUMS), response(daemon)).status == "correct"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -109,6 +110,33 @@ def test_what_was_under_way_when_an_engine_failed_a_publish_is_asked_again_and_a
         held.set()
 
     with_routed_fleet(router, [first, second], use)
+
+
+def test_what_the_router_said_before_a_request_found_it_gone_says_nothing_of_it_afterwards():
+    engine = Engine(0)
+
+    async def look() -> None:
+        async with engine.serving(), RouterClient("http://127.0.0.1:1") as client:
+            fleet = RoutedFleet([RouterClient(engine.url)], client, WATCHED, key=None)
+
+            async def answers_late() -> dict[str, str]:
+                fleet._front.lost()
+                fleet._front.unanswered_since = time.monotonic()
+                return {engine.url: "id"}
+
+            async def answers() -> dict[str, str]:
+                return {engine.url: "id"}
+
+            client.workers = answers_late
+            publish(fleet, 0, engine)
+            await fleet._look_around()
+            assert not fleet._front.reachable
+            client.workers = answers
+            await fleet._look_around()
+            assert fleet._front.reachable
+            await fleet._members[0].client.close()
+
+    asyncio.run(look())
 
 
 def test_a_router_that_is_not_installed_is_named(monkeypatch, tmp_path):
