@@ -11,6 +11,7 @@ from megatron_rl.reward.answer.latex import closing_brace
 
 __all__ = ["ratio", "same_unit", "split_unit"]
 
+MAX_LENGTH = 200  # of a unit with its markup
 _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
     (r"\^\s*\{([^{}]*)\}", r"^(\1)"), (r"\\text\{([^{}]*)\}", r" \1"),
     (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"), (r"\\cdot ?", "*"),
@@ -98,6 +99,8 @@ def _may_begin(text: str, match: re.Match[str]) -> bool:
 @functools.cache
 def _unit(text: str) -> Any | None:
     """The pint unit that a text means; None if it means none."""
+    if len(text) > MAX_LENGTH:
+        return None
     pint = importlib.import_module("pint")
     text = _rewritten(text)
     if not re.fullmatch(r"[A-Za-z0-9\s*/^()+._-]{1,80}", text) or re.match(r"[\d+^.-]", text):
