@@ -56,7 +56,8 @@ class Running:
     def outcome(self, beside: Running | None = None) -> Outcome:
         """RuntimeError if the sandbox failed, not the program. beside: a sandbox that it works with."""
         outcome = watch(self.process, self.ended, self.limits, None if beside is None else beside.process.pid)
-        if outcome.status == "runtime_error" and not self.killed and not self._program_ran():
+        ended_itself = outcome.status in ("runtime_error", "memory_limit") and self.process.returncode > 0
+        if ended_itself and not self.killed and not self._program_ran():
             raise RuntimeError(f"the sandbox failed: {outcome.message}")
         return outcome
 

@@ -184,14 +184,20 @@ def _private_pages(pid: int) -> int:
 
 
 def _files(pid: int) -> int:
-    """Files under the process's own /tmp; 0 while that is still, or is, the one that everybody has."""
-    own = f"/proc/{pid}/root/tmp"
+    """Files under the process's own /tmp; 0 while that is still, or is, the one that everybody has.
+
+    Both looks are at one open folder: while bwrap changes the root, the same path may lead to the host's files.
+    """
     try:
-        if os.stat(own).st_dev == os.stat("/tmp").st_dev:
-            return 0
-        space = os.statvfs(own)
+        own = os.open(f"/proc/{pid}/root/tmp", os.O_PATH)
     except OSError:
         return 0
+    try:
+        if os.fstat(own).st_dev == os.stat("/tmp").st_dev:
+            return 0
+        space = os.fstatvfs(own)
+    finally:
+        os.close(own)
     return space.f_files - space.f_ffree
 
 
