@@ -106,7 +106,7 @@ def read(text: str, rules: Rules) -> list[Answer]:
 
 
 def _without_domain(text: str) -> str:
-    """2k\\pi of 2k\\pi, k\\in\\mathbb{Z}: solutions are often written with it and often without."""
+    """The text without ", k\\in\\mathbb{Z}" at its end, which some write behind 2k\\pi and others leave out."""
     match = _ANY_WHOLE.search(text)
     return text[:match.start()] if match and match[1] in text[:match.start()] else text
 
@@ -146,7 +146,7 @@ def read_one(text: str, rules: Rules) -> Answer:
 
 
 def is_name(text: str) -> bool:
-    """Whether the left side of an equation only names the right side: x, f(x), \angle ABC, P(A), (x,y)."""
+    """Whether the left side of an equation only names the right side: x, f(x), \\angle ABC, P(A), (x,y)."""
     return _NAME.fullmatch(text) is not None
 
 

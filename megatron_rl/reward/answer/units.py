@@ -13,7 +13,8 @@ __all__ = ["ratio", "same_unit", "split_unit"]
 
 MAX_LENGTH = 200  # of a unit with its markup
 _REWRITES = tuple((re.compile(pattern), text) for pattern, text in (
-    (r"\^\s*\{([^{}]*)\}", r"^(\1)"), (r"\\text\{([^{}]*)\}", r" \1"),
+    (r"\^\s*\{([^{}]*)\}", r"^(\1)"), (r"\\text\{([^{}]*)\}(?=[A-Za-z])", r" \1 "),
+    (r"\\text\{([^{}]*)\}", r" \1"),
     (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"(\1)/(\2)"), (r"\\cdot ?", "*"),
     (r"\^\\circ\s*\{?\s*([CF])\b\}?", r" deg\1"), (r"\^\\circ", " degree"), (r"\\mu\s*", "micro_"),
     (r"\\Omega\s*", "ohm"), (r"\\AA\s*", "angstrom"), (r"%", " percent"), (r"\\\$", " dollar"),
@@ -28,8 +29,9 @@ _START = re.compile(r"\\text\{|\^\\circ|\\[A-Za-z]+|\\.|[A-Za-z]+|[()\[\]{}%]")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # the degrees are its argument's
 _NOUNS = re.compile(r"""(?:[^\W\d_]|[\s'".,/*()$&_-]|\^\(?[+-]?[1-9]\)?|(?<=[a-z])[23](?!\w))*""")
 _CHANGES = re.compile(
-    r"^\W*(?:and|to|is|as|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|"
-    r"half|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth|billionth)s?)\b|"
+    r"^\W*(?:and|to|is|as|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b|"
+    r"\b(?:half|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth|billionth)s?)"
+    r"\W*$|\b(?:hundred|thousand|million|billion|trillion)\b|"
     r"\b(?:or|not|if|unless|except|otherwise|maybe|perhaps|possibly|wrong|incorrect|unknown|plus|minus|negative|squared|"
     r"cubed|factorial|choose|mod|modulo|remainder|below|divided|multiplied|than|least|most|out of)\b", re.IGNORECASE)
 _WORDS = re.compile(r"(?:[A-Za-z]{3,})(?:\s+[A-Za-z]{2,})*$")
@@ -77,7 +79,8 @@ def _may_be_unit(text: str) -> bool:
         return False  # arithmetic, 5 k, or a function of something
     if _unit(text) is not None:
         return True
-    if text.startswith("\\text{") and re.search("[A-Za-z]", re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", "", text)):
+    outside = re.sub(r"\\text\{[^{}]*\}|\\[A-Za-z]+", "", text) if text.startswith("\\") else ""
+    if re.search("[A-Za-z]", outside):
         return False  # a variable
     return _CHANGES.search(said) is None
 

@@ -253,7 +253,8 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
 
 
 def _final_sum(node: Node) -> bool:
-    """Whether no terms are alike, those of inner sums too: one rational at most, no rational multiple of another.
+    """Whether no terms are alike, those of inner sums too: one rational at most, and not 0, no rational multiple of
+    another.
 
     Powers and the like that are big may stand beside others, unless they cancel out.
     """
@@ -266,7 +267,7 @@ def _final_sum(node: Node) -> bool:
                   if abs(number) <= BIG or _strip(term).op == "num"]
     plain = [number for number in values if rational(number) is not None]
     rest = [number for number in values if rational(number) is None]
-    return len(plain) <= 1 and not any(
+    return len(plain) <= 1 and 0 not in plain and not any(
         rational(_div(one, other)) is not None for i, one in enumerate(rest) for other in rest[:i])
 
 

@@ -70,6 +70,23 @@ def test_what_is_wrong_in_one_dressing_is_wrong_in_all():
     assert taken == [] and len(WRONG) > 200
 
 
+UNITS = (r"\text{ cm}", r"\,\mathrm{cm}", " cm", r"\text{ apples}", r"^\circ", r"\%", r"\text{ dollars}",
+         r"\text{ m}^2", r"\ \mathrm{m\,s^{-1}}", r"\frac{\text{km}}{\text{h}}", r"^\circ\text{C}", r"\text{rd}")
+BEHIND = ("+0", r"+0\text{ cm}", r"\cdot2", "-1", "/2", "!", "^0", "=6", "<6", r"\pm1", r"\text{ or }6",
+          r"\text{ or 6}", " or 6", ", 6", r"\text{ and 6}", r"\text{ to }6", r"\to 6", r"\text{, not 6}",
+          r"\text{ (or 6)}", r"\text{ plus }1", r"\text{ at least}", r"\text{ or more}", r"\text{ maybe}", "x",
+          r"\text{ if }x>0", r"\text{ million}", r"\text{ halves}", r"\text{ divided by }2", r"\sqrt2", r"\bmod 3")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_nothing_may_follow_a_unit(scorer, unit):
+    """It holds if the reference has the unit, and if it has none."""
+    assert judged(scorer, f"5{unit}", f"5{unit}").value
+    assert [behind for behind in BEHIND for reference in ("5", f"5{unit}")
+            if judged(scorer, reference, f"5{unit}{behind}").value] == []
+
+
 def test_a_job_is_made_of_what_can_travel_and_be_remembered():
     job = MathVerifyScorer().prepare(Prompt("p", (1,), "question", "\\frac12", "math"), "\\boxed{0.5}")
     other = MathVerifyScorer().prepare(Prompt("p", (1,), "is 0.5 it?", "\\frac12", "math"), "\\boxed{0.5}")
