@@ -130,8 +130,10 @@ def seconds_per_1000_training_tokens(url: str, config: RolloutConfig, tokenizer,
         return SyncCollector(responder, RandomPrompts(), **shared)
 
     async def use(responder: Responder) -> float:
-        """The first step is not counted: budgeted has no mean yet, and partial starts with nothing carried. Infinite if
-        no group ended in the others, as may be in two steps of partial."""
+        """The first step is not counted: budgeted has no mean yet, and partial starts with nothing carried.
+
+        The result is infinite if no group ended in the counted steps, which can happen in two steps of partial.
+        """
         collector, trained, began = build(responder), 0, 0.0
         for step in range(steps + 1):
             if step == 1:

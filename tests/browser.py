@@ -88,8 +88,10 @@ class Tab:
         return message["result"]
 
     async def loaded(self, loader: str) -> None:
-        """Until that document is loaded. The tab's first one, about:blank, may be loaded as late as after it is asked
-        for the next."""
+        """Returns once that document is loaded.
+
+        The tab's first document, about:blank, may still be loading when the tab is asked for this one.
+        """
         while loader not in self._loaded:
             await self._next()
 

@@ -143,7 +143,7 @@ def serve_engines(config: Config, tell: Callable[[str], None]) -> None:
 def write_script(config: Config, nodes: int, host: str, port: int) -> Path:
     """Writes <run.dir>/torchrun.sh, which nobody else may read: it holds the keys of the run and of its engines.
 
-    It appears whole: who waits for the file may run it at once.
+    The file appears whole, so whoever waits for it may run it at once.
     """
     environment = rank_environment()
     names = [*CARRIED, RUN_KEY, config.rollout.engine.api_key_env, lease.START_NUMBER]

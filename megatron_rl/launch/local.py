@@ -302,8 +302,8 @@ def how_to_resume(run_dir: Path) -> str:
 def last_words(log_path: Path, begin: int) -> str:
     """Why the ranks ended, from what they wrote after byte `begin`.
 
-    That a rank was killed (others may have had time to say that they lost it), or the first traceback of a rank (later
-    ones follow from it), or the last lines.
+    If a rank was killed, the text says so: other ranks may have complained about losing it. Otherwise it is the first
+    traceback of a rank, from which later ones follow, or the last lines if there is none.
     """
     lines = [RANK_PREFIX.sub("", line) for line in log_path.read_bytes()[begin:].decode(errors="replace").splitlines()]
     if any(KILLED.search(line) for line in lines):

@@ -106,7 +106,7 @@ class EngineProcess:
         assert self._process is None, "the engine has been started already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = make_scratch()
-        # transformers copies the code of the model's folder there; one that found half of another's copy would die
+        # transformers copies the model folder's code there. An engine that read another's unfinished copy would end.
         own = {"TMPDIR": str(self._scratch), "HF_MODULES_CACHE": str(self._scratch / "modules")}
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(

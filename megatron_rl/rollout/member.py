@@ -116,9 +116,9 @@ class Member:
         self.resting_until = self.failed_at + min(FIRST_REST_S * 2 ** (self.failures - 1), LONGEST_REST_S)
 
     def heard(self, asked: float) -> bool:
-        """Notes an answer to what was asked then; False if a request has found the server gone since.
+        """Notes that the server answered a question that was asked at the time `asked`.
 
-        The server may have sent the answer before it went.
+        False, and nothing is noted, if a request has found the server gone since: it may have answered before it went.
         """
         if self.unanswered_since is not None and self.unanswered_since > asked:
             return False

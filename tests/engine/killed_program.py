@@ -117,8 +117,11 @@ def rank(killer: Killer) -> Callable[..., None]:
 
 
 def keep_finish_back(run_dir: Path, numbers: Sequence[int]) -> None:
-    """Ranks tell that they have finished only when the orchestrator has been killed as these kills say. Ranks that have
-    told it end, and then nobody starts the orchestrator again: a quick export would be over before the kill."""
+    """Ranks report that they have finished only after these kills have struck the orchestrator.
+
+    Otherwise a quick export could be over before the kill. The ranks would end, and nobody would start the orchestrator
+    again.
+    """
     from megatron_rl.trainer import main
 
     finish = main.Trainer._finish

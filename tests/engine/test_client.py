@@ -40,8 +40,8 @@ def test_length_limit_ends_a_response_with_length(live_engine: LiveEngine):
 
 @pytest.fixture()
 def first_weights(live_engine: LiveEngine) -> None:
-    """Those of the folder, whose greedy response to PROMPTS[0] has no end of text in it. What the engine holds
-    otherwise depends on the tests before."""
+    """The engine gets the folder's weights, whose greedy response to PROMPTS[0] has no end of text in it. Otherwise it
+    holds what earlier tests published."""
     live_engine.publish(live_engine.first_weights())
     (free,) = live_engine.generate(PROMPTS[:1], GREEDY)
     assert 0 not in free.output_ids

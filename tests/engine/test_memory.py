@@ -25,7 +25,7 @@ SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=12, ignore_eos=True)
 
 
 class Recording(EngineClient):
-    """Keeps what it asks the engine to do, and of which memory; and what the engine refused."""
+    """Records each call to the engine with the memory that it is about, and the calls that the engine refused."""
 
     def __init__(self, url: str):
         super().__init__(url, timeout_s=300.0, api_key=os.environ[ENGINE_KEY])

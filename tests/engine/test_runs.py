@@ -98,8 +98,8 @@ def kill_launcher(process: subprocess.Popen) -> None:
 
 
 def lives(one: psutil.Process) -> bool:
-    """torch_shm_manager holds the last published bucket for as long as the engine, which lives on here, has it open: it
-    does not count. Others may have ended before anybody asks."""
+    """Whether the process still runs. torch_shm_manager does not count: it holds the last published bucket for as long
+    as the engine has it open, and the engine lives on here."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return one.is_running() and one.status() != psutil.STATUS_ZOMBIE and one.name() != "torch_shm_manager"
     return False

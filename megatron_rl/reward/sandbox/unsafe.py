@@ -38,7 +38,7 @@ class Unsafe:
     @contextmanager
     def start(self, argv: Sequence[str], files: Mapping[str, bytes], *, stdin: int, limits: Limits,
               stdout: int = subprocess.PIPE) -> Iterator[Running]:
-        # A process that the program left behind may still write there: no fault of the scorer.
+        # A process that the program left behind may still write there. That is no failure of the scorer.
         with tempfile.TemporaryDirectory(prefix="megatron_rl-unsafe-", ignore_cleanup_errors=True) as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)

@@ -98,7 +98,7 @@ def test_a_terminal_shows_one_line_whose_count_and_time_left_are_whole(columns, 
 
 
 def test_the_spinner_turns_while_nothing_is_said():
-    """One of its 10 pictures every 80 ms."""
+    """It shows the next of its 10 pictures every 80 ms."""
     progress, seen = after(6, 30.0), set()
     for tick in range(8):
         file = io.StringIO()
@@ -166,7 +166,7 @@ def test_the_phase_is_told_to_another_process(tmp_path):
 
 
 def test_two_programs_of_a_run_may_begin_a_phase_at_the_same_time(tmp_path, monkeypatch):
-    """Each stands before the replacement when the other does too."""
+    """Both have written their own file before either of them replaces phase.json."""
     together, replace = threading.Barrier(2), os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (together.wait(60), replace(*paths)))
     with ThreadPoolExecutor(2) as programs:
@@ -175,7 +175,7 @@ def test_two_programs_of_a_run_may_begin_a_phase_at_the_same_time(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["phase.json"]
 
 
-def test_files_that_go_after_a_look_for_them_are_as_if_they_had_not_been_there(tmp_path, monkeypatch):
+def test_a_file_that_is_removed_before_it_is_opened_counts_as_absent(tmp_path, monkeypatch):
     """Somebody removes the folder of a run while its progress is shown."""
     phases, rows = PhaseFile(tmp_path), JsonlTail(tmp_path / "metrics.jsonl", None)
     monkeypatch.setattr(Path, "exists", lambda path: True)

@@ -282,8 +282,11 @@ def test_what_an_engine_that_fails_a_publish_was_working_on_goes_elsewhere():
     with_fleet([failing, other], use)
 
 
-def test_a_request_loses_one_attempt_to_an_engine_that_dies():
-    """With no other engine to go to and no second attempt to spare, it waits until the watch has found it gone."""
+def one_attempt_is_lost(meanwhile: Callable[[Fleet], Awaitable[None]]) -> None:
+    """The one engine dies of a request and comes back. The request has one second attempt, and takes it then.
+
+    meanwhile: awaited before the request.
+    """
     engine = Engine()
 
     async def die() -> None:
@@ -293,8 +296,10 @@ def test_a_request_loses_one_attempt_to_an_engine_that_dies():
     engine._behave = die
 
     async def use(fleet: Fleet) -> None:
+        await meanwhile(fleet)
         request = asyncio.create_task(ask(fleet, "r"))
         await until(lambda: fleet.answering() == [])
+        assert not request.done(), "it has no second attempt to spare"
         await web.TCPSite(engine._runner, "127.0.0.1", int(engine.url.rsplit(":", 1)[1])).start()
         await asyncio.wait_for(request, 60.0)
         assert engine.seen == ["r-0.", "r-1."]
@@ -303,17 +308,17 @@ def test_a_request_loses_one_attempt_to_an_engine_that_dies():
     with_fleet([engine], use, replace(CONFIG, retries=1, engine=slow_watch))
 
 
+def test_a_request_loses_one_attempt_to_an_engine_that_dies():
+    """It has no other engine to go to, so it waits until the watch has found the engine gone."""
+    async def nothing(fleet: Fleet) -> None:
+        pass
+
+    one_attempt_is_lost(nothing)
+
+
 def test_what_an_engine_said_before_its_connection_broke_says_nothing_of_it_afterwards():
     """The watch reads an answer of the engine only after a request has found it dead."""
-    engine = Engine()
-
-    async def die() -> None:
-        engine._behave = None
-        await engine.die()
-
-    engine._behave = die
-
-    async def use(fleet: Fleet) -> None:
+    async def the_watch_reads_late(fleet: Fleet) -> None:
         (member,) = fleet._members
         look, answered = member.client.weight_version, asyncio.Event()
 
@@ -325,15 +330,8 @@ def test_what_an_engine_said_before_its_connection_broke_says_nothing_of_it_afte
 
         member.client.weight_version = read_late
         await answered.wait()
-        request = asyncio.create_task(ask(fleet, "r"))
-        await until(lambda: fleet.answering() == [])
-        assert not request.done(), "it has no second attempt to spare"
-        await web.TCPSite(engine._runner, "127.0.0.1", int(engine.url.rsplit(":", 1)[1])).start()
-        await asyncio.wait_for(request, 60.0)
-        assert engine.seen == ["r-0.", "r-1."]
 
-    slow_watch = replace(CONFIG.engine, health_interval_s=0.6)  # slower than the engine's rest after its failure
-    with_fleet([engine], use, replace(CONFIG, retries=1, engine=slow_watch))
+    one_attempt_is_lost(the_watch_reads_late)
 
 
 def test_at_the_end_requests_are_aborted_before_connections_are_closed():
